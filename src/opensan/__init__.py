@@ -1,0 +1,34 @@
+"""opensan: label every pixel of a photograph with words chosen at run time.
+
+    san = opensan.load("san-vit-b16")
+    segmentation = san.segment("street.jpg", ["road", "car", "tree", "sky"])
+
+Importing the package is cheap: torch is imported when the first of these names is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "opensan.segmenter",
+    "Segmenter": "opensan.segmenter",
+    "Encoding": "opensan.segmenter",
+    "Segmentation": "opensan.segmenter",
+    "Vocabulary": "opensan.vocabulary",
+    "ModelConfig": "opensan.config",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from opensan.config import ModelConfig
+    from opensan.segmenter import Encoding, Segmentation, Segmenter, load
+    from opensan.vocabulary import Vocabulary
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'opensan' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

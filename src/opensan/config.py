@@ -1,0 +1,171 @@
+"""What a model is made of, as plain data: read from JSON, checked, and never executed.
+
+Block and layer numbers count from 1; 0 means "the input of the first block".
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+# Bounds far above any real model: a number in a file from outside must not ask for unbounded memory.
+Count = Annotated[int, Field(gt=0, le=65_536)]
+LayerNumber = Annotated[int, Field(ge=0, le=1_024)]
+
+
+class Config(BaseModel):
+    """Base of all configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class VisionConfig(Config):
+    """The CLIP image tower: a plain ViT with a class token."""
+
+    width: Count
+    layers: Count
+    heads: Count
+    patch_size: Count
+    image_size: Count
+    """Side in pixels of the square image that the position table was trained for."""
+    mlp_ratio: float = 4.0
+
+
+class TextConfig(Config):
+    """The CLIP text tower: a causal transformer read at the end-of-text token."""
+
+    width: Count
+    layers: Count
+    heads: Count
+    context_length: Count = 77
+    vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 49_408
+
+
+class ClipConfig(Config):
+    """A CLIP of two plain towers, as open_clip builds it."""
+
+    embed_dim: Count
+    quick_gelu: bool
+    """OpenAI's weights need QuickGELU; stated here because a wrong guess is silently wrong."""
+    vision: VisionConfig
+    text: TextConfig
+
+
+class SideAdapterConfig(Config):
+    """The side network (paper, section 3.2) and its two decoupled heads (section 3.3)."""
+
+    width: Count = 240
+    depth: Count = 8
+    heads: Count = 6
+    mlp_ratio: float = 4.0
+    patch_size: Count = 16
+    image_size: Count = 640
+    """Side in pixels of the square image that the position table is made for."""
+    queries: Count = 100
+    fusion: dict[LayerNumber, LayerNumber]
+    """Side block -> CLIP layer whose patch map is added to that block's output (0: the input)."""
+    supervised_blocks: tuple[LayerNumber, ...] = (7, 8)
+    """Side blocks whose output the heads read in training; the last one is the answer."""
+    mask_channels: Count = 256
+    mlp_channels: Count = 256
+    mlp_layers: Count = 3
+
+
+class ImageConfig(Config):
+    """How a photograph becomes network input."""
+
+    short_side: Count = 640
+    long_side: Count = 2_560
+    """The long side never exceeds this, whatever the short side becomes."""
+    size_divisor: Count = 32
+    """Both sides are zero-padded (bottom, right, after normalisation) to a multiple of this."""
+    mean: tuple[float, float, float] = (122.7709383, 116.7460125, 104.09373615)
+    std: tuple[float, float, float] = (68.5005327, 66.6321579, 70.32316305)
+
+
+class ModelConfig(Config):
+    """Everything needed to build a SAN; the content of a checkpoint folder's config.json."""
+
+    name: str
+    clip: ClipConfig
+    side_adapter: SideAdapterConfig
+    recognition_layer: LayerNumber
+    """CLIP layers up to this one are shallow (features); the later ones recognise proposals."""
+    clip_scale: Annotated[float, Field(gt=0, le=4)] = 0.5
+    """The CLIP image is the padded image times this factor."""
+    image: ImageConfig = ImageConfig()
+    format: Literal[1] = 1
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ModelConfig":
+        vision, side = self.clip.vision, self.side_adapter
+        for what, width, heads in (
+            ("clip.vision", vision.width, vision.heads),
+            ("clip.text", self.clip.text.width, self.clip.text.heads),
+            ("side_adapter", side.width, side.heads),
+        ):
+            if width % heads:
+                raise ValueError(f"{what}: width {width} is not a multiple of heads {heads}")
+        if not 0 < self.recognition_layer < vision.layers:
+            raise ValueError(f"recognition_layer {self.recognition_layer} is not between 1 and {vision.layers - 1}")
+        for block, layer in side.fusion.items():
+            if block >= side.depth or layer > self.recognition_layer:
+                raise ValueError(
+                    f"side_adapter.fusion {block}: {layer} needs a side block below {side.depth} "
+                    f"and a CLIP layer up to {self.recognition_layer}"
+                )
+        if not side.supervised_blocks or side.supervised_blocks[-1] != side.depth:
+            raise ValueError(f"side_adapter.supervised_blocks must end with the last block, {side.depth}")
+        return self
+
+
+def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:
+    """Validate `data` (parsed JSON or YAML) as `kind`. Raises ValueError, one line, naming `source` and the key."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise ValueError(f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read a checkpoint's config.json. Raises ValueError, one line, on anything but a valid one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable model configuration ({error})") from None
+    return parse_config(ModelConfig, data, str(path))
+
+
+PRESETS = {
+    "san-vit-b16": ModelConfig(
+        name="san-vit-b16",
+        clip=ClipConfig(
+            embed_dim=512,
+            quick_gelu=True,
+            vision=VisionConfig(width=768, layers=12, heads=12, patch_size=16, image_size=224),
+            text=TextConfig(width=512, layers=12, heads=8),
+        ),
+        side_adapter=SideAdapterConfig(fusion={0: 0, 1: 3, 2: 6, 3: 9}),
+        recognition_layer=9,
+        clip_scale=0.5,
+    ),
+    "san-vit-l14": ModelConfig(
+        name="san-vit-l14",
+        clip=ClipConfig(
+            embed_dim=768,
+            quick_gelu=True,
+            vision=VisionConfig(width=1024, layers=24, heads=16, patch_size=14, image_size=336),
+            text=TextConfig(width=768, layers=12, heads=12),
+        ),
+        side_adapter=SideAdapterConfig(fusion={0: 0, 1: 6, 2: 12, 3: 18}),
+        recognition_layer=18,
+        clip_scale=0.7,
+    ),
+}
+"""The two official models. `tiny` is not here: its configuration lies beside its weights in the package."""

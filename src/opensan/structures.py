@@ -1,0 +1,34 @@
+"""The tensors that travel between the halves of the model.
+
+Letters: B batch, Q queries, K words (classes), R text rows, D embedding, h w stride-16 grid, N CLIP attention heads.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What the image half answers, before any word is known."""
+
+    mask_logits: Tensor
+    """[B, Q, h, w] float; sigmoid gives each proposal's mask at stride 16 of the padded image."""
+    mask_embeddings: Tensor
+    """[B, Q, D] float, unit length, in CLIP's joint space."""
+    attention_bias: Tensor
+    """[B, N, Q, h, w] float, after the scalar affine, before the max-pool to CLIP's grid."""
+    auxiliary: tuple["Proposals", ...] = ()
+    """Deep supervision (training only): the same from earlier side blocks, first block first."""
+
+
+@dataclass(frozen=True)
+class TextClassifier:
+    """A vocabulary as CLIP sees it: the last matrix of the model."""
+
+    rows: Tensor
+    """[R, D] float, unit length: one row a synonym."""
+    row_class: Tensor
+    """[R] int64, ascending: the class (0..K-1) that each row speaks for."""
+    num_classes: int
+    """K."""
