@@ -1,0 +1,1 @@
+"""Learning: the set criterion, the optimizer's groups, and a trainer that survives being killed."""

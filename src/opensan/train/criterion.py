@@ -1,0 +1,91 @@
+"""The set criterion: class, mask and dice losses of matched queries at every supervised block (Mask2Former, SAN).
+
+Letters: B batch, Q queries, K words, N matched masks, P points, h w stride-16 grid.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from opensan.train.matcher import LayerOutput, LossWeights, Matches, match
+from opensan.train.points import PointSource, read_at_points
+from opensan.train.targets import Targets
+
+
+def mask_normalizer(targets: Sequence[Targets], device: torch.device | str) -> float:
+    """What mask losses are divided by: the mean number of segments over ranks and micro-batches, at least 1.
+
+    `targets` are all micro-batches of one step on this rank. The mean, not the sum, because gradients are averaged over
+    ranks and micro-batches afterwards; so n micro-batches, n ranks and one large batch give the same gradient.
+    """
+    total = float(sum(sum(one.counts) for one in targets))
+    batches = len(targets)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        shared = torch.tensor(total, device=device)
+        torch.distributed.all_reduce(shared)
+        total = shared.item()
+        batches *= torch.distributed.get_world_size()
+    return max(total / batches, 1.0)
+
+
+class SetCriterion:
+    """Matches queries with segments and answers the weighted losses by name.
+
+    Names: `loss_ce`, `loss_mask`, `loss_dice` for the last block; with suffix `_0`, `_1`, ... for the auxiliary ones.
+    """
+
+    def __init__(self, points: PointSource, weights: LossWeights | None = None, no_object_weight: float = 0.1) -> None:
+        self.points = points
+        self.weights = weights or LossWeights()
+        self.no_object_weight = no_object_weight
+
+    def __call__(
+        self, outputs: Sequence[LayerOutput], targets: Targets, normalizer: float
+    ) -> tuple[dict[str, Tensor], list[Matches]]:
+        """Losses, already weighted (their sum is trained on), and each layer's matches.
+
+        `outputs`: the last block's first, then the auxiliary ones. `normalizer`: from `mask_normalizer`.
+        Computed in float32 at least, whatever the precision of the model.
+        """
+        outputs = [LayerOutput(_at_least_float32(o.mask_logits), _at_least_float32(o.class_logits)) for o in outputs]
+        first = outputs[0].mask_logits
+        with torch.autocast(first.device.type, enabled=False):
+            matches = match(outputs, targets, self.points.shared(len(first), first), self.weights)
+            losses = {}
+            for layer, (output, pairs) in enumerate(zip(outputs, matches, strict=True)):
+                suffix = "" if layer == 0 else f"_{layer - 1}"
+                mask, dice = self._mask_losses(output.mask_logits, targets, pairs)
+                losses["loss_ce" + suffix] = self.weights.classification * self._class_loss(output, targets, pairs)
+                losses["loss_mask" + suffix] = self.weights.mask * mask / normalizer
+                losses["loss_dice" + suffix] = self.weights.dice * dice / normalizer
+        return losses, matches
+
+    def _class_loss(self, output: LayerOutput, targets: Targets, pairs: Matches) -> Tensor:
+        """Cross entropy over all queries of the batch; a query without a segment should say no-object (index K)."""
+        logits = output.class_logits
+        no_object = logits.shape[2] - 1
+        wanted = torch.full(logits.shape[:2], no_object, device=logits.device)
+        wanted[pairs.image, pairs.query] = targets.classes[pairs.image, pairs.segment]
+        # The weight is a float32 number in the official code, also where the rest is float64.
+        class_weights = torch.ones(no_object + 1, device=logits.device)
+        class_weights[no_object] = self.no_object_weight
+        return functional.cross_entropy(logits.transpose(1, 2), wanted, class_weights.to(logits.dtype))
+
+    def _mask_losses(self, mask_logits: Tensor, targets: Targets, pairs: Matches) -> tuple[Tensor, Tensor]:
+        """BCE (mean over points) and dice, summed over the matched masks. Without any: 0, and gradients of 0."""
+        matched = mask_logits[pairs.image, pairs.query]
+        points = self.points.for_masks(matched.detach())
+        logits = read_at_points(matched.unsqueeze(1), points).squeeze(1)
+        with torch.no_grad():
+            values = targets.at_own_points(pairs.image, pairs.segment, points)
+        # .sum() / P and not .mean(): the mean of no masks would be nan.
+        mask = functional.binary_cross_entropy_with_logits(logits, values, reduction="sum") / points.shape[1]
+        shares = logits.sigmoid()
+        dice = 1 - (2 * (shares * values).sum(1) + 1) / (shares.sum(1) + values.sum(1) + 1)
+        return mask, dice.sum()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

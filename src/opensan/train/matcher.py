@@ -1,0 +1,85 @@
+"""Which query answers for which segment: minimum-cost bipartite matching (DETR; Mask2Former's costs at points).
+
+Letters: B batch, Q queries, K words, M segments of an image, N matched masks, P points, h w stride-16 grid.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional
+
+from opensan.train.points import read_at_points
+from opensan.train.targets import NO_SEGMENT, Targets
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each of the three losses counts; the matching costs use the same weights."""
+
+    classification: float = 2.0
+    mask: float = 5.0
+    dice: float = 5.0
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """The predictions of one supervised side block."""
+
+    mask_logits: Tensor
+    """[B, Q, h, w]."""
+    class_logits: Tensor
+    """[B, Q, K+1], no-object last."""
+
+
+@dataclass(frozen=True)
+class Matches:
+    """N pairs of a query and a segment, by image, then by query."""
+
+    image: Tensor
+    """[N] int64: place in the batch."""
+    query: Tensor
+    """[N] int64."""
+    segment: Tensor
+    """[N] int64: place among the image's segments."""
+
+
+def matching_costs(
+    output: LayerOutput, targets: Targets, points: Tensor, values: Tensor, weights: LossWeights
+) -> Tensor:
+    """What it costs each query to answer for each segment: [B, Q, M].
+
+    `points` [B, P, 2] and the segments' `values` at them [B, M, P]. Columns beyond an image's segments mean nothing.
+    """
+    classes = targets.classes.masked_fill(targets.classes == NO_SEGMENT, 0)
+    probabilities = output.class_logits.softmax(2)
+    word = -probabilities.gather(2, classes.unsqueeze(1).expand(-1, probabilities.shape[1], -1))
+    logits = read_at_points(output.mask_logits, points)
+    # BCE at a point is softplus(x) - x t; only its second half depends on the pair.
+    overlap = logits @ values.transpose(1, 2)
+    mask = (functional.softplus(logits).sum(2, keepdim=True) - overlap) / points.shape[1]
+    shares = logits.sigmoid()
+    common = shares @ values.transpose(1, 2)
+    dice = 1 - (2 * common + 1) / (shares.sum(2, keepdim=True) + values.sum(2).unsqueeze(1) + 1)
+    return weights.classification * word + weights.mask * mask + weights.dice * dice
+
+
+@torch.no_grad()
+def match(outputs: Sequence[LayerOutput], targets: Targets, points: Tensor, weights: LossWeights) -> list[Matches]:
+    """Match every layer's queries with the segments, each layer for itself, at the shared `points` [B, P, 2]."""
+    values = targets.at_shared_points(points)
+    # One copy to the host for all layers: it waits for the device.
+    costs = torch.stack([matching_costs(output, targets, points, values, weights) for output in outputs]).cpu()
+    # A loss that is not finite must be seen and reported as a loss, not as an error of the assignment.
+    costs = costs.nan_to_num(nan=0.0).numpy()
+    matches = []
+    for layer in costs:
+        pairs = [linear_sum_assignment(cost[:, :count]) for cost, count in zip(layer, targets.counts, strict=True)]
+        image = [index for index, (queries, _) in enumerate(pairs) for _ in queries]
+        query = [int(value) for queries, _ in pairs for value in queries]
+        segment = [int(value) for _, segments in pairs for value in segments]
+        columns = torch.tensor([image, query, segment], dtype=torch.int64).to(points.device, non_blocking=True)
+        matches.append(Matches(*columns))
+    return matches

@@ -1,0 +1,119 @@
+"""What a batch of images should answer: segments, each with a class.
+
+Letters: B batch, M most segments of an image in the batch, N matched masks, P points, H W image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opensan.train.points import corners
+
+NO_SEGMENT = -2
+"""Fills `classes` where an image has fewer segments than M. Not -1: that marks unlabelled pixels in label maps."""
+
+
+class Targets(Protocol):
+    """The segments of a batch, read at points only."""
+
+    classes: Tensor
+    """[B, M] int64: the class of each segment, NO_SEGMENT after an image's last."""
+    counts: tuple[int, ...]
+    """B numbers of segments, known without asking the device."""
+
+    def at_shared_points(self, points: Tensor) -> Tensor:
+        """Every segment's mask at its image's `points` [B, P, 2]: [B, M, P] in [0, 1]."""
+
+    def at_own_points(self, image: Tensor, segment: Tensor, points: Tensor) -> Tensor:
+        """The masks of N segments (`image`, `segment`: [N] int64), each at its own `points` [N, P, 2]: [N, P]."""
+
+
+@dataclass(frozen=True)
+class LabelMapTargets:
+    """One segment for each class in an image's label map: semantic segmentation, without a mask in memory."""
+
+    maps: Tensor
+    """[B, H, W] integer: class of each pixel, negative where unlabelled."""
+    classes: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def from_maps(cls, maps: Sequence[np.ndarray]) -> "LabelMapTargets":
+        """Collect label maps [H, W] of equal size (integers; negative: unlabelled)."""
+        present = [np.unique(labels[labels >= 0]).tolist() for labels in maps]
+        counts = tuple(len(classes) for classes in present)
+        widest = max(counts)
+        rows = [classes + [NO_SEGMENT] * (widest - len(classes)) for classes in present]
+        stacked = torch.from_numpy(np.stack(maps))
+        return cls(stacked, torch.tensor(rows, dtype=torch.int64).reshape(len(maps), widest), counts)
+
+    def to(self, device: torch.device | str) -> "LabelMapTargets":
+        """The same on `device`."""
+        return replace(
+            self, maps=self.maps.to(device, non_blocking=True), classes=self.classes.to(device, non_blocking=True)
+        )
+
+    def at_shared_points(self, points: Tensor) -> Tensor:
+        height, width = self.maps.shape[1:]
+        indices, weights = corners(points, height, width)
+        pixels = self.maps.flatten(1)
+        values = points.new_zeros(*self.classes.shape, points.shape[1])
+        for corner in range(4):  # one at a time: a fourth of the memory of all at once
+            labels = pixels.gather(1, indices[:, corner]).unsqueeze(1)
+            values += weights[:, None, corner] * (labels == self.classes.unsqueeze(2))
+        return values
+
+    def at_own_points(self, image: Tensor, segment: Tensor, points: Tensor) -> Tensor:
+        height, width = self.maps.shape[1:]
+        indices, weights = corners(points, height, width)
+        labels = self.maps.flatten()[indices + image[:, None, None] * (height * width)]
+        return (weights * (labels == self.classes[image, segment][:, None, None])).sum(1)
+
+
+@dataclass(frozen=True)
+class MaskTargets:
+    """Segments as masks of their own: they may overlap, and several may share a class."""
+
+    masks: Tensor
+    """[B, M, H, W] of 0 and 1, any dtype."""
+    classes: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def from_masks(cls, masks: Sequence[Tensor], classes: Sequence[Tensor]) -> "MaskTargets":
+        """Collect per image `masks` [M, H, W] and `classes` [M]; smaller images get 0 at the bottom and right."""
+        counts = tuple(len(one) for one in classes)
+        height, width = max(one.shape[1] for one in masks), max(one.shape[2] for one in masks)
+        all_masks = masks[0].new_zeros(len(masks), max(counts), height, width)
+        all_classes = torch.full((len(masks), max(counts)), NO_SEGMENT, dtype=torch.int64)
+        for index, (image_masks, image_classes) in enumerate(zip(masks, classes, strict=True)):
+            count, rows, columns = image_masks.shape
+            all_masks[index, :count, :rows, :columns] = image_masks
+            all_classes[index, :count] = image_classes
+        return cls(all_masks, all_classes, counts)
+
+    def to(self, device: torch.device | str) -> "MaskTargets":
+        """The same on `device`."""
+        return replace(
+            self, masks=self.masks.to(device, non_blocking=True), classes=self.classes.to(device, non_blocking=True)
+        )
+
+    def at_shared_points(self, points: Tensor) -> Tensor:
+        height, width = self.masks.shape[2:]
+        indices, weights = corners(points, height, width)
+        pixels = self.masks.flatten(2)
+        values = points.new_zeros(*self.classes.shape, points.shape[1])
+        for corner in range(4):
+            inside = pixels.gather(2, indices[:, None, corner].expand(-1, pixels.shape[1], -1))
+            values += weights[:, None, corner] * inside
+        return values
+
+    def at_own_points(self, image: Tensor, segment: Tensor, points: Tensor) -> Tensor:
+        count, height, width = self.masks.shape[1:]
+        indices, weights = corners(points, height, width)
+        start = (image * count + segment) * (height * width)
+        return (weights * self.masks.flatten()[indices + start[:, None, None]]).sum(1)
