@@ -1,4 +1,4 @@
-"""The tensors that travel between the halves of the model.
+"""What travels between the rooms of the house.
 
 Letters: B batch, Q queries, K words (classes), R text rows, D embedding, h w stride-16 grid, N CLIP attention heads.
 """
@@ -6,6 +6,18 @@ Letters: B batch, Q queries, K words (classes), R text rows, D embedding, h w st
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """The three sizes an image has on its way, each (height, width) in pixels."""
+
+    image: tuple[int, int]
+    """As decoded; labels are answered at this size."""
+    network: tuple[int, int]
+    """After the short-side resize."""
+    padded: tuple[int, int]
+    """After zero-padding at the bottom and right."""
 
 
 @dataclass(frozen=True)

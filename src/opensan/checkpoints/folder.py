@@ -1,0 +1,64 @@
+"""Our checkpoint: a folder with model.safetensors and config.json, strict both ways."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from opensan.checkpoints.official import check_keys
+from opensan.config import ModelConfig, read_config
+from opensan.files import atomic_path, write_text
+from opensan.model import SAN, build_san
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+def build_empty(config: ModelConfig) -> SAN:
+    """A SAN whose parameters have shapes but no memory: for tables, counts, and to be filled by `fill`."""
+    with torch.device("meta"):
+        return build_san(config)
+
+
+def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
+    """Build a SAN from `state` (our names). Raises ValueError naming what is missing, surplus or of a wrong shape."""
+    model = build_empty(config)
+    expected = model.state_dict()
+    check_keys(expected.keys(), state.keys(), source)
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"{source}: {name} has shape {tuple(state[name].shape)}, config.json asks for {tuple(tensor.shape)}"
+            )
+    # Weights may be stored in half precision to be small; they are computed with in float32.
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True, assign=True)
+    # The one buffer is no weight, so no checkpoint holds it, and it was built without memory.
+    length = model.clip.context_length
+    model.clip.attn_mask = torch.full((length, length), -torch.inf).triu(1)
+    return model
+
+
+def load_folder(folder: Path, weights: Path | None = None) -> SAN:
+    """Load `folder`/config.json with `weights` (default: `folder`/model.safetensors). Raises ValueError, one line."""
+    config = read_config(folder / CONFIG_NAME)
+    weights = weights or folder / WEIGHTS_NAME
+    try:
+        state = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{weights}: not a readable safetensors file ({error})") from None
+    return fill(config, state, str(weights))
+
+
+def save_folder(model: SAN, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Path:
+    """Write `model` to `folder`, each file all or nothing; the weights stored as `dtype`. Returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_path(folder / WEIGHTS_NAME) as temporary:
+        save_file(state, temporary)
+    write_text(folder / CONFIG_NAME, model.config.model_dump_json(indent=2) + "\n")
+    return folder

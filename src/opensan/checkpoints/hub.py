@@ -1,0 +1,76 @@
+"""Where weights come from: a preset, a folder, a file, or a hub."""
+
+import os
+import re
+from pathlib import Path
+
+from opensan.checkpoints.folder import CONFIG_NAME, WEIGHTS_NAME, load_folder
+from opensan.checkpoints.pickles import load_official
+from opensan.config import PRESETS
+from opensan.model import SAN
+
+OFFICIAL_REPOSITORY = "Mendel192/san"
+OFFICIAL_FILES = {"san-vit-b16": "san_vit_b_16.pth", "san-vit-l14": "san_vit_large_14.pth"}
+TINY_FOLDER = Path(__file__).parents[1] / "assets" / "models" / "tiny"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_model(source: str | os.PathLike) -> SAN:
+    """Load a model in float32 on the CPU, in evaluation mode.
+
+    Args:
+        source: "san-vit-b16", "san-vit-l14", "tiny"; a checkpoint folder; a .safetensors beside its config.json;
+            an official .pth; or a hub id "owner/name".
+
+    Raises:
+        ValueError: one line saying what was wrong with the file, or what `source` could have been.
+        ConnectionError: the hub did not give the file; says what was tried and what works without a network.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return _load_path(path)
+    name = os.fspath(source)
+    if name == "tiny":
+        return load_folder(TINY_FOLDER)
+    if name in OFFICIAL_FILES:
+        return load_official(_download(name, OFFICIAL_REPOSITORY, OFFICIAL_FILES[name]), PRESETS[name])
+    if _HUB_ID.fullmatch(name) and not name.endswith((".pth", ".safetensors")):
+        config = _download(name, name, CONFIG_NAME)
+        return load_folder(config.parent, _download(name, name, WEIGHTS_NAME))
+    known = ", ".join(["tiny", *OFFICIAL_FILES])
+    raise ValueError(
+        f"no model {name!r}: it is no file or folder here; known names are {known}, or a hub id like owner/name"
+    )
+
+
+def _load_path(path: Path) -> SAN:
+    if path.is_dir():
+        return load_folder(path)
+    if path.suffix == ".safetensors":
+        return load_folder(path.parent, path)
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return load_official(path)
+    raise ValueError(f"{path}: not a model (a folder with {CONFIG_NAME}, a .safetensors, or an official .pth)")
+
+
+def _download(model: str, repository: str, filename: str) -> Path:
+    """The cached or freshly downloaded file. Raises ConnectionError with what was tried and what to do."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, filename))
+    except HFValidationError as error:
+        raise ValueError(f"{repository!r} is not a hub id ({_first_line(error)})") from None
+    except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
+        reason = "the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else _first_line(error)
+        raise ConnectionError(
+            f"{model}: tried {constants.ENDPOINT}/{repository} for {filename} and the cache {constants.HF_HUB_CACHE}: "
+            f"{reason}; download the file elsewhere and give its path as the model (--model PATH), "
+            f"or use --model tiny, which needs no network"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

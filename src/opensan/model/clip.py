@@ -1,0 +1,128 @@
+"""The frozen CLIP, cut in three: shallow image layers, recognition layers, text tower.
+
+The towers are open_clip's modules; what is ours is where they are cut and what steers the recognition layers
+(paper, section 3.3). Letters: B batch, Q queries, N attention heads, L patches, C channels, h w CLIP's patch grid.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
+
+from opensan.config import ClipConfig
+
+BLOCKED = -100.0
+"""Added to an attention logit that must not count (the official value; exp(-100) vanishes in float32)."""
+
+
+def build_clip(config: ClipConfig) -> CLIP:
+    """A CLIP with random weights, in evaluation mode."""
+    vision, text = config.vision, config.text
+    clip = CLIP(
+        embed_dim=config.embed_dim,
+        quick_gelu=config.quick_gelu,
+        vision_cfg={
+            "width": vision.width,
+            "layers": vision.layers,
+            "head_width": vision.width // vision.heads,
+            "patch_size": vision.patch_size,
+            "image_size": vision.image_size,
+            "mlp_ratio": vision.mlp_ratio,
+        },
+        text_cfg={
+            "width": text.width,
+            "layers": text.layers,
+            "heads": text.heads,
+            "context_length": text.context_length,
+            "vocab_size": text.vocab_size,
+        },
+    )
+    return clip.eval()
+
+
+@dataclass(frozen=True)
+class ShallowFeatures:
+    """What the shallow layers leave behind."""
+
+    patch_tokens: dict[int, Tensor]
+    """CLIP layer (0: after ln_pre) -> [B, L, C]."""
+    tokens: Tensor
+    """[B, 1 + L, C] after the last shallow layer, class token first."""
+    grid: tuple[int, int]
+    """(h, w), L = h * w."""
+
+
+def resize_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize a square [L0, C] position table to [h * w, C], bicubically; untouched if it already fits."""
+    side = round(table.shape[0] ** 0.5)
+    assert side * side == table.shape[0], table.shape
+    if grid == (side, side):
+        return table
+    square = table.T.reshape(1, -1, side, side)
+    resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    return resized.flatten(2).squeeze(0).T
+
+
+def shallow_features(
+    visual: VisionTransformer, pixels: Tensor, last_layer: int, keep: Collection[int]
+) -> ShallowFeatures:
+    """Run patch embedding and blocks 1..last_layer on normalised `pixels` [B, 3, H, W]; keep the layers in `keep`."""
+    patches = visual.conv1(pixels)  # pixels that do not fill a patch are dropped here
+    grid = (patches.shape[2], patches.shape[3])
+    x = patches.flatten(2).transpose(1, 2)
+    class_position, patch_position = visual.positional_embedding[:1], visual.positional_embedding[1:]
+    class_token = (visual.class_embedding + class_position).expand(len(x), 1, -1)
+    x = torch.cat([class_token, x + resize_position_table(patch_position, grid)], dim=1)
+    x = visual.ln_pre(x)
+    kept = {0: x[:, 1:]} if 0 in keep else {}
+    for layer in range(1, last_layer + 1):
+        x = visual.transformer.resblocks[layer - 1](x)
+        if layer in keep:
+            kept[layer] = x[:, 1:]
+    return ShallowFeatures(patch_tokens=kept, tokens=x, grid=grid)
+
+
+def recognition_mask(attention_bias: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The additive attention mask of the recognition layers, [B * N, Q + 1 + L, Q + 1 + L].
+
+    `attention_bias` [B, N, Q, h', w'] is max-pooled to CLIP's `grid`. SLS tokens (the Q copies of the class token)
+    see the patches with that bias, and themselves; class token and patches never see an SLS token, so they
+    behave exactly as in plain CLIP.
+    """
+    batch, heads, queries = attention_bias.shape[:3]
+    pooled = F.adaptive_max_pool2d(attention_bias.flatten(0, 1), grid).flatten(2)  # [B * N, Q, L]
+    length = queries + 1 + pooled.shape[2]
+    mask = pooled.new_zeros(batch * heads, length, length)
+    mask[:, :, : queries + 1] = BLOCKED
+    mask[:, queries:, queries] = 0.0
+    mask[:, range(queries), range(queries)] = 0.0
+    mask[:, :queries, queries + 1 :] = pooled
+    return mask
+
+
+def recognise(visual: VisionTransformer, features: ShallowFeatures, attention_bias: Tensor, first_layer: int) -> Tensor:
+    """Mask embeddings [B, Q, D], unit length: blocks first_layer.. steered by `attention_bias` [B, N, Q, h', w']."""
+    queries = attention_bias.shape[2]
+    class_token = features.tokens[:, :1]
+    x = torch.cat([class_token.expand(-1, queries, -1), features.tokens], dim=1)
+    mask = recognition_mask(attention_bias, features.grid)
+    for block in visual.transformer.resblocks[first_layer - 1 :]:
+        x = block(x, attn_mask=mask)
+    return F.normalize(visual.ln_post(x[:, :queries]) @ visual.proj, dim=-1)
+
+
+def encode_prompts(clip: CLIP, tokens: Tensor) -> Tensor:
+    """Embed `tokens` [P, L] int64, L up to the context length, as unit rows [P, D].
+
+    The tower is causal and read at the end-of-text token (the largest id), so cutting `tokens` after
+    the longest prompt of the batch changes nothing.
+    """
+    length = tokens.shape[1]
+    x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
+    x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
+    x = clip.ln_final(x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)])
+    return F.normalize(x @ clip.text_projection, dim=-1)

@@ -1,0 +1,102 @@
+"""SAN, in the two halves that its structure allows: an image becomes proposals; words classify them.
+
+Words enter only at the last matrix product, so proposals can be kept and asked again with any other words.
+Letters: B batch, Q queries, K words, R text rows, D embedding, N attention heads, h w stride-16 grid.
+"""
+
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from torch import Tensor, nn
+
+from opensan.config import ModelConfig
+from opensan.model.clip import ShallowFeatures, build_clip, encode_prompts, recognise, shallow_features
+from opensan.model.side_adapter import SideAdapter
+from opensan.structures import Proposals, TextClassifier
+
+
+class SAN(nn.Module):
+    """The Side Adapter Network (Xu et al., CVPR 2023) around a CLIP that is held once.
+
+    Trained are `side_adapter`, `no_object_embedding` and the shallow CLIP position table; all else is frozen.
+    """
+
+    def __init__(self, config: ModelConfig, *, clip: CLIP, side_adapter: SideAdapter) -> None:
+        super().__init__()
+        self.config = config
+        self.clip = clip
+        self.side_adapter = side_adapter
+        self.no_object_embedding = nn.Parameter(torch.empty(1, config.clip.embed_dim))
+        nn.init.normal_(self.no_object_embedding, std=config.clip.embed_dim**-0.5)
+        self.clip.requires_grad_(False)
+        self.clip.visual.positional_embedding.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "SAN":
+        """Set the mode of the trained parts; the frozen CLIP stays in evaluation mode."""
+        super().train(mode)
+        self.clip.eval()
+        return self
+
+    def propose(self, pixels: Tensor, *, supervise: bool = False) -> Proposals:
+        """Encode images.
+
+        Args:
+            pixels: [B, 3, H, W] float RGB, normalised with the config's mean and std and zero-padded,
+                H and W multiples of `image.size_divisor` (see `opensan.images.prepare`).
+            supervise: also answer the earlier supervised side blocks (`Proposals.auxiliary`), for training.
+
+        Returns:
+            Proposals: mask logits [B, Q, h, w], unit mask embeddings [B, Q, D], attention bias [B, N, Q, h, w].
+        """
+        config = self.config
+        features = self.shallow_features(pixels)
+        blocks = config.side_adapter.supervised_blocks if supervise else config.side_adapter.supervised_blocks[-1:]
+        masks, biases = zip(*self.side_adapter(pixels, features, blocks), strict=True)
+        # SLS tokens do not see each other, so those of all supervised blocks share one pass through deep CLIP.
+        embeddings = recognise(self.clip.visual, features, torch.cat(biases, dim=2), config.recognition_layer + 1)
+        answers = [
+            Proposals(mask_logits=mask, mask_embeddings=embedding, attention_bias=bias)
+            for mask, embedding, bias in zip(masks, embeddings.chunk(len(blocks), dim=1), biases, strict=True)
+        ]
+        last = answers[-1]
+        return Proposals(last.mask_logits, last.mask_embeddings, last.attention_bias, auxiliary=tuple(answers[:-1]))
+
+    def shallow_features(self, pixels: Tensor) -> ShallowFeatures:
+        """The shallow CLIP layers of pixels [B, 3, H, W] (as for `propose`), resized by `clip_scale`.
+
+        The scale factor itself sets the sampling grid, not the ratio of rounded sizes (official behaviour).
+        """
+        config = self.config
+        small = F.interpolate(pixels, scale_factor=config.clip_scale, mode="bilinear", align_corners=False)
+        keep = set(config.side_adapter.fusion.values())
+        return shallow_features(self.clip.visual, small, config.recognition_layer, keep)
+
+    def classify(self, proposals: Proposals, text: TextClassifier) -> Tensor:
+        """Class logits [B, Q, K + 1] of the proposals, "no object" last.
+
+        A class's logit is that of its best row, so that a synonym can only help it.
+        """
+        scale = self.clip.logit_scale.exp()
+        embeddings = proposals.mask_embeddings
+        words = embeddings @ (scale * text.rows.to(embeddings)).T  # [B, Q, R]
+        if len(text.rows) != text.num_classes:
+            index = text.row_class.to(words.device).expand_as(words)
+            empty = words.new_full((*words.shape[:2], text.num_classes), -torch.inf)
+            words = empty.scatter_reduce(2, index, words, "amax")
+        no_object = embeddings @ (scale * self.no_object_row()).T
+        return torch.cat([words, no_object], dim=-1)
+
+    def no_object_row(self) -> Tensor:
+        """The learned "no object" text row, [1, D], unit length."""
+        return F.normalize(self.no_object_embedding, dim=-1)
+
+    def embed_prompts(self, tokens: Tensor) -> Tensor:
+        """Unit text embeddings [P, D] of `tokens` [P, L] int64, L up to the context length."""
+        return encode_prompts(self.clip, tokens)
+
+
+def build_san(config: ModelConfig) -> SAN:
+    """A SAN with random weights (torch's global generator), in evaluation mode."""
+    vision = config.clip.vision
+    adapter = SideAdapter(config.side_adapter, clip_width=vision.width, attention_heads=vision.heads)
+    return SAN(config, clip=build_clip(config.clip), side_adapter=adapter).eval()

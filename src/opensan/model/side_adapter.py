@@ -1,0 +1,156 @@
+"""The side adapter: a small ViT beside CLIP, and the two decoupled heads on its queries (paper, sections 3.2 and 3.3).
+
+Letters: B batch, Q queries, N CLIP attention heads, L patches, C channels, h w stride-16 grid.
+Patch maps travel as tokens [B, L, C]; what the official code writes as 1x1 convolutions are Linear layers here.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from opensan.config import SideAdapterConfig
+from opensan.model.clip import ShallowFeatures, resize_position_table
+
+SIDE_NORM_EPS = 1e-6
+"""timm's ViT epsilon, and the official fusion norm's; CLIP's own is 1e-5."""
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, channels: int, hidden: int, out: int, layers: int) -> None:
+        super().__init__()
+        widths = [channels, *[hidden] * (layers - 1), out]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Everything before the last layer: [..., channels] -> [..., hidden]."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[-1](self.hidden(x))
+
+
+class Fusion(nn.Module):
+    """Brings one CLIP layer into the side network: norm over channels, projection, resize.
+
+    The norm is called `channel_norm` because it is trained with weight decay, unlike the blocks' LayerNorms
+    (official behaviour: it is not torch's LayerNorm there).
+    """
+
+    def __init__(self, clip_width: int, width: int) -> None:
+        super().__init__()
+        self.channel_norm = nn.LayerNorm(clip_width, eps=SIDE_NORM_EPS)
+        self.projection = nn.Linear(clip_width, width)
+
+    def forward(self, patch_tokens: Tensor, clip_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        """[B, h' * w', C] on CLIP's grid -> [B, h * w, width] on the side network's."""
+        projected = self.projection(self.channel_norm(patch_tokens))
+        maps = projected.transpose(1, 2).unflatten(2, clip_grid)
+        resized = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
+        return resized.flatten(2).transpose(1, 2)
+
+
+class DecoupledHead(nn.Module):
+    """Mask logits and attention biases from the same queries, by separate paths (paper, section 3.3)."""
+
+    def __init__(self, config: SideAdapterConfig, attention_heads: int) -> None:
+        super().__init__()
+        mlp = partial(MLP, config.width, config.mlp_channels, layers=config.mlp_layers)
+        self.attention_heads = attention_heads
+        self.query_mlp = mlp(out=config.mask_channels)
+        self.pixel_mlp = mlp(out=config.mask_channels)
+        self.attention_mlp = mlp(out=attention_heads * config.mask_channels)
+        self.bias_scale = nn.Linear(1, 1)
+
+    def forward(self, queries: Tensor, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """queries [B, Q, C], patches [B, L, C] -> mask logits [B, Q, h, w], attention bias [B, N, Q, h, w]."""
+        q = self.query_mlp(queries)
+        mask_logits = q @ self.pixel_mlp(patches).transpose(1, 2)
+        bias = self._attention_bias(q, patches)
+        bias = bias * self.bias_scale.weight.squeeze() + self.bias_scale.bias.squeeze()
+        return mask_logits.unflatten(-1, grid), bias.unflatten(-1, grid)
+
+    def _attention_bias(self, q: Tensor, patches: Tensor) -> Tensor:
+        """q [B, Q, M] -> [B, N, Q, L].
+
+        The last layer would give every pixel N * M channels only to contract M of them with a query. It is linear,
+        so its weight is folded into the queries instead: (W x + b) . q = x . (W^T q) + b . q.
+        """
+        last = self.attention_mlp.layers[-1]
+        weight = last.weight.unflatten(0, (self.attention_heads, -1))  # [N, M, hidden]
+        offset = last.bias.unflatten(0, (self.attention_heads, -1))  # [N, M]
+        folded = torch.einsum("bqm,nmc->bnqc", q, weight)
+        constant = torch.einsum("bqm,nm->bnq", q, offset)
+        hidden = self.attention_mlp.hidden(patches)
+        return folded @ hidden.transpose(1, 2).unsqueeze(1) + constant.unsqueeze(-1)
+
+
+class SideAdapter(nn.Module):
+    """ViT whose first tokens are the queries; CLIP's shallow layers are added to its patch tokens."""
+
+    def __init__(self, config: SideAdapterConfig, clip_width: int, attention_heads: int) -> None:
+        super().__init__()
+        self.config = config
+        side = config.image_size // config.patch_size
+        self.query_embedding = nn.Parameter(torch.empty(config.queries, config.width))
+        self.query_position = nn.Parameter(torch.empty(config.queries, config.width))
+        self.patch_position = nn.Parameter(torch.empty(side * side, config.width))
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                config.heads,
+                mlp_ratio=config.mlp_ratio,
+                qkv_bias=True,
+                norm_layer=partial(nn.LayerNorm, eps=SIDE_NORM_EPS),
+            )
+            for _ in range(config.depth)
+        )
+        self.fusion = nn.ModuleDict({str(block): Fusion(clip_width, config.width) for block in config.fusion})
+        self.head = DecoupledHead(config, attention_heads)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Truncated normal of deviation 0.02, zero biases: the ViT's usual start (timm)."""
+        for parameter in (self.query_embedding, self.query_position, self.patch_position):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, pixels: Tensor, clip: ShallowFeatures, blocks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Mask logits [B, Q, h, w] and attention bias [B, N, Q, h, w] after each of `blocks`, from pixels [B, 3, H, W].
+
+        The position embedding is added to the input and again after every block but the last;
+        the heads read a block's output after fusion and before that addition.
+        """
+        config = self.config
+        patches = self.patch_embedding(pixels)
+        grid = (patches.shape[2], patches.shape[3])
+        position = torch.cat([self.query_position, resize_position_table(self.patch_position, grid)])
+        x = torch.cat([self.query_embedding.expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
+        x = self._fuse(0, x + position, clip, grid)
+        answers = {}
+        for number, block in enumerate(self.blocks, start=1):
+            x = self._fuse(number, block(x), clip, grid)
+            if number in blocks:
+                answers[number] = self.head(x[:, : config.queries], x[:, config.queries :], grid)
+            if number < config.depth:
+                x = x + position
+        return [answers[number] for number in blocks]
+
+    def _fuse(self, number: int, x: Tensor, clip: ShallowFeatures, grid: tuple[int, int]) -> Tensor:
+        """Add the CLIP layer that belongs to side block `number`, if any, to the patch tokens of x [B, Q + L, C]."""
+        if number not in self.config.fusion:
+            return x
+        added = self.fusion[str(number)](clip.patch_tokens[self.config.fusion[number]], clip.grid, grid)
+        return torch.cat([x[:, : self.config.queries], x[:, self.config.queries :] + added], dim=1)
