@@ -1,0 +1,247 @@
+"""Training parity: losses, matches, gradients, optimizer table and first steps against the official code's figures.
+
+The official run's random points are replaced by a fixed grid, so everything here has one right answer; in float64 it is
+met to 1e-6 relative.
+"""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from opensan.checkpoints.official import official_name, official_shape
+from opensan.difference import Difference
+from opensan.model import SAN
+from opensan.structures import TextClassifier
+from opensan.train.criterion import SetCriterion, mask_normalizer
+from opensan.train.matcher import LayerOutput, Matches
+from opensan.train.optimizer import build_adamw, clip_gradients, poly_factor, san_parameter_groups, set_learning_rates
+from opensan.train.points import FixedPoints
+from opensan.train.targets import MaskTargets
+
+RELATIVE_LIMIT = 1e-6
+NORM_LIMIT = 1e-8
+"""Of the parameters' norms after 20 steps: wrong weight decay shows nowhere else."""
+FLOAT32_LIMITS = {"mask_logits": 1e-4, "attention_bias": 3e-4, "mask_embeddings": 1e-5, "class_logits": 4e-4}
+GRID_SIDE = 64
+SCHEDULE_STEPS = 100
+CLIP_NORM = 0.01
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The official run: inputs, and what it answered."""
+
+    arrays: Mapping[str, np.ndarray]
+    figures: Mapping
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward and backward pass answers."""
+
+    losses: dict[str, Tensor]
+    matches: list[Matches]
+    outputs: dict[str, Tensor]
+
+
+def read_golden(arrays: str | Path, figures: str | Path) -> Golden:
+    """Read train_*.npz and train_*.json."""
+    with np.load(arrays) as file:
+        loaded = {name: file[name] for name in file.files}
+    return Golden(loaded, json.loads(Path(figures).read_text(encoding="utf-8")))
+
+
+def check_training(model: SAN, golden: Golden, text: TextClassifier, *, trajectory: bool = True) -> list[Difference]:
+    """Compare training of `model` with the official run, in float64 where nothing else is said.
+
+    Args:
+        model: filled by the goldens' rule. It is copied, not changed.
+        golden: from `read_golden`.
+        text: the classifier of the golden's words; computed in float64, or the limits are not met.
+        trajectory: also take the 20 optimizer steps.
+    """
+    model = copy.deepcopy(model).double().train()
+    official = {name: official_name(name, model.config) for name, _ in model.named_parameters()}
+    pixels, targets = _pixels(model, golden), _targets(model, golden)
+    figures = golden.figures["float64"]
+    step = _forward(model, pixels, targets, text)
+    total = sum(step.losses.values())
+    total.backward()
+
+    rows = _check_outputs(step.outputs, golden)
+    rows += [_relative(f"{name}, relative", value, figures["loss_grid"][name]) for name, value in step.losses.items()]
+    rows += [_relative("total loss, relative", total, figures["total"])]
+    rows += _check_matches(step.matches, figures["matched"])
+    rows += _check_gradients(model, official, golden)
+    if trajectory:
+        model.zero_grad(set_to_none=True)
+        rows += _check_trajectory(model, official, pixels, targets, text, figures)
+    return rows
+
+
+def check_parameter_table(model: SAN, table: Mapping, source: str) -> list[Difference]:
+    """Compare which parameters exist and are trained, and with which rate and decay, with parameters_*.json.
+
+    `model` may live on the meta device. Each row counts parameters that differ; the limit is none.
+    """
+    settings = {
+        name: (group.learning_rate, group.weight_decay) for group in san_parameter_groups(model) for name in group.names
+    }
+    ours = {
+        official_name(name, model.config): (
+            official_shape(name, parameter.shape),
+            parameter.requires_grad,
+            *settings.get(name, (None, None)),
+        )
+        for name, parameter in model.named_parameters()
+    }
+    theirs = {name: (tuple(shape), *rest) for name, shape, *rest in table["parameters"]}
+    both = ours.keys() & theirs.keys()
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    rows = [Difference(f"{source}: parameters of one side only", float(len(ours.keys() ^ theirs.keys())), 0.0)]
+    for place, what in enumerate(("shape", "trained", "learning rate", "weight decay")):
+        differing = [name for name in both if ours[name][place] != theirs[name][place]]
+        rows.append(Difference(f"{source}: parameters of another {what}", float(len(differing)), 0.0))
+    rows.append(Difference(f"{source}: trained numbers", float(abs(trained - table["trained"])), 0.0))
+    return rows
+
+
+def _pixels(model: SAN, golden: Golden) -> Tensor:
+    """The golden's two images as one float64 batch, zero-padded after normalisation."""
+    # float32 constants, then float64: those of the official float64 run.
+    mean = torch.tensor(model.config.image.mean).double()
+    std = torch.tensor(model.config.image.std).double()
+    images = [(torch.from_numpy(golden.arrays[f"image_{one}"]).double() - mean) / std for one in "ab"]
+    height, width = _padded_size(model, golden)
+    return torch.stack(
+        [functional.pad(i.permute(2, 0, 1), (0, width - i.shape[1], 0, height - i.shape[0])) for i in images]
+    )
+
+
+def _padded_size(model: SAN, golden: Golden) -> tuple[int, int]:
+    divisor = model.config.image.size_divisor
+    shapes = [golden.arrays[f"image_{one}"].shape for one in "ab"]
+    height, width = (-(-max(shape[side] for shape in shapes) // divisor) * divisor for side in (0, 1))
+    return height, width
+
+
+def _targets(model: SAN, golden: Golden) -> MaskTargets:
+    height, width = _padded_size(model, golden)
+    masks = [torch.from_numpy(golden.arrays[f"target_masks_{one}"]) for one in "ab"]
+    padded = [functional.pad(m, (0, width - m.shape[2], 0, height - m.shape[1])) for m in masks]
+    return MaskTargets.from_masks(padded, [torch.from_numpy(golden.arrays[f"target_labels_{one}"]) for one in "ab"])
+
+
+def _forward(model: SAN, pixels: Tensor, targets: MaskTargets, text: TextClassifier) -> Step:
+    proposals = model.propose(pixels, supervise=True)
+    layers = [proposals, *proposals.auxiliary]
+    class_logits = [model.classify(layer, text) for layer in layers]
+    criterion = SetCriterion(FixedPoints.grid(GRID_SIDE))
+    outputs = [LayerOutput(layer.mask_logits, logits) for layer, logits in zip(layers, class_logits, strict=True)]
+    losses, matches = criterion(outputs, targets, mask_normalizer([targets], pixels.device))
+    *auxiliary, last = model.config.side_adapter.supervised_blocks
+    named = {}
+    for block, layer, logits in zip((last, *auxiliary), layers, class_logits, strict=True):
+        named[f"mask_logits/block{block}"] = layer.mask_logits
+        named[f"attention_bias/block{block}"] = layer.attention_bias
+        named[f"mask_embeddings/block{block}"] = layer.mask_embeddings
+        named[f"class_logits/block{block}"] = logits
+    return Step(losses, matches, named)
+
+
+def _relative(name: str, ours: Tensor | float, theirs: float, limit: float = RELATIVE_LIMIT) -> Difference:
+    return Difference(name, abs(torch.as_tensor(ours).item() - theirs) / abs(theirs), limit)
+
+
+def _check_outputs(outputs: Mapping[str, Tensor], golden: Golden) -> list[Difference]:
+    """The supervised blocks' outputs; the golden's are of the float32 run."""
+    rows = []
+    for name, ours in outputs.items():
+        theirs = golden.arrays[f"expect/{name}"]
+        difference = np.abs(ours.detach().numpy() - theirs).max()
+        rows.append(Difference(f"{name}, to the float32 run", float(difference), FLOAT32_LIMITS[name.split("/")[0]]))
+    return rows
+
+
+def _check_matches(matches: Sequence[Matches], expected: Mapping[str, list]) -> list[Difference]:
+    rows = []
+    for name, pairs in zip(("final", *(f"aux_{i}" for i in range(len(matches) - 1))), matches, strict=True):
+        ours = list(zip(pairs.image.tolist(), pairs.query.tolist(), pairs.segment.tolist(), strict=True))
+        theirs = [
+            (image, query, segment)
+            for image, (queries, segments) in enumerate(expected[name])
+            for query, segment in zip(queries, segments, strict=True)
+        ]
+        rows.append(Difference(f"matched pairs that differ, {name}", float(len(set(ours) ^ set(theirs))), 0.0))
+    return rows
+
+
+def _check_gradients(model: SAN, official: Mapping[str, str], golden: Golden) -> list[Difference]:
+    """Norms of all gradients to the float64 run; the full gradients to the float32 run, by their largest entry."""
+    figures = golden.figures["float64"]
+    gradients = {official[name]: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
+    expected = figures["grad_norms"]
+    # A gradient that vanishes in theory (a key's bias) has a norm of rounding errors only: compare to the largest.
+    floor = 1e-9 * max(expected.values())
+    worst = max(
+        abs(norms[name] - expected[name]) / max(expected[name], floor) for name in norms.keys() & expected.keys()
+    )
+    rows = [
+        Difference("gradients of one side only", float(len(norms.keys() ^ expected.keys())), 0.0),
+        Difference(f"{len(expected)} gradient norms, largest relative", worst, RELATIVE_LIMIT),
+        _relative("joint gradient norm, relative", _joint_norm(gradients.values()), figures["grad_norm_global"]),
+    ]
+    for key, theirs in golden.arrays.items():
+        if key.startswith("expect_gradient/"):
+            name = key.removeprefix("expect_gradient/")
+            ours = gradients[name].reshape(theirs.shape).numpy()
+            difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+            rows.append(Difference(f"gradient of {name}, to the float32 run, relative", difference, 1e-3))
+    return rows
+
+
+def _joint_norm(tensors) -> float:
+    return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
+
+
+def _check_trajectory(
+    model: SAN,
+    official: Mapping[str, str],
+    pixels: Tensor,
+    targets: MaskTargets,
+    text: TextClassifier,
+    figures: Mapping,
+) -> list[Difference]:
+    """Optimizer steps on the fixed batch: losses and norms at every step, and the parameters they end at."""
+    groups = san_parameter_groups(model)
+    optimizer = build_adamw(groups)
+    trained = [parameter for group in groups for parameter in group.parameters]
+    worst = dict.fromkeys(("learning rate", "gradient norm", "losses"), 0.0)
+    for step, expected in enumerate(figures["trajectory"]):
+        set_learning_rates(optimizer, poly_factor(step, SCHEDULE_STEPS))
+        losses = _forward(model, pixels, targets, text).losses
+        optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        norm = clip_gradients(trained, CLIP_NORM)
+        optimizer.step()
+        figure = {name: _relative(name, value, expected[name]).value for name, value in losses.items()}
+        for what, value in (
+            ("learning rate", _relative("", optimizer.param_groups[0]["lr"], expected["lr"]).value),
+            ("gradient norm", _relative("", norm, expected["grad_norm_before_clip"]).value),
+            ("losses", max(figure.values())),
+        ):
+            worst[what] = max(worst[what], value)
+    count = len(figures["trajectory"])
+    rows = [Difference(f"{count} steps: {what}, relative", value, RELATIVE_LIMIT) for what, value in worst.items()]
+    norms = {official[name]: float(p.detach().norm()) for name, p in model.named_parameters() if p.requires_grad}
+    expected = figures["final_param_norms"]
+    difference = max(abs(norms[name] - expected[name]) / expected[name] for name in expected)
+    return [*rows, Difference(f"parameter norms after {count} steps, relative", difference, NORM_LIMIT)]

@@ -1,0 +1,89 @@
+"""SAN's optimizer: which parameters are trained, with which weight decay, and the schedule of the learning rate."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share their optimizer settings."""
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    learning_rate: float
+    weight_decay: float
+
+
+def san_parameter_groups(
+    model: nn.Module, *, learning_rate: float = 1e-4, weight_decay: float = 1e-4
+) -> list[ParameterGroup]:
+    """The trained parameters of a SAN in two groups: with `weight_decay`, and without.
+
+    Trained is what requires a gradient. Without decay: LayerNorms of the side network's blocks, the query embedding,
+    the query position embedding and both position tables. The fusion's channel norms, biases, the no-object embedding
+    and the bias scale are decayed, as the official code has it.
+    """
+    norms = {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and not name.endswith(".channel_norm")
+        for leaf in ("weight", "bias")
+    }
+    tables = {
+        "side_adapter.query_embedding",
+        "side_adapter.query_position",
+        "side_adapter.patch_position",
+        "clip.visual.positional_embedding",
+    }
+    free = norms | tables
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        ParameterGroup(*zip(*members, strict=True), learning_rate=learning_rate, weight_decay=decay)
+        for decay, members in (
+            (weight_decay, [(name, parameter) for name, parameter in trained if name not in free]),
+            (0.0, [(name, parameter) for name, parameter in trained if name in free]),
+        )
+    ]
+
+
+def build_adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
+    """AdamW with decoupled decay, betas (0.9, 0.999) and eps 1e-8; each group remembers its own initial rate."""
+    return torch.optim.AdamW(
+        [
+            {
+                "params": list(group.parameters),
+                "lr": group.learning_rate,
+                "initial_lr": group.learning_rate,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ],
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
+
+
+def poly_factor(step: int, steps: int, power: float = 0.9, warmup: int = 0) -> float:
+    """What the initial learning rate is multiplied with at `step` = 0, 1, ...: (1 - step / steps) ** power.
+
+    `warmup` steps rise linearly to it (SAN itself has none).
+    """
+    factor = max(1.0 - step / steps, 0.0) ** power
+    return factor * min(1.0, (step + 1) / warmup) if warmup else factor
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to `factor` times its initial one."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale all gradients together so that their joint L2 norm is at most `limit`. Returns the norm before, a scalar.
+
+    The factor is limit / (norm + 1e-6), as in the official code. The norm stays on the device.
+    """
+    return nn.utils.clip_grad_norm_(parameters, limit)
