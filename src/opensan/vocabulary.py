@@ -1,0 +1,396 @@
+"""The words that pixels may get: an ordered list of classes, their synonyms, and the sentences CLIP reads for them.
+
+Letters: K words (classes), R text rows (one for each synonym of each word). Nothing here needs torch.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+UNLABELLED = -1
+"""The label of a pixel that no word got: an absorbing (background) word won it."""
+
+MAX_WORDS = 65_534
+"""Label maps are written as 16-bit PNG at most, with 65,535 for unlabelled."""
+
+MAX_FILE_BYTES = 32 * 2**20
+"""Longer word files are refused unread; 65,534 words take a megabyte or two."""
+
+TEMPLATE_SETS = {
+    "single": ("a photo of a {}.",),
+    # The 14 prompts of ViLD (Gu et al., ICLR 2022) that SAN is trained and tested with; missing full stops are theirs.
+    "vild": (
+        "a photo of a {}.",
+        "This is a photo of a {}",
+        "There is a {} in the scene",
+        "There is the {} in the scene",
+        "a photo of a {} in the scene",
+        "a photo of a small {}.",
+        "a photo of a medium {}.",
+        "a photo of a large {}.",
+        "This is a photo of a small {}.",
+        "This is a photo of a medium {}.",
+        "This is a photo of a large {}.",
+        "There is a small {} in the scene.",
+        "There is a medium {} in the scene.",
+        "There is a large {} in the scene.",
+    ),
+}
+
+Templates = str | os.PathLike | Sequence[str]
+"""The name of a template set, a text file with one template a line, or the templates themselves."""
+
+_CLASSES = Path(__file__).parent / "assets" / "classes"
+_WORD_KEYS = {"name", "text", "synonyms", "prompts", "background"}
+_VOCABULARY_KEYS = {"words", "background", "templates"}
+# Control characters would reach the terminal; lone surrogates (undecodable bytes of a command line) can't be written.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Word:
+    """One class."""
+
+    name: str
+    """What results call it."""
+    synonyms: tuple[str, ...] = ()
+    """What CLIP is asked for: one text row each; the best of them is the word's score. Empty means the name alone."""
+    prompts: tuple[str, ...] | None = None
+    """Full sentences that replace the templates for the first synonym (the others keep the templates)."""
+    absorbs: bool = False
+    """A background or "other" word: it takes pixels, and they are reported as unlabelled."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "synonyms", tuple(self.synonyms) or (self.name,))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """An ordered, checked list of words and the templates that turn them into sentences.
+
+    Absorbing words are moved to the end, so that labels 0..len(names)-1 are the words to report.
+    Names are used as given: neither lower-cased nor reordered (the tokenizer lower-cases by itself).
+    Raises ValueError, one line, on an empty list, more than 65,534 words, blank or repeated names, or a bad template.
+    """
+
+    words: tuple[Word, ...]
+    templates: tuple[str, ...] = TEMPLATE_SETS["vild"]
+
+    def __post_init__(self):
+        _check_words(self.words, list(_places(self.words)))
+        _check_templates(self.templates)
+        object.__setattr__(self, "words", tuple(sorted(self.words, key=lambda word: word.absorbs)))
+        object.__setattr__(self, "templates", tuple(self.templates))
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The display names of the words that are reported; a label is an index into this list."""
+        return [word.name for word in self.words if not word.absorbs]
+
+    @property
+    def row_class(self) -> list[int]:
+        """[R] the class (0..K-1, absorbing words included) that each text row speaks for; ascending."""
+        return [index for index, word in enumerate(self.words) for _ in word.synonyms]
+
+    def prompts(self) -> list[list[str]]:
+        """The sentences of each of the R text rows, in the order of `row_class`; a row is the mean of its sentences."""
+        rows: list[list[str]] = []
+        for word in self.words:
+            for number, synonym in enumerate(word.synonyms):
+                if word.prompts and number == 0:
+                    rows.append(list(word.prompts))
+                else:
+                    rows.append([template.replace("{}", synonym) for template in self.templates])
+        return rows
+
+    @classmethod
+    def parse(cls, spec: object, *, background: object = (), templates: Templates | None = None) -> "Vocabulary":
+        """A vocabulary from whatever a user may give.
+
+        `spec` is one of: a Vocabulary; a string "road, car|automobile|taxi, sky" (commas separate words, `|` separates
+        synonyms, the first of which is the display name); a list of such names, in which a comma is part of the name
+        ("road, route"); a list of dicts {"name", "text", "synonyms", "prompts", "background"}, of which "text" is what
+        prompts say instead of the name; a dict as `to_dict` makes it; the path (os.PathLike) of a file (`from_file`).
+        `background` is a string or a list of absorbing words.
+        `templates` is "vild" (the default), "single", a file with a template a line, or a list.
+        """
+        if isinstance(spec, os.PathLike):
+            return cls.from_file(spec, background=background, templates=templates)
+        if isinstance(spec, Vocabulary):
+            words, own_templates = spec.words, spec.templates
+        elif isinstance(spec, Mapping):
+            words, own_templates = _words_and_templates(spec)
+        else:
+            words, own_templates = _words(spec), TEMPLATE_SETS["vild"]
+        absorbing = tuple(Word(word.name, word.synonyms, word.prompts, True) for word in _words(background))
+        if isinstance(spec, Vocabulary) and not absorbing and templates is None:
+            return spec
+        return cls(words + absorbing, own_templates if templates is None else _templates(templates))
+
+    @classmethod
+    def from_file(
+        cls, path: str | os.PathLike, *, background: object = (), templates: Templates | None = None
+    ) -> "Vocabulary":
+        """Read a word file (UTF-8, at most 32 MiB). Raises ValueError, one line, naming the file and the place.
+
+        `.json`: a list as in `parse`, {"names": [...]} like the ready sets, or {"words", "background", "templates"}.
+        Anything else is text, a word a line: `|` separates synonyms, commas belong to the name, blank lines are
+        skipped, and `#` at the start of a line or after white space begins a comment.
+        """
+        path = Path(path)
+        text = _read(path)
+        try:
+            if path.suffix.lower() == ".json":
+                spec: object = _from_json(text)
+            else:
+                lines = list(_lines(text))
+                spec = tuple(_named(line, f"line {number}") for number, line in lines)
+                _check_words(spec, [f"line {number}" for number, _ in lines])
+            return cls.parse(spec, background=background, templates=templates)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def ready(cls, name: str, *, background: object = (), templates: Templates | None = None) -> "Vocabulary":
+        """One of the benchmarks' label sets, in its training order; `ready_sets()` lists them."""
+        if name not in ready_sets():
+            raise ValueError(f"no ready label set is called {name!r}: choose from {', '.join(ready_sets())}")
+        return cls.from_file(_CLASSES / f"{name}.json", background=background, templates=templates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `parse` reads it back to an equal vocabulary."""
+        return {
+            "words": [_word_to_plain(word) for word in self.words if not word.absorbs],
+            "background": [_word_to_plain(word) for word in self.words if word.absorbs],
+            "templates": list(self.templates),
+        }
+
+
+def ready_sets() -> list[str]:
+    """The names that `Vocabulary.ready` knows."""
+    return sorted(path.stem for path in _CLASSES.glob("*.json"))
+
+
+def _words(spec: object) -> tuple[Word, ...]:
+    """The words of a comma string or of a list; not yet checked."""
+    if isinstance(spec, str):
+        return (
+            tuple(_named(part.strip(), f"word {n}") for n, part in enumerate(spec.split(","), 1))
+            if spec.strip()
+            else ()
+        )
+    if isinstance(spec, list | tuple):
+        return tuple(_word(entry, f"word {n}") for n, entry in enumerate(spec, 1))
+    raise ValueError(f"words must be a string or a list, not {type(spec).__name__} ({_short(spec)})")
+
+
+def _word(entry: object, place: str) -> Word:
+    """One word from an entry of a list."""
+    if isinstance(entry, Word):
+        return entry
+    if isinstance(entry, str):
+        return _named(entry, place)
+    if not isinstance(entry, Mapping):
+        raise ValueError(f'{place} is {_short(entry)}: a word is text, or a dict with "name"')
+    for key in entry:
+        if key not in _WORD_KEYS:
+            raise ValueError(f"{place} has an unknown key {key!r}: known are {', '.join(sorted(_WORD_KEYS))}")
+    if not isinstance(entry.get("name"), str):
+        raise ValueError(f'{place} needs a "name" that is text, not {_short(entry.get("name"))}')
+    place = f"{place} ({_short(entry['name'])})"
+    text = entry.get("text", entry["name"])
+    if not isinstance(text, str):
+        raise ValueError(f'{place}: "text" must be text, not {_short(text)}')
+    if not isinstance(entry.get("background", False), bool):
+        raise ValueError(f'{place}: "background" must be true or false, not {_short(entry["background"])}')
+    prompts = _texts(entry, "prompts", place)
+    return Word(
+        entry["name"], (text, *_texts(entry, "synonyms", place)), prompts or None, entry.get("background", False)
+    )
+
+
+def _texts(entry: Mapping, key: str, place: str) -> tuple[str, ...]:
+    texts = entry.get(key) or ()
+    if isinstance(texts, str) or not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f'{place}: "{key}" must be a list of texts, not {_short(texts)}')
+    return tuple(texts)
+
+
+def _named(text: str, place: str) -> Word:
+    """ "car|automobile|taxi" -> a word called "car" with three synonyms."""
+    if "|" not in text:
+        return Word(text)
+    synonyms = tuple(part.strip() for part in text.split("|"))
+    if not all(synonyms):
+        raise ValueError(f"{place} ({_short(text)}): synonym {synonyms.index('') + 1} is blank")
+    return Word(synonyms[0], synonyms)
+
+
+def _words_and_templates(data: Mapping) -> tuple[tuple[Word, ...], tuple[str, ...]]:
+    """The content of a JSON object: a ready set's {"names"} or {"words", "background", "templates"}."""
+    if "names" in data and "words" not in data:
+        return _words(_list_of(data, "names")), TEMPLATE_SETS["vild"]
+    for key in data:
+        if key not in _VOCABULARY_KEYS:
+            raise ValueError(f'unknown key {_short(key)}: a vocabulary has "words", "background" and "templates"')
+    background = _words(_list_of(data, "background")) if "background" in data else ()
+    templates = data.get("templates", "vild")
+    # Data from outside may name a template set, but never a file to read.
+    if isinstance(templates, str) and templates not in TEMPLATE_SETS:
+        raise ValueError(f'"templates" must be {_set_names()} or a list, not {_short(templates)}')
+    absorbing = tuple(Word(word.name, word.synonyms, word.prompts, True) for word in background)
+    return _words(_list_of(data, "words")) + absorbing, _templates(templates)
+
+
+def _list_of(data: Mapping, key: str) -> list | tuple:
+    if not isinstance(data.get(key), list | tuple):
+        raise ValueError(f'"{key}" must be a list of words, not {_short(data.get(key))}')
+    return data[key]
+
+
+def _word_to_plain(word: Word) -> str | dict[str, Any]:
+    """The shortest entry that `_word` reads back to an equal word (absorbing aside)."""
+    if word.synonyms == (word.name,) and word.prompts is None and "|" not in word.name:
+        return word.name
+    plain: dict[str, Any] = {"name": word.name}
+    if word.synonyms[0] != word.name:
+        plain["text"] = word.synonyms[0]
+    if word.synonyms[1:]:
+        plain["synonyms"] = list(word.synonyms[1:])
+    if word.prompts:
+        plain["prompts"] = list(word.prompts)
+    return plain
+
+
+def _places(words: Iterable[Word]) -> Iterator[str]:
+    """How to call each word in an error: "word 3", or "background word 1"."""
+    absorbing = 0
+    for number, word in enumerate(words, 1):
+        absorbing += word.absorbs
+        yield f"background word {absorbing}" if word.absorbs else f"word {number}"
+
+
+def _check_words(words: Sequence[Word], places: Sequence[str]) -> None:
+    """Raise ValueError unless the words are few enough, readable, and all different."""
+    if not words or all(word.absorbs for word in words):
+        raise ValueError(
+            "the vocabulary is empty: give at least one word" + (" besides the background" if words else "")
+        )
+    if len(words) > MAX_WORDS:
+        raise ValueError(f"{len(words):,} words are too many: a label map holds at most {MAX_WORDS:,}")
+    owner: dict[str, int] = {}
+    for index, word in enumerate(words):
+        _check_text(word.name, places[index])
+        for text in word.synonyms:
+            _check_text(text, f"{places[index]} ({_short(word.name)}): a synonym")
+        for text in word.prompts or ():
+            _check_text(text, f"{places[index]} ({_short(word.name)}): a prompt")
+        texts = word.synonyms if word.name in word.synonyms else (*word.synonyms, word.name)
+        own = set()
+        for text in texts:
+            key = _key(text)
+            first = owner.setdefault(key, index)
+            if key in own:
+                raise ValueError(f"{places[index]} ({_short(word.name)}): synonym {_short(text)} stands there twice")
+            if first != index:
+                synonym = "" if text == word.name else f" (synonym {_short(text)})"
+                raise ValueError(
+                    f"{places[index]} {_short(word.name)}{synonym} repeats {places[first]} {_short(words[first].name)}"
+                )
+            own.add(key)
+
+
+def _check_text(text: object, place: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{place} is {_short(text)}: it must be text")
+    if not text.strip():
+        raise ValueError(f"{place} is blank")
+    if _UNPRINTABLE.search(text):
+        raise ValueError(f"{place} ({_short(text)}) has a control character or is not valid text")
+
+
+def _key(text: str) -> str:
+    """Two texts with the same key are the same word."""
+    return " ".join(text.casefold().split())
+
+
+def _templates(spec: Templates) -> tuple[str, ...]:
+    """The templates of a set's name, of a file with one a line, or of a list. Checked by Vocabulary."""
+    if isinstance(spec, str) and spec in TEMPLATE_SETS:
+        return TEMPLATE_SETS[spec]
+    if isinstance(spec, str) and ("{}" in spec or not re.search(r"[./\\]", spec)):
+        raise ValueError(f"unknown template set {_short(spec)}: choose {_set_names()}, or give a text file or a list")
+    if isinstance(spec, str | os.PathLike):
+        path = Path(spec)
+        templates = tuple(line for _, line in _lines(_read(path)))
+        try:
+            _check_templates(templates)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return templates
+    if isinstance(spec, list | tuple):
+        return tuple(spec)
+    raise ValueError(f"templates must be {_set_names()}, a text file or a list, not {_short(spec)}")
+
+
+def _check_templates(templates: Sequence[str]) -> None:
+    if not templates:
+        raise ValueError('no prompt templates: give at least one, such as "a photo of a {}."')
+    first: dict[str, int] = {}
+    for number, template in enumerate(templates, 1):
+        _check_text(template, f"template {number}")
+        if template.count("{}") != 1:
+            raise ValueError(f'template {number} {_short(template)} must hold "{{}}" exactly once, where the word goes')
+        if first.setdefault(template, number) != number:
+            raise ValueError(f"template {number} {_short(template)} repeats template {first[template]}")
+
+
+def _set_names() -> str:
+    return " or ".join(f'"{name}"' for name in TEMPLATE_SETS)
+
+
+def _read(path: Path) -> str:
+    """The text of a file. Raises ValueError, one line, on one that can't be read, is too long, or is not text."""
+    try:
+        # Bounded by what is read, not by what the file system says: a pipe or a device has no size.
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror})") from None
+    except ValueError:  # a NUL in the name
+        raise ValueError(f"{str(path)!r}: not a file name") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: longer than {MAX_FILE_BYTES // 2**20} MiB, not a list of words")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
+    if "\0" in text:
+        raise ValueError(f"{path}: binary data, not text")
+    return text
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """(line number, content) of the lines that hold anything but comments."""
+    for number, line in enumerate(text.splitlines(), 1):
+        content = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
+        if content:
+            yield number, content
+
+
+def _from_json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+
+
+def _short(value: object) -> str:
+    """repr, cut to what fits in a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
