@@ -20,7 +20,7 @@ _HOME = {
     "ModelConfig": "opensan.config",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = ["Encoding", "ModelConfig", "Segmentation", "Segmenter", "Vocabulary", "__version__", "load"]
 
 if TYPE_CHECKING:
     from opensan.config import ModelConfig

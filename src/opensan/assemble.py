@@ -18,7 +18,7 @@ BAND_ELEMENTS = 8_000_000
 
 @dataclass(frozen=True)
 class LabelMap:
-    """labels [H0, W0] int64 in 0..K-1; scores [H0, W0] float, the winner's score (0 or more, may exceed 1)."""
+    """labels [H0, W0] int32 in 0..K-1; scores [H0, W0] float, the winner's score (0 or more, may exceed 1)."""
 
     labels: Tensor
     scores: Tensor
@@ -56,14 +56,15 @@ def label_map(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> 
     Ties go to the lowest class, as argmax answers them. Memory is bounded by a band of rows, not by K x H0 x W0.
     """
     height, width = sizes.image
-    labels = torch.empty(height, width, dtype=torch.int64, device=mask_logits.device)
+    labels = torch.empty(height, width, dtype=torch.int32, device=mask_logits.device)
     scores = torch.empty(height, width, dtype=mask_logits.dtype, device=mask_logits.device)
     queries, words = probabilities.shape
     weights = probabilities.T.contiguous()
     rows = max(1, BAND_ELEMENTS // ((queries + words) * width))
     for top, masks in mask_bands(mask_logits, sizes, rows):
         band = (weights @ masks.flatten(1)).unflatten(1, masks.shape[1:])
-        torch.max(band, dim=0, out=(scores[top : top + rows], labels[top : top + rows]))
+        best = band.max(dim=0)
+        scores[top : top + rows], labels[top : top + rows] = best.values, best.indices
     return LabelMap(labels, scores)
 
 

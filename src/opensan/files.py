@@ -26,7 +26,7 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(temporary, target)
+        temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from opensan.checkpoints.folder import CONFIG_NAME, WEIGHTS_NAME, load_folder
 from opensan.checkpoints.pickles import load_official
-from opensan.config import PRESETS
+from opensan.config import PRESETS, ModelConfig, read_config
 from opensan.model import SAN
 
 OFFICIAL_REPOSITORY = "Mendel192/san"
@@ -42,6 +42,15 @@ def load_model(source: str | os.PathLike) -> SAN:
     raise ValueError(
         f"no model {name!r}: it is no file or folder here; known names are {known}, or a hub id like owner/name"
     )
+
+
+def preset_config(name: str) -> ModelConfig:
+    """The configuration of a model that has a name. Raises ValueError naming the known ones."""
+    if name == "tiny":
+        return read_config(TINY_FOLDER / CONFIG_NAME)
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}: known are tiny, {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def _load_path(path: Path) -> SAN:

@@ -77,8 +77,8 @@ class SAN(nn.Module):
         A class's logit is that of its best row, so that a synonym can only help it.
         """
         scale = self.clip.logit_scale.exp()
-        embeddings = proposals.mask_embeddings
-        words = embeddings @ (scale * text.rows.to(embeddings)).T  # [B, Q, R]
+        embeddings = proposals.mask_embeddings.to(text.rows.dtype)
+        words = embeddings @ (scale * text.rows).T  # [B, Q, R]
         if len(text.rows) != text.num_classes:
             index = text.row_class.to(words.device).expand_as(words)
             empty = words.new_full((*words.shape[:2], text.num_classes), -torch.inf)

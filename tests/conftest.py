@@ -1,0 +1,62 @@
+"""What several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensan.config import ClipConfig, ImageConfig, ModelConfig, SideAdapterConfig, TextConfig, VisionConfig
+
+torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's text cache."""
+    monkeypatch.setenv("OPENSAN_CACHE", str(tmp_path / "text-cache"))
+
+
+@pytest.fixture(scope="session")
+def small_config() -> ModelConfig:
+    """A SAN of a second or less: every part present, every number different from its neighbours."""
+    return ModelConfig(
+        name="small",
+        clip=ClipConfig(
+            embed_dim=24,
+            quick_gelu=True,
+            vision=VisionConfig(width=32, layers=5, heads=4, patch_size=8, image_size=64),
+            text=TextConfig(width=16, layers=2, heads=2),
+        ),
+        side_adapter=SideAdapterConfig(
+            width=48,
+            depth=4,
+            heads=3,
+            image_size=96,
+            queries=10,
+            fusion={0: 0, 1: 1, 2: 3},
+            supervised_blocks=(3, 4),
+            mask_channels=20,
+            mlp_channels=28,
+        ),
+        recognition_layer=3,
+        clip_scale=0.5,
+        image=ImageConfig(short_side=96, long_side=384),
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config):
+    """`small_config` with seeded weights, lively enough that proposals and words differ. Not to be changed."""
+    from opensan.model import build_san
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_san(small_config)
+        for name, parameter in model.named_parameters():
+            if name.startswith("side_adapter") and parameter.ndim > 1:
+                parameter.data.normal_(std=parameter[0].numel() ** -0.5)
+    return model

@@ -1,0 +1,164 @@
+"""The two halves of the model, and what the structure promises."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from opensan.checkpoints import build_empty
+from opensan.config import PRESETS
+from opensan.model.clip import BLOCKED, encode_prompts, recognition_mask, resize_position_table
+from opensan.structures import TextClassifier
+
+
+def pixels(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(count: int, width: int, seed: int = 2) -> torch.Tensor:
+    return F.normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def plain_classifier(text: torch.Tensor) -> TextClassifier:
+    return TextClassifier(text, torch.arange(len(text)), len(text))
+
+
+@torch.inference_mode()
+def test_shapes_and_unit_length(small_model):
+    proposals = small_model.propose(pixels(2, 3, 96, 128))
+    assert proposals.mask_logits.shape == (2, 10, 6, 8)
+    assert proposals.attention_bias.shape == (2, 4, 10, 6, 8)
+    assert proposals.mask_embeddings.shape == (2, 10, 24)
+    torch.testing.assert_close(proposals.mask_embeddings.norm(dim=-1), torch.ones(2, 10))
+    assert proposals.auxiliary == ()
+    logits = small_model.classify(proposals, plain_classifier(rows(5, 24)))
+    assert logits.shape == (2, 10, 6)
+
+
+@torch.inference_mode()
+def test_words_run_neither_vit(small_model):
+    """Asking other words touches no parameter of either ViT: only the text rows and the no-object row."""
+    proposals = small_model.propose(pixels(1, 3, 96, 96))
+    calls = []
+    hooks = [m.register_forward_hook(lambda *_: calls.append(1)) for m in small_model.modules() if m is not small_model]
+    try:
+        first = small_model.classify(proposals, plain_classifier(rows(4, 24, seed=3)))
+        second = small_model.classify(proposals, plain_classifier(rows(7, 24, seed=4)))
+        assert calls == []
+        small_model.propose(pixels(1, 3, 96, 96))
+        assert calls, "the hooks would have seen the ViTs run"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert first.shape[-1] == 5 and second.shape[-1] == 8
+
+
+@torch.inference_mode()
+def test_supervision_adds_blocks_and_changes_no_answer(small_model):
+    x = pixels(1, 3, 64, 96)
+    plain, supervised = small_model.propose(x), small_model.propose(x, supervise=True)
+    torch.testing.assert_close(plain.mask_logits, supervised.mask_logits)
+    torch.testing.assert_close(plain.mask_embeddings, supervised.mask_embeddings)
+    (auxiliary,) = supervised.auxiliary
+    assert auxiliary.mask_logits.shape == plain.mask_logits.shape
+    assert not torch.allclose(auxiliary.mask_logits, plain.mask_logits)
+
+
+@torch.inference_mode()
+def test_patches_and_class_token_behave_as_in_plain_clip(small_model):
+    """The Q SLS tokens change nothing for the others, and one whose bias is zero is CLIP's own class token."""
+    visual = small_model.clip.visual
+    features = small_model.shallow_features(pixels(1, 3, 128, 128))
+    assert features.grid == (8, 8)
+    x = features.tokens
+    for block in visual.transformer.resblocks[3:]:
+        x = block(x)
+    bias = torch.zeros(1, 4, 3, 8, 8)
+    steered = torch.cat([features.tokens[:, :1].expand(-1, 3, -1), features.tokens], dim=1)
+    mask = recognition_mask(bias, features.grid)
+    for block in visual.transformer.resblocks[3:]:
+        steered = block(steered, attn_mask=mask)
+    torch.testing.assert_close(steered[:, 3:], x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(steered[:, 0], x[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_recognition_mask_entry_by_entry():
+    bias = torch.randn(2, 2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    mask = recognition_mask(bias, (2, 3))
+    assert mask.shape == (4, 10, 10)
+    for batch in range(2):
+        for head in range(2):
+            found = mask[batch * 2 + head]
+            for row in range(10):
+                for column in range(10):
+                    if row < 3 and column >= 4:
+                        y, x = divmod(column - 4, 3)
+                        expected = bias[batch, head, row, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].max()
+                    elif (row == column and row < 3) or (row >= 3 and column >= 3):
+                        expected = 0.0
+                    else:
+                        expected = BLOCKED
+                    assert found[row, column] == expected, (row, column)
+
+
+def test_position_table_resizes_whenever_the_shape_differs():
+    """The official code leaves a 2x8 grid of a 4x4 table alone because the number of patches is the same: a bug."""
+    table = torch.arange(16.0).reshape(16, 1)
+    assert resize_position_table(table, (4, 4)) is table
+    resized = resize_position_table(table, (2, 8))
+    assert resized.shape == (16, 1) and not torch.equal(resized, table)
+
+
+@torch.inference_mode()
+def test_batches_answer_as_single_images(small_model):
+    x = pixels(3, 3, 64, 96)
+    together = small_model.propose(x)
+    for index in range(3):
+        alone = small_model.propose(x[index : index + 1])
+        torch.testing.assert_close(together.mask_logits[index], alone.mask_logits[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together.mask_embeddings[index], alone.mask_embeddings[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_class_scores_as_its_best_synonym(small_model):
+    proposals = small_model.propose(pixels(1, 3, 64, 64))
+    text = rows(5, 24)
+    each = small_model.classify(proposals, plain_classifier(text))
+    grouped = small_model.classify(proposals, TextClassifier(text, torch.tensor([0, 0, 1, 2, 2]), 3))
+    expected = torch.stack([each[..., :2].amax(-1), each[..., 2], each[..., 3:5].amax(-1), each[..., 5]], dim=-1)
+    torch.testing.assert_close(grouped, expected)
+
+
+@torch.inference_mode()
+def test_prompts_may_be_cut_after_the_longest(small_model):
+    tokens = torch.zeros(2, 77, dtype=torch.int64)
+    tokens[0, :4] = torch.tensor([49406, 320, 1125, 49407])
+    tokens[1, :6] = torch.tensor([49406, 320, 1125, 539, 320, 49407])
+    full, cut = encode_prompts(small_model.clip, tokens), encode_prompts(small_model.clip, tokens[:, :6])
+    torch.testing.assert_close(full, cut, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(full.norm(dim=-1), torch.ones(2))
+
+
+def test_the_text_tower_is_open_clips_own(small_model):
+    tokens = torch.zeros(1, 77, dtype=torch.int64)
+    tokens[0, :4] = torch.tensor([49406, 320, 1125, 49407])
+    with torch.inference_mode():
+        expected = small_model.clip.encode_text(tokens, normalize=True)
+        torch.testing.assert_close(encode_prompts(small_model.clip, tokens), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "trained"),
+    [("san-vit-b16", 157_840_307, 8_370_866), ("san-vit-l14", 436_674_995, 9_321_650)],
+)
+def test_presets_have_the_official_size(preset, total, trained):
+    model = build_empty(PRESETS[preset])
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+
+
+def test_training_mode_leaves_clip_frozen(small_model):
+    try:
+        small_model.train()
+        assert small_model.side_adapter.training and not small_model.clip.training
+    finally:
+        small_model.eval()
