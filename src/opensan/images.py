@@ -1,0 +1,302 @@
+"""Photographs in: from whatever a user has to 8-bit RGB, and from there to what the network reads.
+
+Letters: H W the network's image, H0 W0 the photograph as given.
+"""
+
+import functools
+import io
+import math
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from opensan.config import ImageConfig
+
+MAX_PIXELS = 100_000_000
+"""Larger photographs are refused unless the caller raises the limit: decoding is paid before anything can be said."""
+
+ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+
+# Raster formats that Pillow decodes itself. Not EPS and its like, which are handed to an interpreter.
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+# EXIF orientation -> the transposition that puts the photograph upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_TAG = 0x0112
+
+
+class ImageError(ValueError):
+    """A photograph that can't be used; the message is one line and names it."""
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """A photograph as network input; all sizes are (height, width)."""
+
+    pixels: torch.Tensor
+    """[3, Hp, Wp] float32, normalised, zero-padded at the bottom and right."""
+    image_size: tuple[int, int]
+    """(H0, W0) of the photograph."""
+    network_size: tuple[int, int]
+    """(H, W) after the resize: the part of `pixels` that is not padding."""
+    padded_size: tuple[int, int]
+    """(Hp, Wp), multiples of the config's size_divisor."""
+
+
+def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read one photograph as uint8 RGB [H0, W0, 3], a new contiguous array.
+
+    `source` is a path, the bytes of an image file, a PIL image, a uint8 numpy array ([H0, W0] grey, [H0, W0, 3] RGB or
+    [H0, W0, 4] RGBA), or a uint8 torch tensor ([3, H0, W0], or [H0, W0, 3] if its first dimension isn't 3).
+    EXIF rotation is applied; transparency is laid on white, as viewers show it; 16-bit grey is scaled by its full
+    range (65,535 is white); of an animation the first frame is taken; colour profiles are ignored.
+
+    Raises ImageError, one line, naming the source: unreadable, not an image, damaged, without pixels, or of more than
+    `max_pixels` pixels (known from the header, before anything is decoded).
+    """
+    if isinstance(source, str) and _URL.match(source):
+        raise ImageError(f"{_shorten(source)}: URLs are not fetched; download it first")
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        try:
+            with path.open("rb") as file:
+                return _decode_file(file, str(path), max_pixels)
+        except OSError as error:
+            raise ImageError(f"{path}: can't be read ({error.strerror or error})") from None
+        except ValueError as error:
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"{_shorten(repr(str(path)))}: not a file name") from None  # a NUL in it
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode_file(io.BytesIO(source), "image bytes", max_pixels)
+    if isinstance(source, Image.Image):
+        with _without_pillow_limit():
+            return _decode(source, "PIL image", max_pixels)
+    if isinstance(source, torch.Tensor):
+        return _from_array(_channels_last(source), "torch tensor", max_pixels)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, "numpy array", max_pixels)
+    raise ImageError(
+        f"an image is a path, bytes, a PIL image, a numpy array or a torch tensor, not {type(source).__name__}"
+    )
+
+
+def network_size(image_size: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
+    """(H, W) of the network's image for a photograph of `image_size` (H0, W0), before padding.
+
+    The short side becomes `config.short_side`; if the long side then exceeds `config.long_side`, that decides.
+    Rounding is int(x + 0.5), as in the official evaluation; no side becomes less than one pixel.
+    """
+    scale = config.short_side / min(image_size)
+    sides = [config.short_side if side == min(image_size) else scale * side for side in image_size]
+    if max(sides) > config.long_side:
+        shrink = config.long_side / max(sides)
+        sides = [side * shrink for side in sides]
+    height, width = (max(1, int(side + 0.5)) for side in sides)
+    return height, width
+
+
+def prepare(image: np.ndarray, config: ImageConfig, *, resize: bool = True) -> PreparedImage:
+    """Turn a photograph, uint8 RGB [H0, W0, 3], into network input.
+
+    Resized by Pillow's bilinear filter (the official evaluation's; its demo used another), normalised, zero-padded
+    to its own multiple of `config.size_divisor`. `resize=False` takes the image as it is, already at network scale.
+    """
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
+    image_size = (image.shape[0], image.shape[1])
+    height, width = network_size(image_size, config) if resize else image_size
+    if (height, width) != image_size:
+        image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    padded = tuple(math.ceil(side / config.size_divisor) * config.size_divisor for side in (height, width))
+    pixels = torch.zeros(3, *padded, dtype=torch.float32)
+    mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (config.mean, config.std))
+    inside = pixels[:, :height, :width]
+    inside.copy_(torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)).sub_(mean).div_(std)
+    return PreparedImage(pixels, image_size, (height, width), padded)
+
+
+def list_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """The image files that `paths` stand for, each once.
+
+    A file is taken whatever its name; a folder gives the images in it and below it, by suffix, sorted, without hidden
+    ones and without following links to folders. Raises ImageError, one line, on a path that does not exist, a folder
+    that can't be listed, and a folder without images.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        if isinstance(path, str) and _URL.match(path):
+            raise ImageError(f"{_shorten(path)}: URLs are not fetched; download it first")
+        path = Path(path)
+        for file in _images_below(path) if path.is_dir() else [path]:
+            found.setdefault(os.path.normpath(file.absolute()), file)
+        if not path.exists():
+            raise ImageError(f"{path}: does not exist")
+    return list(found.values())
+
+
+@functools.cache
+def known_suffixes() -> frozenset[str]:
+    """What `list_images` takes for an image in a folder (".jpg", ...; lower case)."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise ImageError(f"{error.filename}: the folder can't be listed ({error.strerror})") from None
+
+    images = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = (name for name in files if not name.startswith("."))
+        images += [Path(parent, name) for name in names if Path(name).suffix.lower() in known_suffixes()]
+    if not images:
+        raise ImageError(f"{folder}: no images in this folder (known are {', '.join(sorted(known_suffixes()))})")
+    return sorted(images)
+
+
+@contextmanager
+def _without_pillow_limit() -> Iterator[None]:
+    """Pillow warns from 89 and refuses from 179 million pixels; here `max_pixels` decides, before decoding.
+
+    Pillow's limit is a global, so the first thread in lifts it and the last one out puts it back.
+    """
+    with _limit.lock:
+        if _limit.users == 0:
+            _limit.saved, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _limit.users += 1
+    try:
+        yield
+    finally:
+        with _limit.lock:
+            _limit.users -= 1
+            if _limit.users == 0:
+                Image.MAX_IMAGE_PIXELS = _limit.saved
+
+
+class _Limit:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.saved: int | None = None
+
+
+_limit = _Limit()
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _decode_file(file: io.BufferedIOBase, name: str, max_pixels: int) -> np.ndarray:
+    with _without_pillow_limit():
+        try:
+            image = Image.open(file, formats=_known_formats())
+        except UnidentifiedImageError:
+            file.seek(0)
+            what = "not an image in a known format, or damaged at the start" if file.read(1) else "the file is empty"
+            raise ImageError(f"{name}: {what}") from None
+        except Exception as error:  # Pillow's readers raise whatever their parsing trips over
+            raise ImageError(f"{name}: {_reason(error)}") from None
+        with image:
+            return _decode(image, name, max_pixels)
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
+    _check_size(image.height, image.width, name, max_pixels)
+    try:
+        image.load()
+        upright = _UPRIGHT.get(_orientation(image))
+        image = _to_rgb(image)
+        return np.array(image if upright is None else image.transpose(upright))
+    except Exception as error:  # as above; "truncated" arrives here
+        raise ImageError(f"{name}: {_reason(error)}") from None
+
+
+def _check_size(height: int, width: int, name: str, max_pixels: int) -> None:
+    pixels = height * width
+    if pixels == 0:
+        raise ImageError(f"{name}: no pixels ({width} x {height})")
+    if pixels > max_pixels:
+        raise ImageError(
+            f"{name}: {width} x {height} is {pixels:,} pixels, more than the limit of {max_pixels:,}; "
+            f"raise it with max_pixels={pixels} (--max-pixels {pixels})"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged EXIF must not cost the photograph
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode as 8-bit RGB."""
+    # 16-bit PGM arrives as 32-bit integers, scaled by Pillow to 0..65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        to_8_bit = ((np.arange(65_536) + 128) // 257).astype(np.uint8)
+        return Image.fromarray(to_8_bit[np.asarray(image)]).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit integer" if image.mode == "I" else "floating-point"
+        raise ImageError(f"{kind} pixels have no known range; convert it to 8 or 16 bits first")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+    if image.getchannel("A").getextrema() == (255, 255):
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    return white.convert("RGB")
+
+
+def _channels_last(tensor: torch.Tensor) -> np.ndarray:
+    array = tensor.detach().cpu()
+    if array.ndim == 3 and array.shape[0] == 3:
+        array = array.permute(1, 2, 0)
+    if array.dtype == torch.bfloat16:  # numpy has none; the refusal below is about any float
+        array = array.float()
+    return array.numpy()
+
+
+def _from_array(array: np.ndarray, name: str, max_pixels: int) -> np.ndarray:
+    name = f"{name} {'x'.join(map(str, array.shape))} {array.dtype}"
+    if array.dtype != np.uint8:
+        hint = "; for floats in [0, 1] multiply by 255, round and convert" if array.dtype.kind == "f" else ""
+        raise ImageError(f"{name}: pixels must be uint8, 0 to 255{hint}")
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        hint = "; numpy images have channels last" if array.ndim == 3 and array.shape[0] in (3, 4) else ""
+        hint = "; for a batch give a list of images" if array.ndim == 4 else hint
+        raise ImageError(f"{name}: the shape must be HxW, HxWx3 or HxWx4{hint}")
+    _check_size(array.shape[0], array.shape[1], name, max_pixels)
+    if array.ndim == 3 and array.shape[2] == 3:
+        return np.array(array, order="C")  # a copy: the caller may reuse the buffer for the next frame
+    return np.array(_to_rgb(Image.fromarray(array)))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ImageError):
+        return str(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"damaged or unsupported image ({_shorten(text)})"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:117]}..."
