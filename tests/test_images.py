@@ -161,8 +161,8 @@ def test_thin_images(shape):
     image = np.full((*shape, 3), 7, np.uint8)
     np.testing.assert_array_equal(open_image(encoded(Image.fromarray(image), "PNG")), image)
     prepared = prepare(image, CONFIG)
-    assert max(prepared.network_size) <= CONFIG.long_side
-    assert min(prepared.network_size) >= 1
+    assert max(prepared.sizes.network) <= CONFIG.long_side
+    assert min(prepared.sizes.network) >= 1
 
 
 def test_the_pixel_limit_is_read_from_the_header_and_can_be_raised(tmp_path):
@@ -290,7 +290,7 @@ def test_network_sizes_keep_their_bounds(image_size, short_side, long_side):
 def test_prepare_resizes_normalises_and_pads():
     config = ImageConfig(short_side=20, long_side=50)
     prepared = prepare(PHOTO, config)
-    assert (prepared.image_size, prepared.network_size, prepared.padded_size) == ((6, 9), (20, 30), (32, 32))
+    assert (prepared.sizes.image, prepared.sizes.network, prepared.sizes.padded) == ((6, 9), (20, 30), (32, 32))
     assert prepared.pixels.shape == (3, 32, 32) and prepared.pixels.dtype == torch.float32
     resized = np.asarray(Image.fromarray(PHOTO).resize((30, 20), Image.Resampling.BILINEAR), np.float32)
     expect = (resized - np.float32(config.mean)) / np.float32(config.std)
@@ -304,7 +304,7 @@ def test_prepare_without_resize_keeps_the_scale_and_the_caller_s_array():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepared = prepare(image, CONFIG, resize=False)
-    assert prepared.network_size == (6, 9) and prepared.padded_size == (32, 32)
+    assert prepared.sizes.network == (6, 9) and prepared.sizes.padded == (32, 32)
     expect = (PHOTO[5, 8].astype(np.float32) - np.float32(CONFIG.mean)) / np.float32(CONFIG.std)
     np.testing.assert_array_equal(prepared.pixels[:, 5, 8].numpy(), expect)
 

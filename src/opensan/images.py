@@ -19,6 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from opensan.config import ImageConfig
+from opensan.structures import ImageSizes
 
 MAX_PIXELS = 100_000_000
 """Larger photographs are refused unless the caller raises the limit: decoding is paid before anything can be said."""
@@ -47,16 +48,11 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A photograph as network input; all sizes are (height, width)."""
+    """A photograph as network input."""
 
     pixels: torch.Tensor
-    """[3, Hp, Wp] float32, normalised, zero-padded at the bottom and right."""
-    image_size: tuple[int, int]
-    """(H0, W0) of the photograph."""
-    network_size: tuple[int, int]
-    """(H, W) after the resize: the part of `pixels` that is not padding."""
-    padded_size: tuple[int, int]
-    """(Hp, Wp), multiples of the config's size_divisor."""
+    """[3, H, W] float32, normalised, zero-padded at the bottom and right to `sizes.padded`."""
+    sizes: ImageSizes
 
 
 def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -128,7 +124,7 @@ def prepare(image: np.ndarray, config: ImageConfig, *, resize: bool = True) -> P
     mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (config.mean, config.std))
     inside = pixels[:, :height, :width]
     inside.copy_(torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)).sub_(mean).div_(std)
-    return PreparedImage(pixels, image_size, (height, width), padded)
+    return PreparedImage(pixels, ImageSizes(image=image_size, network=(height, width), padded=padded))
 
 
 def list_images(paths: Iterable[str | os.PathLike]) -> list[Path]:

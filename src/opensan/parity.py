@@ -1,6 +1,7 @@
 """Does our model answer what the official code answers? Checked on goldens, tensor by tensor."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,9 @@ import torch
 from opensan.assemble import label_map, score_maps
 from opensan.difference import Difference
 from opensan.golden import golden_config, golden_model, read_golden
-from opensan.images import normalise_and_pad
+from opensan.images import prepare
 from opensan.model import SAN
 from opensan.parity_training import check_training
-from opensan.structures import ImageSizes
 from opensan.text import TextEncoder
 from opensan.vocabulary import Vocabulary
 
@@ -63,10 +63,9 @@ def _answers(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Our tensors by the golden's names, the label map, and the margin of the best score."""
     image = arrays["image"]
-    pixels = normalise_and_pad(image, model.config.image).unsqueeze(0)
-    padded = tuple(pixels.shape[-2:])
-    assert list(padded) == list(meta["padded_size"]), padded
-    sizes = ImageSizes(image=tuple(arrays["output_size"].tolist()), network=image.shape[:2], padded=padded)
+    prepared = prepare(image, model.config.image, resize=False)
+    sizes = replace(prepared.sizes, image=tuple(arrays["output_size"].tolist()))
+    pixels = prepared.pixels.unsqueeze(0)
 
     features = model.shallow_features(pixels)
     proposals = model.propose(pixels)

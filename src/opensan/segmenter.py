@@ -120,7 +120,7 @@ class Segmentation:
         counts = np.bincount(self.labels.ravel() - UNLABELLED, minlength=len(self.names) + 1)[1:]
         return {name: int(count) / self.labels.size for name, count in zip(self.names, counts, strict=True)}
 
-    def relabel(self, words: Any, *, background: Iterable[str] = (), templates: Any = "vild") -> "Segmentation":
+    def relabel(self, words: Any, *, background: Iterable[str] = (), templates: Any = None) -> "Segmentation":
         """The same image asked with other words; neither ViT runs. Arguments as for `Segmenter.segment`."""
         return self.segmenter.segment(self.encoding, words, background=background, templates=templates)
 
@@ -224,7 +224,7 @@ class Segmenter:
         words: Any,
         *,
         background: Iterable[str] = (),
-        templates: Any = "vild",
+        templates: Any = None,
         batch_size: int = 4,
     ) -> Segmentation | list[Segmentation]:
         """Label every pixel with one of `words`.
@@ -233,7 +233,7 @@ class Segmenter:
             images: as for `encode`, or an Encoding, or a list or tuple of either.
             words: "road,car|automobile,sky", a list, a Vocabulary, or anything else `Vocabulary.parse` takes.
             background: words that absorb pixels and are reported as unlabelled (-1).
-            templates: "vild", "single", or a list of prompt templates with one "{}".
+            templates: "vild" (the default), "single", a file with a template a line, or a list; each has one "{}".
             batch_size: as for `encode`.
 
         Returns:
