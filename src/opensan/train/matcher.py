@@ -11,12 +11,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
+from opensan.config import Config
 from opensan.train.points import read_at_points
 from opensan.train.targets import NO_SEGMENT, Targets
 
 
-@dataclass(frozen=True)
-class LossWeights:
+class LossWeights(Config):
     """How much each of the three losses counts; the matching costs use the same weights."""
 
     classification: float = 2.0

@@ -1,0 +1,107 @@
+"""SAN's training augmentation: scale, crop, SSD colour jitter, flip, padding. All randomness comes from one generator.
+
+Scale and crop are done in one resampling of the crop alone, which gives the same pixels as resizing the whole
+photograph first (Pillow's filters look beyond the box) at a fraction of the time.
+"""
+
+import numpy as np
+from PIL import Image
+
+from opensan.config import Config, ImageConfig
+from opensan.images import network_size
+from opensan.vocabulary import UNLABELLED
+
+PADDING_GREY = 128
+"""Fills crops that are larger than the resized photograph, before normalisation (the official recipe)."""
+
+
+class AugmentConfig(Config):
+    """What is done to a photograph before training. The defaults are SAN's."""
+
+    short_sides: tuple[int, ...] = tuple(range(320, 961, 64))
+    """The short side in pixels is drawn from these."""
+    long_side: int = 2_560
+    """The long side never exceeds this, whatever the short side becomes."""
+    crop: tuple[int, int] = (640, 640)
+    """Height and width of what the network sees."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    colour_jitter: bool = True
+    """SSD's changes of brightness, contrast, saturation and hue, each with probability 1/2."""
+
+
+def augment(
+    image: np.ndarray, labels: np.ndarray, config: AugmentConfig, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A training crop of a photograph.
+
+    Args:
+        image: [H, W, 3] uint8 RGB.
+        labels: [H, W] int16, -1 unlabelled.
+
+    Returns:
+        The crop [h, w, 3] uint8 and its labels [h, w] int16, of the configured size.
+    """
+    short_side = int(generator.choice(config.short_sides))
+    scaled = network_size(image.shape[:2], ImageConfig(short_side=short_side, long_side=config.long_side))
+    size = tuple(min(side, limit) for side, limit in zip(scaled, config.crop, strict=True))
+    top, left = (int(generator.integers(side - part + 1)) for side, part in zip(scaled, size, strict=True))
+    image = _resize_crop(image, scaled, (top, left), size)
+    labels = _resize_crop_labels(labels, scaled, (top, left), size)
+    if config.colour_jitter:
+        image = jitter_colours(image, generator)
+    if generator.random() < config.flip:
+        image, labels = image[:, ::-1], labels[:, ::-1]
+    missing = [(0, limit - part) for limit, part in zip(config.crop, size, strict=True)]
+    return (
+        np.pad(image, [*missing, (0, 0)], constant_values=PADDING_GREY),
+        np.pad(labels, missing, constant_values=UNLABELLED),
+    )
+
+
+def _resize_crop(
+    image: np.ndarray, scaled: tuple[int, int], start: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """The part [start, start + size) of `image` resized to `scaled`, bilinearly with antialias, as uint8."""
+    (height, width), (top, left), (rows, columns) = scaled, start, size
+    y, x = image.shape[0] / height, image.shape[1] / width
+    box = (left * x, top * y, min((left + columns) * x, image.shape[1]), min((top + rows) * y, image.shape[0]))
+    resized = Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(resized)
+
+
+def _resize_crop_labels(
+    labels: np.ndarray, scaled: tuple[int, int], start: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """The same for labels: the nearest pixel's."""
+    rows, columns = (
+        ((np.arange(part) + first + 0.5) * (whole / side)).astype(np.intp)
+        for part, first, whole, side in zip(size, start, labels.shape, scaled, strict=True)
+    )
+    return labels[rows[:, None], columns]
+
+
+def jitter_colours(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """SSD's photometric distortion (Liu et al., ECCV 2016) of an image [H, W, 3] uint8 RGB.
+
+    Each with probability 1/2: brightness +-32, contrast x 0.5..1.5, saturation x 0.5..1.5, hue +-36 degrees; contrast
+    comes before or after the other two, with equal chance.
+    """
+    brightness = generator.uniform(-32, 32) if generator.random() < 0.5 else 0.0
+    contrast = generator.uniform(0.5, 1.5) if generator.random() < 0.5 else 1.0
+    contrast_first = generator.random() < 0.5
+    saturation = generator.uniform(0.5, 1.5) if generator.random() < 0.5 else 1.0
+    # Pillow's hue circle has 256 steps.
+    hue = round(generator.uniform(-36, 36) / 360 * 256) if generator.random() < 0.5 else 0
+    levels = np.clip(np.arange(256) + brightness, 0, 255)
+    if contrast_first:
+        levels = np.clip(levels * contrast, 0, 255)
+    image = levels.astype(np.uint8)[image]
+    if saturation != 1.0 or hue:
+        hsv = np.asarray(Image.fromarray(image).convert("HSV")).copy()
+        hsv[..., 0] += np.uint8(hue % 256)  # wraps around, as hue does
+        hsv[..., 1] = np.clip(np.arange(256) * saturation, 0, 255).astype(np.uint8)[hsv[..., 1]]
+        image = np.asarray(Image.fromarray(hsv, mode="HSV").convert("RGB"))
+    if not contrast_first:
+        image = np.clip(np.arange(256) * contrast, 0, 255).astype(np.uint8)[image]
+    return image

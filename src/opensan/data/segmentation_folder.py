@@ -1,0 +1,113 @@
+"""The canonical layout of a labelled data set on disk.
+
+images/NAME.jpg     photographs, any format that Pillow reads
+labels/NAME.png     index PNG: pixel value = line of classes.txt, counted from 0.
+                    8-bit with 255 unlabelled, or 16-bit with 65535 unlabelled
+classes.txt         a class a line, `|` between synonyms
+SPLIT.txt           the photographs of a split, one a line: with or without suffix
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from opensan.images import open_image
+from opensan.vocabulary import UNLABELLED, Vocabulary
+
+
+class SegmentationFolder:
+    """One split of a data set in the canonical layout (a `SegmentationDataset`)."""
+
+    def __init__(self, root: str | Path, split: str, *, ignored: Sequence[str] = ()) -> None:
+        """Read the lists; photographs are read when asked for.
+
+        Args:
+            root: the folder.
+            split: the name of a list, without ".txt".
+            ignored: classes that are no words (a "background" that means "anything else"): their pixels become
+                unlabelled, and the classes after them move up.
+
+        Raises:
+            ValueError: a missing list, class or folder. A listed photograph that does not exist is left out with a
+                warning that names it.
+        """
+        self.root = Path(root)
+        self.split = split
+        full = Vocabulary.from_file(_existing(self.root / "classes.txt"))
+        kept = [word for word in full.words if word.name not in ignored]
+        if unknown := set(ignored) - set(full.names):
+            raise ValueError(f"{self.root / 'classes.txt'}: has no class {', '.join(sorted(unknown))} to ignore")
+        self.vocabulary = Vocabulary(tuple(kept), full.templates)
+        place = {word.name: index for index, word in enumerate(self.vocabulary.words)}
+        self._label_of_value = np.array([place.get(word.name, UNLABELLED) for word in full.words], dtype=np.int16)
+        self._files = self._listed_files()
+
+    def _listed_files(self) -> list[tuple[Path, Path]]:
+        """The split's photographs with their label files."""
+        path = _existing(self.root / f"{self.split}.txt")
+        listed = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        images = _existing(self.root / "images")
+        # Stems may contain dots, so a listed name is looked up as a whole before it is taken for a stem.
+        by_name = {file.name: file for file in images.iterdir()}
+        by_stem = {file.stem: file for file in by_name.values()}
+        found = [by_name.get(name) or by_stem.get(name) for name in listed]
+        if missing := [name for name, file in zip(listed, found, strict=True) if file is None]:
+            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            warnings.warn(
+                f"{path}: {len(missing)} of {len(listed)} listed photographs are not in {images} "
+                f"and are left out: {shown}",
+                stacklevel=3,
+            )
+        return [(file, self.root / "labels" / f"{file.stem}.png") for file in found if file is not None]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        return self._files[index][0].stem
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image_path, label_path = self._files[index]
+        image = open_image(image_path)
+        labels = self._label_of(label_path)
+        if labels.shape != image.shape[:2]:
+            raise ValueError(
+                f"{label_path}: is {labels.shape[1]}x{labels.shape[0]}, "
+                f"its photograph {image.shape[1]}x{image.shape[0]} (width x height)"
+            )
+        return image, labels
+
+    def _label_of(self, path: Path) -> np.ndarray:
+        """The label map at `path`, [H, W] int16."""
+        values = read_index_png(path)
+        ignore = 255 if values.dtype == np.uint8 else 65_535
+        known = len(self._label_of_value)
+        table = np.full(ignore + 1, UNLABELLED, dtype=np.int16)
+        table[:known] = self._label_of_value
+        wrong = (values >= known) & (values != ignore)
+        if wrong.any():
+            raise ValueError(
+                f"{path}: holds the value {values[wrong][0]}; classes.txt has {known} classes, {ignore} is unlabelled"
+            )
+        return table[values]
+
+
+def read_index_png(path: Path) -> np.ndarray:
+    """Pixel values of an index PNG, [H, W] uint8 or uint16. Raises ValueError on any other kind of image."""
+    try:
+        with Image.open(path) as file:
+            if file.mode not in ("L", "P", "I;16", "I;16B", "I"):
+                raise ValueError(f"{path}: an image of mode {file.mode}, not an index PNG of 8 or 16 bits")
+            values = np.asarray(file)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a readable label PNG ({error})") from None
+    return values if values.dtype == np.uint8 else values.astype(np.uint16)
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"{path}: does not exist; a data set folder needs images/, labels/, classes.txt and SPLIT.txt")
+    return path

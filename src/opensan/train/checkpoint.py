@@ -1,0 +1,65 @@
+"""Checkpoints of a run: whole or absent, checked when read, and with an older one to fall back to.
+
+A checkpoint's name carries the start of its content's SHA-256, so damage is noticed without trusting the reader:
+`step-00000500-0123456789abcdef.pt`, and `best-...` for the best one.
+"""
+
+import hashlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensan.files import atomic_path
+
+_NAME = re.compile(r"(step|best)-(\d+)-([0-9a-f]{16})\.pt")
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """`keep`: how many of the newest stay."""
+        self.folder = folder
+        self.keep = keep
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.part.pt"):  # of a process that was killed while it wrote
+            leftover.unlink()
+
+    def save(self, state: dict[str, Any], step: int, *, kind: str = "step") -> Path:
+        """Write `state` (tensors and plain data), then remove what is no longer to be kept."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
+        path = self.folder / f"{kind}-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+        for old in self._newest_first(kind)[1 if kind == "best" else self.keep :]:
+            old.unlink()
+        return path
+
+    def load_newest(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """The newest undamaged state (None: there is none), and a message about each damaged one."""
+        messages = []
+        for path in self._newest_first("step"):
+            try:
+                return _read(path), messages
+            except (OSError, ValueError) as error:
+                messages.append(f"{error}; falling back to the checkpoint before")
+                path.rename(path.with_suffix(".damaged"))
+        return None, messages
+
+    def _newest_first(self, kind: str) -> list[Path]:
+        matches = [match for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        own = sorted(((int(match[2]), match[0]) for match in matches if match[1] == kind), reverse=True)
+        return [self.folder / name for _, name in own]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Raises ValueError if the content is not what was written."""
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest()[:16] != _NAME.fullmatch(path.name)[3]:
+        raise ValueError(f"{path}: damaged (its checksum does not fit its name)")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -1,0 +1,63 @@
+"""Configuration of a training run: plain typed data, unknown keys are an error."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from opensan.config import Config
+from opensan.data.augment import AugmentConfig
+from opensan.train.matcher import LossWeights
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class LoopConfig(Config):
+    """How a run goes, whatever is trained."""
+
+    steps: Positive = 60_000
+    batch_size: Positive = 32
+    """Samples a micro-batch on each rank."""
+    accumulate: Positive = 1
+    """Micro-batches a step: n of them give the update of n ranks with one each."""
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    poly_power: float = 0.9
+    warmup: NotNegative = 0
+    """Steps of linear warm-up."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 0.01
+    """Limit of the joint L2 norm of all gradients."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast in the forward pass; weights, losses and optimizer stay float32."""
+    seed: NotNegative = 0
+    workers: NotNegative = 0
+    """Processes that read and augment samples; 0 does it in the training process."""
+    save_every: Positive = 500
+    keep: Positive = 2
+    """Checkpoints to keep, the best one not counted."""
+    log_every: Positive = 10
+    """Steps between rows of the log."""
+    validate_every: NotNegative = 0
+    """Steps between validations; 0: none."""
+
+
+HARMLESS = {"workers", "save_every", "keep", "log_every", "validate_every"}
+"""Loop settings that change no number of the run: they may differ when it is resumed."""
+
+
+class PointsConfig(Config):
+    """At how many points masks are compared (see opensan.train.points.RandomPoints)."""
+
+    count: Positive = 12_544
+    oversampling: Annotated[float, Field(ge=1)] = 3.0
+    importance: Annotated[float, Field(ge=0, le=1)] = 0.75
+
+
+class SanTrainingConfig(Config):
+    """Training a SAN on labelled photographs. The defaults are the official recipe's."""
+
+    loop: LoopConfig = LoopConfig()
+    augment: AugmentConfig = AugmentConfig()
+    points: PointsConfig = PointsConfig()
+    loss_weights: LossWeights = LossWeights()
+    no_object_weight: float = 0.1

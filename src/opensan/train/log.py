@@ -1,0 +1,110 @@
+"""What a run leaves to read: a CSV row every few steps, and a progress bar for whoever watches."""
+
+import csv
+import io
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from opensan.files import write_text
+
+
+class CsvLog:
+    """A CSV file whose first column is the step. After a resume no row is lost or repeated."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Continue the file at `first_step`: rows of later steps, and a half-written last row, are dropped."""
+        self.path = path
+        self.columns: list[str] | None = None
+        if path.exists():
+            self._drop_from(first_step)
+
+    def _drop_from(self, first_step: int) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+        if not rows:
+            self.path.unlink()
+            return
+        self.columns = rows[0]
+        kept = [rows[0], *(row for row in rows[1:] if int(row[0]) < first_step)]
+        write_text(self.path, "".join(_line(row) for row in kept))
+
+    def add(self, step: int, figures: Mapping[str, float | str]) -> None:
+        """Append a row. All rows have the first one's columns."""
+        row = {"step": step, **figures}
+        lines = ""
+        if self.columns is None:
+            self.columns = list(row)
+            lines = _line(self.columns)
+        assert list(row) == self.columns, (list(row), self.columns)
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(lines + _line([_shown(value) for value in row.values()]))
+
+
+def _line(cells: list) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(cells)
+    return buffer.getvalue()
+
+
+def _shown(value: float | str) -> str:
+    # repr of a float is exact: two runs can be compared to the last bit.
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+class TrainingProgress:
+    """A progress bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, steps: int, first_step: int) -> None:
+        self.console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._steps = steps
+        self._task = self._bar.add_task("training", total=steps, completed=first_step, figures="")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show the newest figures."""
+        text = " ".join(f"{name} {value:.4g}" for name, value in figures.items() if math.isfinite(value))
+        self._bar.update(self._task, figures=text)
+        if not self.console.is_terminal:
+            remaining = self._bar.tasks[0].time_remaining
+            eta = "" if remaining is None else f" ETA {remaining / 60:.0f} min"
+            self.say(f"{step}/{self._steps}{eta} {text}")
+
+    def say(self, message: str) -> None:
+        """Print a line that stays."""
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory in MiB: of the device where it counts it, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
