@@ -1,22 +1,24 @@
 """Training parity: losses, matches, gradients, optimizer table and first steps against the official code's figures.
 
-The official run's random points are replaced by a fixed grid, so everything here has one right answer; in float64 it is
-met to 1e-6 relative.
+In the official run a fixed grid stood in for every random point, so everything here has one right answer.
 """
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from opensan.checkpoints import build_empty
 from opensan.checkpoints.official import official_name, official_shape
+from opensan.config import PRESETS, ClipConfig, ModelConfig, SideAdapterConfig, TextConfig, VisionConfig
 from opensan.difference import Difference
+from opensan.golden import golden_model
 from opensan.model import SAN
 from opensan.structures import TextClassifier
 from opensan.train.criterion import SetCriterion, mask_normalizer
@@ -24,6 +26,23 @@ from opensan.train.matcher import LayerOutput, Matches
 from opensan.train.optimizer import build_adamw, clip_gradients, poly_factor, san_parameter_groups, set_learning_rates
 from opensan.train.points import FixedPoints
 from opensan.train.targets import MaskTargets
+from opensan.vocabulary import Vocabulary
+
+GOLDEN_CONFIG = ModelConfig(
+    name="tiny-config",
+    clip=ClipConfig(
+        embed_dim=64,
+        quick_gelu=True,
+        vision=VisionConfig(width=64, layers=6, heads=4, patch_size=16, image_size=64),
+        text=TextConfig(width=64, layers=3, heads=4),
+    ),
+    side_adapter=SideAdapterConfig(width=144, image_size=128, queries=20, fusion={0: 0, 1: 1, 2: 2, 3: 4}),
+    recognition_layer=4,
+)
+"""The training golden names no model; it is that of the first tiny inference golden."""
+
+PARAMETER_TABLES = {"parameters_tiny.json": GOLDEN_CONFIG, "parameters_b16.json": PRESETS["san-vit-b16"]}
+"""Files that may lie beside a training golden: which parameters are trained, and how."""
 
 RELATIVE_LIMIT = 1e-6
 NORM_LIMIT = 1e-8
@@ -51,39 +70,63 @@ class Step:
     outputs: dict[str, Tensor]
 
 
-def read_golden(arrays: str | Path, figures: str | Path) -> Golden:
-    """Read train_*.npz and train_*.json."""
-    with np.load(arrays) as file:
-        loaded = {name: file[name] for name in file.files}
-    return Golden(loaded, json.loads(Path(figures).read_text(encoding="utf-8")))
+def check_training(arrays: Path, figures: Path, *, trajectory: bool = True) -> list[Difference]:
+    """Compare a training run with the official one, in float64 where nothing else is said.
 
-
-def check_training(model: SAN, golden: Golden, text: TextClassifier, *, trajectory: bool = True) -> list[Difference]:
-    """Compare training of `model` with the official run, in float64 where nothing else is said.
+    The tables of parameters that lie beside the golden are compared too.
 
     Args:
-        model: filled by the goldens' rule. It is copied, not changed.
-        golden: from `read_golden`.
-        text: the classifier of the golden's words; computed in float64, or the limits are not met.
+        arrays: a golden train_*.npz.
+        figures: its .json.
         trajectory: also take the 20 optimizer steps.
+
+    Raises:
+        ValueError: a file that is not such a golden.
     """
-    model = copy.deepcopy(model).double().train()
+    golden = _read(arrays, figures)
+    model = golden_model(GOLDEN_CONFIG).double().train()
+    text = _text_classifier(model, golden)
     official = {name: official_name(name, model.config) for name, _ in model.named_parameters()}
     pixels, targets = _pixels(model, golden), _targets(model, golden)
-    figures = golden.figures["float64"]
+    expected = golden.figures["float64"]
     step = _forward(model, pixels, targets, text)
     total = sum(step.losses.values())
     total.backward()
 
     rows = _check_outputs(step.outputs, golden)
-    rows += [_relative(f"{name}, relative", value, figures["loss_grid"][name]) for name, value in step.losses.items()]
-    rows += [_relative("total loss, relative", total, figures["total"])]
-    rows += _check_matches(step.matches, figures["matched"])
+    rows += [_relative(f"{name}, relative", value, expected["loss_grid"][name]) for name, value in step.losses.items()]
+    rows += [_relative("total loss, relative", total, expected["total"])]
+    rows += _check_matches(step.matches, expected["matched"])
     rows += _check_gradients(model, official, golden)
     if trajectory:
         model.zero_grad(set_to_none=True)
-        rows += _check_trajectory(model, official, pixels, targets, text, figures)
+        rows += _check_trajectory(model, official, pixels, targets, text, expected)
+    for name, config in PARAMETER_TABLES.items():
+        if (path := arrays.parent / name).exists():
+            rows += check_parameter_table(build_empty(config), json.loads(path.read_text(encoding="utf-8")), name)
     return rows
+
+
+def _read(arrays: Path, figures: Path) -> Golden:
+    try:
+        with np.load(arrays, allow_pickle=False) as file:
+            loaded = {name: file[name] for name in file.files}
+        parsed = json.loads(figures.read_text(encoding="utf-8"))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{arrays}: not a training golden ({error})") from None
+    if "float64" not in parsed or "image_a" not in loaded:
+        raise ValueError(f"{arrays}: not a training golden")
+    return Golden(loaded, parsed)
+
+
+@torch.no_grad()
+def _text_classifier(model: SAN, golden: Golden) -> TextClassifier:
+    """The golden's words in float64: the text encoder's own rows are float32, too coarse to compare 20 steps."""
+    vocabulary = Vocabulary.parse(golden.figures["words"], templates=golden.figures["templates"])
+    tokenize = open_clip.SimpleTokenizer(context_length=model.config.clip.text.context_length)
+    rows = [model.embed_prompts(tokenize(prompts)).mean(0) for prompts in vocabulary.prompts()]
+    unit = functional.normalize(torch.stack(rows), dim=1)
+    return TextClassifier(unit, torch.tensor(vocabulary.row_class), len(vocabulary.words))
 
 
 def check_parameter_table(model: SAN, table: Mapping, source: str) -> list[Difference]:
