@@ -1,0 +1,166 @@
+"""The object a user holds: inputs, batches, relabelling, saved encodings, threads."""
+
+import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import opensan
+from opensan.checkpoints import save_folder
+from opensan.segmenter import Encoding, Segmenter
+from opensan.vocabulary import UNLABELLED
+
+WORDS = ["sea", "hair drier", "zebra crossing", "bookcase"]
+
+
+@pytest.fixture(scope="session")
+def folder(small_model, tmp_path_factory):
+    return save_folder(small_model, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def san(folder) -> Segmenter:
+    return opensan.load(folder, text_cache=False)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Blurred noise: regions of some size, as photographs have."""
+    noise = np.random.default_rng(seed).integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def test_the_result_says_what_it_is(san):
+    image = picture(100, 140)
+    seg = san.segment(image, WORDS)
+    assert seg.labels.shape == (100, 140) and seg.labels.dtype == np.int32
+    assert seg.names == WORDS
+    assert seg.confidence.shape == (100, 140) and seg.confidence.dtype == np.float32
+    assert seg.confidence.min() >= 0 and seg.confidence.max() <= 1
+    assert list(seg.areas) == WORDS and sum(seg.areas.values()) == pytest.approx(1)
+    for index, name in enumerate(WORDS):
+        assert seg.areas[name] == pytest.approx((seg.labels == index).mean())
+    assert np.array_equal(seg.image, image)
+
+
+def test_every_kind_of_input_gives_the_same_answer(san, tmp_path):
+    image = picture(60, 80)
+    file = tmp_path / "street.png"
+    Image.fromarray(image).save(file)
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "PNG")
+    expected = san.segment(image, WORDS).labels
+    for source in (file, str(file), content.getvalue(), Image.fromarray(image), torch.from_numpy(image.copy())):
+        assert np.array_equal(san.segment(source, WORDS).labels, expected)
+
+
+def test_relabel_runs_neither_vit(san):
+    seg = san.segment(picture(90, 90), WORDS)
+    calls = []
+    towers = (san.model.clip.visual, san.model.side_adapter)
+    hooks = [m.register_forward_hook(lambda *_: calls.append(1)) for tower in towers for m in tower.modules()]
+    try:
+        again = seg.relabel(["asphalt", "vehicle", "sky"])
+        assert calls == []
+        san.segment(picture(90, 90), WORDS)
+        assert calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert again.names == ["asphalt", "vehicle", "sky"]
+    assert np.array_equal(again.labels, san.segment(picture(90, 90), ["asphalt", "vehicle", "sky"]).labels)
+
+
+def test_mixed_sizes_in_a_batch_answer_as_one_by_one(san):
+    images = [picture(90, 120, 1), picture(50, 50, 2), picture(120, 90, 3), picture(90, 120, 4), picture(31, 200, 5)]
+    together = san.segment(images, WORDS, batch_size=2)
+    assert [seg.labels.shape for seg in together] == [image.shape[:2] for image in images]
+    for image, seg in zip(images, together, strict=True):
+        alone = san.segment(image, WORDS)
+        assert (alone.labels != seg.labels).mean() < 1e-3  # rounding decides ties
+        np.testing.assert_allclose(alone.confidence, seg.confidence, atol=1e-4)
+
+
+def test_background_words_absorb_pixels(san):
+    image = picture(80, 80)
+    plain = san.segment(image, WORDS)
+    # the same words, one of them declared background: its pixels, and no others, become unlabelled
+    winner = plain.names[int(np.bincount(plain.labels.ravel()).argmax())]
+    others = [word for word in WORDS if word != winner]
+    absorbed = san.segment(image, others, background=[winner])
+    assert absorbed.names == others
+    expected = np.array([UNLABELLED if n == winner else others.index(n) for n in plain.names])[plain.labels]
+    assert (absorbed.labels == expected).mean() > 0.999
+    assert sum(absorbed.areas.values()) == pytest.approx(1 - plain.areas[winner], abs=1e-3)
+
+
+def test_an_encoding_can_be_kept(san, tmp_path):
+    image = picture(70, 110)
+    encoding = san.encode(image)
+    encoding.save(tmp_path / "street.encoding")
+    loaded = Encoding.load(tmp_path / "street.encoding")
+    assert np.array_equal(loaded.image, image) and loaded.sizes == encoding.sizes
+    assert np.array_equal(san.segment(loaded, WORDS).labels, san.segment(image, WORDS).labels)
+    mixed = san.segment([loaded, picture(50, 50)], WORDS)
+    assert [seg.labels.shape for seg in mixed] == [(70, 110), (50, 50)]
+
+
+def test_a_foreign_or_damaged_encoding_is_refused(san, small_model, tmp_path):
+    encoding = san.encode(picture(60, 60))
+    stranger = Encoding(encoding.mask_logits, encoding.mask_embeddings, encoding.sizes, "other-model")
+    with pytest.raises(ValueError, match="made by model other-model"):
+        san.segment(stranger, WORDS)
+    path = encoding.save(tmp_path / "x.encoding")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a saved encoding"):
+        Encoding.load(path)
+    with pytest.raises(ValueError, match="not a saved encoding"):
+        Encoding.load(tmp_path / "absent")
+
+
+def test_threads_share_one_object(san):
+    images = [picture(64, 96, seed) for seed in range(6)]
+    vocabularies = [WORDS, WORDS[:2], ["sky", "grass", "road"]] * 2
+    expected = [san.segment(i, w).labels for i, w in zip(images, vocabularies, strict=True)]
+    fresh = Segmenter(san.model, text_cache=False)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda pair: fresh.segment(*pair).labels, zip(images, vocabularies, strict=True)))
+    for one, other in zip(expected, found, strict=True):
+        assert (one != other).mean() < 1e-3
+
+
+def test_bfloat16_answers_nearly_the_same(folder, san):
+    narrow = opensan.load(folder, dtype="bfloat16", text_cache=False)
+    image = picture(96, 96)
+    assert narrow.model.clip.visual.conv1.weight.dtype == torch.bfloat16
+    agreement = (narrow.segment(image, WORDS).labels == san.segment(image, WORDS).labels).mean()
+    assert agreement > 0.8
+
+
+def test_random_weights_warn_and_repeat():
+    with pytest.warns(UserWarning, match="answers mean nothing"):
+        first = opensan.load("san-vit-b16", random_weights=3, text_cache=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        second = opensan.load("san-vit-b16", random_weights=3, text_cache=False)
+    assert first.fingerprint == second.fingerprint
+    weight = "side_adapter.blocks.3.attn.qkv.weight"
+    assert torch.equal(first.model.state_dict()[weight], second.model.state_dict()[weight])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "no-such-model"}, "no model 'no-such-model'"),
+        ({"source": "no-such-preset", "random_weights": 0}, "no preset 'no-such-preset'"),
+        ({"device": "abacus"}, "device 'abacus'"),
+        ({"dtype": "int4"}, "dtype 'int4'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(folder, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        opensan.load(**{"source": folder, **arguments})
+    assert "\n" not in str(error.value)
