@@ -33,7 +33,7 @@ def test_b16_golden():
 def test_a_wrong_epsilon_is_noticed(monkeypatch, capsys):
     monkeypatch.setattr(side_adapter, "SIDE_NORM_EPS", 1e-5)
     assert not run([GOLDENS / "tiny_a.npz"])
-    assert "FAIL attention_bias" in capsys.readouterr().out
+    assert "FAIL class_logits" in capsys.readouterr().out
 
 
 def test_a_wrong_activation_is_noticed(tmp_path):
