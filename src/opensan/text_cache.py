@@ -1,0 +1,142 @@
+"""Text embeddings on disk: never trusted without a check, safe for many processes at once, and never needed.
+
+One SQLite file for each text tower; a row is one mean embedding. SQLite does the locking and the transactions.
+A checksum over key and content stands beside every row, so whatever happens to the file, the worst is a row
+that is computed again.
+"""
+
+import hashlib
+import os
+import sqlite3
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+
+_KEYS_PER_QUERY = 500
+_SECONDS_TO_WAIT = 30.0
+_TABLE = "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, row BLOB NOT NULL, checksum BLOB NOT NULL)"
+# Not a database, a broken one, cut short, or another table under our name. All else (locked, full, no permission)
+# is the machine's state, not the file's.
+_DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_NOTADB}
+_DAMAGE_EXTENDED = {sqlite3.SQLITE_IOERR_SHORT_READ}
+_ERRORS = (OSError, sqlite3.Error, UnicodeDecodeError)  # the last from error messages that quote damaged names
+
+
+def default_folder() -> Path:
+    """Where embeddings are kept: in $OPENSAN_CACHE if that is set, else in the user's cache folder."""
+    base = os.environ.get("OPENSAN_CACHE") or platformdirs.user_cache_dir("opensan")
+    return Path(base) / "text"
+
+
+class _CutShort(sqlite3.DatabaseError):
+    pass
+
+
+class TextCache:
+    """The embeddings of one text tower."""
+
+    def __init__(self, folder: Path, tower: str, dimension: int) -> None:
+        """`tower` is the hexadecimal fingerprint of the text tower, `dimension` the length D of its embeddings."""
+        self.path = folder / f"{tower[:32]}.sqlite"
+        self._dimension = dimension
+        self._warned = False
+
+    def read(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
+        """Those of `keys` that are there, as float32 [D]. Damage is a warning, and a missing row."""
+        try:
+            if self.path.stat().st_size == 0:  # another process is about to write its first rows
+                return {}
+        except OSError:
+            return {}
+        found: dict[bytes, np.ndarray] = {}
+        damaged = 0
+        try:
+            for key, row, checksum in self._select(keys):
+                values = self._checked(key, row, checksum)
+                if values is None:
+                    damaged += 1
+                else:
+                    found[key] = values
+        except _ERRORS as error:
+            self._complain(error)
+        if damaged:
+            _warn(f"text cache {self.path}: {damaged:,} damaged rows are computed again")
+        return found
+
+    def write(self, rows: Mapping[bytes, np.ndarray]) -> None:
+        """Add float32 rows [D]. What can't be written is a warning, once."""
+        entries = [
+            (key, data := row.astype("<f4").tobytes(), _checksum(key, data))
+            for key, row in rows.items()
+            if np.isfinite(row).all()
+        ]
+        for _ in range(2):  # a second time if the first found, and removed, a damaged file
+            try:
+                self._insert(entries)
+                return
+            except _ERRORS as error:
+                if not self._complain(error):
+                    return
+
+    def _select(self, keys: Sequence[bytes]) -> Iterable[tuple[bytes, bytes, bytes]]:
+        with closing(self._connect("rw")) as database:
+            database.execute("BEGIN")  # so that no writer changes the file before we are done
+            database.execute("SELECT 1 FROM embeddings LIMIT 1")
+            if self.path.stat().st_size % database.execute("PRAGMA page_size").fetchone()[0]:
+                raise _CutShort("cut short")  # SQLite notices missing pages, but reads half a page as zeros
+            for start in range(0, len(keys), _KEYS_PER_QUERY):
+                part = keys[start : start + _KEYS_PER_QUERY]
+                marks = ",".join("?" * len(part))
+                yield from database.execute(f"SELECT key, row, checksum FROM embeddings WHERE key IN ({marks})", part)
+
+    def _insert(self, entries: list[tuple[bytes, bytes, bytes]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(self._connect("rwc")) as database:
+            # Power loss may damage the file, which the next reader finds out; waiting for the disk would buy nothing.
+            database.execute("PRAGMA synchronous = OFF")
+            database.execute("BEGIN IMMEDIATE")
+            database.execute(_TABLE)
+            database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?)", entries)
+            database.execute("COMMIT")
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        # No write-ahead log: it needs shared memory, which home folders on network file systems don't have.
+        uri = f"{self.path.absolute().as_uri()}?mode={mode}"
+        database = sqlite3.connect(uri, uri=True, timeout=_SECONDS_TO_WAIT, isolation_level=None)
+        database.text_factory = bytes
+        return database
+
+    def _checked(self, key: object, row: object, checksum: object) -> np.ndarray | None:
+        """The row, or None if it is not what was written."""
+        if not (isinstance(key, bytes) and isinstance(row, bytes) and len(row) == 4 * self._dimension):
+            return None
+        values = np.frombuffer(row, "<f4").astype(np.float32, copy=False)
+        return values if checksum == _checksum(key, row) and np.isfinite(values).all() else None
+
+    def _complain(self, error: Exception) -> bool:
+        """Warn; remove the file and answer True if it is damaged."""
+        code = getattr(error, "sqlite_errorcode", None) or 0
+        if code & 0xFF in _DAMAGE or code in _DAMAGE_EXTENDED or isinstance(error, _CutShort | UnicodeDecodeError):
+            _warn(f"text cache {self.path} is damaged ({error}) and is built anew")
+            try:
+                self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
+                return True
+            except OSError as why:
+                error = why
+        if not self._warned:
+            self._warned = True
+            _warn(f"text cache {self.path} can't be used ({error}): text embeddings are computed again each time")
+        return False
+
+
+def _checksum(key: bytes, row: bytes) -> bytes:
+    return hashlib.blake2b(key + row, digest_size=16).digest()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
