@@ -1,7 +1,7 @@
 """SAN's training augmentation: scale, crop, SSD colour jitter, flip, padding. All randomness comes from one generator.
 
-Scale and crop are done in one resampling of the crop alone, which gives the same pixels as resizing the whole
-photograph first (Pillow's filters look beyond the box) at a fraction of the time.
+Scale and crop are done in one resampling of the crop alone, which gives the same pixels (to 2 levels of 255)
+as resizing the whole photograph first, because Pillow's filters look beyond the box, at a fraction of the time.
 """
 
 import numpy as np

@@ -84,13 +84,13 @@ class SegmentationFolder:
         """The label map at `path`, [H, W] int16."""
         values = read_index_png(path)
         ignore = 255 if values.dtype == np.uint8 else 65_535
-        known = len(self._label_of_value)
+        known = min(len(self._label_of_value), ignore)
         table = np.full(ignore + 1, UNLABELLED, dtype=np.int16)
-        table[:known] = self._label_of_value
+        table[:known] = self._label_of_value[:known]
         wrong = (values >= known) & (values != ignore)
         if wrong.any():
             raise ValueError(
-                f"{path}: holds the value {values[wrong][0]}; classes.txt has {known} classes, {ignore} is unlabelled"
+                f"{path}: holds the value {values[wrong][0]}; classes.txt has {len(self._label_of_value)} classes, {ignore} is unlabelled"
             )
         return table[values]
 

@@ -16,23 +16,23 @@ from opensan.files import write_text
 
 
 class CsvLog:
-    """A CSV file whose first column is the step. After a resume no row is lost or repeated."""
+    """A CSV file whose first column is the number of steps done. After a resume no row is lost or repeated."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        """Continue the file at `first_step`: rows of later steps, and a half-written last row, are dropped."""
+    def __init__(self, path: Path, done: int) -> None:
+        """Continue the file after `done` steps: rows of later steps, and a half-written last row, are dropped."""
         self.path = path
         self.columns: list[str] | None = None
         if path.exists():
-            self._drop_from(first_step)
+            self._drop_after(done)
 
-    def _drop_from(self, first_step: int) -> None:
+    def _drop_after(self, done: int) -> None:
         text = self.path.read_text(encoding="utf-8")
         rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
         if not rows:
             self.path.unlink()
             return
         self.columns = rows[0]
-        kept = [rows[0], *(row for row in rows[1:] if int(row[0]) < first_step)]
+        kept = [rows[0], *(row for row in rows[1:] if int(row[0]) <= done)]
         write_text(self.path, "".join(_line(row) for row in kept))
 
     def add(self, step: int, figures: Mapping[str, float | str]) -> None:

@@ -133,7 +133,7 @@ class Trainer:
                     now = time.perf_counter()
                     figures |= self._speed(now - since, self.step - seen)
                     since, seen = now, self.step
-                    self._log.add(self.step - 1, figures)
+                    self._log.add(self.step, figures)
                     progress.show(self.step, figures)
                 self._maybe_validate(progress)
                 if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
@@ -239,7 +239,7 @@ class Trainer:
         with torch.no_grad():
             figures = dict(self.validate(self.step))
         self.task.train()
-        self._validation_log.add(self.step - 1, figures)
+        self._validation_log.add(self.step, figures)
         progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if self.best is None or figures[self.best_by] > self.best:
             self.best = figures[self.best_by]

@@ -16,6 +16,7 @@ from opensan.data.augment import AugmentConfig, augment
 from opensan.data.dataset import SegmentationDataset
 from opensan.model import SAN
 from opensan.structures import TextClassifier
+from opensan.text import TextEncoder
 from opensan.train.config import SanTrainingConfig
 from opensan.train.criterion import SetCriterion, mask_normalizer
 from opensan.train.loop import RunResult, Trainer
@@ -107,8 +108,6 @@ def train_san(
     divisor = model.config.image.size_divisor
     if any(side % divisor for side in config.augment.crop):
         raise ValueError(f"augment.crop {config.augment.crop}: both sides must be multiples of {divisor}")
-    from opensan.text import TextEncoder
-
     model.to(device)
     text = TextEncoder(model).classifier(dataset.vocabulary)
     points = RandomPoints(config.points.count, config.points.oversampling, config.points.importance)
