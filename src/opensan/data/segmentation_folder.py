@@ -90,7 +90,8 @@ class SegmentationFolder:
         wrong = (values >= known) & (values != ignore)
         if wrong.any():
             raise ValueError(
-                f"{path}: holds the value {values[wrong][0]}; classes.txt has {len(self._label_of_value)} classes, {ignore} is unlabelled"
+                f"{path}: holds the value {values[wrong][0]}; "
+                f"classes.txt has {len(self._label_of_value)} classes, {ignore} is unlabelled"
             )
         return table[values]
 
