@@ -103,6 +103,7 @@ def test_exif_rotation_is_applied(orientation, kind):
     np.testing.assert_array_equal(open_image(Image.open(io.BytesIO(data))), upright)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_does_not_cost_the_photograph():
     data = encoded(Image.fromarray(PHOTO), "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     np.testing.assert_array_equal(open_image(data), PHOTO)
