@@ -1,11 +1,16 @@
 """Metrics against a plain, slow reference that loops over classes and pixels as the definitions read."""
 
+import copy
+import json
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from opensan.evaluate.metrics import ConfusionMatrix
+from opensan.evaluate.run import evaluate, model_predictor, segmenter_predictor, validation, write_report
+from opensan.vocabulary import Vocabulary
 
 
 def slow_metrics(pairs: list[tuple[np.ndarray, np.ndarray]], num_classes: int) -> dict:
@@ -88,3 +93,68 @@ def test_impossible_labels_are_refused():
         confusion.update(np.array([[5]]), np.array([[0]]))
     with pytest.raises(ValueError, match=r"shape \(1, 2\), the ground truth \(2, 1\)"):
         confusion.update(np.array([[0], [0]]), np.array([[0, 0]]))
+
+
+class Photographs:
+    """Three small photographs of two words; the second cannot be read."""
+
+    vocabulary = Vocabulary.parse(["sea", "sand|beach"])
+
+    def __len__(self) -> int:
+        return 3
+
+    def name(self, index: int) -> str:
+        return f"shore {index}"
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index == 1:
+            raise ValueError("shore_1.jpg: damaged")
+        generator = np.random.default_rng(index)
+        image = generator.integers(0, 256, (40 + 20 * index, 70, 3), dtype=np.uint8)
+        return image, generator.integers(-1, 2, image.shape[:2]).astype(np.int16)
+
+
+def test_evaluating_a_model_and_a_segmenter_is_the_same(small_model):
+    from opensan.segmenter import Segmenter
+    from opensan.text import TextEncoder
+
+    data = Photographs()
+    segmenter = Segmenter(copy.deepcopy(small_model))
+    bare = model_predictor(small_model, TextEncoder(small_model).classifier(data.vocabulary), 2)
+    one = evaluate(segmenter_predictor(segmenter, data.vocabulary), data, progress=False)
+    two = evaluate(bare, data, progress=False)
+    assert one == two
+    assert (one.images, one.broken) == (2, ("shore 1: shore_1.jpg: damaged",))
+    assert sum(c.pixels for c in one.metrics.classes) == sum((data[i][1] >= 0).sum() for i in (0, 2))
+    assert validation(small_model, data)(7) == one.metrics.summary()
+
+
+def test_a_report_has_every_figure_and_no_nan(tmp_path):
+    class Never(Photographs):
+        vocabulary = Vocabulary.parse(["sea", "sand", "moon|luna"])
+
+    found = evaluate(lambda image: np.zeros(image.shape[:2], np.int32), Never(), progress=False)
+    write_report(found, tmp_path / "report", title="Shore", about={"model": "all sea"})
+    plain = json.loads((tmp_path / "report" / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert plain["metrics"]["miou"] == found.metrics.miou
+    assert plain["classes"][2] == {"name": "moon", "iou": None, "accuracy": None, "pixels": 0, "predicted_pixels": 0}
+    assert plain["broken"] == ["shore 1: shore_1.jpg: damaged"]
+    table = (tmp_path / "report" / "classes.csv").read_text().splitlines()
+    assert table[0] == "name,iou,accuracy,pixels,predicted_pixels" and table[3] == "moon,,,0,0"
+    text = (tmp_path / "report" / "metrics.md").read_text()
+    assert "- model: all sea" in text and f"| sea | {100 * found.metrics.classes[0].iou:.2f} | 100.00 |" in text
+
+
+def test_a_limit_spreads_over_the_data_set():
+    class Many(Photographs):
+        asked: ClassVar[list[int]] = []
+
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+            self.asked.append(index)
+            return np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.int16)
+
+    assert evaluate(lambda image: np.zeros(image.shape[:2], int), Many(), limit=4, progress=False).images == 4
+    assert Many.asked == [0, 2, 5, 7]
