@@ -200,7 +200,8 @@ def _forward(model: SAN, pixels: Tensor, targets: MaskTargets, text: TextClassif
 
 
 def _relative(name: str, ours: Tensor | float, theirs: float, limit: float = RELATIVE_LIMIT) -> Difference:
-    return Difference(name, abs(torch.as_tensor(ours).item() - theirs) / abs(theirs), limit)
+    value = ours.item() if isinstance(ours, Tensor) else ours
+    return Difference(name, abs(value - theirs) / abs(theirs), limit)
 
 
 def _check_outputs(outputs: Mapping[str, Tensor], golden: Golden) -> list[Difference]:
