@@ -1,0 +1,97 @@
+"""The machine-readable result: areas, confidences and exact masks (COCO run-length encoding) of every word."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import mask as coco_mask
+
+from opensan import __version__
+
+_STRIP_PIXELS = 1 << 22
+
+
+def record(
+    labels: np.ndarray,
+    names: Sequence[str],
+    areas: Mapping[str, float],
+    confidence: np.ndarray,
+    vocabulary: Mapping[str, Any],
+    model: str,
+) -> dict[str, Any]:
+    """What the JSON file holds, as plain data.
+
+    `words` has an entry for each of `names`, also for those that no pixel got: name, index (the value in the label
+    map), area (share of pixels), pixels, confidence (mean over the word's pixels; None without any), and `rle`, a COCO
+    mask {"size": [H, W], "counts": str} as pycocotools reads it.
+    """
+    height, width = labels.shape
+    pixels, confidence_sums = _totals(labels, confidence, len(names))
+    masks = run_lengths(labels, len(names))
+    empty = _compressed([labels.size], height, width)
+    words = [
+        {
+            "name": name,
+            "index": index,
+            "area": areas[name],
+            "pixels": int(pixels[index]),
+            "confidence": round(float(confidence_sums[index] / pixels[index]), 6) if pixels[index] else None,
+            "rle": masks.get(index, empty),
+        }
+        for index, name in enumerate(names)
+    ]
+    unlabelled = labels.size - int(pixels.sum())
+    return {
+        "format": 1,
+        "opensan": __version__,
+        "model": model,
+        "image": {"width": width, "height": height},
+        "vocabulary": dict(vocabulary),
+        "words": words,
+        "unlabelled": {"area": unlabelled / labels.size, "pixels": unlabelled},
+    }
+
+
+def mean_confidence(labels: np.ndarray, confidence: np.ndarray, count: int) -> list[float | None]:
+    """The mean of `confidence` over the pixels of each of `count` words; None for a word without any."""
+    pixels, sums = _totals(labels, confidence, count)
+    return [float(total / number) if number else None for total, number in zip(sums, pixels, strict=True)]
+
+
+def _totals(labels: np.ndarray, confidence: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [K] int64 and summed confidence [K] float64 of each word; in strips, since bincount makes wide copies."""
+    pixels, sums = np.zeros(count, dtype=np.int64), np.zeros(count)
+    rows = max(1, _STRIP_PIXELS // labels.shape[1])
+    for top in range(0, labels.shape[0], rows):
+        strip = labels[top : top + rows]
+        labelled = strip >= 0
+        pixels += np.bincount(strip[labelled], minlength=count)
+        sums += np.bincount(strip[labelled], weights=confidence[top : top + rows][labelled], minlength=count)
+    return pixels, sums
+
+
+def run_lengths(labels: np.ndarray, count: int) -> dict[int, dict[str, Any]]:
+    """The COCO masks of the words that occur, by index: one pass over the map, however many words there are."""
+    height, width = labels.shape
+    flat = labels.T.ravel()  # COCO counts down the columns
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    ends = np.append(starts[1:], flat.size)
+    values = flat[starts]
+    order = np.argsort(values, kind="stable")
+    groups = np.split(order, np.searchsorted(values[order], np.arange(count + 1)))[1:-1]
+    masks = {}
+    for index, runs in enumerate(groups):
+        if len(runs) == 0:
+            continue
+        # Zeros before the first run, its length, zeros before the second, ...; COCO omits zeros after the last if none.
+        edges = np.concatenate([[0], np.stack([starts[runs], ends[runs]], axis=1).ravel(), [flat.size]])
+        counts = np.diff(edges)
+        masks[index] = _compressed(counts[:-1] if counts[-1] == 0 else counts, height, width)
+    return masks
+
+
+def _compressed(counts: Sequence[int] | np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """COCO's string form of run lengths."""
+    plain = {"size": [height, width], "counts": np.asarray(counts).tolist()}
+    packed = coco_mask.frPyObjects(plain, height, width)
+    return {"size": [height, width], "counts": packed["counts"].decode("ascii")}

@@ -1,0 +1,83 @@
+"""One colour for each class: the same in every picture, and apart for colour-blind eyes as long as that is possible."""
+
+import functools
+
+import numpy as np
+
+UNLABELLED_COLOUR = (0, 0, 0)
+
+# Okabe and Ito's palette for colour-blind readers, without its black; strongest first.
+_FIRST = [
+    (230, 159, 0),
+    (0, 114, 178),
+    (0, 158, 115),
+    (204, 121, 167),
+    (86, 180, 233),
+    (213, 94, 0),
+    (240, 228, 66),
+]
+
+_SPREAD = 256
+"""Colours chosen one by one to be far from all earlier ones; beyond, they are only all different."""
+
+# What protanopes and deuteranopes see of linear RGB (Viénot, Brettel and Mollon, 1999).
+_BLINDNESS = [
+    [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],
+    [[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]],
+]
+
+
+def palette(count: int) -> np.ndarray:
+    """Colours [count, 3] uint8 RGB, no two alike up to 200,000. A class keeps its colour whatever `count` is."""
+    colours = _spread_colours()
+    if count <= len(colours):
+        return colours[:count]
+    # An odd multiplier makes a permutation of 18 bits; the golden ratio's keeps neighbours far apart. Each channel
+    # takes every third bit. Levels are 2 modulo 3, which the candidates of _spread_colours never are.
+    code = (np.arange(count - len(colours), dtype=np.int64) * 162_013) % 2**18
+    channels = [sum(((code >> (3 * bit + channel)) & 1) << bit for bit in range(6)) for channel in range(3)]
+    return np.concatenate([colours, (32 + 3 * np.stack(channels, axis=1)).astype(np.uint8)])
+
+
+@functools.cache
+def _spread_colours() -> np.ndarray:
+    """[256, 3] uint8: after Okabe and Ito's, always the candidate farthest from everything chosen before."""
+    levels = np.arange(0, 256, 15)
+    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    # Neither so dark that it reads as a border, nor so pale or grey that it reads as the photograph.
+    lightness, a, b = _lab(_linear(candidates)).T
+    candidates = candidates[(lightness > 35) & (lightness < 90) & (np.hypot(a, b) > 25)]
+    colours = [np.array(colour) for colour in _FIRST]
+    seen, candidate_views = _views(np.array(colours)), _views(candidates)
+    distance = np.min([_distance(candidate_views, seen[:, i]) for i in range(len(colours))], axis=0)
+    while len(colours) < _SPREAD:
+        farthest = int(distance.argmax())
+        colours.append(candidates[farthest])
+        distance = np.minimum(distance, _distance(candidate_views, candidate_views[:, farthest]))
+    return np.array(colours, dtype=np.uint8)
+
+
+def _distance(views: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """How far colours [3, n, 3] are from `one` [3, 3]: mostly as ordinary eyes see it, partly as the worst eyes do."""
+    each = np.linalg.norm(views - one[:, None], axis=-1)
+    return 0.5 * each[0] + 0.5 * each.min(axis=0)
+
+
+def _views(colours: np.ndarray) -> np.ndarray:
+    """CIELAB of colours [n, 3] as ordinary, protanope and deuteranope eyes see them, [3, n, 3]."""
+    linear = _linear(colours)
+    return np.stack([_lab(linear), *(_lab((linear @ np.array(m).T).clip(0, 1)) for m in _BLINDNESS)])
+
+
+def _linear(colours: np.ndarray) -> np.ndarray:
+    """sRGB 0..255 -> linear 0..1 (IEC 61966-2-1)."""
+    c = np.asarray(colours) / 255
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def _lab(linear: np.ndarray) -> np.ndarray:
+    """CIELAB (D65) of linear sRGB."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = linear @ np.array(to_xyz).T / [0.9505, 1.0, 1.089]
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)

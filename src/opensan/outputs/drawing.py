@@ -1,0 +1,255 @@
+"""The picture for human eyes: colours over the photograph, and a legend beside it that never covers it."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from opensan.outputs.colours import palette
+
+OPACITY = 0.55
+"""Of the colours over the photograph."""
+
+BORDER_BRIGHTNESS = 0.35
+"""Of the pixels on the border between two regions."""
+
+TEXT_COLOUR = (32, 32, 32)
+FAINT_COLOUR = (120, 120, 120)
+
+_STRIP_PIXELS = 1 << 20
+"""The photograph is coloured in strips of about this many pixels, so that a huge one needs no huge temporaries."""
+
+# The first is looked for everywhere; the others only when a word has characters that the earlier ones lack.
+_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "wqy-microhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "Arial Unicode.ttf",
+    "PingFang.ttc",
+    "msyh.ttc",
+)
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, names: Sequence[str], areas: Mapping[str, float]) -> Image.Image:
+    """The photograph under its regions' colours, with a legend below it or, for narrow and upright ones, at its right.
+
+    Args:
+        image: [H, W, 3] uint8 RGB.
+        labels: [H, W] int, index into `names`; negative where unlabelled, and the photograph shows untinted there.
+        names: K words.
+        areas: each word's share of the pixels, in [0, 1].
+
+    Returns:
+        An RGB image whose top left H x W pixels are the photograph's. The legend lists the words that occur, largest
+        first; those that do not fit are counted in its last line.
+    """
+    assert image.shape == (*labels.shape, 3) and image.dtype == np.uint8, (image.shape, image.dtype, labels.shape)
+    colours = palette(len(names))
+    entries = [
+        Entry(name, format_share(areas[name]), tuple(map(int, colours[i])), areas[name])
+        for i, name in enumerate(names)
+        if areas[name] > 0
+    ]
+    entries.sort(key=lambda entry: -entry.area)
+    unlabelled = float((labels < 0).mean())
+    if unlabelled > 0:
+        entries.append(Entry("unlabelled", format_share(unlabelled), None, unlabelled))
+    return _with_legend(Image.fromarray(blend(image, labels, colours)), entries)
+
+
+def blend(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Colours [K, 3] over the photograph, and thin dark borders between regions; [H, W, 3] uint8."""
+    # Row -1, where unlabelled pixels look, leaves the photograph as it is.
+    weight = round(OPACITY * 256)
+    keep = np.full(len(colours) + 1, 256 - weight, dtype=np.uint16)
+    keep[-1] = 256
+    add = np.zeros((len(colours) + 1, 3), dtype=np.uint16)
+    add[:-1] = colours.astype(np.uint16) * weight
+    height, width = labels.shape
+    thickness = max(1, round(math.sqrt(height * width) / 700))
+    blended = np.empty_like(image)
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip = labels[top:bottom]
+        mixed = (image[top:bottom] * keep[strip][..., None] + add[strip]) >> 8
+        first = max(0, top - thickness)  # a border in the rows above reaches into this strip
+        border = _borders(labels[first:bottom], thickness)[top - first :]
+        mixed[border] = (mixed[border] * BORDER_BRIGHTNESS).astype(np.uint16)
+        blended[top:bottom] = mixed
+    return blended
+
+
+def _borders(labels: np.ndarray, thickness: int) -> np.ndarray:
+    """Bool [H, W]: the `thickness` pixels to the right of and below every change of label."""
+    across = np.zeros(labels.shape, dtype=bool)
+    down = np.zeros(labels.shape, dtype=bool)
+    across[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    down[1:] = labels[1:] != labels[:-1]
+    border = across | down
+    for shift in range(1, thickness):
+        border[:, shift:] |= across[:, :-shift]
+        border[shift:] |= down[:-shift]
+    return border
+
+
+def format_share(share: float) -> str:
+    """A share in [0, 1] as people read it: "12.3 %", "< 0.1 %"."""
+    return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the legend."""
+
+    name: str
+    share: str
+    colour: tuple[int, int, int] | None
+    """None for what has no colour: an outline is drawn."""
+    area: float
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The legend's measures, in pixels; all follow from the size of its letters."""
+
+    letters: int
+    name_width: int
+    share_width: int
+
+    @property
+    def row(self) -> int:
+        return round(1.65 * self.letters)
+
+    @property
+    def margin(self) -> int:
+        """Around the legend and between its columns."""
+        return round(1.2 * self.letters)
+
+    @property
+    def gap(self) -> int:
+        return round(0.6 * self.letters)
+
+    @property
+    def column(self) -> int:
+        """Width of swatch, name and share."""
+        return self.letters + self.name_width + self.share_width + 2 * self.gap
+
+    def columns_in(self, width: int) -> int:
+        """How many columns fit into `width`, margins counted; at least one."""
+        return max(1, (width - self.margin) // (self.column + self.margin))
+
+    def width_of(self, columns: int) -> int:
+        return columns * (self.column + self.margin) + self.margin
+
+    def rows_in(self, height: int) -> int:
+        return (height - 2 * self.margin) // self.row
+
+    def height_of(self, rows: int) -> int:
+        return rows * self.row + 2 * self.margin
+
+
+def _with_legend(picture: Image.Image, entries: list[Entry]) -> Image.Image:
+    width, height = picture.size
+    letters = min(max(13, round(0.016 * math.sqrt(width * height))), 120)
+    widest = math.ceil(max(_text_width(entry.name, letters) for entry in entries))
+    share_width = math.ceil(max(_text_width(entry.share, letters) for entry in entries))
+    layout = _Layout(letters, min(max(widest, 7 * letters), 16 * letters), share_width)
+    if height > width or width < layout.width_of(2):
+        most_rows = max(12, layout.rows_in(height))
+        columns = min(math.ceil(len(entries) / most_rows), layout.columns_in(round(0.8 * width)))
+        rows = min(math.ceil(len(entries) / columns), most_rows)
+        canvas = Image.new("RGB", (width + layout.width_of(columns), max(height, layout.height_of(rows))), "white")
+        corner = (width, 0)
+    else:
+        columns = min(layout.columns_in(width), len(entries))
+        rows = min(math.ceil(len(entries) / columns), max(5, layout.rows_in(height)))
+        canvas = Image.new("RGB", (width, height + layout.height_of(rows)), "white")
+        corner = (0, height)
+    canvas.paste(picture, (0, 0))
+    _draw_entries(ImageDraw.Draw(canvas), _that_fit(entries, rows * columns), corner, rows, layout)
+    return canvas
+
+
+def _that_fit(entries: list[Entry], places: int) -> list[Entry]:
+    """The first entries; if there are more than `places`, the last place tells how many are left out."""
+    if len(entries) <= places:
+        return entries
+    rest = entries[places - 1 :]
+    area = sum(entry.area for entry in rest)
+    return [*entries[: places - 1], Entry(f"and {len(rest)} more", format_share(area), None, area)]
+
+
+def _draw_entries(
+    draw: ImageDraw.ImageDraw, entries: list[Entry], corner: tuple[int, int], rows: int, layout: _Layout
+) -> None:
+    """Column by column, like the lines of a table."""
+    for index, entry in enumerate(entries):
+        column, row = divmod(index, rows)
+        left = corner[0] + layout.margin + column * (layout.column + layout.margin)
+        top = corner[1] + layout.margin + row * layout.row
+        middle = top + layout.row // 2
+        box = (left, middle - layout.letters // 2, left + layout.letters, middle + (layout.letters + 1) // 2)
+        draw.rectangle(box, fill=entry.colour, outline=FAINT_COLOUR if entry.colour is None else TEXT_COLOUR)
+        name = _shortened(" ".join(entry.name.split()), layout.name_width, layout.letters)
+        text_left = left + layout.letters + layout.gap
+        draw.text((text_left, middle), name, TEXT_COLOUR, _font_for(name, layout.letters), anchor="lm")
+        share_font = _font_for(entry.share, layout.letters)
+        draw.text((left + layout.column, middle), entry.share, FAINT_COLOUR, share_font, anchor="rm")
+
+
+def _shortened(text: str, width: int, letters: int) -> str:
+    """`text`, or as much of it as fits into `width` pixels, with an ellipsis."""
+    if _text_width(text, letters) <= width:
+        return text
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if _text_width(text[:middle] + "…", letters) <= width:
+            fits = middle
+        else:
+            too_long = middle
+    return text[:fits].rstrip() + "…"
+
+
+def _text_width(text: str, letters: int) -> float:
+    return _font_for(text, letters).getlength(text)
+
+
+def _font_for(text: str, letters: int) -> ImageFont.FreeTypeFont:
+    """The first font on this machine that has all characters of `text`; a missing one is drawn as a box."""
+    for name in _FONTS:
+        font = _font(name, letters)
+        if font is not None and all(_has(name, letters, character) for character in set(text)):
+            return font
+        if text.isascii():
+            break
+    return _font(_FONTS[0], letters) or _built_in_font(letters)
+
+
+@functools.cache
+def _font(name: str, letters: int) -> ImageFont.FreeTypeFont | None:
+    try:
+        return ImageFont.truetype(name, letters)
+    except OSError:
+        return None
+
+
+@functools.cache
+def _built_in_font(letters: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which knows little more than ASCII and Latin-1."""
+    return ImageFont.load_default(letters)
+
+
+@functools.cache
+def _has(name: str, letters: int, character: str) -> bool:
+    """Whether the font draws `character` otherwise than a character that no font has."""
+    font = _font(name, letters)
+    assert font is not None
+    drawn, missing = font.getmask(character), font.getmask("\U0010ffff")
+    return drawn.size != missing.size or bytes(drawn) != bytes(missing)

@@ -1,0 +1,246 @@
+"""Label maps, overlays and JSON records."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from faster_coco_eval import mask as coco_mask
+from PIL import Image
+
+from opensan import outputs
+from opensan.outputs.coco import run_lengths
+from opensan.outputs.colours import UNLABELLED_COLOUR
+from opensan.outputs.drawing import OPACITY, blend
+
+NAMES = ["road", "café", "树 tree", "sky", "absent"]
+
+
+@pytest.fixture
+def labels() -> np.ndarray:
+    """37 x 53: four words and unlabelled pixels, in blocks."""
+    small = np.random.default_rng(0).integers(-1, 4, (8, 11))
+    return np.kron(small, np.ones((5, 5)))[:37, :53].astype(np.int32)
+
+
+def arguments(labels: np.ndarray, names: list[str] = NAMES) -> dict:
+    rng = np.random.default_rng(1)
+    counts = np.bincount(labels.ravel() + 1, minlength=len(names) + 1)[1:]
+    return {
+        "image": rng.integers(0, 256, (*labels.shape, 3), dtype=np.uint8),
+        "labels": labels,
+        "names": names,
+        "areas": {name: int(count) / labels.size for name, count in zip(names, counts, strict=True)},
+        "confidence": rng.random(labels.shape, dtype=np.float32),
+        "vocabulary": {"words": names, "background": ["other"]},
+        "model": "a-model",
+    }
+
+
+def test_palette_is_distinct_and_stable():
+    colours = outputs.palette(60_000)
+    assert colours.shape == (60_000, 3) and colours.dtype == np.uint8
+    assert len(np.unique(colours, axis=0)) == 60_000
+    for count in (0, 1, 7, 8, 300):
+        np.testing.assert_array_equal(outputs.palette(count), colours[:count])
+    assert not (colours == UNLABELLED_COLOUR).all(axis=1).any()
+    first = colours[:20].astype(int)
+    apart = np.abs(first[:, None] - first[None]).sum(-1) + 1000 * np.eye(20, dtype=int)
+    assert apart.min() >= 60
+
+
+def test_label_map_keeps_every_label(tmp_path, labels):
+    paths = outputs.save(tmp_path, "x", ["png"], **arguments(labels))
+    picture = Image.open(paths["png"])
+    assert picture.mode == "P"
+    np.testing.assert_array_equal(np.asarray(picture), np.where(labels < 0, 255, labels))
+    shown = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(shown[labels == 2][0], outputs.palette(3)[2])
+    assert (shown[labels < 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "mode", "unlabelled"), [(255, "P", 255), (256, "I;16", 65_535), (65_534, "I;16", 65_535)]
+)
+def test_label_map_of_many_words(tmp_path, count, mode, unlabelled):
+    labels = np.array([[0, count - 1, -1], [1, count // 2, -1]], dtype=np.int32)
+    outputs.save_label_map(tmp_path / "x.png", labels, count)
+    picture = Image.open(tmp_path / "x.png")
+    assert picture.mode == mode
+    np.testing.assert_array_equal(np.asarray(picture).astype(int), np.where(labels < 0, unlabelled, labels))
+
+
+def test_json_record_says_it_all(tmp_path, labels):
+    given = arguments(labels)
+    path = outputs.save(tmp_path, "x", ["json"], **given)["json"]
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data["image"] == {"width": 53, "height": 37}
+    assert data["vocabulary"] == given["vocabulary"]
+    assert data["model"] == "a-model"
+    assert [word["name"] for word in data["words"]] == NAMES
+    assert [word["index"] for word in data["words"]] == list(range(5))
+    for index, word in enumerate(data["words"]):
+        mask = labels == index
+        assert word["pixels"] == mask.sum()
+        assert word["area"] == given["areas"][word["name"]]
+        np.testing.assert_array_equal(coco_mask.decode(word["rle"]).astype(bool), mask)
+        if mask.any():
+            assert word["confidence"] == pytest.approx(given["confidence"][mask].mean(), abs=1e-6)
+        else:
+            assert word["confidence"] is None
+    assert data["unlabelled"]["pixels"] == (labels < 0).sum()
+    assert sum(word["area"] for word in data["words"]) + data["unlabelled"]["area"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (7, 5), (30, 20)])
+def test_run_lengths_equal_the_coco_library(shape):
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        labels = rng.integers(-1, rng.integers(1, 5), shape).astype(np.int32)
+        found = run_lengths(labels, 5)
+        for index in range(5):
+            mask = np.asfortranarray((labels == index).astype(np.uint8))
+            if mask.any():
+                expected = coco_mask.encode(mask)
+                assert found[index] == {"size": list(shape), "counts": expected["counts"].decode()}
+            else:
+                assert index not in found
+
+
+def test_overlay_shows_the_photograph_beside_its_legend(labels):
+    big = np.kron(labels, np.ones((12, 12), dtype=np.int32))
+    given = arguments(big)
+    image = given["image"]
+    image[:] = 200
+    picture = np.asarray(outputs.overlay(image, big, NAMES, given["areas"]))
+    height, width = big.shape
+    assert picture.shape[1] == width and picture.shape[0] > height
+    np.testing.assert_array_equal(picture[:height], blend(image, big, outputs.palette(5)))
+    legend = picture[height:].reshape(-1, 3)
+    for index, name in enumerate(NAMES):
+        swatch = (legend == outputs.palette(5)[index]).all(axis=1).sum()
+        assert (swatch > 50) == (name != "absent"), name
+
+
+def test_blend_colours_regions_and_darkens_borders():
+    labels = np.zeros((40, 60), dtype=np.int32)
+    labels[:, 30:] = 1
+    labels[30:] = -1
+    image = np.full((40, 60, 3), 100, dtype=np.uint8)
+    colours = outputs.palette(2)
+    picture = blend(image, labels, colours).astype(int)
+    for column, index in ((10, 0), (50, 1)):
+        expected = 100 * (1 - OPACITY) + colours[index] * OPACITY
+        assert np.abs(picture[10, column] - expected).max() <= 2
+    assert (picture[35, 10] == 100).all()
+    assert picture[10, 30].max() < 0.5 * picture[10, 32].max()
+    assert (picture[30] < 60).all()
+
+
+def test_blend_in_strips_equals_blend_at_once(monkeypatch, labels):
+    big = np.kron(labels, np.ones((40, 40), dtype=np.int32))
+    image = arguments(big)["image"]
+    whole = blend(image, big, outputs.palette(5))
+    monkeypatch.setattr("opensan.outputs.drawing._STRIP_PIXELS", 7 * big.shape[1])
+    np.testing.assert_array_equal(blend(image, big, outputs.palette(5)), whole)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (100, 100), (20, 3000), (600, 200), (300, 900)])
+@pytest.mark.parametrize("count", [1, 100])
+def test_overlay_of_any_shape(shape, count):
+    labels = np.random.default_rng(3).integers(-1, count, shape).astype(np.int32)
+    names = [f"a rather long name for number {index} " * 3 for index in range(count)]
+    given = arguments(labels, names)
+    picture = outputs.overlay(given["image"], labels, names, given["areas"])
+    assert picture.width >= shape[1] and picture.height >= shape[0]
+    assert picture.width <= max(2.0 * shape[1], shape[1] + 400)
+    assert picture.height <= max(2.1 * shape[0], shape[0] + 400)
+
+
+@pytest.mark.parametrize("name", ["树", "δέντρο", "שלום", "😀", "a\tb", "क्षि", "￿", "x" * 500])
+def test_overlay_survives_any_name(name):
+    labels = np.zeros((50, 80), dtype=np.int32)
+    picture = outputs.overlay(np.zeros((50, 80, 3), dtype=np.uint8), labels, [name], {name: 1.0})
+    assert picture.size > (80, 50)
+
+
+def test_overlay_without_any_system_font(monkeypatch):
+    monkeypatch.setattr("opensan.outputs.drawing._FONTS", ("no such font.ttf",))
+    labels = np.zeros((50, 80), dtype=np.int32)
+    picture = outputs.overlay(np.zeros((50, 80, 3), dtype=np.uint8), labels, ["café 树"], {"café 树": 1.0})
+    assert (np.asarray(picture)[:, 80:] < 100).any()
+
+
+def test_save_names_files_by_stem_and_keeps_neighbours(tmp_path, labels):
+    for name in ("x.png", "x.json"):
+        (tmp_path / name).write_text("the user's own")
+    paths = outputs.save(tmp_path, "x", ["png", "overlay", "json"], **arguments(labels))
+    assert {name: path.name for name, path in paths.items()} == {
+        "png": "x_labels.png",
+        "overlay": "x_overlay.png",
+        "json": "x_segments.json",
+    }
+    assert (tmp_path / "x.png").read_text() == (tmp_path / "x.json").read_text() == "the user's own"
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_save_refuses_what_it_cannot_do(tmp_path, labels):
+    given = arguments(labels)
+    with pytest.raises(ValueError, match=r"unknown output format 'jpg': choose from png, overlay, json"):
+        outputs.save(tmp_path, "x", ["jpg"], **given)
+    with pytest.raises(ValueError, match="needs the photograph"):
+        outputs.save(tmp_path, "x", ["overlay"], **{**given, "image": None})
+    with pytest.raises(ValueError, match="cannot begin a file's name"):
+        outputs.save(tmp_path, "../x", ["png"], **given)
+    with pytest.raises(ValueError, match="no output format"):
+        outputs.save(tmp_path, "x", [], **given)
+    with pytest.raises(ValueError, match="cannot write there"):
+        outputs.save(tmp_path, "x" * 400, ["png"], **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, labels):
+    old = outputs.save(tmp_path, "x", ["overlay"], **arguments(labels))["overlay"].read_bytes()
+    broken = arguments(labels)
+    broken["areas"] = {}  # fails in the middle of the drawing
+    with pytest.raises(KeyError):
+        outputs.save(tmp_path, "x", ["overlay"], **broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["x_overlay.png"]
+    assert (tmp_path / "x_overlay.png").read_bytes() == old
+
+
+def test_check_writable_proves_it(tmp_path):
+    folder = outputs.check_writable(tmp_path / "new" / "deep")
+    assert folder.is_dir() and list(folder.iterdir()) == []
+    (tmp_path / "file").write_text("mine")
+    for bad in (tmp_path / "file", tmp_path / "file" / "below", "/proc/opensan", "a\0b"):
+        with pytest.raises(ValueError, match="cannot write there") as caught:
+            outputs.check_writable(bad)
+        assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_check_writable_in_a_read_only_folder(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(ValueError, match="Permission denied"):
+        outputs.check_writable(tmp_path)
+
+
+def test_shares_are_readable():
+    shown = [outputs.format_share(share) for share in (0, 0.0001, 0.0005, 0.1234, 1)]
+    assert shown == ["0.0 %", "< 0.1 %", "0.1 %", "12.3 %", "100.0 %"]
+
+
+def test_mean_confidence_matches_a_plain_mean(labels):
+    confidence = np.random.default_rng(5).random(labels.shape, dtype=np.float32)
+    found = outputs.mean_confidence(labels, confidence, 5)
+    assert found[:4] == pytest.approx([confidence[labels == index].mean() for index in range(4)], rel=1e-5)
+    assert found[4] is None
+
+
+def test_import_needs_no_torch():
+    code = "import sys, opensan.outputs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
