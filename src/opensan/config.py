@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 # Bounds far above any real model: a number in a file from outside must not ask for unbounded memory.
 Count = Annotated[int, Field(gt=0, le=65_536)]
+LayerCount = Annotated[int, Field(gt=0, le=1_024)]
 LayerNumber = Annotated[int, Field(ge=0, le=1_024)]
+Ratio = Annotated[float, Field(gt=0, le=64)]
 
 
 class Config(BaseModel):
@@ -27,19 +29,19 @@ class VisionConfig(Config):
     """The CLIP image tower: a plain ViT with a class token."""
 
     width: Count
-    layers: Count
+    layers: LayerCount
     heads: Count
     patch_size: Count
     image_size: Count
     """Side in pixels of the square image that the position table was trained for."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Ratio = 4.0
 
 
 class TextConfig(Config):
     """The CLIP text tower: a causal transformer read at the end-of-text token."""
 
     width: Count
-    layers: Count
+    layers: LayerCount
     heads: Count
     context_length: Count = 77
     vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 49_408
@@ -59,9 +61,9 @@ class SideAdapterConfig(Config):
     """The side network (paper, section 3.2) and its two decoupled heads (section 3.3)."""
 
     width: Count = 240
-    depth: Count = 8
+    depth: LayerCount = 8
     heads: Count = 6
-    mlp_ratio: float = 4.0
+    mlp_ratio: Ratio = 4.0
     patch_size: Count = 16
     image_size: Count = 640
     """Side in pixels of the square image that the position table is made for."""
@@ -72,7 +74,7 @@ class SideAdapterConfig(Config):
     """Side blocks whose output the heads read in training; the last one is the answer."""
     mask_channels: Count = 256
     mlp_channels: Count = 256
-    mlp_layers: Count = 3
+    mlp_layers: LayerCount = 3
 
 
 class ImageConfig(Config):
@@ -137,7 +139,7 @@ def read_config(path: Path) -> ModelConfig:
     """Read a checkpoint's config.json. Raises ValueError, one line, on anything but a valid one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, an endless number, endless nesting
         raise ValueError(f"{path}: not a readable model configuration ({error})") from None
     return parse_config(ModelConfig, data, str(path))
 

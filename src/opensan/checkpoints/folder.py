@@ -25,15 +25,18 @@ def build_empty(config: ModelConfig) -> SAN:
 
 
 def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
-    """Build a SAN from `state` (our names). Raises ValueError naming what is missing, surplus or of a wrong shape."""
+    """Build a SAN from `state` (our names). Raises ValueError naming what is missing, surplus or of a wrong kind."""
     model = build_empty(config)
     expected = model.state_dict()
     check_keys(expected.keys(), state.keys(), source)
     for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
+        found = state[name]
+        if found.shape != tensor.shape:
             raise ValueError(
-                f"{source}: {name} has shape {tuple(state[name].shape)}, config.json asks for {tuple(tensor.shape)}"
+                f"{source}: {name} has shape {tuple(found.shape)}, config.json asks for {tuple(tensor.shape)}"
             )
+        if not found.is_floating_point():
+            raise ValueError(f"{source}: {name} holds {found.dtype}, not floating-point numbers")
     # Weights may be stored in half precision to be small; they are computed with in float32.
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True, assign=True)
     # The one buffer is no weight, so no checkpoint holds it, and it was built without memory.

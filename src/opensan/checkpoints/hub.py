@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from opensan.checkpoints.folder import CONFIG_NAME, WEIGHTS_NAME, load_folder
-from opensan.checkpoints.pickles import load_official
+from opensan.checkpoints.pickles import first_line, load_official
 from opensan.config import PRESETS, ModelConfig, read_config
 from opensan.model import SAN
 
@@ -65,21 +65,46 @@ def _load_path(path: Path) -> SAN:
 
 def _download(model: str, repository: str, filename: str) -> Path:
     """The cached or freshly downloaded file. Raises ConnectionError with what was tried and what to do."""
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import (
+        constants,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.errors import HFValidationError
 
     try:
+        # hf_hub_download asks a silent hub again and again, for minutes. One question first: no answer, no download.
+        try:
+            get_hf_file_metadata(hf_hub_url(repository, filename))
+        except HFValidationError:
+            raise
+        except Exception:
+            if isinstance(cached := try_to_load_from_cache(repository, filename), str):
+                return Path(cached)
+            raise
         return Path(hf_hub_download(repository, filename))
     except HFValidationError as error:
-        raise ValueError(f"{repository!r} is not a hub id ({_first_line(error)})") from None
+        raise ValueError(f"{repository!r} is not a hub id ({first_line(error)})") from None
     except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
-        reason = "the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else _first_line(error)
         raise ConnectionError(
             f"{model}: tried {constants.ENDPOINT}/{repository} for {filename} and the cache {constants.HF_HUB_CACHE}: "
-            f"{reason}; download the file elsewhere and give its path as the model (--model PATH), "
+            f"{_reason(error)}; download the file elsewhere and give its path as the model (--model PATH), "
             f"or use --model tiny, which needs no network"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error: Exception) -> str:
+    """Why the hub did not give a file, in a few words."""
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "the repository is gated: ask for access on its page, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such repository, or it is private"
+    if isinstance(error, EntryNotFoundError):
+        return "the repository has no such file"
+    if isinstance(error, HfHubHTTPError):
+        return f"the hub answered {error.response.status_code}"
+    return f"the hub cannot be reached or broke off ({first_line(error)})"

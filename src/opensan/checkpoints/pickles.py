@@ -1,6 +1,6 @@
 """Reading the official .pth files, which are pickles, without letting them execute anything."""
 
-import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -11,6 +11,36 @@ from opensan.checkpoints.official import from_official, official_name, official_
 from opensan.config import PRESETS, ModelConfig
 from opensan.model import SAN
 
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)|reduce for unrecognized function (.+)|Can only (?:create|build) .+")
+"""How torch's weights-only unpickler names what it refused to import or call."""
+
+
+class _Left:
+    """What a numpy value beside the weights (a metric, a random state) becomes: nothing.
+
+    A checkpoint written in training may hold some. numpy's own constructors are not let in instead:
+    they trust the file, down to the memory layout it claims.
+    """
+
+    def __new__(cls, *_: object) -> "_Left":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_NUMPY = [
+    (_Left, name)
+    for name in (
+        "numpy.dtype",
+        "numpy.ndarray",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+    )
+]
+
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of an official checkpoint, by official name.
@@ -19,16 +49,30 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ValueError: the file is no torch file, asks to run code, or holds no tensors under `model`.
     """
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: refused, it holds more than weights and nothing of it was run ({reason})") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({str(error).splitlines()[0]})") from None
+        with torch.serialization.safe_globals(_NUMPY):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # a damaged pickle can fail in any way: struct.error, AssertionError, IndexError, ...
+        if refused := _REFUSED.search(str(error)):
+            what = refused[1] or refused[2] or "an object"
+            raise ValueError(f"{path}: refused: besides weights it asks for {what}; nothing of it was run") from None
+        # torch's own first line is advice to load the file unsafely: not to be repeated.
+        reason = "" if "weights_only" in first_line(error) else f" ({first_line(error)})"
+        raise ValueError(f"{path}: not a readable PyTorch checkpoint{reason}") from None
     state = data.get("model", data) if isinstance(data, dict) else None
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+    weights = {str(name): value for name, value in state.items() if _is_plain(value)} if isinstance(state, dict) else {}
+    if not weights:
         raise ValueError(f"{path}: holds no model weights (expected tensors by name, under 'model' or at the top)")
-    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return weights
+
+
+def _is_plain(value: object) -> bool:
+    """A tensor with numbers in memory; a file may also hold sparse ones, and ones without numbers ("meta")."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says something, or its type: for messages of one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _is_zip(path: Path) -> bool:

@@ -1,0 +1,46 @@
+# The two main commands, `make demo` and `make test`, need nothing but Python: they set up .venv here and share it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SCENE := src/opensan/assets/scenes/playground.png
+
+WORDS ?= red circle,blue star,grass
+export WORDS
+
+.PHONY: help demo test lint bench
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## Segment a bundled scene with your words: make demo WORDS="red circle,grass"
+	@mkdir -p out/demo
+	@$(BIN)/opensan segment $(SCENE) --model tiny --words "$$WORDS" --out out/demo
+
+test: lint ## Run every check and test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(READY) ## Check style and that every module imports only from those below it
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+bench: $(READY) ## Time new words on an encoded image against a full segmentation
+	$(BIN)/python bench/relabel.py
+
+# Made anew when the dependencies change. A setup cut short leaves no $(READY), so the next command goes on with it.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "opensan needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+			"Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Setting up $(VENV): the first time PyTorch is downloaded, which takes some minutes."
+	@[[ -x $(BIN)/python ]] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]" \
+		| awk '/^(Collecting|Installing|Successfully)/ { print "  " substr($$0, 1, 100); fflush() }'
+	@touch $@

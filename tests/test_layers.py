@@ -1,0 +1,39 @@
+"""Every module imports only from those below it, and the light ones stay light."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LIGHT = ["opensan", "opensan.files", "opensan.vocabulary", "opensan.config", "opensan.outputs", "opensan.cli"]
+"""What the command line needs before any work: torch alone takes seconds to import."""
+
+
+def test_modules_import_only_from_those_below_them():
+    linter = Path(sys.executable).with_name("lint-imports")
+    if not linter.exists():
+        pytest.skip("import-linter is not installed beside this Python")
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_module_has_its_layer():
+    """The contract says nothing about a module that it does not list."""
+    contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[[tool.importlinter.contracts]]")[2]
+    for entry in sorted((ROOT / "src" / "opensan").iterdir()):
+        if (entry.suffix == ".py" and entry.stem != "__init__") or (entry / "__init__.py").exists():
+            assert re.search(rf"\bopensan\.{entry.stem}\b", contract), entry.stem
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_importing_a_light_module_leaves_torch_alone(module):
+    if find_spec(module) is None:
+        pytest.skip(f"there is no {module}")
+    code = f"import sys, {module}; sys.exit(' '.join({{'torch', 'open_clip', 'timm'}} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
