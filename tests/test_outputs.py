@@ -70,6 +70,18 @@ def test_label_map_of_many_words(tmp_path, count, mode, unlabelled):
     picture = Image.open(tmp_path / "x.png")
     assert picture.mode == mode
     np.testing.assert_array_equal(np.asarray(picture).astype(int), np.where(labels < 0, unlabelled, labels))
+    read = outputs.read_label_map(tmp_path / "x.png")
+    assert read.dtype == np.int32
+    np.testing.assert_array_equal(read, labels)
+
+
+def test_read_label_map_refuses_other_pictures(tmp_path):
+    Image.new("RGB", (3, 2)).save(tmp_path / "photograph.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    for name, reason in (("photograph.png", "not RGB"), ("text.png", "cannot be read"), ("none.png", "cannot be read")):
+        with pytest.raises(ValueError, match=reason) as caught:
+            outputs.read_label_map(tmp_path / name)
+        assert name in str(caught.value)
 
 
 def test_json_record_says_it_all(tmp_path, labels):
@@ -107,6 +119,45 @@ def test_run_lengths_equal_the_coco_library(shape):
                 assert found[index] == {"size": list(shape), "counts": expected["counts"].decode()}
             else:
                 assert index not in found
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (64, 200), (200, 64)])
+def test_run_lengths_in_strips_equal_those_at_once(monkeypatch, shape):
+    labels = np.zeros(shape, dtype=np.int32)
+    labels[2:, :3] = 1
+    labels[:, shape[1] // 2 :] = -1
+    whole = run_lengths(labels, 2)
+    monkeypatch.setattr("opensan.outputs.coco._STRIP_PIXELS", 3 * shape[0])
+    assert run_lengths(labels, 2) == whole
+    np.testing.assert_array_equal(coco_mask.decode(whole[1]), labels == 1)
+
+
+def test_overlay_without_photograph_lies_on_grey(tmp_path, labels):
+    path = outputs.save(tmp_path, "x", ["overlay"], **{**arguments(labels), "image": None})["overlay"]
+    shown = np.asarray(Image.open(path))[:37, :53]
+    np.testing.assert_array_equal(shown, blend(np.full((37, 53, 3), 160, np.uint8), labels, outputs.palette(5)))
+
+
+def test_legend_of_many_words_keeps_the_largest_and_the_unlabelled(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("opensan.outputs.drawing._draw_entries", lambda draw, entries, *rest: drawn.extend(entries))
+    names = [f"word {index}" for index in range(100)]
+    areas = {name: (index + 1) / 10_000 for index, name in enumerate(names)}
+    labels = np.array([[-1, 99]] * 60).repeat(60, axis=1).astype(np.int32)
+    outputs.overlay(None, labels, names, areas)
+    assert [entry.name for entry in drawn[:2]] == ["word 99", "word 98"]
+    *shown, more, unlabelled = drawn
+    assert more.name == f"and {100 - len(shown)} more" and not more.swatch
+    assert more.area == pytest.approx(sum(areas.values()) - sum(entry.area for entry in shown))
+    assert (unlabelled.name, unlabelled.share) == ("unlabelled", "50.0 %")
+
+
+def test_legend_grows_with_the_photograph():
+    heights = []
+    for side in (400, 3000):
+        picture = outputs.overlay(None, np.zeros((side, side), dtype=np.int32), ["sky"], {"sky": 1.0})
+        heights.append(picture.height - side)
+    assert heights[1] > 2.5 * heights[0]
 
 
 def test_overlay_shows_the_photograph_beside_its_legend(labels):
@@ -173,25 +224,24 @@ def test_overlay_without_any_system_font(monkeypatch):
     assert (np.asarray(picture)[:, 80:] < 100).any()
 
 
-def test_save_names_files_by_stem_and_keeps_neighbours(tmp_path, labels):
-    for name in ("x.png", "x.json"):
-        (tmp_path / name).write_text("the user's own")
+def test_save_names_files_by_stem_and_replaces_old_ones(tmp_path, labels):
+    (tmp_path / "x.png").write_text("the user's own")
+    (tmp_path / "x.json").write_text("an earlier run's")
     paths = outputs.save(tmp_path, "x", ["png", "overlay", "json"], **arguments(labels))
     assert {name: path.name for name, path in paths.items()} == {
-        "png": "x_labels.png",
-        "overlay": "x_overlay.png",
-        "json": "x_segments.json",
+        "png": "x.labels.png",
+        "overlay": "x.overlay.png",
+        "json": "x.json",
     }
-    assert (tmp_path / "x.png").read_text() == (tmp_path / "x.json").read_text() == "the user's own"
-    assert len(list(tmp_path.iterdir())) == 5
+    assert (tmp_path / "x.png").read_text() == "the user's own"
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["model"] == "a-model"
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_save_refuses_what_it_cannot_do(tmp_path, labels):
     given = arguments(labels)
     with pytest.raises(ValueError, match=r"unknown output format 'jpg': choose from png, overlay, json"):
         outputs.save(tmp_path, "x", ["jpg"], **given)
-    with pytest.raises(ValueError, match="needs the photograph"):
-        outputs.save(tmp_path, "x", ["overlay"], **{**given, "image": None})
     with pytest.raises(ValueError, match="cannot begin a file's name"):
         outputs.save(tmp_path, "../x", ["png"], **given)
     with pytest.raises(ValueError, match="no output format"):
@@ -207,8 +257,8 @@ def test_failed_write_leaves_the_old_file(tmp_path, labels):
     broken["areas"] = {}  # fails in the middle of the drawing
     with pytest.raises(KeyError):
         outputs.save(tmp_path, "x", ["overlay"], **broken)
-    assert [path.name for path in tmp_path.iterdir()] == ["x_overlay.png"]
-    assert (tmp_path / "x_overlay.png").read_bytes() == old
+    assert [path.name for path in tmp_path.iterdir()] == ["x.overlay.png"]
+    assert (tmp_path / "x.overlay.png").read_bytes() == old
 
 
 def test_check_writable_proves_it(tmp_path):
@@ -219,6 +269,8 @@ def test_check_writable_proves_it(tmp_path):
         with pytest.raises(ValueError, match="cannot write there") as caught:
             outputs.check_writable(bad)
         assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"file: cannot write there \(a file is in the way\)"):
+        outputs.check_writable(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -241,6 +293,6 @@ def test_mean_confidence_matches_a_plain_mean(labels):
     assert found[4] is None
 
 
-def test_import_needs_no_torch():
-    code = "import sys, opensan.outputs; sys.exit('torch' in sys.modules)"
+def test_import_is_light():
+    code = "import sys, opensan.outputs; sys.exit(bool({'torch', 'faster_coco_eval', 'scipy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -26,13 +26,13 @@ __all__ = [
     "output_paths",
     "overlay",
     "palette",
+    "read_label_map",
     "record",
     "save",
     "save_label_map",
 ]
 
-# The suffixes keep clear of the photograph and of any annotation beside it, should the folder be theirs.
-FORMATS = {"png": "_labels.png", "overlay": "_overlay.png", "json": "_segments.json"}
+FORMATS = {"png": ".labels.png", "overlay": ".overlay.png", "json": ".json"}
 """Format -> what follows the stem in its file's name."""
 
 _OVERLAY_COMPRESSION = 3
@@ -62,7 +62,9 @@ def check_writable(folder: str | os.PathLike) -> Path:
     except _EnoughProof:
         return folder
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ValueError(f"{folder}: cannot write there ({getattr(error, 'strerror', None) or error})") from None
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is in the way" if in_the_way else getattr(error, "strerror", None) or error
+        raise ValueError(f"{folder}: cannot write there ({reason})") from None
 
 
 class _EnoughProof(Exception):
@@ -87,13 +89,13 @@ def save(
     vocabulary: Mapping[str, Any],
     model: str,
 ) -> dict[str, Path]:
-    """Write one segmentation.
+    """Write one segmentation; files of the same names are replaced.
 
     Args:
         folder: created if need be.
         stem: beginning of the files' names; see FORMATS for their ends.
-        formats: of "png" (label map), "overlay" (needs `image`), "json" (see `record`).
-        image: [H, W, 3] uint8 RGB photograph, or None.
+        formats: of "png" (label map), "overlay", "json" (see `record`).
+        image: [H, W, 3] uint8 RGB photograph, or None: then the overlay's colours lie on plain grey.
         labels: [H, W] int, index into `names`, or -1 for unlabelled.
         names: the K words.
         areas: each word's share of the pixels, in [0, 1].
@@ -105,11 +107,9 @@ def save(
         dict: format -> path written.
 
     Raises:
-        ValueError: an unknown format, an overlay without an image, or a folder that cannot be written; one line.
+        ValueError: an unknown format, or a folder that cannot be written; one line.
     """
     check_formats(formats)
-    if "overlay" in formats and image is None:
-        raise ValueError("an overlay needs the photograph, which this encoding does not hold")
     if not stem or Path(stem).name != stem:
         raise ValueError(f"{stem!r} cannot begin a file's name")
     folder = check_writable(folder)
@@ -118,7 +118,6 @@ def save(
         if "png" in paths:
             save_label_map(paths["png"], labels, len(names))
         if "overlay" in paths:
-            assert image is not None
             with atomic_path(paths["overlay"]) as temporary:
                 overlay(image, labels, names, areas).save(temporary, compress_level=_OVERLAY_COMPRESSION)
         if "json" in paths:
@@ -134,6 +133,7 @@ def save_label_map(path: str | os.PathLike, labels: np.ndarray, count: int) -> N
 
     Unlabelled pixels get the highest value, 255 or 65,535.
     """
+    assert count <= 65_535, count
     if count <= 255:
         picture = Image.fromarray(labels.astype(np.uint8))  # -1 becomes 255
         colours = np.concatenate([palette(255), [UNLABELLED_COLOUR]]).astype(np.uint8)
@@ -142,3 +142,20 @@ def save_label_map(path: str | os.PathLike, labels: np.ndarray, count: int) -> N
         picture = Image.fromarray(labels.astype(np.uint16))
     with atomic_path(path) as temporary:
         picture.save(temporary)
+
+
+def read_label_map(path: str | os.PathLike) -> np.ndarray:
+    """Read what `save_label_map` wrote: [H, W] int32, -1 where unlabelled.
+
+    Raises ValueError, one line, on a picture that is neither 8-bit (palette or grey) nor 16-bit grey.
+    """
+    unlabelled = {"P": 255, "L": 255, "I;16": 65_535}
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in unlabelled:
+                raise ValueError(f"{path}: a label map is 8-bit or 16-bit with one channel, not {picture.mode}")
+            labels = np.asarray(picture).astype(np.int32)
+            labels[labels == unlabelled[picture.mode]] = -1
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as a label map ({error.strerror or error})") from None
+    return labels

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from faster_coco_eval import mask as coco_mask
 
 from opensan import __version__
 
 _STRIP_PIXELS = 1 << 22
+"""Label maps are gone through in strips of about this many pixels, so that a huge one needs no huge temporaries."""
 
 
 def record(
@@ -23,7 +23,7 @@ def record(
 
     `words` has an entry for each of `names`, also for those that no pixel got: name, index (the value in the label
     map), area (share of pixels), pixels, confidence (mean over the word's pixels; None without any), and `rle`, a COCO
-    mask {"size": [H, W], "counts": str} as pycocotools reads it.
+    mask {"size": [H, W], "counts": str} as pycocotools reads it (of an absent word: the mask without a pixel).
     """
     height, width = labels.shape
     pixels, confidence_sums = _totals(labels, confidence, len(names))
@@ -73,10 +73,8 @@ def _totals(labels: np.ndarray, confidence: np.ndarray, count: int) -> tuple[np.
 def run_lengths(labels: np.ndarray, count: int) -> dict[int, dict[str, Any]]:
     """The COCO masks of the words that occur, by index: one pass over the map, however many words there are."""
     height, width = labels.shape
-    flat = labels.T.ravel()  # COCO counts down the columns
-    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
-    ends = np.append(starts[1:], flat.size)
-    values = flat[starts]
+    starts, values = _runs(labels)
+    ends = np.append(starts[1:], labels.size)
     order = np.argsort(values, kind="stable")
     groups = np.split(order, np.searchsorted(values[order], np.arange(count + 1)))[1:-1]
     masks = {}
@@ -84,14 +82,31 @@ def run_lengths(labels: np.ndarray, count: int) -> dict[int, dict[str, Any]]:
         if len(runs) == 0:
             continue
         # Zeros before the first run, its length, zeros before the second, ...; COCO omits zeros after the last if none.
-        edges = np.concatenate([[0], np.stack([starts[runs], ends[runs]], axis=1).ravel(), [flat.size]])
+        edges = np.concatenate([[0], np.stack([starts[runs], ends[runs]], axis=1).ravel(), [labels.size]])
         counts = np.diff(edges)
         masks[index] = _compressed(counts[:-1] if counts[-1] == 0 else counts, height, width)
     return masks
 
 
+def _runs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each run of equal labels begins, counted down the columns as COCO does, and its label; both [R]."""
+    height, width = labels.shape
+    columns = max(1, _STRIP_PIXELS // height)
+    starts, values = [], []
+    for left in range(0, width, columns):
+        flat = labels[:, left : left + columns].T.ravel()
+        begins = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+        starts.append(begins + left * height)
+        values.append(flat[begins])
+    start, value = np.concatenate(starts), np.concatenate(values)
+    new = np.append(True, value[1:] != value[:-1])  # a strip's first run may go on from the strip before
+    return start[new], value[new]
+
+
 def _compressed(counts: Sequence[int] | np.ndarray, height: int, width: int) -> dict[str, Any]:
     """COCO's string form of run lengths."""
+    from faster_coco_eval import mask as coco_mask  # slow to import, and only the JSON needs it
+
     plain = {"size": [height, width], "counts": np.asarray(counts).tolist()}
     packed = coco_mask.frPyObjects(plain, height, width)
     return {"size": [height, width], "counts": packed["counts"].decode("ascii")}

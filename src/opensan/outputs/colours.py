@@ -46,7 +46,7 @@ def _spread_colours() -> np.ndarray:
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     # Neither so dark that it reads as a border, nor so pale or grey that it reads as the photograph.
     lightness, a, b = _lab(_linear(candidates)).T
-    candidates = candidates[(lightness > 35) & (lightness < 90) & (np.hypot(a, b) > 25)]
+    candidates = candidates[(lightness > 35) & (lightness < 88) & (np.hypot(a, b) > 40)]
     colours = [np.array(colour) for colour in _FIRST]
     seen, candidate_views = _views(np.array(colours)), _views(candidates)
     distance = np.min([_distance(candidate_views, seen[:, i]) for i in range(len(colours))], axis=0)

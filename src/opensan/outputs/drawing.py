@@ -16,6 +16,9 @@ OPACITY = 0.55
 BORDER_BRIGHTNESS = 0.35
 """Of the pixels on the border between two regions."""
 
+NO_PHOTOGRAPH = 160
+"""The grey that stands for the photograph where there is none."""
+
 TEXT_COLOUR = (32, 32, 32)
 FAINT_COLOUR = (120, 120, 120)
 
@@ -35,19 +38,23 @@ _FONTS = (
 )
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, names: Sequence[str], areas: Mapping[str, float]) -> Image.Image:
+def overlay(
+    image: np.ndarray | None, labels: np.ndarray, names: Sequence[str], areas: Mapping[str, float]
+) -> Image.Image:
     """The photograph under its regions' colours, with a legend below it or, for narrow and upright ones, at its right.
 
     Args:
-        image: [H, W, 3] uint8 RGB.
+        image: [H, W, 3] uint8 RGB, or None for plain grey.
         labels: [H, W] int, index into `names`; negative where unlabelled, and the photograph shows untinted there.
         names: K words.
         areas: each word's share of the pixels, in [0, 1].
 
     Returns:
         An RGB image whose top left H x W pixels are the photograph's. The legend lists the words that occur, largest
-        first; those that do not fit are counted in its last line.
+        first, and unlabelled pixels last; words that do not fit are counted in a line of their own.
     """
+    if image is None:
+        image = np.broadcast_to(np.uint8(NO_PHOTOGRAPH), (*labels.shape, 3))
     assert image.shape == (*labels.shape, 3) and image.dtype == np.uint8, (image.shape, image.dtype, labels.shape)
     colours = palette(len(names))
     entries = [
@@ -57,9 +64,8 @@ def overlay(image: np.ndarray, labels: np.ndarray, names: Sequence[str], areas: 
     ]
     entries.sort(key=lambda entry: -entry.area)
     unlabelled = float((labels < 0).mean())
-    if unlabelled > 0:
-        entries.append(Entry("unlabelled", format_share(unlabelled), None, unlabelled))
-    return _with_legend(Image.fromarray(blend(image, labels, colours)), entries)
+    rest = [Entry("unlabelled", format_share(unlabelled), None, unlabelled)] if unlabelled > 0 else []
+    return _with_legend(Image.fromarray(blend(image, labels, colours)), entries, rest)
 
 
 def blend(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
@@ -72,7 +78,7 @@ def blend(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndar
     add[:-1] = colours.astype(np.uint16) * weight
     height, width = labels.shape
     thickness = max(1, round(math.sqrt(height * width) / 700))
-    blended = np.empty_like(image)
+    blended = np.empty((height, width, 3), dtype=np.uint8)
     rows = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
@@ -112,6 +118,7 @@ class Entry:
     colour: tuple[int, int, int] | None
     """None for what has no colour: an outline is drawn."""
     area: float
+    swatch: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,13 @@ class _Layout:
 
     @property
     def margin(self) -> int:
-        """Around the legend and between its columns."""
+        """Around the legend."""
         return round(1.2 * self.letters)
+
+    @property
+    def between(self) -> int:
+        """From one column to the next: clearly more than from a name to its share."""
+        return round(2.2 * self.letters)
 
     @property
     def gap(self) -> int:
@@ -142,10 +154,10 @@ class _Layout:
 
     def columns_in(self, width: int) -> int:
         """How many columns fit into `width`, margins counted; at least one."""
-        return max(1, (width - self.margin) // (self.column + self.margin))
+        return max(1, (width - 2 * self.margin + self.between) // (self.column + self.between))
 
     def width_of(self, columns: int) -> int:
-        return columns * (self.column + self.margin) + self.margin
+        return columns * (self.column + self.between) - self.between + 2 * self.margin
 
     def rows_in(self, height: int) -> int:
         return (height - 2 * self.margin) // self.row
@@ -154,7 +166,8 @@ class _Layout:
         return rows * self.row + 2 * self.margin
 
 
-def _with_legend(picture: Image.Image, entries: list[Entry]) -> Image.Image:
+def _with_legend(picture: Image.Image, words: list[Entry], rest: list[Entry]) -> Image.Image:
+    entries = words + rest
     width, height = picture.size
     letters = min(max(13, round(0.016 * math.sqrt(width * height))), 120)
     widest = math.ceil(max(_text_width(entry.name, letters) for entry in entries))
@@ -172,17 +185,17 @@ def _with_legend(picture: Image.Image, entries: list[Entry]) -> Image.Image:
         canvas = Image.new("RGB", (width, height + layout.height_of(rows)), "white")
         corner = (0, height)
     canvas.paste(picture, (0, 0))
-    _draw_entries(ImageDraw.Draw(canvas), _that_fit(entries, rows * columns), corner, rows, layout)
+    _draw_entries(ImageDraw.Draw(canvas), _that_fit(words, rows * columns - len(rest)) + rest, corner, rows, layout)
     return canvas
 
 
 def _that_fit(entries: list[Entry], places: int) -> list[Entry]:
-    """The first entries; if there are more than `places`, the last place tells how many are left out."""
+    """The first words; if there are more than `places`, the last place tells how many are left out."""
     if len(entries) <= places:
         return entries
     rest = entries[places - 1 :]
     area = sum(entry.area for entry in rest)
-    return [*entries[: places - 1], Entry(f"and {len(rest)} more", format_share(area), None, area)]
+    return [*entries[: places - 1], Entry(f"and {len(rest)} more", format_share(area), None, area, swatch=False)]
 
 
 def _draw_entries(
@@ -191,11 +204,12 @@ def _draw_entries(
     """Column by column, like the lines of a table."""
     for index, entry in enumerate(entries):
         column, row = divmod(index, rows)
-        left = corner[0] + layout.margin + column * (layout.column + layout.margin)
+        left = corner[0] + layout.margin + column * (layout.column + layout.between)
         top = corner[1] + layout.margin + row * layout.row
         middle = top + layout.row // 2
         box = (left, middle - layout.letters // 2, left + layout.letters, middle + (layout.letters + 1) // 2)
-        draw.rectangle(box, fill=entry.colour, outline=FAINT_COLOUR if entry.colour is None else TEXT_COLOUR)
+        if entry.swatch:
+            draw.rectangle(box, fill=entry.colour, outline=FAINT_COLOUR if entry.colour is None else TEXT_COLOUR)
         name = _shortened(" ".join(entry.name.split()), layout.name_width, layout.letters)
         text_left = left + layout.letters + layout.gap
         draw.text((text_left, middle), name, TEXT_COLOUR, _font_for(name, layout.letters), anchor="lm")
