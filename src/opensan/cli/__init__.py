@@ -1,0 +1,52 @@
+"""The `opensan` command.
+
+Nothing here imports torch before a command needs it, so that `--help` answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from opensan import __version__
+from opensan.cli.models import convert, parity
+from opensan.cli.segment import segment
+from opensan.cli.terminal import reporting_errors
+from opensan.cli.words import words
+
+app = typer.Typer(
+    name="opensan",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(segment)
+app.command()(words)
+app.command()(convert)
+app.command()(parity)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"opensan {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Label every pixel of a photograph with words that you choose."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line (default: this process's) and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    with reporting_errors():
+        sys.exit(app(arguments, prog_name="opensan", standalone_mode=False))

@@ -1,0 +1,264 @@
+"""`opensan segment`: photographs and words in, label maps, overlays and records out."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console, progress_bar
+from opensan.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from opensan.segmenter import Segmentation, Segmenter
+
+TABLE_ROWS = 25
+"""A longer table scrolls away what it was asked for; the JSON has the rest."""
+
+
+class Dtype(StrEnum):
+    """What the image half computes with."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Job:
+    """An image, and where its results go."""
+
+    image: Path
+    folder: Path
+    stem: str
+
+
+def segment(
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Photographs, or folders of them.", show_default=False),
+    ],
+    words: Annotated[
+        str | None,
+        typer.Option(help='What to look for: "road, car|automobile|taxi, sky" (| joins synonyms).', show_default=False),
+    ] = None,
+    words_file: Annotated[
+        Path | None, typer.Option(help="The words from a file: a word a line, or JSON.", show_default=False)
+    ] = None,
+    words_set: Annotated[
+        str | None, typer.Option(help="A ready label set; `opensan words` lists them.", show_default=False)
+    ] = None,
+    background: Annotated[
+        str, typer.Option(help="Words whose pixels are reported as unlabelled.", show_default=False)
+    ] = "",
+    templates: Annotated[
+        str | None,
+        typer.Option(help="Prompts: vild (the default), single, or a file with one a line.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="san-vit-b16, san-vit-l14 (official weights, downloaded once), tiny (comes along, works offline, "
+            "knows drawn scenes only), a folder, a .safetensors, an official .pth, or a hub id owner/name."
+        ),
+    ] = "san-vit-b16",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("out"),
+    formats: Annotated[
+        str, typer.Option("--format", metavar="LIST", help="What to write, of: png (label map), overlay, json.")
+    ] = "png,overlay,json",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="bfloat16 is faster where the device has it.")] = Dtype.float32,
+    batch: Annotated[int, typer.Option(min=1, help="Images in memory at a time; more than 1 helps on a GPU.")] = 1,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Larger photographs are refused before they are decoded.")
+    ] = 100_000_000,
+) -> None:
+    """Label every pixel of photographs with words.
+
+    Writes for each image STEM.labels.png (the label map), STEM.overlay.png (with a legend) and STEM.json (areas,
+    confidences, COCO masks). Folders keep their structure under --out. A broken image does not stop the
+    others; it is listed at the end, and the exit code is 1.
+    """
+    vocabulary = _vocabulary(words, words_file, words_set, background, templates)
+    from opensan import outputs  # imported only now, like all that --help can do without
+
+    kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
+    try:
+        outputs.check_formats(kinds)
+    except ValueError as error:
+        raise UsageError(f"--format: {error}") from None
+    outputs.check_writable(out)
+
+    from opensan.images import list_images
+    from opensan.segmenter import load
+
+    jobs = plan(_without_results(list_images(images), images, out), images, out)
+    note(f"loading {model}")
+    segmenter = load(model, device=device, dtype=dtype.value, max_pixels=max_pixels)
+    segmenter.text.classifier(vocabulary)  # before the images: it may take long, and it finds words that do not fit
+    _Run(segmenter, vocabulary, kinds, out, batch, max_pixels).all(jobs)
+
+
+class _Run:
+    """Segments one command's images: a few in memory at a time, each written before the next few are read."""
+
+    def __init__(
+        self,
+        segmenter: "Segmenter",
+        vocabulary: Vocabulary,
+        formats: Sequence[str],
+        out: Path,
+        batch: int,
+        max_pixels: int,
+    ) -> None:
+        self._segmenter = segmenter
+        self._vocabulary = vocabulary
+        self._formats = formats
+        self._out = out
+        self._batch = batch
+        self._max_pixels = max_pixels
+        self._done = 0
+        self._broken: list[str] = []
+        self._console = output_console()
+
+    def all(self, jobs: Sequence[Job]) -> None:
+        """Exits with 1 if an image was broken, with 130 on Ctrl-C; what is written by then stays."""
+        try:
+            with progress_bar(self._console, "segmenting", len(jobs)) as advance:
+                for start in range(0, len(jobs), self._batch):
+                    part = jobs[start : start + self._batch]
+                    for job, segmentation in self._segmented(part):
+                        self._write(job, segmentation, alone=len(jobs) == 1)
+                    advance(len(part))
+        except KeyboardInterrupt:
+            complain(f"interrupted: {self._done} of {len(jobs)} images done, their files are complete in {self._out}")
+            raise typer.Exit(INTERRUPTED) from None
+        if len(jobs) > 1:
+            self._console.print(f"{self._done} of {len(jobs)} images done, results in {self._out}", soft_wrap=True)
+        if self._broken:
+            for reason in self._broken:
+                complain(f"error: {reason}")
+            raise typer.Exit(1)
+
+    def _segmented(self, jobs: Sequence[Job]) -> "Iterator[tuple[Job, Segmentation]]":
+        """The answers for the images that can be read; the reasons for the others are kept."""
+        from opensan.images import ImageError, open_image
+
+        readable: list[tuple[Job, np.ndarray]] = []
+        for job in jobs:
+            try:
+                readable.append((job, open_image(job.image, max_pixels=self._max_pixels)))
+            except ImageError as error:
+                self._broken.append(str(error))
+        answers = self._segmenter.segment(
+            [image for _, image in readable],
+            self._vocabulary,
+            templates=self._vocabulary.templates,
+            batch_size=self._batch,
+        )
+        return zip((job for job, _ in readable), answers, strict=True)
+
+    def _write(self, job: Job, segmentation: "Segmentation", *, alone: bool) -> None:
+        paths = segmentation.save(job.folder, job.stem, self._formats)
+        self._done += 1
+        if alone:
+            self._console.print(_table(segmentation))
+            for path in paths.values():
+                self._console.print(f"wrote {path}", soft_wrap=True)
+        else:
+            self._console.print(f"{job.image}: {_summary(segmentation)}", soft_wrap=True)
+
+
+def _vocabulary(
+    words: str | None, words_file: Path | None, words_set: str | None, background: str, templates: str | None
+) -> Vocabulary:
+    given = {"--words": words, "--words-file": words_file, "--words-set": words_set}
+    if sum(value is not None for value in given.values()) != 1:
+        raise UsageError(f"give the words by exactly one of {', '.join(given)}")
+    if words_file is not None:
+        return Vocabulary.from_file(words_file, background=background, templates=templates)
+    if words_set is not None:
+        return Vocabulary.ready(words_set, background=background, templates=templates)
+    return Vocabulary.parse(words, background=background, templates=templates)
+
+
+def plan(images: Sequence[Path], arguments: Sequence[Path], out: Path) -> list[Job]:
+    """Where each image's results go: folders as they are below what the command named, and no two names alike.
+
+    Named are folders, and files' folders; with several, the folder common to all of them is the top.
+    An image's stem names its results; images of one folder that differ only in suffix keep it ("x.jpg.labels.png").
+    """
+    tops = {_absolute(path if path.is_dir() else path.parent) for path in arguments}
+    top = os.path.commonpath(tops)
+    places = [(_absolute(image).parent.relative_to(top), image) for image in images]
+    stems = Counter((folder, image.stem) for folder, image in places)
+    names = [(folder, image.stem if stems[folder, image.stem] == 1 else image.name) for folder, image in places]
+    if len(set(names)) < len(names):  # "x.jpg", "x.png" and "x.jpg.png"
+        names = [(folder, image.name) for folder, image in places]
+    return [Job(image, out / folder, name) for image, (folder, name) in zip(images, names, strict=True)]
+
+
+def _without_results(images: Sequence[Path], arguments: Sequence[Path], out: Path) -> list[Path]:
+    """Leaves out an earlier run's pictures, which lie among the images when --out lies in a folder to segment."""
+    from opensan.outputs import FORMATS
+
+    named = {_absolute(path) for path in arguments}
+    inside = _absolute(out)
+    if inside in named:  # the results go among the photographs themselves
+        ours = tuple(FORMATS.values())
+        return [image for image in images if not image.name.endswith(ours) or _absolute(image) in named]
+    kept = [image for image in images if _absolute(image) in named or not _absolute(image).is_relative_to(inside)]
+    if not kept:
+        raise ValueError(f"no images but the results of an earlier run, in {out}")
+    return kept
+
+
+def _absolute(path: Path) -> Path:
+    """Without "." and "..", but links are kept: a linked photograph is named by its link."""
+    return Path(os.path.normpath(path.absolute()))
+
+
+def _table(segmentation: "Segmentation") -> "Table":
+    """The words that occur, largest first."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from opensan import outputs
+
+    confidences = outputs.mean_confidence(segmentation.labels, segmentation.confidence, len(segmentation.names))
+    found = [
+        (name, area, confidence)
+        for (name, area), confidence in zip(segmentation.areas.items(), confidences, strict=True)
+        if confidence is not None
+    ]
+    found.sort(key=lambda row: -row[1])
+    table = Table(box=box.SIMPLE)
+    table.add_column("word")
+    table.add_column("area", justify="right")
+    table.add_column("confidence", justify="right")
+    for name, area, confidence in found[:TABLE_ROWS]:
+        table.add_row(Text(name), outputs.format_share(area), f"{confidence:.2f}")
+    if len(found) > TABLE_ROWS:
+        rest = sum(area for _, area, _ in found[TABLE_ROWS:])
+        table.add_row(f"and {len(found) - TABLE_ROWS} more", outputs.format_share(rest), "")
+    if unlabelled := float((segmentation.labels < 0).mean()):
+        table.add_row("unlabelled", outputs.format_share(unlabelled), "")
+    return table
+
+
+def _summary(segmentation: "Segmentation") -> str:
+    """The three largest words, and what no word got."""
+    from opensan.outputs import format_share
+
+    areas = sorted(segmentation.areas.items(), key=lambda item: -item[1])
+    found = [f"{name} {format_share(area)}" for name, area in areas[:3] if area > 0]
+    if unlabelled := float((segmentation.labels < 0).mean()):
+        found.append(f"unlabelled {format_share(unlabelled)}")
+    return ", ".join(found)

@@ -1,0 +1,85 @@
+"""What all commands share: one-line errors and warnings, and consoles."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+"""The exit code that shells give a command stopped by Ctrl-C."""
+
+
+class UsageError(ValueError):
+    """The command line contradicts itself: exit code 2."""
+
+
+@contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Turn what users can cause into one line on stderr and an exit code; leave tracebacks to mistakes of ours."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a word that the terminal cannot show must not end the work
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
+        try:
+            yield
+        except (KeyboardInterrupt, typer.Abort):
+            complain("interrupted")
+            sys.exit(INTERRUPTED)
+        except (ValueError, ConnectionError) as error:
+            complain(f"error: {error}")
+            sys.exit(2 if isinstance(error, UsageError) else 1)
+        except Exception as error:
+            # typer has carried click inside itself since 0.26 and used the real one before: known by what it can do.
+            if not hasattr(error, "format_message"):
+                raise
+            command = getattr(getattr(error, "ctx", None), "command_path", "opensan")
+            complain(f"error: {error.format_message().rstrip('.')} (see {command} --help)")
+            sys.exit(getattr(error, "exit_code", 2))
+
+
+def complain(message: str) -> None:
+    """One line on stderr."""
+    print(" ".join(message.split()), file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Tell a person who waits; a script that reads stderr gets errors and warnings only."""
+    if sys.stderr.isatty():
+        complain(message)
+
+
+def output_console() -> "Console":
+    """stdout, with text taken as it is: a word may hold what rich would read as markup."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+@contextmanager
+def progress_bar(output: "Console", what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that counts what is done; a bar shows on a terminal, for more than one thing to do.
+
+    It goes among the output if that is on a terminal, else to stderr, so that neither overwrites the other.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = output if output.is_terminal else Console(stderr=True)
+    bar = Progress(
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=total == 1 or not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

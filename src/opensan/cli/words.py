@@ -1,0 +1,21 @@
+"""`opensan words`: the label sets that come with the package."""
+
+from typing import Annotated
+
+import typer
+
+from opensan.vocabulary import Vocabulary, ready_sets
+
+
+def words(
+    name: Annotated[str | None, typer.Argument(help="A set: print its words, one a line.", show_default=False)] = None,
+) -> None:
+    """List the ready label sets, or the words of one.
+
+    The words of a set, printed to a file, make a good start for a --words-file of your own.
+    """
+    if name is not None:
+        print("\n".join(Vocabulary.ready(name).names))
+        return
+    for known in ready_sets():
+        print(f"{known:<20} {len(Vocabulary.ready(known).names):>4} words")
