@@ -57,11 +57,17 @@ def load_folder(folder: Path, weights: Path | None = None) -> SAN:
 
 
 def save_folder(model: SAN, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Path:
-    """Write `model` to `folder`, each file all or nothing; the weights stored as `dtype`. Returns the folder."""
+    """Write `model` to `folder`, each file all or nothing; the weights stored as `dtype`. Returns the folder.
+
+    Raises OSError, one line, when a file cannot be written; the old one is then still there.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
-        save_file(state, temporary)
+        try:
+            save_file(state, temporary)
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS_NAME}: cannot be written ({error})") from None
     write_text(folder / CONFIG_NAME, model.config.model_dump_json(indent=2) + "\n")
     return folder
