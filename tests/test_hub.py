@@ -84,7 +84,7 @@ class Client:
 class Hub:
     """The part of the hub's protocol that a download uses.
 
-    `files` maps (repository, file) to its content or to a function that fails; `requests` lists the questions for files.
+    `files` maps (repository, file) to content or to a function that fails; `requests` lists the questions for files.
     """
 
     def __init__(self, port):
