@@ -95,6 +95,8 @@ def segment(
         raise UsageError(f"--format: {error}") from None
     outputs.check_writable(out)
 
+    from torch import OutOfMemoryError
+
     from opensan.images import list_images
     from opensan.segmenter import load
 
@@ -102,7 +104,10 @@ def segment(
     note(f"loading {model}")
     segmenter = load(model, device=device, dtype=dtype.value, max_pixels=max_pixels)
     segmenter.text.classifier(vocabulary)  # before the images: it may take long, and it finds words that do not fit
-    _Run(segmenter, vocabulary, kinds, out, batch, max_pixels).all(jobs)
+    try:
+        _Run(segmenter, vocabulary, kinds, out, batch, max_pixels).all(jobs)
+    except (MemoryError, OutOfMemoryError):
+        raise ValueError(f"out of memory on {device}: try a smaller --batch, or smaller photographs") from None
 
 
 class _Run:
@@ -156,12 +161,8 @@ class _Run:
                 readable.append((job, open_image(job.image, max_pixels=self._max_pixels)))
             except ImageError as error:
                 self._broken.append(str(error))
-        answers = self._segmenter.segment(
-            [image for _, image in readable],
-            self._vocabulary,
-            templates=self._vocabulary.templates,
-            batch_size=self._batch,
-        )
+        pictures = [image for _, image in readable]
+        answers = self._segmenter.segment(pictures, self._vocabulary, batch_size=self._batch)
         return zip((job for job, _ in readable), answers, strict=True)
 
     def _write(self, job: Job, segmentation: "Segmentation", *, alone: bool) -> None:
