@@ -16,7 +16,7 @@ _OPENINGS = ("a photo of {}.", "a picture of {}.", "there is {} in the scene.", 
 
 
 def caption(regions: Sequence[Region], rng: np.random.Generator) -> str:
-    """A sentence that is true of a picture in which `regions` are seen: objects in any order, then perhaps the ground."""
+    """A sentence that is true of a picture in which `regions` are seen: objects, then perhaps the ground."""
     objects = [region for region in regions if not region.ground]
     grounds = [region.ground for region in regions if region.ground]
     if not objects:

@@ -81,7 +81,7 @@ class Trainer:
             out: the run's folder; one that holds a run of the same configuration is continued.
             description: the whole configuration as plain data, for config.json; default: `config`'s.
             validate: figures after step n, called every `config.validate_every` steps and after the last.
-            best_by: the figure whose highest value marks the best checkpoint.
+            best_by: the figure whose highest value marks the best checkpoint; empty: none is marked.
         """
         self.task = task.to(device)
         self.source = source
@@ -241,7 +241,7 @@ class Trainer:
         self.task.train()
         self._validation_log.add(self.step, figures)
         progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        if self.best is None or figures[self.best_by] > self.best:
+        if self.best_by and (self.best is None or figures[self.best_by] > self.best):
             self.best = figures[self.best_by]
             self.checkpoints.save(self._state(), self.step, kind="best")
 

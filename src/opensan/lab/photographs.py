@@ -1,0 +1,241 @@
+"""The same trainers on real photographs: a small CLIP from captions, a small SAN from one set's masks, tested on two.
+
+    python -m opensan.lab.photographs clip --data DIR --out runs/photo-clip
+    python -m opensan.lab.photographs san --data DIR --clip runs/photo-clip --out runs/photo-san
+
+DIR holds label folders `camvid` and `labelmefacade` (see `opensan.data.segmentation_folder`) and, if wanted,
+`flickr8k_small` (images/, captions.tsv of "file TAB caption", train.txt). The SAN is trained on CamVid's training
+photographs alone; LabelMeFacade is never trained on, and its words "door", "window" and "vegetation" have no masks.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from opensan.checkpoints import load_folder, save_folder
+from opensan.config import ClipConfig, ImageConfig, SideAdapterConfig, TextConfig, VisionConfig
+from opensan.data.augment import AugmentConfig
+from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.evaluate.run import evaluate, model_predictor, validation, write_report
+from opensan.images import open_image
+from opensan.lab.clip_training import ClipTask, clip_groups, collate_captions, save_clip
+from opensan.lab.informed_start import informed_start
+from opensan.lab.san_training import LabSanConfig, build_lab_san
+from opensan.model import SAN
+from opensan.model.clip import build_clip
+from opensan.text import TextEncoder
+from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
+from opensan.train.loop import Trainer
+from opensan.train.san import train_san
+
+PHOTO_CLIP = ClipConfig(
+    embed_dim=192,
+    quick_gelu=False,
+    vision=VisionConfig(width=192, layers=6, heads=6, patch_size=16, image_size=256),
+    text=TextConfig(width=128, layers=3, heads=4),
+)
+PICTURE_SIDE = 128
+"""Pixels of the square pictures that the CLIP learns from."""
+
+CLIP_LOOP = LoopConfig(
+    steps=500,
+    batch_size=128,
+    learning_rate=1e-3,
+    weight_decay=0.1,
+    warmup=60,
+    clip_norm=1.0,
+    save_every=50,
+    log_every=10,
+)
+
+PHOTO_SAN = LabSanConfig(
+    training=SanTrainingConfig(
+        loop=LoopConfig(
+            steps=1_000,
+            batch_size=8,
+            learning_rate=1e-3,
+            warmup=50,
+            save_every=50,
+            log_every=20,
+            validate_every=250,
+        ),
+        augment=AugmentConfig(short_sides=tuple(range(256, 513, 32)), crop=(256, 256)),
+        points=PointsConfig(count=2_048),
+    ),
+    side_adapter=SideAdapterConfig(
+        width=144,
+        depth=6,
+        heads=6,
+        patch_size=16,
+        image_size=320,
+        queries=40,
+        fusion={0: 0, 1: 1, 2: 2, 3: 4},
+        supervised_blocks=(5, 6),
+        mask_channels=128,
+        mlp_channels=192,
+    ),
+    image=ImageConfig(short_side=320, long_side=1_280),
+)
+
+Captioned = tuple[np.ndarray, str, None]
+
+
+class CaptionedPhotographs:
+    """A folder of photographs with several captions each (a `TrainingSource`)."""
+
+    def __init__(self, root: Path, split: str = "train") -> None:
+        captions = defaultdict(list)
+        for line in (root / "captions.tsv").read_text(encoding="utf-8").splitlines():
+            file, _, text = line.partition("\t")
+            captions[file].append(text)
+        self.files = (root / f"{split}.txt").read_text(encoding="utf-8").split()
+        self.captions = captions
+        self.images = root / "images"
+        self._kept: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+    def load(self, index: int, generator: np.random.Generator) -> Captioned:
+        if index not in self._kept:
+            self._kept[index] = open_image(self.images / self.files[index])
+        side = int(
+            generator.integers(int(0.7 * min(self._kept[index].shape[:2])), min(self._kept[index].shape[:2]) + 1)
+        )
+        texts = self.captions[self.files[index]]
+        return _square(self._kept[index], side, generator), texts[int(generator.integers(len(texts)))], None
+
+
+class CaptionedCrops:
+    """Crops of labelled photographs, captioned with the words that they show (a `TrainingSource`)."""
+
+    LEAST_SHARE = 0.1
+
+    def __init__(self, dataset: SegmentationFolder) -> None:
+        self.dataset = dataset
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(index)
+
+    def load(self, index: int, generator: np.random.Generator) -> Captioned:
+        if index not in self._kept:
+            self._kept[index] = self.dataset[index]
+        image, labels = self._kept[index]
+        side = int(generator.integers(64, min(labels.shape) + 1))
+        both = np.dstack([image, labels.astype(np.uint8)])  # -1 becomes 255
+        top, left = (int(generator.integers(whole - side + 1)) for whole in labels.shape)
+        crop = both[top : top + side, left : left + side]
+        names = self.dataset.vocabulary.names
+        shares = np.bincount(crop[..., 3].ravel(), minlength=256)[: len(names)] / crop[..., 3].size
+        shown = [names[i] for i in np.argsort(-shares) if shares[i] >= self.LEAST_SHARE] or [names[shares.argmax()]]
+        text = f"a photo of a {' and a '.join(generator.permutation(shown).tolist())}."
+        return _square(crop[..., :3], side, generator), text, None
+
+
+def _square(image: np.ndarray, side: int, generator: np.random.Generator) -> np.ndarray:
+    """A random square of `side` pixels, resized to PICTURE_SIDE, flipped half of the time."""
+    top, left = (int(generator.integers(whole - side + 1)) for whole in image.shape[:2])
+    crop = Image.fromarray(np.ascontiguousarray(image[top : top + side, left : left + side]))
+    resized = np.asarray(crop.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BILINEAR))
+    return resized[:, ::-1] if generator.random() < 0.5 else resized
+
+
+class Mixture:
+    """Several sources in turn, each sampled as often as the others whatever its size (a `TrainingSource`)."""
+
+    def __init__(self, sources: Sequence) -> None:
+        self.sources = sources
+        self.longest = max(map(len, sources))
+
+    def __len__(self) -> int:
+        return self.longest * len(self.sources)
+
+    def _at(self, index: int) -> tuple:
+        place, which = divmod(index, len(self.sources))
+        return self.sources[which], place % len(self.sources[which])
+
+    def name(self, index: int) -> str:
+        source, place = self._at(index)
+        return source.name(place)
+
+    def load(self, index: int, generator: np.random.Generator) -> Captioned:
+        source, place = self._at(index)
+        return source.load(place, generator)
+
+    collate = staticmethod(collate_captions)
+
+
+def train_photo_clip(data: Path, out: Path, *, flickr: bool, loop: LoopConfig = CLIP_LOOP) -> None:
+    """Captions of Flickr8k photographs (if `flickr`) and of crops of CamVid's training photographs. Resumes."""
+    sources: list = [CaptionedCrops(SegmentationFolder(data / "camvid", "train"))]
+    if flickr:
+        sources.append(CaptionedPhotographs(data / "flickr8k_small"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip = build_clip(PHOTO_CLIP).requires_grad_(True)
+    source = Mixture(sources)
+    generator = np.random.default_rng(0)
+    pictures = [source.load(int(index), generator)[0] for index in generator.integers(len(source), size=600)]
+    informed_start(clip.visual, pictures, ImageConfig())
+    groups = clip_groups(clip, loop.learning_rate, loop.weight_decay)
+    if Trainer(ClipTask(clip, ImageConfig()), source, groups, loop, out / "run").run().finished:
+        save_clip(clip.eval(), PHOTO_CLIP, out)
+
+
+def train_photo_san(data: Path, clip: Path, out: Path, config: LabSanConfig = PHOTO_SAN) -> None:
+    """Train on CamVid's training photographs, watch its validation ones, save `out`/model and the reports. Resumes."""
+    model = build_lab_san(clip, config)
+    watch = validation(model, SegmentationFolder(data / "camvid", "val"), limit=40)
+    result = train_san(
+        model, SegmentationFolder(data / "camvid", "train"), config.training, out / "run", validate=watch
+    )
+    if result.finished:
+        save_folder(model, out / "model")
+        report(data, out)
+
+
+def report(data: Path, out: Path) -> None:
+    """Measure `out`/model on both sets' test photographs and write a report of each."""
+    model: SAN = load_folder(out / "model")
+    for name in ("camvid", "labelmefacade"):
+        dataset = SegmentationFolder(data / name, "test")
+        text = TextEncoder(model, disk_cache=False).classifier(dataset.vocabulary)
+        found = evaluate(model_predictor(model, text, len(dataset.vocabulary.names)), dataset)
+        write_report(found, out / f"report-{name}", title=f"{name}, test", about={"trained on": "CamVid, train"})
+        print(f"{name:14} mIoU {100 * found.metrics.miou:.2f} %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("clip", "san", "report"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--clip", type=Path, help="the folder that `clip` wrote (for `san`)")
+    parser.add_argument("--no-flickr", action="store_true", help="captions of CamVid crops only (for `clip`)")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.what == "clip":
+        train_photo_clip(options.data, options.out, flickr=not options.no_flickr)
+    elif options.what == "san":
+        if options.clip is None:
+            parser.error("san needs --clip")
+        train_photo_san(options.data, options.clip, options.out)
+    else:
+        report(options.data, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A small SAN around the frozen lab CLIP, trained on masks of BASE words only, measured on BASE and NOVEL ones.
+
+The paper's claim in small: words that CLIP knows from captions, but whose masks were never seen, are segmented too.
+
+    python -m opensan.lab.clip_training --out runs/lab-clip
+    python -m opensan.lab.san_training --clip runs/lab-clip --out runs/lab-san
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from opensan.checkpoints import save_folder
+from opensan.config import Config, ImageConfig, ModelConfig, SideAdapterConfig
+from opensan.data.augment import AugmentConfig
+from opensan.evaluate.metrics import SegmentationMetrics
+from opensan.evaluate.run import Evaluation, evaluate, model_predictor, validation, write_report
+from opensan.files import write_text
+from opensan.lab.clip_training import load_clip
+from opensan.lab.scenes import BASE_NAMES, NOVEL_KINDS, SEGMENTATION_NAMES, Split, label_map, make_scene, novel_kind
+from opensan.model import SAN
+from opensan.model.side_adapter import SideAdapter
+from opensan.text import TextEncoder
+from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
+from opensan.train.san import train_san
+from opensan.vocabulary import Vocabulary
+
+
+class SceneDataset:
+    """Lab scenes as a segmentation data set. Each scene is drawn once and kept."""
+
+    def __init__(self, seed: int, count: int, size: tuple[int, int], split: Split, names: Sequence[str]) -> None:
+        """`size` is (H, W) in pixels; pixels of words that `names` does not list are unlabelled."""
+        self.vocabulary = Vocabulary.parse(list(names))
+        self.count = count
+        self._draw = functools.cache(lambda index: self._make(seed, index, size, split))
+
+    def _make(self, seed: int, index: int, size: tuple[int, int], split: Split) -> tuple[np.ndarray, np.ndarray]:
+        scene = make_scene(seed, index, size, split=split)
+        return scene.image, label_map(scene, self.vocabulary.names).astype(np.int16)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._draw(index)
+
+    def name(self, index: int) -> str:
+        return f"scene {index}"
+
+
+class LabSanConfig(Config):
+    """The recipe of the packaged model `tiny`."""
+
+    scenes: int = 4_000
+    scene_size: tuple[int, int] = (240, 320)
+    training: SanTrainingConfig = SanTrainingConfig(
+        loop=LoopConfig(
+            steps=2_000,
+            batch_size=16,
+            learning_rate=1e-3,
+            warmup=100,
+            save_every=100,
+            log_every=20,
+            validate_every=250,
+        ),
+        augment=AugmentConfig(short_sides=(176, 192, 208, 224), crop=(192, 192), colour_jitter=False),
+        points=PointsConfig(count=1_536),
+    )
+    side_adapter: SideAdapterConfig = SideAdapterConfig(
+        width=96,
+        depth=6,
+        heads=4,
+        patch_size=8,
+        image_size=192,
+        queries=32,
+        fusion={0: 0, 1: 1, 2: 2, 3: 4},
+        supervised_blocks=(5, 6),
+        mask_channels=96,
+        mlp_channels=128,
+    )
+    recognition_layer: int = 4
+    clip_scale: float = 0.5
+    image: ImageConfig = ImageConfig(short_side=192, long_side=768)
+
+
+def build_lab_san(clip_folder: Path, config: LabSanConfig) -> SAN:
+    """A SAN around the trained CLIP in `clip_folder`; its side adapter starts from a fixed seed."""
+    clip, clip_config = load_clip(clip_folder)
+    model_config = ModelConfig(
+        name="tiny",
+        clip=clip_config,
+        side_adapter=config.side_adapter,
+        recognition_layer=config.recognition_layer,
+        clip_scale=config.clip_scale,
+        image=config.image,
+    )
+    vision = clip_config.vision
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapter = SideAdapter(config.side_adapter, clip_width=vision.width, attention_heads=vision.heads)
+        return SAN(model_config, clip=clip, side_adapter=adapter)
+
+
+def base_and_novel(metrics: SegmentationMetrics) -> dict[str, float]:
+    """mIoU over base words, over novel words, and over each kind of novel word (see `opensan.lab.scenes`)."""
+    kinds: dict[str, list[float]] = {kind: [] for kind in ("base", "novel", *NOVEL_KINDS)}
+    for one in metrics.classes:
+        if np.isnan(one.iou) or one.pixels == 0:
+            continue
+        kind = novel_kind(one.name)
+        for list_name in ("base",) if kind is None else ("novel", kind):
+            kinds[list_name].append(one.iou)
+    return {f"miou_{kind}": float(np.mean(values)) for kind, values in kinds.items() if values}
+
+
+def measure(model: SAN, count: int = 400, size: tuple[int, int] = (480, 640), seed: int = 1_000_003) -> Evaluation:
+    """Evaluate on test scenes, never drawn in training, among all base and novel words."""
+    dataset = SceneDataset(seed, count, size, "test", SEGMENTATION_NAMES)
+    text = TextEncoder(model, disk_cache=False).classifier(dataset.vocabulary)
+    return evaluate(model_predictor(model, text, len(SEGMENTATION_NAMES)), dataset)
+
+
+def train_lab_san(clip_folder: Path, config: LabSanConfig, out: Path) -> Mapping[str, float]:
+    """Train, save `out`/model (float16, as it is packaged), measure what was saved, and write the report. Resumes."""
+    model = build_lab_san(clip_folder, config)
+    dataset = SceneDataset(7, config.scenes, config.scene_size, "masks", BASE_NAMES)
+    held_out = SceneDataset(8, 60, config.scene_size, "test", SEGMENTATION_NAMES)
+    result = train_san(model, dataset, config.training, out / "run", validate=validation(model, held_out))
+    if not result.finished:
+        raise KeyboardInterrupt
+    save_folder(model, out / "model", torch.float16)
+    return report(out)
+
+
+def report(out: Path) -> Mapping[str, float]:
+    """Measure `out`/model and write base and novel figures beside it."""
+    from opensan.checkpoints import load_folder
+
+    found = measure(load_folder(out / "model"))
+    figures = base_and_novel(found.metrics)
+    write_report(found, out / "report", title="Lab scenes, base and novel words", about={"model": "tiny"})
+    write_text(out / "report" / "base_and_novel.json", json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clip", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name, value in train_lab_san(options.clip, LabSanConfig(), options.out).items():
+        print(f"{name:18} {100 * value:6.2f} %")
+
+
+if __name__ == "__main__":
+    main()
