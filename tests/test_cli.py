@@ -61,10 +61,10 @@ def test_one_image(run, tmp_path, model_folder):
     out = tmp_path / "results"
     code, stdout, stderr = run("segment", image, "--words", WORDS, "--model", model_folder, "--out", out)
     assert (code, stderr) == (0, "")
-    assert files_in(out) == {"street.labels.png", "street.overlay.png", "street.json"}
+    assert files_in(out) == {"street.labels.png", "street.overlay.png", "street.segments.json"}
     for name in files_in(out):
         assert str(out / name) in stdout.replace("\n", "")
-    data = json.loads((out / "street.json").read_text())
+    data = json.loads((out / "street.segments.json").read_text())
     assert data["image"] == {"width": 60, "height": 45}
     assert [word["name"] for word in data["words"]] == ["road", "car", "[red]sky", "café"]
     labels = np.asarray(Image.open(out / "street.labels.png"))
@@ -143,7 +143,7 @@ def test_results_among_photographs_are_not_photographs(run, tmp_path, model_fold
             code, stdout, _ = run("segment", folder, "--words", WORDS, "--model", model_folder, "--out", out)
             assert code == 0 and "wrote" in stdout  # one image, so the table and not a line each
         shutil.rmtree(folder / "out", ignore_errors=True)
-    assert files_in(folder) == {"x.png", "x.labels.png", "x.overlay.png", "x.json"}
+    assert files_in(folder) == {"x.png", "x.labels.png", "x.overlay.png", "x.segments.json"}
 
 
 def test_images_are_streamed(run, tmp_path, model_folder, monkeypatch):
@@ -189,7 +189,7 @@ def test_words_from_file_and_from_set(run, tmp_path, model_folder):
     ):
         code, _, stderr = run("segment", image, option, value, *common)
         assert (code, stderr) == (0, "")
-        data = json.loads((tmp_path / "x.json").read_text())
+        data = json.loads((tmp_path / "x.segments.json").read_text())
         assert [word["name"] for word in data["words"]] == (names or opensan.Vocabulary.ready(value).names)
 
 
@@ -267,7 +267,7 @@ def test_interrupt_keeps_what_is_done(tmp_path, model_folder):
     for index in range(done):
         for ending in (".labels.png", ".overlay.png"):
             Image.open(out / f"{index:03}{ending}").load()
-        json.loads((out / f"{index:03}.json").read_text())
+        json.loads((out / f"{index:03}.segments.json").read_text())
     assert len(list(out.iterdir())) <= 3 * done + 3
     assert not [name for name in files_in(out) if "part" in name]
 
@@ -333,4 +333,4 @@ def test_a_name_the_terminal_cannot_show(tmp_path, model_folder):
         capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["words"][0]["name"] == "树"
+    assert json.loads((tmp_path / "x.segments.json").read_text(encoding="utf-8"))["words"][0]["name"] == "树"

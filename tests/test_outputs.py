@@ -226,15 +226,15 @@ def test_overlay_without_any_system_font(monkeypatch):
 
 def test_save_names_files_by_stem_and_replaces_old_ones(tmp_path, labels):
     (tmp_path / "x.png").write_text("the user's own")
-    (tmp_path / "x.json").write_text("an earlier run's")
+    (tmp_path / "x.segments.json").write_text("an earlier run's")
     paths = outputs.save(tmp_path, "x", ["png", "overlay", "json"], **arguments(labels))
     assert {name: path.name for name, path in paths.items()} == {
         "png": "x.labels.png",
         "overlay": "x.overlay.png",
-        "json": "x.json",
+        "json": "x.segments.json",
     }
     assert (tmp_path / "x.png").read_text() == "the user's own"
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["model"] == "a-model"
+    assert json.loads((tmp_path / "x.segments.json").read_text(encoding="utf-8"))["model"] == "a-model"
     assert len(list(tmp_path.iterdir())) == 4
 
 

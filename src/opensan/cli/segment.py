@@ -81,8 +81,8 @@ def segment(
 ) -> None:
     """Label every pixel of photographs with words.
 
-    Writes for each image STEM.labels.png (the label map), STEM.overlay.png (with a legend) and STEM.json (areas,
-    confidences, COCO masks). Folders keep their structure under --out. A broken image does not stop the
+    Writes for each image STEM.labels.png (the label map), STEM.overlay.png (with a legend) and STEM.segments.json
+    (areas, confidences, COCO masks). Folders keep their structure under --out. A broken image does not stop the
     others; it is listed at the end, and the exit code is 1.
     """
     vocabulary = _vocabulary(words, words_file, words_set, background, templates)

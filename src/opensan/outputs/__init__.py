@@ -32,7 +32,7 @@ __all__ = [
     "save_label_map",
 ]
 
-FORMATS = {"png": ".labels.png", "overlay": ".overlay.png", "json": ".json"}
+FORMATS = {"png": ".labels.png", "overlay": ".overlay.png", "json": ".segments.json"}
 """Format -> what follows the stem in its file's name."""
 
 _OVERLAY_COMPRESSION = 3
