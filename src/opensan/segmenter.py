@@ -104,7 +104,7 @@ class Segmentation:
     names: list[str]
     """Display names in the vocabulary's order, background words left out."""
     confidence: np.ndarray
-    """[H0, W0] float32 in [0, 1]: the winner's score, clipped (a sum over proposals of class times mask probability)."""
+    """[H0, W0] float32 in [0, 1]: the winner's score, clipped (sum over proposals of class times mask probability)."""
     vocabulary: Vocabulary
     encoding: Encoding = field(repr=False)
     segmenter: "Segmenter" = field(repr=False)
