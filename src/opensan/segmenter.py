@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -123,6 +124,10 @@ class Segmentation:
     def relabel(self, words: Any, *, background: Iterable[str] = (), templates: Any = None) -> "Segmentation":
         """The same image asked with other words; neither ViT runs. Arguments as for `Segmenter.segment`."""
         return self.segmenter.segment(self.encoding, words, background=background, templates=templates)
+
+    def overlay(self) -> Image.Image:
+        """The photograph under the words' colours, with a legend below; what `save` writes, to look at."""
+        return outputs.overlay(self.image, self.labels, self.names, self.areas)
 
     def save(
         self,
