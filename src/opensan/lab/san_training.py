@@ -61,21 +61,21 @@ class LabSanConfig(Config):
     scene_size: tuple[int, int] = (240, 320)
     training: SanTrainingConfig = SanTrainingConfig(
         loop=LoopConfig(
-            steps=2_000,
-            batch_size=16,
-            learning_rate=1e-3,
+            steps=2_400,
+            batch_size=8,
+            learning_rate=8e-4,
             warmup=100,
             save_every=100,
             log_every=20,
-            validate_every=250,
+            validate_every=300,
         ),
-        augment=AugmentConfig(short_sides=(176, 192, 208, 224), crop=(192, 192), colour_jitter=False),
-        points=PointsConfig(count=1_536),
+        augment=AugmentConfig(short_sides=(160, 176, 192, 208, 224), crop=(160, 160), colour_jitter=False),
+        points=PointsConfig(count=1_024),
     )
     side_adapter: SideAdapterConfig = SideAdapterConfig(
         width=96,
         depth=6,
-        heads=4,
+        heads=3,
         patch_size=8,
         image_size=192,
         queries=32,
@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clip", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name, value in train_lab_san(options.clip, LabSanConfig(), options.out).items():
