@@ -62,15 +62,15 @@ PHOTO_SAN = LabSanConfig(
             warmup=50,
             save_every=50,
             log_every=20,
-            validate_every=250,
+            validate_every=200,
         ),
         augment=AugmentConfig(short_sides=tuple(range(256, 513, 32)), crop=(256, 256)),
-        points=PointsConfig(count=2_048),
+        points=PointsConfig(count=1_536),
     ),
     side_adapter=SideAdapterConfig(
         width=144,
         depth=6,
-        heads=6,
+        heads=3,
         patch_size=16,
         image_size=320,
         queries=40,
@@ -79,6 +79,7 @@ PHOTO_SAN = LabSanConfig(
         mask_channels=128,
         mlp_channels=192,
     ),
+    clip_scale=0.8,
     image=ImageConfig(short_side=320, long_side=1_280),
 )
 
@@ -197,7 +198,7 @@ def train_photo_clip(data: Path, out: Path, *, flickr: bool, loop: LoopConfig = 
 def train_photo_san(data: Path, clip: Path, out: Path, config: LabSanConfig = PHOTO_SAN) -> None:
     """Train on CamVid's training photographs, watch its validation ones, save `out`/model and the reports. Resumes."""
     model = build_lab_san(clip, config)
-    watch = validation(model, SegmentationFolder(data / "camvid", "val"), limit=40)
+    watch = validation(model, SegmentationFolder(data / "camvid", "val"), limit=25)
     result = train_san(
         model, SegmentationFolder(data / "camvid", "train"), config.training, out / "run", validate=watch
     )
