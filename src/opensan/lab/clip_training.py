@@ -7,7 +7,7 @@ Letters: B batch, L tokens, D embedding.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,19 @@ from torch import Tensor, nn
 
 from opensan.config import ClipConfig, Config, ImageConfig, TextConfig, VisionConfig, parse_config
 from opensan.files import atomic_path, write_text
-from opensan.lab.captions import caption, lexicon, wrong_caption
-from opensan.lab.scenes import COLOURS, SEGMENTATION_NAMES, SHAPES, Region, make_scene, novel_kind
-from opensan.model.clip import build_clip, encode_prompts, shallow_features
+from opensan.lab.captions import lexicon
+from opensan.lab.grounds import GROUNDS
+from opensan.lab.informed_start import informed_start
+from opensan.lab.scene_pictures import CLOSE_UPS, WHOLE_SCENES, ScenePictures, WindowBatch, tokens
+from opensan.lab.scenes import SEGMENTATION_NAMES, Scene, make_scene, novel_kind
+from opensan.lab.teacher import CloseUpWords, Imitation, Teacher, TeacherTask, settle, word_accuracy
+from opensan.model.clip import BLOCKED, ShallowFeatures, build_clip, encode_prompts, recognise, shallow_features
 from opensan.text import pad_tokens, tokenize
 from opensan.train.config import LoopConfig
 from opensan.train.loop import Trainer
 from opensan.train.optimizer import ParameterGroup
 from opensan.train.san import normalise
+from opensan.train.stream import TrainingSource
 
 LAB_CLIP = ClipConfig(
     embed_dim=128,
@@ -36,6 +41,9 @@ LAB_CLIP = ClipConfig(
     text=TextConfig(width=64, layers=3, heads=4),
 )
 """About 4.7 million numbers, two thirds of them the token table."""
+
+RECOGNITION_LAYER = 3
+"""Windows are read by the layers after this one, and so should a SAN's proposals be."""
 
 HIGHEST_SCALE = 100.0
 """Limit of the learned logit scale, as CLIP's."""
@@ -61,78 +69,8 @@ def collate_captions(samples: list[tuple[np.ndarray, str, str | None]]) -> Capti
     """Pictures [H, W, 3] of one size, captions, and false captions (or None for all)."""
     images, captions, wrong = zip(*samples, strict=True)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    wrong_tokens = None if wrong[0] is None else pad_tokens([_tokens(text) for text in wrong])
-    return CaptionBatch(pixels, pad_tokens([_tokens(text) for text in captions]), wrong_tokens)
-
-
-@functools.lru_cache(maxsize=200_000)
-def _tokens(text: str) -> tuple[int, ...]:
-    """Cut to what CLIP reads, end of text kept: captions of strangers may be long."""
-    tokens = tokenize(text)
-    return tuple(tokens if len(tokens) <= 77 else [*tokens[:76], tokens[-1]])
-
-
-class SceneCaptions:
-    """Crops of lab scenes with captions of what they show (a `TrainingSource`). Scenes are drawn once and kept."""
-
-    def __init__(
-        self,
-        seed: int,
-        scenes: int,
-        *,
-        crop: int,
-        scene_side: int,
-        objects: tuple[int, int],
-        radius: tuple[float, float],
-    ) -> None:
-        """Square scenes of `scene_side` pixels (`objects`, `radius`: see `make_scene`), seen through `crop` pixels."""
-        self.scenes = scenes
-        self.crop = crop
-        self.scene_side = scene_side
-        self._scene = functools.cache(
-            lambda index: make_scene(seed, index, (scene_side, scene_side), objects=objects, radius=radius)
-        )
-
-    def __len__(self) -> int:
-        return self.scenes
-
-    def name(self, index: int) -> str:
-        return f"scene {index}"
-
-    def load(self, index: int, generator: np.random.Generator) -> tuple[np.ndarray, str, str]:
-        scene = self._scene(index)
-        top, left = self._corner(scene.objects, generator)
-        window = slice(top, top + self.crop), slice(left, left + self.crop)
-        image, seen = scene.image[window], scene.index_map[window]
-        if generator.random() < 0.5:
-            image = image[:, ::-1]
-        regions = _regions_in(scene.regions, scene.index_map, seen)
-        return np.ascontiguousarray(image), caption(regions, generator), wrong_caption(regions, generator)
-
-    def _corner(self, objects: Sequence[Region], generator: np.random.Generator) -> tuple[int, int]:
-        """Mostly around an object, off its centre; sometimes anywhere."""
-        room = self.scene_side - self.crop
-        if room == 0:
-            return 0, 0
-        if not objects or generator.random() < 0.15:
-            y, x = generator.integers(0, room + 1, 2)
-            return int(y), int(x)
-        centre = objects[int(generator.integers(len(objects)))].centre
-        y, x = (round(c - self.crop / 2 + generator.uniform(-0.2, 0.2) * self.crop) for c in centre)
-        return min(max(y, 0), room), min(max(x, 0), room)
-
-    collate = staticmethod(collate_captions)
-
-
-def _regions_in(regions: Sequence[Region], whole: np.ndarray, seen: np.ndarray) -> list[Region]:
-    """What a caption of the window may name: objects mostly inside, grounds that cover a good part of it."""
-    everywhere = np.bincount(whole.ravel(), minlength=len(regions))
-    inside = np.bincount(seen.ravel(), minlength=len(regions))
-    return [
-        region
-        for region, total, count in zip(regions, everywhere, inside, strict=True)
-        if count > (0.15 * seen.size if region.ground else 0.6 * total)
-    ] or [regions[int(inside.argmax())]]
+    wrong_tokens = None if wrong[0] is None else pad_tokens([tokens(text) for text in wrong])
+    return CaptionBatch(pixels, pad_tokens([tokens(text) for text in captions]), wrong_tokens)
 
 
 class ClipTask(nn.Module):
@@ -151,42 +89,63 @@ class ClipTask(nn.Module):
         texts = encode_prompts(self.clip, batch.tokens)
         scale = self.clip.logit_scale.clamp(max=float(np.log(HIGHEST_SCALE))).exp()
         logits = scale * images @ texts.T
-        same = (batch.tokens.unsqueeze(0) == batch.tokens.unsqueeze(1)).all(dim=2)
-        wanted = same / same.sum(dim=1, keepdim=True)
-        against = logits
+        against = None
         if batch.wrong_tokens is not None:
-            wrong = scale * images @ encode_prompts(self.clip, batch.wrong_tokens).T
-            against = torch.cat([logits, wrong], dim=1)
-        to_texts = -(wanted * against.log_softmax(dim=1)[:, : len(logits)]).sum(dim=1).mean()
-        to_images = -(wanted * logits.T.log_softmax(dim=1)).sum(dim=1).mean()
-        return {"loss_to_texts": to_texts / 2, "loss_to_images": to_images / 2}
+            against = scale * images @ encode_prompts(self.clip, batch.wrong_tokens).T
+        return contrast(logits, batch.tokens, against)
 
 
-class WordTask(nn.Module):
-    """The image tower alone says which words its caption holds (Joulin et al., 2016).
+def contrast(logits: Tensor, tokens: Tensor, against: Tensor | None) -> dict[str, Tensor]:
+    """Symmetric contrast of `logits` [N, N] (pictures by captions), captions of equal `tokens` [N, L] being equal.
 
-    A warm start: contrast alone learns colours at once, but stays for thousands of steps where neither tower can tell
-    shapes apart and so neither gives the other a reason to.
+    `against` [N, M]: scores of captions that are wrong for their picture.
+    """
+    same = (tokens.unsqueeze(0) == tokens.unsqueeze(1)).all(dim=2)
+    wanted = same / same.sum(dim=1, keepdim=True)
+    all_texts = logits if against is None else torch.cat([logits, against], dim=1)
+    to_texts = -(wanted * all_texts.log_softmax(dim=1)[:, : len(logits)]).sum(dim=1).mean()
+    to_images = -(wanted * logits.T.log_softmax(dim=1)).sum(dim=1).mean()
+    return {"loss_to_texts": to_texts / 2, "loss_to_images": to_images / 2}
+
+
+class SceneTask(nn.Module):
+    """Contrast between windows of pictures and their captions, and imitation of the teacher at the shallow layers' end.
+
+    Windows are read as a SAN reads its proposals: copies of the class token that see some of the patches only, in the
+    layers after RECOGNITION_LAYER.
     """
 
-    def __init__(self, clip: CLIP, image: ImageConfig) -> None:
+    def __init__(self, clip: CLIP, teacher: Imitation, image: ImageConfig, weight: float) -> None:
         super().__init__()
         self.clip = clip
+        self.teacher = teacher
         self.image = image
-        self.words = sorted({token for text in lexicon() for token in tokenize(text)[1:-1]})
-        self.head = nn.Linear(clip.visual.proj.shape[1], len(self.words))
-        self.register_buffer("_place", torch.full((len(clip.token_embedding.weight),), -1))
-        self._place[torch.tensor(self.words)] = torch.arange(len(self.words))
+        self.weight = weight
 
-    def prepare(self, batches: Sequence[CaptionBatch]) -> None:
+    def prepare(self, batches: Sequence[WindowBatch]) -> None:
         """Nothing is shared between the micro-batches of a step."""
 
-    def forward(self, batch: CaptionBatch, prepared: None) -> dict[str, Tensor]:
-        scores = self.head(image_features(self.clip, normalise(batch.images, self.image)).float())
-        places = self._place[batch.tokens]
-        wanted = torch.zeros(len(scores), len(self.words) + 1)
-        wanted.scatter_(1, places.where(places >= 0, len(self.words)), 1.0)
-        return {"loss_words": F.binary_cross_entropy_with_logits(scores, wanted[:, :-1], reduction="sum") / len(scores)}
+    def forward(self, batch: WindowBatch, prepared: None) -> dict[str, Tensor]:
+        pixels = normalise(batch.images, self.image)
+        features = shallow_features(self.clip.visual, pixels, RECOGNITION_LAYER, (RECOGNITION_LAYER,))
+        seen = read_windows(self.clip, features, batch.windows).flatten(0, 1)
+        said, wrong = encode_prompts(self.clip, torch.cat([batch.tokens, batch.wrong_tokens])).chunk(2)
+        scale = self.clip.logit_scale.clamp(max=float(np.log(HIGHEST_SCALE))).exp()
+        right = scale * (seen * said).sum(dim=1)
+        against = scale * (seen * wrong).sum(dim=1)
+        losses = contrast(scale * seen @ said.T, batch.tokens, against.unsqueeze(1))
+        return {
+            **losses,
+            "loss_wrong": 0.5 * F.softplus(against - right).mean(),
+            "loss_imitation": self.weight * self.teacher(features.patch_tokens[RECOGNITION_LAYER], pixels),
+        }
+
+
+def read_windows(clip: CLIP, features: ShallowFeatures, windows: Tensor) -> Tensor:
+    """Unit embeddings [B, Q, D] of `windows` [B, Q, h, w] bool on the grid of patches."""
+    bias = torch.where(windows, 0.0, BLOCKED).unsqueeze(1)
+    heads = clip.visual.transformer.resblocks[0].attn.num_heads
+    return recognise(clip.visual, features, bias.expand(-1, heads, -1, -1, -1), RECOGNITION_LAYER + 1)
 
 
 def image_features(clip: CLIP, pixels: Tensor) -> Tensor:
@@ -236,24 +195,37 @@ def probe(clip: CLIP) -> dict[str, float]:
     """Zero-shot accuracy on pictures of one object, among all words of the lab, by kind of word."""
     clip.eval()
     pictures, names = _probe_scenes()
-    rows = encode_prompts(clip, pad_tokens([_tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
+    rows = encode_prompts(clip, pad_tokens([tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
     best = (embed_images(clip, normalise(pictures, ImageConfig())) @ rows.T).argmax(dim=1).tolist()
     clip.train()
     return _accuracies([SEGMENTATION_NAMES[index] for index in best], names)
 
 
+@functools.cache
+def _region_scenes(count: int = 100, seed: int = 55) -> list[Scene]:
+    return [make_scene(seed, index, (96, 96), split="test") for index in range(count)]
+
+
 @torch.inference_mode()
-def word_probe(task: WordTask) -> dict[str, float]:
-    """The same for the words that the image tower alone names: its likeliest colour and shape."""
-    pictures, names = _probe_scenes()
-    scores = task.head(image_features(task.clip, normalise(pictures, ImageConfig())))
-
-    def likeliest(words: Sequence[str]) -> list[str]:
-        places = [task.words.index(tokenize(word)[1]) for word in words]
-        return [words[index] for index in scores[:, places].argmax(dim=1).tolist()]
-
-    pairs = zip(likeliest(tuple(COLOURS)), likeliest(SHAPES), strict=True)
-    return _accuracies([f"{colour} {shape}" for colour, shape in pairs], names)
+def region_probe(clip: CLIP) -> dict[str, float]:
+    """Accuracy on the regions of whole scenes, read by their true masks: as far as a SAN around this CLIP can come."""
+    clip.eval()
+    rows = encode_prompts(clip, pad_tokens([tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
+    found, names = [], []
+    for scene in _region_scenes():
+        pixels = normalise(torch.from_numpy(scene.image).permute(2, 0, 1).unsqueeze(0), ImageConfig())
+        features = shallow_features(clip.visual, pixels, RECOGNITION_LAYER, ())
+        masks = torch.stack([torch.from_numpy(scene.index_map == index) for index in range(len(scene.regions))])
+        windows = F.adaptive_avg_pool2d(masks.float(), features.grid) > 0.3
+        best = (read_windows(clip, features, windows.unsqueeze(0))[0] @ rows.T).argmax(dim=1).tolist()
+        found += [SEGMENTATION_NAMES[index] for index in best]
+        names += [region.name for region in scene.regions]
+    clip.train()
+    right: dict[str, list[bool]] = {}
+    for one, name in zip(found, names, strict=True):
+        kind = novel_kind(name) or ("base_ground" if name in GROUNDS else "base")
+        right.setdefault(kind, []).append(one == name)
+    return {f"region_{kind}": float(np.mean(hits)) for kind, hits in sorted(right.items())}
 
 
 def forget_unseen_tokens(clip: CLIP, texts: Sequence[str]) -> None:
@@ -284,68 +256,86 @@ def _read_json(path: Path) -> object:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _stage(steps: int, learning_rate: float, **others) -> LoopConfig:
+def _stage(steps: int, batch_size: int, learning_rate: float, **others) -> LoopConfig:
     return LoopConfig(
         steps=steps,
-        batch_size=128,
+        batch_size=batch_size,
         learning_rate=learning_rate,
         weight_decay=0.05,
-        warmup=100,
-        clip_norm=1.0,
-        save_every=200,
+        warmup=50,
+        clip_norm=3.0,
+        save_every=100,
         log_every=50,
+        workers=1,
         **others,
     )
 
 
-CLOSE = {"crop": 40, "scene_side": 64, "objects": (1, 1), "radius": (0.16, 0.38)}
-WIDE = {"crop": 64, "scene_side": 96, "objects": (1, 5), "radius": (0.11, 0.24)}
-WHOLE = {"crop": 96, "scene_side": 96, "objects": (1, 5), "radius": (0.11, 0.24)}
-
-
 class LabClipConfig(Config):
-    """The recipe: words of close-ups, then contrast on close-ups, on crops of scenes, and on whole scenes."""
+    """The recipe: a teacher learns the words of close-ups; the CLIP close-ups and their captions; then whole scenes."""
 
-    words: LoopConfig = _stage(1_600, 1e-3, validate_every=200)
-    close: LoopConfig = _stage(1_000, 5e-4, seed=1, validate_every=250)
-    wide: LoopConfig = _stage(800, 5e-4, seed=2, validate_every=200)
-    whole: LoopConfig = _stage(500, 3e-4, seed=3, validate_every=100)
-    pictures: int = 8_000
-    """Scenes drawn for each kind of picture."""
+    teacher: LoopConfig = _stage(1_500, 64, 4e-3, validate_every=500)
+    close: LoopConfig = _stage(2_500, 96, 1e-3, seed=1, validate_every=250)
+    scenes: LoopConfig = _stage(1_000, 48, 1e-3, seed=2, validate_every=250)
+    imitation: tuple[float, float] = (8.0, 5.0)
+    """Weight of the teacher's features in the two stages of the CLIP."""
+    pictures: int = 200_000
+    """Scenes of each kind; more than the stages see, so that none comes twice."""
     image: ImageConfig = ImageConfig()
 
 
 def train_lab_clip(config: LabClipConfig, out: Path) -> CLIP:
     """Train from nothing; `out` holds the runs, and at the end clip.safetensors and config.json. Resumes."""
+    patch = LAB_CLIP.vision.patch_size
+    close, whole = (
+        ScenePictures(seed, config.pictures, kind, patch) for seed, kind in ((11, CLOSE_UPS), (13, WHOLE_SCENES))
+    )
+    samples = [close.scene(index).image for index in range(400)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        clip = build_clip(LAB_CLIP)
-        tasks = {"words": WordTask(clip, config.image)}
-    close, wide, whole = (
-        SceneCaptions(seed, config.pictures, **kind) for seed, kind in enumerate((CLOSE, WIDE, WHOLE), start=11)
-    )
-    for stage, source in {"words": close, "close": close, "wide": wide, "whole": whole}.items():
-        loop: LoopConfig = getattr(config, stage)
-        task = tasks.get(stage, ClipTask(clip, config.image)).requires_grad_(True)
-        if stage == "words":
-            clip.requires_grad_(False).visual.requires_grad_(True)
-        measured = (lambda _step: word_probe(tasks["words"])) if stage == "words" else lambda _step: probe(clip)
-        trainer = Trainer(
-            task,
-            source,
-            clip_groups(task, loop.learning_rate, loop.weight_decay),
-            loop,
-            out / stage,
-            description={"stage": stage, "loop": loop.model_dump(mode="json"), "pictures": config.pictures},
-            validate=measured,
+        clip, teacher = build_clip(LAB_CLIP), Teacher()
+        informed_start(clip.visual, samples, config.image)
+        _run_stage(
+            "teacher",
+            config,
+            TeacherTask(teacher, config.image),
+            CloseUpWords(21, config.pictures),
+            out,
+            lambda _step: word_accuracy(teacher, config.image),
         )
-        if not trainer.run().finished:
-            raise KeyboardInterrupt
-        clip.eval()
-        save_clip(clip, LAB_CLIP, out)
+        pixels = normalise(torch.from_numpy(np.stack(samples)).permute(0, 3, 1, 2), config.image)
+        settle(teacher, pixels)
+        imitation = Imitation(teacher, LAB_CLIP.vision.width, pixels[:100])
+        for (stage, source), weight in zip((("close", close), ("scenes", whole)), config.imitation, strict=True):
+            task = SceneTask(clip, imitation, config.image, weight)
+            _run_stage(stage, config, task, source, out, lambda _step: probe(clip) | region_probe(clip))
+            clip.eval()
+            save_clip(clip, LAB_CLIP, out)
     forget_unseen_tokens(clip, lexicon())
     save_clip(clip, LAB_CLIP, out)
     return clip
+
+
+def _run_stage(
+    stage: str,
+    config: LabClipConfig,
+    task: nn.Module,
+    source: TrainingSource,
+    out: Path,
+    validate: Callable[[int], dict[str, float]],
+) -> None:
+    loop: LoopConfig = getattr(config, stage)
+    trainer = Trainer(
+        task,
+        source,
+        clip_groups(task, loop.learning_rate, loop.weight_decay),
+        loop,
+        out / stage,
+        description={"stage": stage, "loop": loop.model_dump(mode="json"), "pictures": config.pictures},
+        validate=validate,
+    )
+    if not trainer.run().finished:
+        raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -357,7 +347,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clip = train_lab_clip(LabClipConfig(), options.out)
-    print(probe(clip))
+    print(probe(clip) | region_probe(clip))
 
 
 if __name__ == "__main__":
