@@ -79,6 +79,7 @@ PHOTO_SAN = LabSanConfig(
         mask_channels=128,
         mlp_channels=192,
     ),
+    recognition_layer=4,
     clip_scale=0.8,
     image=ImageConfig(short_side=320, long_side=1_280),
 )

@@ -3,25 +3,26 @@
 The paper's claim in small: words that CLIP knows from captions, but whose masks were never seen, are segmented too.
 
     python -m opensan.lab.clip_training --out runs/lab-clip
-    python -m opensan.lab.san_training --clip runs/lab-clip --out runs/lab-san
+    python -m opensan.lab.san_training train --clip runs/lab-clip --out runs/lab-san
+    python -m opensan.lab.san_training measure --model tiny --out runs/tiny
 """
 
 import argparse
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from opensan.checkpoints import save_folder
+from opensan.checkpoints import load_model, save_folder
 from opensan.config import Config, ImageConfig, ModelConfig, SideAdapterConfig
 from opensan.data.augment import AugmentConfig
 from opensan.evaluate.metrics import SegmentationMetrics
 from opensan.evaluate.run import Evaluation, evaluate, model_predictor, validation, write_report
 from opensan.files import write_text
-from opensan.lab.clip_training import load_clip
+from opensan.lab.clip_training import RECOGNITION_LAYER, load_clip
 from opensan.lab.scenes import BASE_NAMES, NOVEL_KINDS, SEGMENTATION_NAMES, Split, label_map, make_scene, novel_kind
 from opensan.model import SAN
 from opensan.model.side_adapter import SideAdapter
@@ -61,13 +62,13 @@ class LabSanConfig(Config):
     scene_size: tuple[int, int] = (240, 320)
     training: SanTrainingConfig = SanTrainingConfig(
         loop=LoopConfig(
-            steps=2_400,
+            steps=1_700,
             batch_size=8,
             learning_rate=8e-4,
             warmup=100,
             save_every=100,
             log_every=20,
-            validate_every=300,
+            validate_every=340,
         ),
         augment=AugmentConfig(short_sides=(160, 176, 192, 208, 224), crop=(160, 160), colour_jitter=False),
         points=PointsConfig(count=1_024),
@@ -79,12 +80,12 @@ class LabSanConfig(Config):
         patch_size=8,
         image_size=192,
         queries=32,
-        fusion={0: 0, 1: 1, 2: 2, 3: 4},
+        fusion={0: 0, 1: 1, 2: 2, 3: 3},
         supervised_blocks=(5, 6),
         mask_channels=96,
         mlp_channels=128,
     )
-    recognition_layer: int = 4
+    recognition_layer: int = RECOGNITION_LAYER
     clip_scale: float = 0.5
     image: ImageConfig = ImageConfig(short_side=192, long_side=768)
 
@@ -126,38 +127,41 @@ def measure(model: SAN, count: int = 400, size: tuple[int, int] = (480, 640), se
     return evaluate(model_predictor(model, text, len(SEGMENTATION_NAMES)), dataset)
 
 
-def train_lab_san(clip_folder: Path, config: LabSanConfig, out: Path) -> Mapping[str, float]:
-    """Train, save `out`/model (float16, as it is packaged), measure what was saved, and write the report. Resumes."""
+def train_lab_san(clip_folder: Path, config: LabSanConfig, out: Path) -> None:
+    """Train, and save `out`/model as it is packaged, in float16. Resumes."""
     model = build_lab_san(clip_folder, config)
     dataset = SceneDataset(7, config.scenes, config.scene_size, "masks", BASE_NAMES)
     held_out = SceneDataset(8, 60, config.scene_size, "test", SEGMENTATION_NAMES)
-    result = train_san(model, dataset, config.training, out / "run", validate=validation(model, held_out))
-    if not result.finished:
-        raise KeyboardInterrupt
-    save_folder(model, out / "model", torch.float16)
-    return report(out)
+    if train_san(model, dataset, config.training, out / "run", validate=validation(model, held_out)).finished:
+        save_folder(model, out / "model", torch.float16)
+        report(str(out / "model"), out / "report")
 
 
-def report(out: Path) -> Mapping[str, float]:
-    """Measure `out`/model and write base and novel figures beside it."""
-    from opensan.checkpoints import load_folder
-
-    found = measure(load_folder(out / "model"))
+def report(model: str, out: Path) -> None:
+    """Measure `model` (as `opensan.load` takes it); write the reports to `out` and print base and novel mIoU."""
+    found = measure(load_model(model))
     figures = base_and_novel(found.metrics)
-    write_report(found, out / "report", title="Lab scenes, base and novel words", about={"model": "tiny"})
-    write_text(out / "report" / "base_and_novel.json", json.dumps(figures, indent=2) + "\n")
-    return figures
+    write_report(found, out, title="Lab scenes, base and novel words", about={"model": model})
+    write_text(out / "base_and_novel.json", json.dumps(figures, indent=2) + "\n")
+    for name, value in figures.items():
+        print(f"{name:18} {100 * value:6.2f} %")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clip", type=Path, required=True)
+    parser.add_argument("what", choices=("train", "measure"))
+    parser.add_argument("--clip", type=Path, help="the folder that opensan.lab.clip_training wrote (for `train`)")
+    parser.add_argument("--model", default="tiny", help="what to measure (for `measure`)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for name, value in train_lab_san(options.clip, LabSanConfig(), options.out).items():
-        print(f"{name:18} {100 * value:6.2f} %")
+    if options.what == "measure":
+        report(options.model, options.out)
+    elif options.clip is None:
+        parser.error("train needs --clip")
+    else:
+        train_lab_san(options.clip, LabSanConfig(), options.out)
 
 
 if __name__ == "__main__":
