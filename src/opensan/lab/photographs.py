@@ -15,23 +15,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from open_clip.model import CLIP
 from PIL import Image
+from torch import Tensor, nn
 
 from opensan.checkpoints import load_folder, save_folder
 from opensan.config import ClipConfig, ImageConfig, SideAdapterConfig, TextConfig, VisionConfig
-from opensan.data.augment import AugmentConfig
+from opensan.data.augment import AugmentConfig, augment
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.evaluate.run import evaluate, model_predictor, validation, write_report
 from opensan.images import open_image
-from opensan.lab.clip_training import ClipTask, clip_groups, collate_captions, save_clip
+from opensan.lab.clip_training import (
+    HIGHEST_SCALE,
+    RECOGNITION_LAYER,
+    ClipTask,
+    clip_groups,
+    collate_captions,
+    contrast,
+    read_windows,
+    save_clip,
+)
 from opensan.lab.informed_start import informed_start
 from opensan.lab.san_training import LabSanConfig, build_lab_san
+from opensan.lab.scene_pictures import Picture, ScenePictures, WindowBatch, tokens
 from opensan.model import SAN
-from opensan.model.clip import build_clip
+from opensan.model.clip import build_clip, encode_prompts, shallow_features
 from opensan.text import TextEncoder
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
 from opensan.train.loop import Trainer
-from opensan.train.san import train_san
+from opensan.train.san import normalise, train_san
 
 PHOTO_CLIP = ClipConfig(
     embed_dim=192,
@@ -52,6 +64,25 @@ CLIP_LOOP = LoopConfig(
     save_every=50,
     log_every=10,
 )
+
+WINDOW_LOOP = LoopConfig(
+    steps=600,
+    batch_size=12,
+    learning_rate=5e-4,
+    weight_decay=0.1,
+    warmup=30,
+    clip_norm=1.0,
+    seed=1,
+    save_every=50,
+    log_every=10,
+)
+
+PATCH = PHOTO_CLIP.vision.patch_size
+GRID = PHOTO_CLIP.vision.image_size // PATCH
+WINDOWS = 5
+"""In each picture."""
+
+WINDOW_VIEW = AugmentConfig(short_sides=(256, 320, 384, 448), crop=(GRID * PATCH, GRID * PATCH))
 
 PHOTO_SAN = LabSanConfig(
     training=SanTrainingConfig(
@@ -74,12 +105,11 @@ PHOTO_SAN = LabSanConfig(
         patch_size=16,
         image_size=320,
         queries=40,
-        fusion={0: 0, 1: 1, 2: 2, 3: 4},
+        fusion={0: 0, 1: 1, 2: 2, 3: 3},
         supervised_blocks=(5, 6),
         mask_channels=128,
         mlp_channels=192,
     ),
-    recognition_layer=4,
     clip_scale=0.8,
     image=ImageConfig(short_side=320, long_side=1_280),
 )
@@ -179,20 +209,93 @@ class Mixture:
     collate = staticmethod(collate_captions)
 
 
-def train_photo_clip(data: Path, out: Path, *, flickr: bool, loop: LoopConfig = CLIP_LOOP) -> None:
-    """Captions of Flickr8k photographs (if `flickr`) and of crops of CamVid's training photographs. Resumes."""
-    sources: list = [CaptionedCrops(SegmentationFolder(data / "camvid", "train"))]
-    if flickr:
-        sources.append(CaptionedPhotographs(data / "flickr8k_small"))
+class PhotographWindows:
+    """Photographs with windows of their own captions, as `SceneTask` has them (a `TrainingSource`).
+
+    A labelled photograph gives rectangles around pixels of its words; a captioned one gives itself, once a caption.
+    """
+
+    def __init__(self, labelled: SegmentationFolder, captioned: CaptionedPhotographs | None) -> None:
+        self.labelled = labelled
+        self.captioned = captioned
+
+    def __len__(self) -> int:
+        return len(self.labelled) * (1 if self.captioned is None else 2)
+
+    def name(self, index: int) -> str:
+        return self.labelled.name(index % len(self.labelled))
+
+    def load(self, index: int, generator: np.random.Generator) -> Picture:
+        if index < len(self.labelled):
+            return self._rectangles(*augment(*self.labelled[index], WINDOW_VIEW, generator), generator)
+        assert self.captioned is not None
+        place = int(generator.integers(len(self.captioned)))
+        loaded = [self.captioned.load(place, generator) for _ in range(WINDOWS)]
+        image = Image.fromarray(np.ascontiguousarray(loaded[0][0])).resize(WINDOW_VIEW.crop, Image.Resampling.BILINEAR)
+        whole = np.ones((WINDOWS, GRID, GRID), dtype=bool)
+        return np.asarray(image), whole, [tokens(text) for _, text, _ in loaded], []
+
+    def _rectangles(self, image: np.ndarray, labels: np.ndarray, generator: np.random.Generator) -> Picture:
+        names = self.labelled.vocabulary.names
+        present = np.unique(labels[labels >= 0])
+        windows = np.zeros((WINDOWS, GRID, GRID), dtype=bool)
+        texts = []
+        for window in windows:
+            wanted = int(generator.choice(present)) if len(present) else -1
+            ys, xs = np.nonzero(labels == wanted)
+            pixel = int(generator.integers(len(ys)))
+            row, column = int(ys[pixel]) // PATCH, int(xs[pixel]) // PATCH
+            up, down, left, right = (int(reach) for reach in generator.integers(0, 4, 4))
+            rows = slice(max(0, row - up), row + down + 1)
+            columns = slice(max(0, column - left), column + right + 1)
+            window[rows, columns] = True
+            seen = labels[np.kron(window, np.ones((PATCH, PATCH), dtype=bool))]
+            shares = np.bincount(seen[seen >= 0], minlength=len(names)) / len(seen)
+            shown = [i for i in np.argsort(-shares) if shares[i] >= 0.2 or (i == wanted and shares[i] >= 0.08)]
+            told = generator.permutation([names[i] for i in shown or [int(shares.argmax())]]).tolist()
+            texts.append(tokens(f"a photo of a {' and a '.join(told)}."))
+        return image, windows, texts, []
+
+    collate = staticmethod(ScenePictures.collate)
+
+
+class WindowTask(nn.Module):
+    """Contrast between windows and captions, read as a SAN reads its proposals; no teacher, no false captions."""
+
+    def __init__(self, clip: CLIP, image: ImageConfig) -> None:
+        super().__init__()
+        self.clip = clip
+        self.image = image
+
+    def prepare(self, batches: Sequence[WindowBatch]) -> None:
+        """Nothing is shared between the micro-batches of a step."""
+
+    def forward(self, batch: WindowBatch, prepared: None) -> dict[str, Tensor]:
+        features = shallow_features(self.clip.visual, normalise(batch.images, self.image), RECOGNITION_LAYER, ())
+        seen = read_windows(self.clip, features, batch.windows).flatten(0, 1)
+        scale = self.clip.logit_scale.clamp(max=float(np.log(HIGHEST_SCALE))).exp()
+        return contrast(scale * seen @ encode_prompts(self.clip, batch.tokens).T, batch.tokens, None)
+
+
+def train_photo_clip(data: Path, out: Path, *, flickr: bool) -> None:
+    """Captions of crops of CamVid's training photographs and (if `flickr`) of Flickr8k's; then of windows. Resumes."""
+    camvid = SegmentationFolder(data / "camvid", "train")
+    captioned = CaptionedPhotographs(data / "flickr8k_small") if flickr else None
+    source = Mixture([CaptionedCrops(camvid), *([captioned] if captioned else [])])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = build_clip(PHOTO_CLIP).requires_grad_(True)
-    source = Mixture(sources)
     generator = np.random.default_rng(0)
     pictures = [source.load(int(index), generator)[0] for index in generator.integers(len(source), size=600)]
     informed_start(clip.visual, pictures, ImageConfig())
-    groups = clip_groups(clip, loop.learning_rate, loop.weight_decay)
-    if Trainer(ClipTask(clip, ImageConfig()), source, groups, loop, out / "run").run().finished:
+    stages = (
+        ("run", CLIP_LOOP, ClipTask(clip, ImageConfig()), source),
+        ("windows", WINDOW_LOOP, WindowTask(clip, ImageConfig()), PhotographWindows(camvid, captioned)),
+    )
+    for name, loop, task, stage_source in stages:
+        groups = clip_groups(clip, loop.learning_rate, loop.weight_decay)
+        if not Trainer(task, stage_source, groups, loop, out / name).run().finished:
+            return
         save_clip(clip.eval(), PHOTO_CLIP, out)
 
 
