@@ -8,9 +8,19 @@ from PIL import Image
 from opensan.config import ImageConfig
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.lab.informed_start import informed_start, waves
-from opensan.lab.photographs import PICTURE_SIDE, CaptionedCrops, CaptionedPhotographs, Mixture
+from opensan.lab.photographs import (
+    PICTURE_SIDE,
+    WINDOW_VIEW,
+    CaptionedCrops,
+    CaptionedPhotographs,
+    Mixture,
+    PhotographWindows,
+)
 from opensan.model.clip import build_clip
+from opensan.text import tokenize
 from opensan.train.san import normalise
+
+SKY = tokenize("sky")[1]
 
 
 @pytest.fixture
@@ -43,6 +53,18 @@ def test_a_crops_caption_names_what_it_shows(folder):
         assert "car" not in text
         said.add(text)
     assert {"a photo of a sky.", "a photo of a road.", "a photo of a road and a sky."} <= said
+
+
+def test_windows_are_captioned_with_what_is_in_them(folder):
+    source = PhotographWindows(SegmentationFolder(folder, "train"), None)
+    for position in range(20):
+        image, windows, texts, wrong = source.load(position % 2, np.random.default_rng(position))
+        assert image.shape == (*WINDOW_VIEW.crop, 3) and windows.shape[0] == len(texts) and wrong == []
+        for window, text in zip(windows, texts, strict=True):
+            assert window.any()
+            seen = np.kron(window, np.ones((16, 16), dtype=bool))
+            blue = (image[seen][:, 2].astype(int) - image[seen][:, 0] > 40).mean()
+            assert (SKY in text) == (blue >= 0.2) or 0.05 < blue < 0.35  # jitter and resizing blur the threshold
 
 
 def test_photographs_come_with_one_of_their_captions(folder):
