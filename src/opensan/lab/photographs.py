@@ -87,13 +87,13 @@ WINDOW_VIEW = AugmentConfig(short_sides=(256, 320, 384, 448), crop=(GRID * PATCH
 PHOTO_SAN = LabSanConfig(
     training=SanTrainingConfig(
         loop=LoopConfig(
-            steps=1_000,
+            steps=900,
             batch_size=8,
             learning_rate=1e-3,
             warmup=50,
             save_every=50,
             log_every=20,
-            validate_every=200,
+            validate_every=300,
         ),
         augment=AugmentConfig(short_sides=tuple(range(256, 513, 32)), crop=(256, 256)),
         points=PointsConfig(count=1_536),
