@@ -56,7 +56,7 @@ class SceneDataset:
 
 
 class LabSanConfig(Config):
-    """The recipe of the packaged model `tiny`."""
+    """How a small SAN is built and trained."""
 
     scenes: int = 4_000
     scene_size: tuple[int, int] = (240, 320)
@@ -73,6 +73,8 @@ class LabSanConfig(Config):
         augment=AugmentConfig(short_sides=(160, 176, 192, 208, 224), crop=(160, 160), colour_jitter=False),
         points=PointsConfig(count=1_024),
     )
+    again: LoopConfig | None = None
+    """A second cycle of the learning rate over other crops, if wanted."""
     side_adapter: SideAdapterConfig = SideAdapterConfig(
         width=96,
         depth=6,
@@ -88,6 +90,21 @@ class LabSanConfig(Config):
     recognition_layer: int = RECOGNITION_LAYER
     clip_scale: float = 0.5
     image: ImageConfig = ImageConfig(short_side=192, long_side=768)
+
+
+TINY = LabSanConfig(
+    again=LoopConfig(
+        steps=900,
+        batch_size=8,
+        learning_rate=5e-4,
+        warmup=30,
+        seed=1,
+        save_every=100,
+        log_every=20,
+        validate_every=450,
+    )
+)
+"""The recipe of the packaged model `tiny`."""
 
 
 def build_lab_san(clip_folder: Path, config: LabSanConfig) -> SAN:
@@ -132,9 +149,13 @@ def train_lab_san(clip_folder: Path, config: LabSanConfig, out: Path) -> None:
     model = build_lab_san(clip_folder, config)
     dataset = SceneDataset(7, config.scenes, config.scene_size, "masks", BASE_NAMES)
     held_out = SceneDataset(8, 60, config.scene_size, "test", SEGMENTATION_NAMES)
-    if train_san(model, dataset, config.training, out / "run", validate=validation(model, held_out)).finished:
-        save_folder(model, out / "model", torch.float16)
-        report(str(out / "model"), out / "report")
+    cycles = {"run": config.training.loop} | ({"again": config.again} if config.again else {})
+    for name, loop in cycles.items():
+        training = config.training.model_copy(update={"loop": loop})
+        if not train_san(model, dataset, training, out / name, validate=validation(model, held_out)).finished:
+            return
+    save_folder(model, out / "model", torch.float16)
+    report(str(out / "model"), out / "report")
 
 
 def report(model: str, out: Path) -> None:
@@ -161,7 +182,7 @@ def main() -> None:
     elif options.clip is None:
         parser.error("train needs --clip")
     else:
-        train_lab_san(options.clip, LabSanConfig(), options.out)
+        train_lab_san(options.clip, TINY, options.out)
 
 
 if __name__ == "__main__":
