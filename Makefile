@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SCENE := src/opensan/assets/scenes/playground.png
 
-WORDS ?= red circle,blue star,grass
+WORDS ?= night sky,brick,green heart,white heart,orange circle,orange cross,red square
 export WORDS
 
 .PHONY: help demo test lint bench
@@ -19,7 +19,7 @@ export WORDS
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY) ## Segment a bundled scene with your words: make demo WORDS="red circle,grass"
+demo: $(READY) ## Segment a bundled scene with your words: make demo WORDS="brick,green heart"
 	@mkdir -p out/demo
 	@$(BIN)/opensan segment $(SCENE) --model tiny --words "$$WORDS" --out out/demo
 
