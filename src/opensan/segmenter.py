@@ -279,9 +279,8 @@ class Segmenter:
         K counts the background words too; they come last.
         """
         text = self.text.classifier(vocabulary)
-        embeddings = encoding.mask_embeddings.to(self.device).unsqueeze(0)
-        masks = encoding.mask_logits.unsqueeze(0)
-        proposals = Proposals(mask_logits=masks, mask_embeddings=embeddings, attention_bias=masks[:, None])
+        masks, embeddings = encoding.mask_logits.to(self.device), encoding.mask_embeddings.to(self.device)
+        proposals = Proposals(mask_logits=masks.unsqueeze(0), mask_embeddings=embeddings.unsqueeze(0))
         return self.model.classify(proposals, text)[0].softmax(dim=-1)[:, :-1]
 
 

@@ -28,8 +28,8 @@ class Proposals:
     """[B, Q, h, w] float; sigmoid gives each proposal's mask at stride 16 of the padded image."""
     mask_embeddings: Tensor
     """[B, Q, D] float, unit length, in CLIP's joint space."""
-    attention_bias: Tensor
-    """[B, N, Q, h, w] float, after the scalar affine, before the max-pool to CLIP's grid."""
+    attention_bias: Tensor | None = None
+    """[B, N, Q, h, w] float, after the scalar affine, before the max-pool to CLIP's grid; not kept in encodings."""
     auxiliary: tuple["Proposals", ...] = ()
     """Deep supervision (training only): the same from earlier side blocks, first block first."""
 
