@@ -73,7 +73,7 @@ def segment(
         str, typer.Option("--format", metavar="LIST", help="What to write, of: png (label map), overlay, json.")
     ] = "png,overlay,json",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="bfloat16 is faster where the device has it.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="bfloat16 is for GPUs; many CPUs are slower with it.")] = Dtype.float32,
     batch: Annotated[int, typer.Option(min=1, help="Images in memory at a time; more than 1 helps on a GPU.")] = 1,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Larger photographs are refused before they are decoded.")
