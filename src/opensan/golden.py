@@ -109,9 +109,17 @@ def golden_model(config: ModelConfig) -> SAN:
 
 def read_golden(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A golden's meta and arrays. Raises ValueError, one line, when it is not one."""
+    arrays = read_arrays(path)
+    try:
+        return json.loads(str(arrays.pop("meta"))), arrays
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not a golden file ({error})") from None
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz, no pickles among them. Raises ValueError, one line, when it is not one."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return json.loads(str(arrays.pop("meta"))), arrays
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile) as error:
         raise ValueError(f"{path}: not a golden file ({error})") from None

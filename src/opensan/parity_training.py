@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,9 +17,10 @@ from opensan.checkpoints import build_empty
 from opensan.checkpoints.official import official_name, official_shape
 from opensan.config import PRESETS, ClipConfig, ModelConfig, SideAdapterConfig, TextConfig, VisionConfig
 from opensan.difference import Difference
-from opensan.golden import golden_model
+from opensan.golden import golden_model, read_arrays
 from opensan.model import SAN
 from opensan.structures import TextClassifier
+from opensan.text import pad_tokens, tokenize
 from opensan.train.criterion import SetCriterion, mask_normalizer
 from opensan.train.matcher import LayerOutput, Matches
 from opensan.train.optimizer import build_adamw, clip_gradients, poly_factor, san_parameter_groups, set_learning_rates
@@ -108,12 +108,11 @@ def check_training(arrays: Path, figures: Path, *, trajectory: bool = True) -> l
 
 
 def _read(arrays: Path, figures: Path) -> Golden:
+    loaded = read_arrays(arrays)
     try:
-        with np.load(arrays, allow_pickle=False) as file:
-            loaded = {name: file[name] for name in file.files}
         parsed = json.loads(figures.read_text(encoding="utf-8"))
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{arrays}: not a training golden ({error})") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{figures}: not a training golden's figures ({error})") from None
     if "float64" not in parsed or "image_a" not in loaded:
         raise ValueError(f"{arrays}: not a training golden")
     return Golden(loaded, parsed)
@@ -123,8 +122,7 @@ def _read(arrays: Path, figures: Path) -> Golden:
 def _text_classifier(model: SAN, golden: Golden) -> TextClassifier:
     """The golden's words in float64: the text encoder's own rows are float32, too coarse to compare 20 steps."""
     vocabulary = Vocabulary.parse(golden.figures["words"], templates=golden.figures["templates"])
-    tokenize = open_clip.SimpleTokenizer(context_length=model.config.clip.text.context_length)
-    rows = [model.embed_prompts(tokenize(prompts)).mean(0) for prompts in vocabulary.prompts()]
+    rows = [model.embed_prompts(pad_tokens([tokenize(p) for p in row])).mean(0) for row in vocabulary.prompts()]
     unit = functional.normalize(torch.stack(rows), dim=1)
     return TextClassifier(unit, torch.tensor(vocabulary.row_class), len(vocabulary.words))
 

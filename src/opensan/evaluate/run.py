@@ -62,6 +62,12 @@ def model_predictor(model: SAN, text: TextClassifier, words: int) -> Predictor:
     return predict
 
 
+def dataset_predictor(model: SAN, dataset: SegmentationDataset) -> Predictor:
+    """`model_predictor` for the data set's own words, which are embedded once."""
+    vocabulary = dataset.vocabulary
+    return model_predictor(model, TextEncoder(model).classifier(vocabulary), len(vocabulary.names))
+
+
 def evaluate(
     predict: Predictor, dataset: SegmentationDataset, *, limit: int | None = None, progress: bool = True
 ) -> Evaluation:
@@ -88,8 +94,7 @@ def validation(
     model: SAN, dataset: SegmentationDataset, *, limit: int | None = None
 ) -> Callable[[int], Mapping[str, float]]:
     """For `opensan.train`: measures the model, as it is then, after so many steps."""
-    text = TextEncoder(model).classifier(dataset.vocabulary)
-    predict = model_predictor(model, text, len(dataset.vocabulary.names))
+    predict = dataset_predictor(model, dataset)
     return lambda _step: evaluate(predict, dataset, limit=limit, progress=False).metrics.summary()
 
 

@@ -57,24 +57,20 @@ class CaptionBatch:
     """[B, 3, H, W] uint8 RGB."""
     tokens: Tensor
     """[B, L] int64."""
-    wrong_tokens: Tensor | None
-    """[B, L'] int64: a false sentence for each picture, if the data has them."""
 
     def to(self, device: torch.device) -> "CaptionBatch":
-        wrong = None if self.wrong_tokens is None else self.wrong_tokens.to(device)
-        return CaptionBatch(self.images.to(device), self.tokens.to(device), wrong)
+        return CaptionBatch(self.images.to(device), self.tokens.to(device))
 
 
-def collate_captions(samples: list[tuple[np.ndarray, str, str | None]]) -> CaptionBatch:
-    """Pictures [H, W, 3] of one size, captions, and false captions (or None for all)."""
-    images, captions, wrong = zip(*samples, strict=True)
+def collate_captions(samples: list[tuple[np.ndarray, str]]) -> CaptionBatch:
+    """Pictures [H, W, 3] of one size, and captions."""
+    images, captions = zip(*samples, strict=True)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    wrong_tokens = None if wrong[0] is None else pad_tokens([tokens(text) for text in wrong])
-    return CaptionBatch(pixels, pad_tokens([tokens(text) for text in captions]), wrong_tokens)
+    return CaptionBatch(pixels, pad_tokens([tokens(text) for text in captions]))
 
 
 class ClipTask(nn.Module):
-    """Symmetric contrast within a batch; pairs with the same caption count as right, false captions as wrong."""
+    """Symmetric contrast within a batch; pairs with the same caption count as right."""
 
     def __init__(self, clip: CLIP, image: ImageConfig) -> None:
         super().__init__()
@@ -87,12 +83,12 @@ class ClipTask(nn.Module):
     def forward(self, batch: CaptionBatch, prepared: None) -> dict[str, Tensor]:
         images = embed_images(self.clip, normalise(batch.images, self.image))
         texts = encode_prompts(self.clip, batch.tokens)
-        scale = self.clip.logit_scale.clamp(max=float(np.log(HIGHEST_SCALE))).exp()
-        logits = scale * images @ texts.T
-        against = None
-        if batch.wrong_tokens is not None:
-            against = scale * images @ encode_prompts(self.clip, batch.wrong_tokens).T
-        return contrast(logits, batch.tokens, against)
+        return contrast(logit_scale(self.clip) * images @ texts.T, batch.tokens, None)
+
+
+def logit_scale(clip: CLIP) -> Tensor:
+    """What similarities are multiplied by in training: learned, within CLIP's limit."""
+    return clip.logit_scale.clamp(max=float(np.log(HIGHEST_SCALE))).exp()
 
 
 def contrast(logits: Tensor, tokens: Tensor, against: Tensor | None) -> dict[str, Tensor]:
@@ -130,7 +126,7 @@ class SceneTask(nn.Module):
         features = shallow_features(self.clip.visual, pixels, RECOGNITION_LAYER, (RECOGNITION_LAYER,))
         seen = read_windows(self.clip, features, batch.windows).flatten(0, 1)
         said, wrong = encode_prompts(self.clip, torch.cat([batch.tokens, batch.wrong_tokens])).chunk(2)
-        scale = self.clip.logit_scale.clamp(max=float(np.log(HIGHEST_SCALE))).exp()
+        scale = logit_scale(self.clip)
         right = scale * (seen * said).sum(dim=1)
         against = scale * (seen * wrong).sum(dim=1)
         losses = contrast(scale * seen @ said.T, batch.tokens, against.unsqueeze(1))

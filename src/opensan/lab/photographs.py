@@ -23,15 +23,15 @@ from opensan.checkpoints import load_folder, save_folder
 from opensan.config import ClipConfig, ImageConfig, SideAdapterConfig, TextConfig, VisionConfig
 from opensan.data.augment import AugmentConfig, augment
 from opensan.data.segmentation_folder import SegmentationFolder
-from opensan.evaluate.run import evaluate, model_predictor, validation, write_report
+from opensan.evaluate.run import dataset_predictor, evaluate, validation, write_report
 from opensan.images import open_image
 from opensan.lab.clip_training import (
-    HIGHEST_SCALE,
     RECOGNITION_LAYER,
     ClipTask,
     clip_groups,
     collate_captions,
     contrast,
+    logit_scale,
     read_windows,
     save_clip,
 )
@@ -40,7 +40,6 @@ from opensan.lab.san_training import LabSanConfig, build_lab_san
 from opensan.lab.scene_pictures import Picture, ScenePictures, WindowBatch, tokens
 from opensan.model import SAN
 from opensan.model.clip import build_clip, encode_prompts, shallow_features
-from opensan.text import TextEncoder
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
 from opensan.train.loop import Trainer
 from opensan.train.san import normalise, train_san
@@ -85,6 +84,7 @@ WINDOWS = 5
 WINDOW_VIEW = AugmentConfig(short_sides=(256, 320, 384, 448), crop=(GRID * PATCH, GRID * PATCH))
 
 PHOTO_SAN = LabSanConfig(
+    name="photographs",
     training=SanTrainingConfig(
         loop=LoopConfig(
             steps=900,
@@ -114,7 +114,8 @@ PHOTO_SAN = LabSanConfig(
     image=ImageConfig(short_side=320, long_side=1_280),
 )
 
-Captioned = tuple[np.ndarray, str, None]
+Captioned = tuple[np.ndarray, str]
+"""A picture [H, W, 3] uint8 and what is said of it."""
 
 
 class CaptionedPhotographs:
@@ -139,11 +140,10 @@ class CaptionedPhotographs:
     def load(self, index: int, generator: np.random.Generator) -> Captioned:
         if index not in self._kept:
             self._kept[index] = open_image(self.images / self.files[index])
-        side = int(
-            generator.integers(int(0.7 * min(self._kept[index].shape[:2])), min(self._kept[index].shape[:2]) + 1)
-        )
+        shortest = min(self._kept[index].shape[:2])
+        side = int(generator.integers(int(0.7 * shortest), shortest + 1))
         texts = self.captions[self.files[index]]
-        return _square(self._kept[index], side, generator), texts[int(generator.integers(len(texts)))], None
+        return _square(self._kept[index], side, generator), texts[int(generator.integers(len(texts)))]
 
 
 class CaptionedCrops:
@@ -173,7 +173,7 @@ class CaptionedCrops:
         shares = np.bincount(crop[..., 3].ravel(), minlength=256)[: len(names)] / crop[..., 3].size
         shown = [names[i] for i in np.argsort(-shares) if shares[i] >= self.LEAST_SHARE] or [names[shares.argmax()]]
         text = f"a photo of a {' and a '.join(generator.permutation(shown).tolist())}."
-        return _square(crop[..., :3], side, generator), text, None
+        return _square(crop[..., :3], side, generator), text
 
 
 def _square(image: np.ndarray, side: int, generator: np.random.Generator) -> np.ndarray:
@@ -233,7 +233,7 @@ class PhotographWindows:
         loaded = [self.captioned.load(place, generator) for _ in range(WINDOWS)]
         image = Image.fromarray(np.ascontiguousarray(loaded[0][0])).resize(WINDOW_VIEW.crop, Image.Resampling.BILINEAR)
         whole = np.ones((WINDOWS, GRID, GRID), dtype=bool)
-        return np.asarray(image), whole, [tokens(text) for _, text, _ in loaded], []
+        return np.asarray(image), whole, [tokens(text) for _, text in loaded], []
 
     def _rectangles(self, image: np.ndarray, labels: np.ndarray, generator: np.random.Generator) -> Picture:
         names = self.labelled.vocabulary.names
@@ -273,8 +273,8 @@ class WindowTask(nn.Module):
     def forward(self, batch: WindowBatch, prepared: None) -> dict[str, Tensor]:
         features = shallow_features(self.clip.visual, normalise(batch.images, self.image), RECOGNITION_LAYER, ())
         seen = read_windows(self.clip, features, batch.windows).flatten(0, 1)
-        scale = self.clip.logit_scale.clamp(max=float(np.log(HIGHEST_SCALE))).exp()
-        return contrast(scale * seen @ encode_prompts(self.clip, batch.tokens).T, batch.tokens, None)
+        said = encode_prompts(self.clip, batch.tokens)
+        return contrast(logit_scale(self.clip) * seen @ said.T, batch.tokens, None)
 
 
 def train_photo_clip(data: Path, out: Path, *, flickr: bool) -> None:
@@ -316,8 +316,7 @@ def report(data: Path, out: Path) -> None:
     model: SAN = load_folder(out / "model")
     for name in ("camvid", "labelmefacade"):
         dataset = SegmentationFolder(data / name, "test")
-        text = TextEncoder(model, disk_cache=False).classifier(dataset.vocabulary)
-        found = evaluate(model_predictor(model, text, len(dataset.vocabulary.names)), dataset)
+        found = evaluate(dataset_predictor(model, dataset), dataset)
         write_report(found, out / f"report-{name}", title=f"{name}, test", about={"trained on": "CamVid, train"})
         print(f"{name:14} mIoU {100 * found.metrics.miou:.2f} %")
 

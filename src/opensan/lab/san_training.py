@@ -20,13 +20,12 @@ from opensan.checkpoints import load_model, save_folder
 from opensan.config import Config, ImageConfig, ModelConfig, SideAdapterConfig
 from opensan.data.augment import AugmentConfig
 from opensan.evaluate.metrics import SegmentationMetrics
-from opensan.evaluate.run import Evaluation, evaluate, model_predictor, validation, write_report
+from opensan.evaluate.run import Evaluation, dataset_predictor, evaluate, validation, write_report
 from opensan.files import write_text
 from opensan.lab.clip_training import RECOGNITION_LAYER, load_clip
 from opensan.lab.scenes import BASE_NAMES, NOVEL_KINDS, SEGMENTATION_NAMES, Split, label_map, make_scene, novel_kind
 from opensan.model import SAN
 from opensan.model.side_adapter import SideAdapter
-from opensan.text import TextEncoder
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
 from opensan.train.san import train_san
 from opensan.vocabulary import Vocabulary
@@ -58,6 +57,7 @@ class SceneDataset:
 class LabSanConfig(Config):
     """How a small SAN is built and trained."""
 
+    name: str = "tiny"
     scenes: int = 4_000
     scene_size: tuple[int, int] = (240, 320)
     training: SanTrainingConfig = SanTrainingConfig(
@@ -111,7 +111,7 @@ def build_lab_san(clip_folder: Path, config: LabSanConfig) -> SAN:
     """A SAN around the trained CLIP in `clip_folder`; its side adapter starts from a fixed seed."""
     clip, clip_config = load_clip(clip_folder)
     model_config = ModelConfig(
-        name="tiny",
+        name=config.name,
         clip=clip_config,
         side_adapter=config.side_adapter,
         recognition_layer=config.recognition_layer,
@@ -140,8 +140,7 @@ def base_and_novel(metrics: SegmentationMetrics) -> dict[str, float]:
 def measure(model: SAN, count: int = 400, size: tuple[int, int] = (480, 640), seed: int = 1_000_003) -> Evaluation:
     """Evaluate on test scenes, never drawn in training, among all base and novel words."""
     dataset = SceneDataset(seed, count, size, "test", SEGMENTATION_NAMES)
-    text = TextEncoder(model, disk_cache=False).classifier(dataset.vocabulary)
-    return evaluate(model_predictor(model, text, len(SEGMENTATION_NAMES)), dataset)
+    return evaluate(dataset_predictor(model, dataset), dataset)
 
 
 def train_lab_san(clip_folder: Path, config: LabSanConfig, out: Path) -> None:
