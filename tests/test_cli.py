@@ -256,7 +256,8 @@ def test_interrupt_keeps_what_is_done(tmp_path, model_folder):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not list(out.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+    # The second image's last file: by then the first is not only written but counted.
+    while not (out / "001.segments.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
