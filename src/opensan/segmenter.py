@@ -207,19 +207,25 @@ class Segmenter:
         for group in by_shape.values():
             for start in range(0, len(group), batch_size):
                 indices, batch = zip(*group[start : start + batch_size], strict=True)
-                found = self._encode_batch(batch, [arrays[index] for index in indices])
+                found = self.encode_prepared(batch, [arrays[index] for index in indices])
                 encodings.update(zip(indices, found, strict=True))
         return [encodings[index] for index in range(len(arrays))]
 
     @torch.inference_mode()
-    def _encode_batch(self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray]) -> list[Encoding]:
-        """Images of one padded shape through the network."""
+    def encode_prepared(
+        self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
+    ) -> list[Encoding]:
+        """Images of one padded shape through the network; `arrays` are the photographs that the encodings keep."""
         pixels = torch.stack([prepared.pixels for prepared in batch]).to(self.device, self.dtype)
         proposals = self.model.propose(pixels)
         return [
             Encoding(masks, embeddings, prepared.sizes, self.fingerprint, array)
             for masks, embeddings, prepared, array in zip(
-                proposals.mask_logits.float(), proposals.mask_embeddings.float(), batch, arrays, strict=True
+                proposals.mask_logits.float(),
+                proposals.mask_embeddings.float(),
+                batch,
+                arrays or [None] * len(batch),
+                strict=True,
             )
         ]
 
