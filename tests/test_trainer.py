@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from opensan.config import parse_config
@@ -204,6 +205,42 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     kept = sorted(path.name[:13] for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["best-00000006", "step-00000012"]
     assert (tmp_path / "validation.csv").read_text().splitlines()[:2] == ["step,score", "2,-4.0"]
+
+
+class Notes:
+    """A logger that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told = []
+
+    def start(self, step: int) -> None:
+        self.told.append(("start", step))
+
+    def log(self, step: int, figures: dict) -> None:
+        self.told.append(("log", step, "loss" in figures, figures.get("validation/score")))
+
+    def pictures(self, step: int, pictures: dict) -> None:
+        self.told.append(("pictures", step, list(pictures)))
+
+    def close(self) -> None:
+        self.told.append(("close",))
+
+
+def test_loggers_are_told_figures_pictures_and_the_end(tmp_path):
+    run, notes = trainer(tmp_path, steps=4, validate_every=3, log_every=2), Notes()
+    run.validate, run.panel = lambda step: {"score": step / 2}, lambda step: {"panel": Image.new("RGB", (2, 2))}
+    run.loggers = (notes,)
+    run.run()
+    assert notes.told == [
+        ("start", 0),
+        ("log", 2, True, None),
+        ("log", 3, False, 1.5),
+        ("pictures", 3, ["panel"]),
+        ("log", 4, True, None),
+        ("log", 4, False, 2.0),
+        ("pictures", 4, ["panel"]),
+        ("close",),
+    ]
 
 
 def test_micro_batches_see_what_ranks_would(tmp_path):

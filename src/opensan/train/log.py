@@ -7,12 +7,30 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from opensan.files import write_text
+
+
+class RunLogger(Protocol):
+    """Where a run's figures and pictures go besides its CSV files. Called in the main process only."""
+
+    def start(self, step: int) -> None:
+        """The run begins, or goes on, after `step` steps; what was logged of later ones will come again."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures after `step` steps, by name; those of validation are called `validation/NAME`."""
+
+    def pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
+        """Pictures made at a validation, by name."""
+
+    def close(self) -> None:
+        """The run ends, in whatever way."""
 
 
 class CsvLog:

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from opensan.files import write_text
 from opensan.train.checkpoint import CheckpointFolder
 from opensan.train.config import HARMLESS, LoopConfig
-from opensan.train.log import CsvLog, TrainingProgress, peak_memory_mib
+from opensan.train.log import CsvLog, RunLogger, TrainingProgress, peak_memory_mib
 from opensan.train.optimizer import ParameterGroup, build_adamw, clip_gradients, poly_factor, set_learning_rates
 from opensan.train.stream import LoadedBatch, TrainingSource, stream
 
@@ -70,6 +71,8 @@ class Trainer:
         description: Mapping[str, Any] | None = None,
         validate: Callable[[int], Mapping[str, float]] | None = None,
         best_by: str = "",
+        loggers: Sequence[RunLogger] = (),
+        panel: Callable[[int], Mapping[str, Image]] | None = None,
     ) -> None:
         """Set a run up.
 
@@ -82,6 +85,8 @@ class Trainer:
             description: the whole configuration as plain data, for config.json; default: `config`'s.
             validate: figures after step n, called every `config.validate_every` steps and after the last.
             best_by: the figure whose highest value marks the best checkpoint; empty: none is marked.
+            loggers: where figures and pictures go besides the CSV files.
+            panel: pictures after step n for the loggers, by name, made at every validation.
         """
         self.task = task.to(device)
         self.source = source
@@ -92,6 +97,8 @@ class Trainer:
         self.description = dict(description or {"loop": config.model_dump(mode="json")})
         self.validate = validate
         self.best_by = best_by
+        self.loggers = tuple(loggers)
+        self.panel = panel
         self.optimizer = build_adamw(self.groups)
         self.trained = [parameter for group in self.groups for parameter in group.parameters]
         self.step = 0
@@ -109,7 +116,9 @@ class Trainer:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.out / ".lock", timeout=0), self._signals():
+            with FileLock(self.out / ".lock", timeout=0), self._signals(), ExitStack() as closing:
+                for logger in self.loggers:
+                    closing.callback(logger.close)
                 return self._run()
         except Timeout:
             raise ValueError(f"{self.out}: another process is training into this folder") from None
@@ -122,6 +131,8 @@ class Trainer:
             self._resume(progress)
             self._log = CsvLog(self.out / "log.csv", self.step)
             self._validation_log = CsvLog(self.out / "validation.csv", self.step)
+            for logger in self.loggers:
+                logger.start(self.step)
             self.task.train()
             saved = self.step
             since, seen = time.perf_counter(), self.step
@@ -134,6 +145,8 @@ class Trainer:
                     figures |= self._speed(now - since, self.step - seen)
                     since, seen = now, self.step
                     self._log.add(self.step, figures)
+                    for logger in self.loggers:
+                        logger.log(self.step, figures)
                     progress.show(self.step, figures)
                 self._maybe_validate(progress)
                 if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
@@ -238,8 +251,13 @@ class Trainer:
         self.task.eval()
         with torch.no_grad():
             figures = dict(self.validate(self.step))
+            pictures = self.panel(self.step) if self.panel else {}
         self.task.train()
         self._validation_log.add(self.step, figures)
+        for logger in self.loggers:
+            logger.log(self.step, {f"validation/{name}": value for name, value in figures.items()})
+            if pictures:
+                logger.pictures(self.step, pictures)
         progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if self.best_by and (self.best is None or figures[self.best_by] > self.best):
             self.best = figures[self.best_by]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from opensan.config import ImageConfig
@@ -19,6 +20,7 @@ from opensan.structures import TextClassifier
 from opensan.text import TextEncoder
 from opensan.train.config import SanTrainingConfig
 from opensan.train.criterion import SetCriterion, mask_normalizer
+from opensan.train.log import RunLogger
 from opensan.train.loop import RunResult, Trainer
 from opensan.train.matcher import LayerOutput
 from opensan.train.optimizer import san_parameter_groups
@@ -99,6 +101,8 @@ def train_san(
     device: torch.device | str = "cpu",
     validate: Callable[[int], Mapping[str, float]] | None = None,
     best_by: str = "miou",
+    loggers: Sequence[RunLogger] = (),
+    panel: Callable[[int], Mapping[str, Image]] | None = None,
 ) -> RunResult:
     """Train `model` (in place) on `dataset`; `out` is the run's folder (see `opensan.train.loop.Trainer`).
 
@@ -123,6 +127,8 @@ def train_san(
         description={"model": model.config.model_dump(mode="json"), **config.model_dump(mode="json")},
         validate=validate,
         best_by=best_by,
+        loggers=loggers,
+        panel=panel,
     )
     result = trainer.run()
     model.eval()
