@@ -11,7 +11,7 @@ from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
 from opensan import outputs
-from opensan.outputs.coco import run_lengths
+from opensan.outputs.coco import decode_mask, run_lengths
 from opensan.outputs.colours import UNLABELLED_COLOUR
 from opensan.outputs.drawing import OPACITY, blend
 
@@ -130,6 +130,44 @@ def test_run_lengths_in_strips_equal_those_at_once(monkeypatch, shape):
     monkeypatch.setattr("opensan.outputs.coco._STRIP_PIXELS", 3 * shape[0])
     assert run_lengths(labels, 2) == whole
     np.testing.assert_array_equal(coco_mask.decode(whole[1]), labels == 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (7, 5), (300, 200)])
+def test_decoded_masks_equal_the_coco_library(shape):
+    rng = np.random.default_rng(3)
+    for share in (0, 0.001, 0.1, 0.5, 0.999, 1):
+        mask = np.asfortranarray((rng.random(shape) < share).astype(np.uint8))
+        packed = coco_mask.encode(mask)
+        changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=0))
+        counts = np.diff([0, *changes, mask.size]).tolist()
+        for given in (packed["counts"], packed["counts"].decode(), counts):
+            decoded = decode_mask({"size": list(shape), "counts": given}, *shape)
+            assert decoded.dtype == bool
+            np.testing.assert_array_equal(decoded, mask)
+
+
+@pytest.mark.parametrize(
+    ("size", "counts", "message"),
+    [
+        ([1_000_000, 1_000_000], [10**12], r"size is \[1000000, 1000000\], the picture's \[3, 4\]"),
+        (None, "0", "size is None"),
+        ([3, 4], [10**12], "not a list of run lengths from 0 to 12"),
+        ([3, 4], [-1, 13], "not a list of run lengths"),
+        ([3, 4], [4, 8.0], "not a list of run lengths"),
+        ([3, 4], None, "not a list of run lengths"),
+        ([3, 4], [4, 4], "not those of 3 x 4 = 12 pixels"),
+        ([3, 4], [12, 12], "not those of 3 x 4 = 12 pixels"),
+        ([3, 4], "", "not those of 3 x 4 = 12 pixels"),
+        ([3, 4], "o" * 7, "not a COCO run-length string"),
+        ([3, 4], "P" * 6 + "1", "not those of 3 x 4"),
+        ([3, 4], "P" * 40 + "1", "number that is too large"),
+        ([3, 4], "é", "not a COCO run-length string"),
+        ([3, 4], "O<", "not those of 3 x 4 = 12 pixels"),
+    ],
+)
+def test_hostile_masks_are_refused_without_being_unpacked(size, counts, message):
+    with pytest.raises(ValueError, match=message):
+        decode_mask({"size": size, "counts": counts}, 3, 4)
 
 
 def test_overlay_without_photograph_lies_on_grey(tmp_path, labels):

@@ -110,3 +110,52 @@ def _compressed(counts: Sequence[int] | np.ndarray, height: int, width: int) -> 
     plain = {"size": [height, width], "counts": np.asarray(counts).tolist()}
     packed = coco_mask.frPyObjects(plain, height, width)
     return {"size": [height, width], "counts": packed["counts"].decode("ascii")}
+
+
+def decode_mask(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+    """The mask [height, width] bool of a COCO run-length encoding, its counts a list or the compressed string.
+
+    For files from outside: nothing is allocated by what `rle` says, only by the size that the caller knows. Raises
+    ValueError, one line, if `rle` is no run-length encoding of exactly that size.
+    """
+    size, counts = rle.get("size"), rle.get("counts")
+    if size != [height, width]:
+        raise ValueError(f"the mask's size is {_short(size)}, the picture's [{height}, {width}] (height, width)")
+    if isinstance(counts, str | bytes):
+        runs = _uncompressed(counts.encode() if isinstance(counts, str) else counts)
+    elif isinstance(counts, list) and all(type(count) is int and 0 <= count <= height * width for count in counts):
+        runs = np.array(counts, dtype=np.int64)
+    else:
+        raise ValueError(f"the mask's counts are not a list of run lengths from 0 to {height * width}")
+    outside = (runs < 0) | (runs > height * width)
+    if outside.any() or runs.sum() != height * width:
+        raise ValueError(f"the mask's run lengths are not those of {height} x {width} = {height * width} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _uncompressed(text: bytes) -> np.ndarray:
+    """The run lengths [R] int64 in COCO's string, not yet checked against a picture.
+
+    A character holds 5 bits of a number, the lowest first, and one that says whether more follow; numbers are signed,
+    and from the fourth on they are differences to the run before the previous one.
+    """
+    codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((codes & 32) == 0)
+    starts = np.append(0, ends + 1)[:-1]
+    if len(codes) and (codes.min() < 0 or codes.max() > 63 or len(ends) == 0 or ends[-1] != len(codes) - 1):
+        raise ValueError("the mask's counts are not a COCO run-length string")
+    lengths = ends - starts + 1
+    if len(lengths) and lengths.max() > 7:  # 35 bits are more than any picture's pixels
+        raise ValueError("the mask's counts hold a number that is too large for a run")
+    place = np.arange(len(codes)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * place), starts) if len(starts) else np.zeros(0, dtype=np.int64)
+    runs -= ((codes[ends] & 16) != 0).astype(np.int64) << (5 * lengths)
+    for first in (1, 2):
+        runs[first::2] = np.cumsum(runs[first::2])
+    return runs
+
+
+def _short(value: object) -> str:
+    """repr, cut to what fits in a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
