@@ -27,13 +27,14 @@ def labels() -> np.ndarray:
 
 def arguments(labels: np.ndarray, names: list[str] = NAMES) -> dict:
     rng = np.random.default_rng(1)
+    confidence = rng.random(labels.shape, dtype=np.float32)
     counts = np.bincount(labels.ravel() + 1, minlength=len(names) + 1)[1:]
     return {
         "image": rng.integers(0, 256, (*labels.shape, 3), dtype=np.uint8),
         "labels": labels,
         "names": names,
         "areas": {name: int(count) / labels.size for name, count in zip(names, counts, strict=True)},
-        "confidence": rng.random(labels.shape, dtype=np.float32),
+        "confidence": lambda: confidence,
         "vocabulary": {"words": names, "background": ["other"]},
         "model": "a-model",
     }
@@ -99,7 +100,7 @@ def test_json_record_says_it_all(tmp_path, labels):
         assert word["area"] == given["areas"][word["name"]]
         np.testing.assert_array_equal(coco_mask.decode(word["rle"]).astype(bool), mask)
         if mask.any():
-            assert word["confidence"] == pytest.approx(given["confidence"][mask].mean(), abs=1e-6)
+            assert word["confidence"] == pytest.approx(given["confidence"]()[mask].mean(), abs=1e-6)
         else:
             assert word["confidence"] is None
     assert data["unlabelled"]["pixels"] == (labels < 0).sum()

@@ -97,6 +97,23 @@ def test_background_words_absorb_pixels(san):
     assert sum(absorbed.areas.values()) == pytest.approx(1 - plain.areas[winner], abs=1e-3)
 
 
+def test_confidence_is_computed_when_asked(san, tmp_path, monkeypatch):
+    words, background = WORDS[:2], WORDS[2:]
+    seg = san.segment(picture(64, 64), words, background=background)
+    asked = []
+    monkeypatch.setattr(
+        Segmenter, "confidence", lambda self, of, compute=Segmenter.confidence: asked.append(1) or compute(self, of)
+    )
+    seg.save(tmp_path, formats=("png", "overlay"))
+    assert not asked
+    seg.save(tmp_path, formats=("json",))
+    assert np.array_equal(seg.confidence, seg.confidence) and len(asked) == 1
+    # a background word's pixels have its confidence, the same as if it were any word
+    plain = san.segment(picture(64, 64), words + background)
+    np.testing.assert_allclose(seg.confidence, plain.confidence, atol=1e-6)
+    assert np.array_equal(plain.labels, seg.winners)
+
+
 def test_an_encoding_can_be_kept(san, tmp_path):
     image = picture(70, 110)
     encoding = san.encode(image)

@@ -4,7 +4,6 @@ Letters: Q queries, K words, h w stride-16 grid, H W the padded network image, H
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +13,6 @@ from opensan.structures import ImageSizes
 
 BAND_ELEMENTS = 8_000_000
 """About how many floats a band of rows may need for its scores and masks (32 MB)."""
-
-
-@dataclass(frozen=True)
-class LabelMap:
-    """labels [H0, W0] int32 in 0..K-1; scores [H0, W0] float, the winner's score (0 or more, may exceed 1)."""
-
-    labels: Tensor
-    scores: Tensor
 
 
 def interpolation_matrix(grid: int, padded: int, network: int, image: int, like: Tensor) -> Tensor:
@@ -45,7 +36,7 @@ def mask_bands(mask_logits: Tensor, sizes: ImageSizes, rows: int) -> Iterator[tu
         yield top, (down[top : top + rows] @ mask_logits @ across).sigmoid_()
 
 
-def label_map(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> LabelMap:
+def label_map(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
     """The word with the highest score at every pixel: score[k, y, x] = sum_q probabilities[q, k] mask[q, y, x].
 
     Args:
@@ -53,19 +44,38 @@ def label_map(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> 
         probabilities: [Q, K] softmax over words and "no object", without the "no object" column.
         sizes: of the image these come from.
 
-    Ties go to the lowest class, as argmax answers them. Memory is bounded by a band of rows, not by K x H0 x W0.
+    Returns:
+        [H0, W0] int32 in 0..K-1. Ties go to the lowest class, as argmax answers them.
+
+    Memory is bounded by a band of rows, not by K x H0 x W0.
     """
     height, width = sizes.image
     labels = torch.empty(height, width, dtype=torch.int32, device=mask_logits.device)
-    scores = torch.empty(height, width, dtype=mask_logits.dtype, device=mask_logits.device)
     queries, words = probabilities.shape
     weights = probabilities.T.contiguous()
     rows = max(1, BAND_ELEMENTS // ((queries + words) * width))
     for top, masks in mask_bands(mask_logits, sizes, rows):
         band = (weights @ masks.flatten(1)).unflatten(1, masks.shape[1:])
-        best = band.max(dim=0)
-        scores[top : top + rows], labels[top : top + rows] = best.values, best.indices
-    return LabelMap(labels, scores)
+        labels[top : top + rows] = band.argmax(dim=0)
+    return labels
+
+
+def label_scores(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes, labels: Tensor) -> Tensor:
+    """The score of the word that `labels` [H0, W0] names at each pixel: [H0, W0] float, 0 or more, may exceed 1.
+
+    The other arguments as for `label_map`. Only words that occur are computed, a band of rows at a time.
+    """
+    scores = torch.empty(labels.shape, dtype=mask_logits.dtype, device=mask_logits.device)
+    queries, words = probabilities.shape
+    weights = probabilities.T
+    rows = max(1, BAND_ELEMENTS // ((queries + words) * labels.shape[1]))
+    for top, masks in mask_bands(mask_logits, sizes, rows):
+        winners = labels[top : top + rows].long().flatten()
+        occurs = winners.bincount(minlength=words) > 0
+        band = weights[occurs] @ masks.flatten(1)
+        index = (occurs.cumsum(0) - 1)[winners]
+        scores[top : top + rows] = band.gather(0, index.unsqueeze(0)).view(masks.shape[1:])
+    return scores
 
 
 def score_maps(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:

@@ -87,7 +87,7 @@ def _answers(
     }
     for layer, tokens in features.patch_tokens.items():
         ours[f"clip_features/{layer}"] = tokens[0].T.unflatten(1, features.grid)
-    return ours, label_map(masks, probabilities, sizes).labels, best[0] - best[1]
+    return ours, label_map(masks, probabilities, sizes), best[0] - best[1]
 
 
 def is_training(path: Path) -> bool:

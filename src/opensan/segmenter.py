@@ -14,6 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from opensan import outputs
-from opensan.assemble import label_map
+from opensan.assemble import label_map, label_scores
 from opensan.checkpoints import load_model, preset_config
 from opensan.files import atomic_path
 from opensan.images import MAX_PIXELS, PreparedImage, open_image, prepare
@@ -104,11 +105,19 @@ class Segmentation:
     """[H0, W0] int32: index into `names`, or -1 where a background word won."""
     names: list[str]
     """Display names in the vocabulary's order, background words left out."""
-    confidence: np.ndarray
-    """[H0, W0] float32 in [0, 1]: the winner's score, clipped (sum over proposals of class times mask probability)."""
+    winners: np.ndarray = field(repr=False)
+    """[H0, W0] int32: index into `vocabulary.words`, background words included; `labels` itself if there are none."""
     vocabulary: Vocabulary
     encoding: Encoding = field(repr=False)
     segmenter: "Segmenter" = field(repr=False)
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """[H0, W0] float32 in [0, 1]: the winner's score, clipped (sum over proposals of class times mask probability).
+
+        Computed when first asked for; labels do not need it.
+        """
+        return self.segmenter.confidence(self)
 
     @property
     def image(self) -> np.ndarray | None:
@@ -147,7 +156,7 @@ class Segmentation:
             labels=self.labels,
             names=self.names,
             areas=self.areas,
-            confidence=self.confidence,
+            confidence=lambda: self.confidence,
             vocabulary=self.vocabulary.to_dict(),
             model=self.encoding.model,
         )
@@ -269,14 +278,21 @@ class Segmenter:
         """The word half of the model, and the label map."""
         if encoding.model != self.fingerprint:
             raise ValueError(f"this encoding was made by model {encoding.model}, not by {self.fingerprint}")
-        found = label_map(
-            encoding.mask_logits.to(self.device), self.class_probabilities(encoding, vocabulary), encoding.sizes
-        )
-        labels = found.labels.cpu().numpy()
+        probabilities = self.class_probabilities(encoding, vocabulary)
+        winners = label_map(encoding.mask_logits.to(self.device), probabilities, encoding.sizes).cpu().numpy()
         names = vocabulary.names
-        labels[labels >= len(names)] = UNLABELLED
-        confidence = found.scores.clamp_(0, 1).cpu().numpy()
-        return Segmentation(labels, names, confidence, vocabulary, encoding, self)
+        background = len(vocabulary.words) > len(names)
+        labels = np.where(winners < len(names), winners, np.int32(UNLABELLED)) if background else winners
+        return Segmentation(labels, names, winners, vocabulary, encoding, self)
+
+    @torch.inference_mode()
+    def confidence(self, segmentation: Segmentation) -> np.ndarray:
+        """What `Segmentation.confidence` answers."""
+        encoding = segmentation.encoding
+        probabilities = self.class_probabilities(encoding, segmentation.vocabulary)
+        labels = torch.from_numpy(segmentation.winners).to(self.device)
+        scores = label_scores(encoding.mask_logits.to(self.device), probabilities, encoding.sizes, labels)
+        return scores.clamp_(0, 1).cpu().numpy()
 
     @torch.inference_mode()
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> torch.Tensor:

@@ -56,7 +56,7 @@ def model_predictor(model: SAN, text: TextClassifier, words: int) -> Predictor:
         prepared = prepare(image, model.config.image)
         proposals = model.propose(prepared.pixels.unsqueeze(0).to(device))
         probabilities = model.classify(proposals, text)[0].softmax(dim=-1)[:, :-1]
-        labels = label_map(proposals.mask_logits[0], probabilities, prepared.sizes).labels.cpu().numpy()
+        labels = label_map(proposals.mask_logits[0], probabilities, prepared.sizes).cpu().numpy()
         return np.where(labels < words, labels, UNLABELLED)
 
     return predict

@@ -5,7 +5,7 @@ Nothing here needs torch, and every file is written all or nothing.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def save(
     labels: np.ndarray,
     names: Sequence[str],
     areas: Mapping[str, float],
-    confidence: np.ndarray,
+    confidence: Callable[[], np.ndarray],
     vocabulary: Mapping[str, Any],
     model: str,
 ) -> dict[str, Path]:
@@ -99,7 +99,7 @@ def save(
         labels: [H, W] int, index into `names`, or -1 for unlabelled.
         names: the K words.
         areas: each word's share of the pixels, in [0, 1].
-        confidence: [H, W] float in [0, 1].
+        confidence: answers [H, W] float in [0, 1]; called only for a format that needs it.
         vocabulary: plain data, recorded in the JSON.
         model: the model's name, recorded in the JSON.
 
@@ -121,7 +121,7 @@ def save(
             with atomic_path(paths["overlay"]) as temporary:
                 overlay(image, labels, names, areas).save(temporary, compress_level=_OVERLAY_COMPRESSION)
         if "json" in paths:
-            data = record(labels, names, areas, confidence, vocabulary, model)
+            data = record(labels, names, areas, confidence(), vocabulary, model)
             write_text(paths["json"], json.dumps(data, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:  # the disk is full, or the name too long
         raise ValueError(f"{folder}: cannot write there ({error.strerror or error})") from None
