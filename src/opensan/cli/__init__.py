@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from opensan import __version__
+from opensan.cli.data import data
 from opensan.cli.models import convert, parity
 from opensan.cli.segment import segment
 from opensan.cli.terminal import reporting_errors
@@ -26,6 +27,7 @@ app.command()(segment)
 app.command()(words)
 app.command()(convert)
 app.command()(parity)
+app.add_typer(data)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,331 @@
+"""Writing a source in the canonical layout: in many processes, and so that a killed run goes on where it was.
+
+Every file is written under a temporary name and renamed. A finished photograph is noted in a journal; the next run
+finds its files as noted, or makes them again. The manifest comes last, so it stands for a whole folder.
+"""
+
+import io
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from opensan.config import parse_config
+from opensan.data import canonical
+from opensan.data.canonical import Manifest, PhotographRecord, Request
+from opensan.data.prepare.source import ImageFile, Photograph, Source
+from opensan.files import atomic_path, write_text
+from opensan.images import known_suffixes, open_image
+from opensan.vocabulary import Vocabulary, Word
+
+JOURNAL = ".prepare.jsonl"
+_TEMPORARY = ".*.part*"
+"""What `atomic_path` calls files that are not finished; a killed run leaves some."""
+_FEW = 32
+"""Starting processes takes longer than preparing this many photographs."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A photograph that could not be used."""
+
+    name: str
+    reason: str
+
+
+def prepare(
+    source: Source,
+    name: str,
+    out: Path,
+    *,
+    options: dict[str, str] | None = None,
+    splits: Sequence[str] | None = None,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Manifest:
+    """Write `source` in the canonical layout to the folder `out`, or finish what an earlier run began there.
+
+    Args:
+        source: what a reader found.
+        name: the reader's name. With `options`, `splits` and the classes it is what the folder is known by.
+        out: a new or empty folder, or one that the same request wrote.
+        splits: only the photographs of these lists.
+        workers: processes.
+        progress: told the number of photographs done, as they are.
+
+    Returns:
+        The manifest; its `left_out` names the photographs that could not be used.
+
+    Raises:
+        ValueError: a split that there is not, names that are no file names or not unique, `out` holding something
+            else, or a worker process that died.
+    """
+    photographs = _wanted(source, splits)
+    request = Request(
+        source=name,
+        options=options or {},
+        splits=None if splits is None else tuple(sorted(set(splits))),
+        classes=class_lines(source.vocabulary),
+    )
+    before = _open_folder(out, request)
+    tasks = [_Task(photograph, out, len(request.classes), before.get(photograph.name)) for photograph in photographs]
+    records: dict[str, PhotographRecord] = {}
+    left_out: dict[str, str] = {}
+    with (out / JOURNAL).open("a", encoding="utf-8") as journal, closing(_results(tasks, workers)) as results:
+        journal.write("\n")  # a killed run may have left half a line
+        for result in results:
+            if isinstance(result, LeftOut):
+                left_out[result.name] = result.reason
+            else:
+                records[result.name] = result
+                journal.write(result.model_dump_json() + "\n")
+                journal.flush()
+            progress(1)
+    _remove_stale(out, [record for name, record in before.items() if name not in records])
+    return _write_lists(out, request, source, photographs, records, left_out)
+
+
+def class_lines(vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The lines of classes.txt. Raises ValueError if the file would not read back as these words."""
+    lines = tuple("|".join(word.synonyms) for word in vocabulary.words)
+    for line, word in zip(lines, vocabulary.words, strict=True):
+        readable = line == line.strip() and not any(mark in line for mark in (" #", "\t#", "\n", "\r"))
+        if not readable or line.startswith("#") or Word(word.synonyms[0], word.synonyms) != word:
+            raise ValueError(f"the class {word.name!r} can't be written as a line of classes.txt")
+    return lines
+
+
+def _wanted(source: Source, splits: Sequence[str] | None) -> list[Photograph]:
+    """The photographs of `splits`, all names checked."""
+    photographs = list(source.photographs)
+    known = {split for photograph in photographs for split in photograph.splits}
+    for split in known:
+        if canonical.check_name(split) == "classes":
+            raise ValueError("a split can't be called 'classes': classes.txt is the list of classes")
+    if unknown := [split for split in splits or () if split not in known]:
+        raise ValueError(f"there is no split {unknown[0]!r}: choose from {', '.join(sorted(known))}")
+    if splits is not None:
+        photographs = [photograph for photograph in photographs if set(photograph.splits) & set(splits)]
+    if not photographs:
+        raise ValueError("the source has no photographs")
+    counts = Counter(canonical.check_name(photograph.name) for photograph in photographs)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"{len(repeated)} photographs have the name of another, the first is {repeated[0]!r}")
+    return photographs
+
+
+def _open_folder(out: Path, request: Request) -> dict[str, PhotographRecord]:
+    """Make `out` ready to be written; what an earlier run of the same request finished there, by name."""
+    journal = out / JOURNAL
+    manifest = canonical.read_manifest(out)
+    lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
+    if manifest is not None:
+        _check_same(out, manifest.request, request)
+    elif lines:
+        _check_same(out, _journal_request(journal, lines[0]), request)
+    elif out.exists() and any(not path.match(_TEMPORARY) for path in out.iterdir()):
+        raise ValueError(f"{out}: holds something else; choose a new or empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if not lines:
+        write_text(journal, request.model_dump_json() + "\n")  # first of all: from now on the folder is ours
+    for folder in (out, out / "images", out / "labels"):
+        folder.mkdir(exist_ok=True)
+        for left_over in folder.glob(_TEMPORARY):
+            left_over.unlink()
+    finished = canonical.read_records(out / canonical.FILES) if (out / canonical.FILES).exists() else ()
+    return {record.name: record for record in (*finished, *_journalled(lines[1:]))}
+
+
+def _journal_request(journal: Path, line: str) -> Request:
+    try:
+        return parse_config(Request, json.loads(line), str(journal))
+    except ValueError:
+        raise ValueError(f"{journal}: not the journal of an unfinished run; choose another folder") from None
+
+
+def _check_same(out: Path, before: Request, now: Request) -> None:
+    for field in Request.model_fields:
+        if getattr(before, field) != getattr(now, field):
+            raise ValueError(f"{out}: was prepared with other {field}; choose another folder, or delete this one")
+
+
+def _journalled(lines: Iterable[str]) -> Iterator[PhotographRecord]:
+    for line in lines:
+        try:
+            yield canonical.parse_record(line, JOURNAL)
+        except ValueError:
+            continue  # half a line of a killed run: that photograph is prepared again
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Prepare one photograph, unless it is there as `before` says."""
+
+    photograph: Photograph
+    out: Path
+    classes: int
+    before: PhotographRecord | None
+
+    def __call__(self) -> PhotographRecord | LeftOut:
+        if self.before is not None and _is_whole(self.out, self.before):
+            return self.before
+        try:
+            image = self.photograph.image() if callable(self.photograph.image) else self.photograph.image
+            pixels = open_image(image)
+            values = _label_values(self.photograph.labels(), pixels.shape[:2], self.classes)
+        except (ValueError, OSError) as error:
+            return LeftOut(self.photograph.name, " ".join(str(error).split()))
+        return self._write(image, values)
+
+    def _write(self, image: ImageFile, values: np.ndarray) -> PhotographRecord:
+        # Names may hold dots, so that with_suffix would cut them.
+        label_file = self.out / "labels" / f"{self.photograph.name}.png"
+        with atomic_path(label_file) as temporary:
+            Image.fromarray(values).save(temporary)
+        image_file = self.out / "images" / f"{self.photograph.name}{_suffix(image)}"
+        if isinstance(image, Path):
+            _link(image, image_file)
+        else:
+            with atomic_path(image_file) as temporary:
+                if isinstance(image, bytes):
+                    temporary.write_bytes(image)
+                else:
+                    Image.fromarray(image).save(temporary)
+        return PhotographRecord(
+            name=self.photograph.name,
+            width=values.shape[1],
+            height=values.shape[0],
+            image=canonical.file_record(image_file),
+            label=canonical.file_record(label_file),
+        )
+
+
+def _is_whole(out: Path, record: PhotographRecord) -> bool:
+    """The label is to the byte as noted, and the photograph (perhaps of a link to elsewhere) is there, of its size."""
+    label, image = out / "labels" / record.label.file, out / "images" / record.image.file
+    return (
+        label.is_file()
+        and image.is_file()
+        and image.stat().st_size == record.image.size
+        and canonical.file_record(label) == record.label
+    )
+
+
+def _label_values(labels: np.ndarray, size: tuple[int, int], classes: int) -> np.ndarray:
+    """What the index PNG holds, [H, W] uint8 (255 unlabelled) or uint16 (65535 unlabelled)."""
+    if labels.shape != size:
+        raise ValueError(
+            f"its labels are {labels.shape[1]}x{labels.shape[0]} (width x height), its photograph {size[1]}x{size[0]}"
+        )
+    if labels.max() >= classes:
+        raise ValueError(f"its labels hold the value {labels.max()}, there are {classes} classes")
+    kind = np.uint8 if classes <= 255 else np.uint16
+    return np.where(labels < 0, np.iinfo(kind).max, labels).astype(kind)
+
+
+def _suffix(image: ImageFile) -> str:
+    if isinstance(image, np.ndarray):
+        return ".png"
+    if isinstance(image, Path) and image.suffix.lower() in known_suffixes():
+        return image.suffix
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
+        return {"JPEG": ".jpg", "TIFF": ".tif"}.get(file.format, f".{file.format.lower()}")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link `target` to `source`; where links can't be made, hard links or copies are."""
+    temporary = target.with_name(f".{target.name}.part")  # not by atomic_path, which would chmod what it links to
+    for make in (os.symlink, os.link, shutil.copyfile):
+        try:
+            make(source.absolute(), temporary)
+            break
+        except OSError as error:
+            failure = error
+    else:
+        raise failure
+    temporary.replace(target)
+    temporary.unlink(missing_ok=True)  # renaming does nothing if both are hard links to one file
+
+
+def _results(tasks: list[_Task], workers: int) -> Iterator[PhotographRecord | LeftOut]:
+    """The tasks' results, in their order."""
+    if workers == 1 or len(tasks) < _FEW:
+        yield from (task() for task in tasks)
+        return
+    # Not forked: whoever calls may have threads (torch, a progress bar), and a fork copies their locks.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_follow_parent)
+    try:
+        yield from pool.map(_run, tasks, chunksize=4)
+    except BrokenProcessPool:
+        raise ValueError("a worker process died (out of memory?); the same command goes on, try --workers 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run(task: _Task) -> PhotographRecord | LeftOut:
+    return task()
+
+
+def _follow_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and don't outlive it when it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _remove_stale(out: Path, records: Iterable[PhotographRecord]) -> None:
+    """Photographs that an earlier run prepared, and that are no longer there or no longer fit to be used."""
+    for record in records:
+        (out / "images" / record.image.file).unlink(missing_ok=True)
+        (out / "labels" / record.label.file).unlink(missing_ok=True)
+
+
+def _write_lists(
+    out: Path,
+    request: Request,
+    source: Source,
+    photographs: Sequence[Photograph],
+    records: dict[str, PhotographRecord],
+    left_out: dict[str, str],
+) -> Manifest:
+    write_text(out / "classes.txt", "\n".join(request.classes) + "\n")
+    splits = request.splits or sorted({split for photograph in photographs for split in photograph.splits})
+    counts = {}
+    for split in splits:
+        # With suffix: a listed name is then one file's, whatever dots there are in names.
+        members = (photograph for photograph in photographs if split in photograph.splits)
+        files = [records[member.name].image.file for member in members if member.name in records]
+        write_text(out / f"{split}.txt", "".join(f"{file}\n" for file in files))
+        counts[split] = len(files)
+    canonical.write_records(out / canonical.FILES, [records[name] for name in sorted(records)])
+    manifest = Manifest(
+        request=request,
+        label_set=source.label_set,
+        evaluation_split=source.evaluation_split if source.evaluation_split in counts else None,
+        splits=counts,
+        photographs=len(records),
+        files_sha256=canonical.file_record(out / canonical.FILES).sha256,
+        left_out=dict(sorted(left_out.items())),
+    )
+    canonical.write_manifest(out, manifest)
+    (out / JOURNAL).unlink()
+    return manifest
