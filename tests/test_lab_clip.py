@@ -19,7 +19,8 @@ from opensan.lab.clip_training import (
 )
 from opensan.lab.scene_pictures import CLOSE_UPS, WHOLE_SCENES, PictureKind, ScenePictures, tokens
 from opensan.lab.teacher import CloseUpWords, Imitation, Teacher, TeacherTask, settle
-from opensan.model.clip import build_clip, encode_prompts, shallow_features
+from opensan.model.clip import encode_prompts, shallow_features
+from opensan.model.transformer import Clip
 from opensan.text import pad_tokens
 from opensan.train.config import LoopConfig
 from opensan.train.san import normalise
@@ -35,7 +36,7 @@ SMALL = ClipConfig(
 @pytest.fixture
 def clip():
     torch.manual_seed(0)
-    return build_clip(SMALL)
+    return Clip(SMALL)
 
 
 def _batch(kind: PictureKind, count: int):

@@ -16,7 +16,7 @@ from opensan.lab.photographs import (
     Mixture,
     PhotographWindows,
 )
-from opensan.model.clip import build_clip
+from opensan.model.transformer import Clip
 from opensan.text import tokenize
 from opensan.train.san import normalise
 
@@ -82,7 +82,7 @@ def test_a_mixture_serves_small_and_large_sources_alike(folder):
 
 
 def test_informed_start_gives_every_channel_as_much_to_say(small_config):
-    visual = build_clip(small_config.clip).visual
+    visual = Clip(small_config.clip).visual
     generator = np.random.default_rng(0)
     coarse = [generator.integers(0, 256, (6, 6, 3), dtype=np.uint8) for _ in range(8)]
     pictures = [np.asarray(Image.fromarray(c).resize((48, 48), Image.Resampling.BICUBIC)) for c in coarse]

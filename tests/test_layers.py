@@ -37,3 +37,11 @@ def test_importing_a_light_module_leaves_torch_alone(module):
     code = f"import sys, {module}; sys.exit(' '.join({{'torch', 'open_clip', 'timm'}} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_segmenting_imports_no_more_than_it_needs():
+    """Each of these takes as long to import as a photograph takes to be labelled."""
+    heavy = {"torchvision", "open_clip", "timm", "transformers", "scipy", "sympy", "torch._dynamo", "matplotlib"}
+    code = f"import sys, opensan.segmenter; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,12 +1,22 @@
 """The two halves of the model, and what the structure promises."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from opensan.checkpoints import build_empty
 from opensan.config import PRESETS
-from opensan.model.clip import BLOCKED, encode_prompts, recognition_mask, resize_position_table
+from opensan.model.clip import (
+    BLOCKED,
+    encode_prompts,
+    recognition_mask,
+    resize_position_table,
+    shallow_features,
+)
+from opensan.model.transformer import SideBlock
 from opensan.structures import TextClassifier
 
 
@@ -138,12 +148,36 @@ def test_prompts_may_be_cut_after_the_longest(small_model):
     torch.testing.assert_close(full.norm(dim=-1), torch.ones(2))
 
 
-def test_the_text_tower_is_open_clips_own(small_model):
+def test_the_towers_are_open_clips(small_model):
+    """Same weights under the same names, same numbers."""
+    model = pytest.importorskip("open_clip.model")
+    config = small_model.config.clip
+    theirs = model.CLIP(
+        config.embed_dim,
+        {"width": 32, "layers": 5, "head_width": 8, "patch_size": 8, "image_size": 64},
+        {"width": 16, "layers": 2, "heads": 2},
+        quick_gelu=True,
+    ).eval()
+    theirs.load_state_dict(small_model.clip.state_dict(), strict=True)
     tokens = torch.zeros(1, 77, dtype=torch.int64)
     tokens[0, :4] = torch.tensor([49406, 320, 1125, 49407])
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = small_model.clip.encode_text(tokens, normalize=True)
+        expected = theirs.encode_text(tokens, normalize=True)
         torch.testing.assert_close(encode_prompts(small_model.clip, tokens), expected, atol=1e-6, rtol=1e-5)
+        visual = small_model.clip.visual
+        class_token = shallow_features(visual, pixels, config.vision.layers, ()).tokens[:, 0]
+        expected = theirs.encode_image(pixels)
+        torch.testing.assert_close(visual.ln_post(class_token) @ visual.proj, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_side_networks_block_is_timms():
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    ours = SideBlock(48, 3, 4.0, 1e-6)
+    theirs = timm.Block(48, 3, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 30, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -15,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from opensan.text import TextEncoder, pad_tokens, tokenize
 from opensan.text_cache import TextCache, default_folder
+from opensan.tokenizer import clip_tokenizer
 from opensan.vocabulary import Vocabulary
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -57,6 +61,25 @@ def plain_rows(model, vocabulary):
             embeddings.append(model.embed_prompts(tokens)[0])
         rows.append(F.normalize(torch.stack(embeddings).mean(0), dim=0))
     return torch.stack(rows)
+
+
+TRICKY = ["it's", "<end_of_text>", "&amp;amp;", "ABC12", "Ünïcöde", "\u6f22\u5b57", "..."]
+
+
+@functools.cache
+def open_clip_tokenizer():
+    return pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
+
+
+@settings(deadline=None)
+@given(
+    st.text()
+    | st.lists(st.sampled_from(["it's", "<end_of_text>", "&amp;amp;", "ABC12", "Ünïcöde", "\u6f22\u5b57", "..."]))
+)
+def test_the_tokenizer_is_open_clips(text):
+    reference = open_clip_tokenizer()
+    text = text if isinstance(text, str) else " ".join(text)
+    assert clip_tokenizer().encode(text) == reference.encode(text)
 
 
 def test_tokens_are_the_official_ones():

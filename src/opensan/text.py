@@ -3,7 +3,6 @@
 Letters: R text rows, P prompts, L tokens, D embedding.
 """
 
-import functools
 import hashlib
 import sys
 import threading
@@ -22,10 +21,10 @@ import torch.nn.functional as F
 
 from opensan.structures import TextClassifier
 from opensan.text_cache import TextCache, default_folder
+from opensan.tokenizer import clip_tokenizer
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from open_clip.tokenizer import SimpleTokenizer
     from rich.progress import Progress
 
     from opensan.model import SAN
@@ -45,17 +44,10 @@ _LONGEST_TOKEN = 40
 Value = TypeVar("Value")
 
 
-@functools.cache
-def _tokenizer() -> "SimpleTokenizer":
-    from open_clip.tokenizer import SimpleTokenizer  # takes seconds to import
-
-    return SimpleTokenizer()
-
-
 def tokenize(text: str) -> list[int]:
     """CLIP's token numbers of `text`, between start and end of text; not cut, not padded."""
-    tokenizer = _tokenizer()
-    return [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
+    tokenizer = clip_tokenizer()
+    return [tokenizer.start, *tokenizer.encode(text), tokenizer.end]
 
 
 def pad_tokens(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -224,9 +216,9 @@ class TextEncoder:
         signature = self._signature()
         if self._tower is None or self._tower.signature != signature:
             clip = self._model.config.clip
-            if clip.text.vocab_size != _tokenizer().vocab_size:
+            if clip.text.vocab_size != clip_tokenizer().size:
                 raise ValueError(
-                    f"the model knows {clip.text.vocab_size:,} tokens and CLIP's tokenizer {_tokenizer().vocab_size:,}"
+                    f"the model knows {clip.text.vocab_size:,} tokens and CLIP's tokenizer {clip_tokenizer().size:,}"
                 )
             digest = hashlib.sha256(f"1 {clip.embed_dim} {clip.quick_gelu} {clip.text.model_dump_json()}".encode())
             for name, parameter in sorted(self._parameters()):

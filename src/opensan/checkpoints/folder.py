@@ -39,9 +39,6 @@ def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
             raise ValueError(f"{source}: {name} holds {found.dtype}, not floating-point numbers")
     # Weights may be stored in half precision to be small; they are computed with in float32.
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True, assign=True)
-    # The one buffer is no weight, so no checkpoint holds it, and it was built without memory.
-    length = model.clip.context_length
-    model.clip.attn_mask = torch.full((length, length), -torch.inf).triu(1)
     return model
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,7 +25,8 @@ from opensan.lab.informed_start import informed_start
 from opensan.lab.scene_pictures import CLOSE_UPS, WHOLE_SCENES, ScenePictures, WindowBatch, tokens
 from opensan.lab.scenes import SEGMENTATION_NAMES, Scene, make_scene, novel_kind
 from opensan.lab.teacher import CloseUpWords, Imitation, Teacher, TeacherTask, settle, word_accuracy
-from opensan.model.clip import BLOCKED, ShallowFeatures, build_clip, encode_prompts, recognise, shallow_features
+from opensan.model.clip import BLOCKED, ShallowFeatures, encode_prompts, recognise, shallow_features
+from opensan.model.transformer import Clip
 from opensan.text import pad_tokens, tokenize
 from opensan.train.config import LoopConfig
 from opensan.train.loop import Trainer
@@ -72,7 +72,7 @@ def collate_captions(samples: list[tuple[np.ndarray, str]]) -> CaptionBatch:
 class ClipTask(nn.Module):
     """Symmetric contrast within a batch; pairs with the same caption count as right."""
 
-    def __init__(self, clip: CLIP, image: ImageConfig) -> None:
+    def __init__(self, clip: Clip, image: ImageConfig) -> None:
         super().__init__()
         self.clip = clip
         self.image = image
@@ -86,7 +86,7 @@ class ClipTask(nn.Module):
         return contrast(logit_scale(self.clip) * images @ texts.T, batch.tokens, None)
 
 
-def logit_scale(clip: CLIP) -> Tensor:
+def logit_scale(clip: Clip) -> Tensor:
     """What similarities are multiplied by in training: learned, within CLIP's limit."""
     return clip.logit_scale.clamp(max=float(np.log(HIGHEST_SCALE))).exp()
 
@@ -111,7 +111,7 @@ class SceneTask(nn.Module):
     layers after RECOGNITION_LAYER.
     """
 
-    def __init__(self, clip: CLIP, teacher: Imitation, image: ImageConfig, weight: float) -> None:
+    def __init__(self, clip: Clip, teacher: Imitation, image: ImageConfig, weight: float) -> None:
         super().__init__()
         self.clip = clip
         self.teacher = teacher
@@ -137,21 +137,21 @@ class SceneTask(nn.Module):
         }
 
 
-def read_windows(clip: CLIP, features: ShallowFeatures, windows: Tensor) -> Tensor:
+def read_windows(clip: Clip, features: ShallowFeatures, windows: Tensor) -> Tensor:
     """Unit embeddings [B, Q, D] of `windows` [B, Q, h, w] bool on the grid of patches."""
     bias = torch.where(windows, 0.0, BLOCKED).unsqueeze(1)
     heads = clip.visual.transformer.resblocks[0].attn.num_heads
     return recognise(clip.visual, features, bias.expand(-1, heads, -1, -1, -1), RECOGNITION_LAYER + 1)
 
 
-def image_features(clip: CLIP, pixels: Tensor) -> Tensor:
+def image_features(clip: Clip, pixels: Tensor) -> Tensor:
     """Image features [B, D], before they are normalised, of pixels [B, 3, H, W] of any size that patches fill."""
     visual = clip.visual
     features = shallow_features(visual, pixels, len(visual.transformer.resblocks), ())
     return visual.ln_post(features.tokens[:, 0]) @ visual.proj
 
 
-def embed_images(clip: CLIP, pixels: Tensor) -> Tensor:
+def embed_images(clip: Clip, pixels: Tensor) -> Tensor:
     """Unit image embeddings [B, D] of normalised pixels [B, 3, H, W]."""
     return F.normalize(image_features(clip, pixels).float(), dim=-1)
 
@@ -187,7 +187,7 @@ def _accuracies(found: Sequence[str], names: Sequence[str]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def probe(clip: CLIP) -> dict[str, float]:
+def probe(clip: Clip) -> dict[str, float]:
     """Zero-shot accuracy on pictures of one object, among all words of the lab, by kind of word."""
     clip.eval()
     pictures, names = _probe_scenes()
@@ -203,7 +203,7 @@ def _region_scenes(count: int = 100, seed: int = 55) -> list[Scene]:
 
 
 @torch.inference_mode()
-def region_probe(clip: CLIP) -> dict[str, float]:
+def region_probe(clip: Clip) -> dict[str, float]:
     """Accuracy on the regions of whole scenes, read by their true masks: as far as a SAN around this CLIP can come."""
     clip.eval()
     rows = encode_prompts(clip, pad_tokens([tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
@@ -224,7 +224,7 @@ def region_probe(clip: CLIP) -> dict[str, float]:
     return {f"region_{kind}": float(np.mean(hits)) for kind, hits in sorted(right.items())}
 
 
-def forget_unseen_tokens(clip: CLIP, texts: Sequence[str]) -> None:
+def forget_unseen_tokens(clip: Clip, texts: Sequence[str]) -> None:
     """Set the embedding of every token that no caption holds to zero, so that a word never seen can be told."""
     seen = torch.zeros(len(clip.token_embedding.weight), dtype=torch.bool)
     for text in texts:
@@ -232,7 +232,7 @@ def forget_unseen_tokens(clip: CLIP, texts: Sequence[str]) -> None:
     clip.token_embedding.weight.data[~seen] = 0
 
 
-def save_clip(clip: CLIP, config: ClipConfig, folder: Path) -> None:
+def save_clip(clip: Clip, config: ClipConfig, folder: Path) -> None:
     """Write clip.safetensors and config.json, each all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "clip.safetensors") as temporary:
@@ -240,10 +240,10 @@ def save_clip(clip: CLIP, config: ClipConfig, folder: Path) -> None:
     write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
 
 
-def load_clip(folder: Path) -> tuple[CLIP, ClipConfig]:
+def load_clip(folder: Path) -> tuple[Clip, ClipConfig]:
     """Read what `save_clip` wrote."""
     config = parse_config(ClipConfig, _read_json(folder / "config.json"), str(folder / "config.json"))
-    clip = build_clip(config)
+    clip = Clip(config).eval()
     clip.load_state_dict(load_file(folder / "clip.safetensors"))
     return clip, config
 
@@ -280,7 +280,7 @@ class LabClipConfig(Config):
     image: ImageConfig = ImageConfig()
 
 
-def train_lab_clip(config: LabClipConfig, out: Path) -> CLIP:
+def train_lab_clip(config: LabClipConfig, out: Path) -> Clip:
     """Train from nothing; `out` holds the runs, and at the end clip.safetensors and config.json. Resumes."""
     patch = LAB_CLIP.vision.patch_size
     close, whole = (
@@ -289,7 +289,7 @@ def train_lab_clip(config: LabClipConfig, out: Path) -> CLIP:
     samples = [close.scene(index).image for index in range(400)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        clip, teacher = build_clip(LAB_CLIP), Teacher()
+        clip, teacher = Clip(LAB_CLIP), Teacher()
         informed_start(clip.visual, samples, config.image)
         _run_stage(
             "teacher",

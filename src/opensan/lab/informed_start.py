@@ -5,13 +5,14 @@ other from the first step. Positions: sines and cosines of row and column, so th
 From noise, a tower this small sees colours at once but needs thousands of steps before it sees a shape.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from open_clip.transformer import VisionTransformer
 
 from opensan.config import ImageConfig
+from opensan.model.transformer import VisionTower
 from opensan.train.san import normalise
 
 PATCHES = 20_000
@@ -22,12 +23,11 @@ SCALE = 0.5
 LONGEST_WAVE = 40.0
 
 
-def informed_start(
-    visual: VisionTransformer, pictures: Sequence[np.ndarray], image: ImageConfig, seed: int = 0
-) -> None:
+def informed_start(visual: VisionTower, pictures: Sequence[np.ndarray], image: ImageConfig, seed: int = 0) -> None:
     """Set patch embedding and position table of `visual` in place, from `pictures` [H, W, 3] uint8 of any sizes."""
     visual.conv1.weight.data.copy_(_whitening(pictures, visual.conv1.weight.shape, image, seed))
-    side, width = visual.grid_size[0], visual.positional_embedding.shape[1]
+    tokens, width = visual.positional_embedding.shape
+    side = math.isqrt(tokens - 1)
     visual.positional_embedding.data[0] = 0
     visual.positional_embedding.data[1:] = SCALE * waves(side, width)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from open_clip.model import CLIP
 from PIL import Image
 from torch import Tensor, nn
 
@@ -39,7 +38,8 @@ from opensan.lab.informed_start import informed_start
 from opensan.lab.san_training import LabSanConfig, build_lab_san
 from opensan.lab.scene_pictures import Picture, ScenePictures, WindowBatch, tokens
 from opensan.model import SAN
-from opensan.model.clip import build_clip, encode_prompts, shallow_features
+from opensan.model.clip import encode_prompts, shallow_features
+from opensan.model.transformer import Clip
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
 from opensan.train.loop import Trainer
 from opensan.train.san import normalise, train_san
@@ -262,7 +262,7 @@ class PhotographWindows:
 class WindowTask(nn.Module):
     """Contrast between windows and captions, read as a SAN reads its proposals; no teacher, no false captions."""
 
-    def __init__(self, clip: CLIP, image: ImageConfig) -> None:
+    def __init__(self, clip: Clip, image: ImageConfig) -> None:
         super().__init__()
         self.clip = clip
         self.image = image
@@ -284,7 +284,7 @@ def train_photo_clip(data: Path, out: Path, *, flickr: bool) -> None:
     source = Mixture([CaptionedCrops(camvid), *([captioned] if captioned else [])])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        clip = build_clip(PHOTO_CLIP).requires_grad_(True)
+        clip = Clip(PHOTO_CLIP).requires_grad_(True)
     generator = np.random.default_rng(0)
     pictures = [source.load(int(index), generator)[0] for index in generator.integers(len(source), size=600)]
     informed_start(clip.visual, pictures, ImageConfig())

@@ -1,7 +1,7 @@
 """The frozen CLIP, cut in three: shallow image layers, recognition layers, text tower.
 
-The towers are open_clip's modules; what is ours is where they are cut and what steers the recognition layers
-(paper, section 3.3). Letters: B batch, Q queries, N attention heads, L patches, C channels, h w CLIP's patch grid.
+What is SAN's own is where the towers are cut and what steers the recognition layers (paper, section 3.3).
+Letters: B batch, Q queries, N attention heads, L patches, C channels, h w CLIP's patch grid.
 """
 
 from collections.abc import Collection
@@ -9,39 +9,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
-from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
-from opensan.config import ClipConfig
+from opensan.model.transformer import Clip, VisionTower
 
 BLOCKED = -100.0
 """Added to an attention logit that must not count (the official value; exp(-100) vanishes in float32)."""
-
-
-def build_clip(config: ClipConfig) -> CLIP:
-    """A CLIP with random weights, in evaluation mode."""
-    vision, text = config.vision, config.text
-    clip = CLIP(
-        embed_dim=config.embed_dim,
-        quick_gelu=config.quick_gelu,
-        vision_cfg={
-            "width": vision.width,
-            "layers": vision.layers,
-            "head_width": vision.width // vision.heads,
-            "patch_size": vision.patch_size,
-            "image_size": vision.image_size,
-            "mlp_ratio": vision.mlp_ratio,
-        },
-        text_cfg={
-            "width": text.width,
-            "layers": text.layers,
-            "heads": text.heads,
-            "context_length": text.context_length,
-            "vocab_size": text.vocab_size,
-        },
-    )
-    return clip.eval()
 
 
 @dataclass(frozen=True)
@@ -67,9 +40,7 @@ def resize_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return resized.flatten(2).squeeze(0).T
 
 
-def shallow_features(
-    visual: VisionTransformer, pixels: Tensor, last_layer: int, keep: Collection[int]
-) -> ShallowFeatures:
+def shallow_features(visual: VisionTower, pixels: Tensor, last_layer: int, keep: Collection[int]) -> ShallowFeatures:
     """Run patch embedding and blocks 1..last_layer on normalised `pixels` [B, 3, H, W]; keep the layers in `keep`."""
     patches = visual.conv1(pixels)  # pixels that do not fill a patch are dropped here
     grid = (patches.shape[2], patches.shape[3])
@@ -104,7 +75,7 @@ def recognition_mask(attention_bias: Tensor, grid: tuple[int, int]) -> Tensor:
     return mask
 
 
-def recognise(visual: VisionTransformer, features: ShallowFeatures, attention_bias: Tensor, first_layer: int) -> Tensor:
+def recognise(visual: VisionTower, features: ShallowFeatures, attention_bias: Tensor, first_layer: int) -> Tensor:
     """Mask embeddings [B, Q, D], unit length: blocks first_layer.. steered by `attention_bias` [B, N, Q, h', w']."""
     queries = attention_bias.shape[2]
     class_token = features.tokens[:, :1]
@@ -115,7 +86,7 @@ def recognise(visual: VisionTransformer, features: ShallowFeatures, attention_bi
     return F.normalize(visual.ln_post(x[:, :queries]) @ visual.proj, dim=-1)
 
 
-def encode_prompts(clip: CLIP, tokens: Tensor) -> Tensor:
+def encode_prompts(clip: Clip, tokens: Tensor) -> Tensor:
     """Embed `tokens` [P, L] int64, L up to the context length, as unit rows [P, D].
 
     The tower is causal and read at the end-of-text token (the largest id), so cutting `tokens` after
@@ -123,6 +94,8 @@ def encode_prompts(clip: CLIP, tokens: Tensor) -> Tensor:
     """
     length = tokens.shape[1]
     x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
-    x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
+    causal = torch.full((length, length), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+    for block in clip.transformer.resblocks:
+        x = block(x, attn_mask=causal)
     x = clip.ln_final(x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)])
     return F.normalize(x @ clip.text_projection, dim=-1)

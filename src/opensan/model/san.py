@@ -6,12 +6,12 @@ Letters: B batch, Q queries, K words, R text rows, D embedding, N attention head
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from opensan.config import ModelConfig
-from opensan.model.clip import ShallowFeatures, build_clip, encode_prompts, recognise, shallow_features
+from opensan.model.clip import ShallowFeatures, encode_prompts, recognise, shallow_features
 from opensan.model.side_adapter import SideAdapter
+from opensan.model.transformer import Clip
 from opensan.structures import Proposals, TextClassifier
 
 
@@ -21,7 +21,7 @@ class SAN(nn.Module):
     Trained are `side_adapter`, `no_object_embedding` and the shallow CLIP position table; all else is frozen.
     """
 
-    def __init__(self, config: ModelConfig, *, clip: CLIP, side_adapter: SideAdapter) -> None:
+    def __init__(self, config: ModelConfig, *, clip: Clip, side_adapter: SideAdapter) -> None:
         super().__init__()
         self.config = config
         self.clip = clip
@@ -99,4 +99,4 @@ def build_san(config: ModelConfig) -> SAN:
     """A SAN with random weights (torch's global generator), in evaluation mode."""
     vision = config.clip.vision
     adapter = SideAdapter(config.side_adapter, clip_width=vision.width, attention_heads=vision.heads)
-    return SAN(config, clip=build_clip(config.clip), side_adapter=adapter).eval()
+    return SAN(config, clip=Clip(config.clip), side_adapter=adapter).eval()

@@ -10,11 +10,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from opensan.config import SideAdapterConfig
 from opensan.model.clip import ShallowFeatures, resize_position_table
+from opensan.model.transformer import SideBlock
 
 SIDE_NORM_EPS = 1e-6
 """timm's ViT epsilon, and the official fusion norm's; CLIP's own is 1e-5."""
@@ -105,14 +105,7 @@ class SideAdapter(nn.Module):
         self.patch_position = nn.Parameter(torch.empty(side * side, config.width))
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
         self.blocks = nn.ModuleList(
-            Block(
-                config.width,
-                config.heads,
-                mlp_ratio=config.mlp_ratio,
-                qkv_bias=True,
-                norm_layer=partial(nn.LayerNorm, eps=SIDE_NORM_EPS),
-            )
-            for _ in range(config.depth)
+            SideBlock(config.width, config.heads, config.mlp_ratio, SIDE_NORM_EPS) for _ in range(config.depth)
         )
         self.fusion = nn.ModuleDict({str(block): Fusion(clip_width, config.width) for block in config.fusion})
         self.head = DecoupledHead(config, attention_heads)
