@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opensan.config import ImageConfig
-from opensan.images import ImageError, list_images, network_size, open_image, prepare
+from opensan.images import ImageError, list_images, network_size, open_image, prepare, stored_size
 
 CONFIG = ImageConfig()
 PHOTO = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -102,6 +102,18 @@ def test_exif_rotation_is_applied(orientation, kind):
     data = encoded(Image.fromarray(PHOTO), kind, exif=exif)
     np.testing.assert_array_equal(open_image(data), upright)
     np.testing.assert_array_equal(open_image(Image.open(io.BytesIO(data))), upright)
+    size, turn = stored_size(data)
+    assert size == PHOTO.shape[:2]
+    turned = PHOTO if turn is None else np.asarray(Image.fromarray(PHOTO).transpose(turn))
+    np.testing.assert_array_equal(turned, upright)
+
+
+def test_stored_size_of_what_is_no_photograph(tmp_path):
+    assert error_of(lambda: stored_size(tmp_path / "none.jpg")).endswith(
+        "none.jpg: can't be read (No such file or directory)"
+    )
+    assert "the file is empty" in error_of(lambda: stored_size(b""))
+    assert "more than the limit" in error_of(lambda: stored_size(png_header(100_000, 100_000)))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

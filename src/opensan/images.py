@@ -9,10 +9,11 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from opensan.structures import ImageSizes
 
 MAX_PIXELS = 100_000_000
 """Larger photographs are refused unless the caller raises the limit: decoding is paid before anything can be said."""
+
+T = TypeVar("T")
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
@@ -68,19 +71,8 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarr
     """
     if isinstance(source, str) and _URL.match(source):
         raise ImageError(f"{_shorten(source)}: URLs are not fetched; download it first")
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        try:
-            with path.open("rb") as file:
-                return _decode_file(file, str(path), max_pixels)
-        except OSError as error:
-            raise ImageError(f"{path}: can't be read ({error.strerror or error})") from None
-        except ValueError as error:
-            if isinstance(error, ImageError):
-                raise
-            raise ImageError(f"{_shorten(repr(str(path)))}: not a file name") from None  # a NUL in it
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _decode_file(io.BytesIO(source), "image bytes", max_pixels)
+    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
+        return _read_file(source, lambda image, name: _decode(image, name, max_pixels))
     if isinstance(source, Image.Image):
         with _without_pillow_limit():
             return _decode(source, "PIL image", max_pixels)
@@ -91,6 +83,22 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarr
     raise ImageError(
         f"an image is a path, bytes, a PIL image, a numpy array or a torch tensor, not {type(source).__name__}"
     )
+
+
+def stored_size(
+    source: str | os.PathLike | bytes, *, max_pixels: int = MAX_PIXELS
+) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """Height and width of an image file's pixels as they are stored, and what `open_image` does to put them upright.
+
+    The transposition is None where EXIF asks for none. The pixels are not decoded (except a PNG's, whose EXIF may stand
+    behind them). Raises ImageError as `open_image` does.
+    """
+
+    def size_and_turn(image: Image.Image, name: str) -> tuple[tuple[int, int], Image.Transpose | None]:
+        _check_size(image.height, image.width, name, max_pixels)
+        return (image.height, image.width), _UPRIGHT.get(_orientation(image))
+
+    return _read_file(source, size_and_turn)
 
 
 def network_size(image_size: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
@@ -201,7 +209,23 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _decode_file(file: io.BufferedIOBase, name: str, max_pixels: int) -> np.ndarray:
+def _read_file(source: str | os.PathLike | bytes, read: Callable[[Image.Image, str], T]) -> T:
+    """What `read` finds in an image file (a path, or its content), given the opened image and the name for messages."""
+    if not isinstance(source, str | os.PathLike):
+        return _read_open_file(io.BytesIO(source), "image bytes", read)
+    path = Path(source)
+    try:
+        with path.open("rb") as file:
+            return _read_open_file(file, str(path), read)
+    except OSError as error:
+        raise ImageError(f"{path}: can't be read ({error.strerror or error})") from None
+    except ValueError as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{_shorten(repr(str(path)))}: not a file name") from None  # a NUL in it
+
+
+def _read_open_file(file: io.BufferedIOBase, name: str, read: Callable[[Image.Image, str], T]) -> T:
     with _without_pillow_limit():
         try:
             image = Image.open(file, formats=_known_formats())
@@ -212,7 +236,7 @@ def _decode_file(file: io.BufferedIOBase, name: str, max_pixels: int) -> np.ndar
         except Exception as error:  # Pillow's readers raise whatever their parsing trips over
             raise ImageError(f"{name}: {_reason(error)}") from None
         with image:
-            return _decode(image, name, max_pixels)
+            return read(image, name)
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
