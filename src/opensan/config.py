@@ -3,9 +3,11 @@
 Block and layer numbers count from 1; 0 means "the input of the first block".
 """
 
+import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,9 +19,9 @@ Ratio = Annotated[float, Field(gt=0, le=64)]
 
 
 class Config(BaseModel):
-    """Base of all configuration: immutable, and an unknown key is an error."""
+    """Base of all configuration: immutable, and an unknown key is an error. The strings below fields describe them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -130,9 +132,40 @@ def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()
+        # A misspelt key is also a missing one: the misspelling says more.
+        first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
         where = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise ValueError(f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"{source}: {where}: no such key{_nearest_key(kind, first['loc'])}") from None
+        told = first["msg"].removeprefix("Value error, ")
+        given = f", not {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
+        raise ValueError(f"{source}: {where}: {told}{given}") from None
+
+
+def _nearest_key(kind: type[Config], place: tuple[int | str, ...]) -> str:
+    """What an unknown key may have been meant for: one that looks like it, else those that stand beside it."""
+    parts = [part for part in place if isinstance(part, str)]
+    known = list(dotted_keys(kind))
+    if near := difflib.get_close_matches(".".join(parts), known, n=1):
+        return f" (the nearest is {near[0]})"
+    beside = [key.split(".")[-1] for key in known if key.split(".")[:-1] == parts[:-1]]
+    return f" (known: {', '.join(beside)})" if beside else ""
+
+
+def dotted_keys(kind: type[Config]) -> Iterator[str]:
+    """All keys of a tree of configuration: "loop", "loop.steps", ...; those of a list's members without a number."""
+    for name, field in kind.model_fields.items():
+        yield name
+        for member in configs_in(field.annotation):
+            yield from (f"{name}.{key}" for key in dotted_keys(member))
+
+
+def configs_in(annotation: Any) -> list[type[Config]]:
+    """The configuration classes that a field's type speaks of: `X | None`, `list[X]` and the like have X."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in configs_in(part)]
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -13,7 +13,7 @@ OFFICIAL_REPOSITORY = "Mendel192/san"
 OFFICIAL_FILES = {"san-vit-b16": "san_vit_b_16.pth", "san-vit-l14": "san_vit_large_14.pth"}
 TINY_FOLDER = Path(__file__).parents[1] / "assets" / "models" / "tiny"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_model(source: str | os.PathLike) -> SAN:
@@ -34,10 +34,10 @@ def load_model(source: str | os.PathLike) -> SAN:
     if name == "tiny":
         return load_folder(TINY_FOLDER)
     if name in OFFICIAL_FILES:
-        return load_official(_download(name, OFFICIAL_REPOSITORY, OFFICIAL_FILES[name]), PRESETS[name])
-    if _HUB_ID.fullmatch(name) and not name.endswith((".pth", ".safetensors")):
-        config = _download(name, name, CONFIG_NAME)
-        return load_folder(config.parent, _download(name, name, WEIGHTS_NAME))
+        return load_official(download(name, OFFICIAL_REPOSITORY, OFFICIAL_FILES[name]), PRESETS[name])
+    if HUB_ID.fullmatch(name) and not name.endswith((".pth", ".safetensors")):
+        config = download(name, name, CONFIG_NAME)
+        return load_folder(config.parent, download(name, name, WEIGHTS_NAME))
     known = ", ".join(["tiny", *OFFICIAL_FILES])
     raise ValueError(
         f"no model {name!r}: it is no file or folder here; known names are {known}, or a hub id like owner/name"
@@ -63,7 +63,10 @@ def _load_path(path: Path) -> SAN:
     raise ValueError(f"{path}: not a model (a folder with {CONFIG_NAME}, a .safetensors, or an official .pth)")
 
 
-def _download(model: str, repository: str, filename: str) -> Path:
+INSTEAD_OF_A_MODEL = "download the file elsewhere and give its path as the model (--model PATH), or use --model tiny, which needs no network"
+
+
+def download(model: str, repository: str, filename: str, advice: str = INSTEAD_OF_A_MODEL) -> Path:
     """The cached or freshly downloaded file. Raises ConnectionError with what was tried and what to do."""
     from huggingface_hub import (
         constants,
@@ -90,8 +93,7 @@ def _download(model: str, repository: str, filename: str) -> Path:
     except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
         raise ConnectionError(
             f"{model}: tried {constants.ENDPOINT}/{repository} for {filename} and the cache {constants.HF_HUB_CACHE}: "
-            f"{_reason(error)}; download the file elsewhere and give its path as the model (--model PATH), "
-            f"or use --model tiny, which needs no network"
+            f"{_reason(error)}; {advice}"
         ) from None
 
 

@@ -1,0 +1,164 @@
+"""The configuration file of `opensan train`: plain YAML, checked, and never executed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from opensan.config import Config, parse_config
+from opensan.train.config import LoopConfig, NotNegative, Positive, SanTrainingConfig
+from opensan.train.trackers import TrackerName
+
+
+class StartConfig(Config):
+    """What training begins with."""
+
+    model: str = "san-vit-b16"
+    """san-vit-b16, san-vit-l14, tiny, a model folder; with `weights: model` also an official .pth or a hub id."""
+    weights: Literal["clip", "model", "random"] = "clip"
+    """clip: CLIP's weights and a new side adapter (the recipe); model: all of the model's; random: for tests."""
+    clip: str = "openai"
+    """CLIP's weights: openai (downloaded once), a hub id, or an open_clip file or folder."""
+
+
+class DataConfig(Config):
+    """A split of a prepared data set."""
+
+    folder: Path
+    """images/, labels/, classes.txt and lists of photographs."""
+    split: str = "train"
+    """The name of a list, without .txt."""
+    ignored: tuple[str, ...] = ()
+    """Classes that are no words: their pixels count as unlabelled."""
+
+
+class TrainingDataConfig(DataConfig):
+    """A training set."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the batches is its weight over the sum of all weights."""
+
+
+class ValidationConfig(DataConfig):
+    """What is measured every `loop.validate_every` steps and after the last; miou marks the best checkpoint."""
+
+    split: str = "val"
+    """The name of a list, without .txt."""
+    limit: Positive | None = None
+    """Photographs to measure, spread evenly over the split; null: all."""
+    pictures: NotNegative = 6
+    """Photographs in the picture panel, spread evenly over the split."""
+
+
+class _Sources(Config):
+    """What comes first in the file."""
+
+    start: StartConfig = StartConfig()
+    data: tuple[TrainingDataConfig, ...]
+    """Training sets; a batch is drawn from one of them."""
+    validation: ValidationConfig | None = None
+
+
+class RecipeConfig(SanTrainingConfig, _Sources):
+    """Everything that `opensan train` needs. What is not said is the official recipe's."""
+
+    loggers: tuple[TrackerName, ...] = ()
+    """Besides log.csv: tensorboard, wandb, trackio, mlflow; each needs its package."""
+    project: str = "opensan"
+    """The project's name in wandb, trackio and mlflow."""
+    device: str = "auto"
+    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps."""
+    out: Path
+    """The run's folder; one that holds this run already is continued."""
+
+    @model_validator(mode="after")
+    def _validation_has_its_steps(self) -> "RecipeConfig":
+        if not self.data:
+            raise ValueError("data: names no training set")
+        if (self.validation is None) != (self.loop.validate_every == 0):
+            raise ValueError("`validation` says on what and `loop.validate_every` how often: give both or neither")
+        return self
+
+
+def _coco_stuff(model: str) -> RecipeConfig:
+    return RecipeConfig(
+        start=StartConfig(model=model),
+        data=(TrainingDataConfig(folder=Path("data/coco_stuff_171")),),
+        validation=ValidationConfig(folder=Path("data/coco_stuff_171")),
+        loop=LoopConfig(validate_every=5_000, workers=8),
+        out=Path("runs") / model,
+    )
+
+
+def read_recipe(source: str, overrides: Sequence[str] = ()) -> RecipeConfig:
+    """The configuration in a YAML file, or the preset of that name, with "key=value" overrides.
+
+    Raises ValueError, one line, naming the file or override and the key.
+    """
+    if source in RECIPES:
+        return override(RECIPES[source], overrides)
+    path = Path(source)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        known = "" if path.exists() else f"; presets are {', '.join(RECIPES)}"
+        raise ValueError(f"{source}: not a readable configuration ({_first_line(error)}){known}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{source}: not a configuration: `key: value` lines are expected")
+    # Overrides first: they may give what the file lacks.
+    for text in overrides:
+        _apply(data, text)
+    return parse_config(RecipeConfig, data, source)
+
+
+def override(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeConfig:
+    """The same with "dotted.key=value" overrides; values are YAML. Raises ValueError, one line."""
+    data = recipe.model_dump(mode="json")
+    for text in overrides:
+        _apply(data, text)
+    return parse_config(RecipeConfig, data, " ".join(overrides))
+
+
+def _apply(data: dict[str, Any], text: str) -> None:
+    """Set one "a.b.0.c=value" in a tree of plain data, making what is missing on the way."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ValueError(f"{text}: an override has the form key=value, like loop.steps=1000")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text}: {value!r} is no YAML value ({_first_line(error)})") from None
+    _put(data, parts, parsed, text)
+
+
+def _put(tree: Any, parts: list[str], value: Any, text: str) -> None:
+    name, rest = parts[0], parts[1:]
+    if isinstance(tree, list):
+        if not name.isdecimal() or int(name) > len(tree):
+            raise ValueError(f"{text}: a list of {len(tree)} has no place {name!r} (places count from 0)")
+        place: Any = int(name)
+        if place == len(tree):
+            tree.append(None)
+    elif isinstance(tree, dict):
+        place = name
+    else:
+        raise ValueError(f"{text}: {name!r} is no part of {tree!r}")
+    if not rest:
+        tree[place] = value
+        return
+    if (tree.get(place) if isinstance(tree, dict) else tree[place]) is None:
+        tree[place] = [] if rest[0].isdecimal() else {}
+    _put(tree[place], rest, value, text)
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+RECIPES = {name: _coco_stuff(name) for name in ("san-vit-b16", "san-vit-l14")}
+"""The official recipes, on COCO-Stuff 171. A step takes 32 photographs: loop.batch_size * loop.accumulate * processes."""
