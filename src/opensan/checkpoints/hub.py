@@ -63,7 +63,10 @@ def _load_path(path: Path) -> SAN:
     raise ValueError(f"{path}: not a model (a folder with {CONFIG_NAME}, a .safetensors, or an official .pth)")
 
 
-INSTEAD_OF_A_MODEL = "download the file elsewhere and give its path as the model (--model PATH), or use --model tiny, which needs no network"
+INSTEAD_OF_A_MODEL = (
+    "download the file elsewhere and give its path as the model (--model PATH), "
+    "or use --model tiny, which needs no network"
+)
 
 
 def download(model: str, repository: str, filename: str, advice: str = INSTEAD_OF_A_MODEL) -> Path:

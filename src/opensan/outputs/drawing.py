@@ -65,7 +65,7 @@ def overlay(
     entries.sort(key=lambda entry: -entry.area)
     unlabelled = float((labels < 0).mean())
     rest = [Entry("unlabelled", format_share(unlabelled), None, unlabelled)] if unlabelled > 0 else []
-    return _with_legend(Image.fromarray(blend(image, labels, colours)), entries, rest)
+    return with_legend(Image.fromarray(blend(image, labels, colours)), entries, rest)
 
 
 def blend(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
@@ -166,7 +166,7 @@ class _Layout:
         return rows * self.row + 2 * self.margin
 
 
-def _with_legend(picture: Image.Image, words: list[Entry], rest: list[Entry]) -> Image.Image:
+def with_legend(picture: Image.Image, words: list[Entry], rest: list[Entry]) -> Image.Image:
     entries = words + rest
     width, height = picture.size
     letters = min(max(13, round(0.016 * math.sqrt(width * height))), 120)
@@ -210,14 +210,14 @@ def _draw_entries(
         box = (left, middle - layout.letters // 2, left + layout.letters, middle + (layout.letters + 1) // 2)
         if entry.swatch:
             draw.rectangle(box, fill=entry.colour, outline=FAINT_COLOUR if entry.colour is None else TEXT_COLOUR)
-        name = _shortened(" ".join(entry.name.split()), layout.name_width, layout.letters)
+        name = shortened(" ".join(entry.name.split()), layout.name_width, layout.letters)
         text_left = left + layout.letters + layout.gap
-        draw.text((text_left, middle), name, TEXT_COLOUR, _font_for(name, layout.letters), anchor="lm")
-        share_font = _font_for(entry.share, layout.letters)
+        draw.text((text_left, middle), name, TEXT_COLOUR, font_for(name, layout.letters), anchor="lm")
+        share_font = font_for(entry.share, layout.letters)
         draw.text((left + layout.column, middle), entry.share, FAINT_COLOUR, share_font, anchor="rm")
 
 
-def _shortened(text: str, width: int, letters: int) -> str:
+def shortened(text: str, width: int, letters: int) -> str:
     """`text`, or as much of it as fits into `width` pixels, with an ellipsis."""
     if _text_width(text, letters) <= width:
         return text
@@ -232,10 +232,10 @@ def _shortened(text: str, width: int, letters: int) -> str:
 
 
 def _text_width(text: str, letters: int) -> float:
-    return _font_for(text, letters).getlength(text)
+    return font_for(text, letters).getlength(text)
 
 
-def _font_for(text: str, letters: int) -> ImageFont.FreeTypeFont:
+def font_for(text: str, letters: int) -> ImageFont.FreeTypeFont:
     """The first font on this machine that has all characters of `text`; a missing one is drawn as a box."""
     for name in _FONTS:
         font = _font(name, letters)

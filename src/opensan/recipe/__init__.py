@@ -1,1 +1,1 @@
-"""A training from one file of configuration: the model and data it names, validation with pictures, the model folder."""
+"""A training from one file: the model and data it names, validation with pictures, the model folder at the end."""

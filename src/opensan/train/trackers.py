@@ -1,4 +1,4 @@
-"""Experiment trackers that a run can report to, besides its own files. Each is imported when it is asked for."""
+"""Experiment trackers that a run can report to, besides its own files. Each is imported when a run begins."""
 
 import importlib.util
 import uuid
@@ -7,132 +7,145 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL.Image import Image
 
 from opensan.files import write_text
+from opensan.train.log import RunLogger
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
-Figures = Mapping[str, float]
-Pictures = Mapping[str, Image.Image]
 
-
-class TensorBoard:
-    """Event files in `folder`/tensorboard."""
+class _Tracker:
+    """What all trackers are made from. Nothing is opened before `start`, which a refused run does not reach."""
 
     def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
-        self._folder = folder / "tensorboard"
-        self._writer = None
+        """`folder` is the run's, and its name the run's name; `settings` its configuration as plain data."""
+        self.folder = folder
+        self.project = project
+        self.settings = dict(settings)
 
-    def _open(self, step: int) -> Any:
+
+class TensorBoard(_Tracker):
+    """Event files in FOLDER/tensorboard."""
+
+    def start(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # A run that goes on repeats the steps after its last checkpoint: what was written of them before is hidden.
-        self._writer = self._writer or SummaryWriter(str(self._folder), purge_step=step)
-        return self._writer
+        # Later steps will come again: what was written of them is hidden.
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
-    def log(self, step: int, figures: Figures) -> None:
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
-            self._open(step).add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
-    def pictures(self, step: int, pictures: Pictures) -> None:
+    def pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
         for name, picture in pictures.items():
-            self._open(step).add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        if self._writer is not None:
+        if hasattr(self, "_writer"):
             self._writer.close()
 
 
-class WeightsAndBiases:
-    """A run of wandb; one that goes on has the id it had."""
+class WeightsAndBiases(_Tracker):
+    """A run of wandb; one that goes on has the id it had, and wandb ignores steps that it has already."""
 
-    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
+    def start(self, step: int) -> None:
         import wandb
 
         self._wandb = wandb
-        identity = _kept_id(folder / "wandb.id") or uuid.uuid4().hex[:12]
+        identity = _kept(self.folder / "wandb.id") or uuid.uuid4().hex[:12]
         self._run = wandb.init(
-            project=project, name=folder.name, id=identity, resume="allow", dir=str(folder), config=dict(settings)
+            project=self.project,
+            name=self.folder.name,
+            id=identity,
+            resume="allow",
+            dir=str(self.folder),
+            config=self.settings,
         )
-        write_text(folder / "wandb.id", identity)
+        write_text(self.folder / "wandb.id", identity)
 
-    def log(self, step: int, figures: Figures) -> None:
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
 
-    def pictures(self, step: int, pictures: Pictures) -> None:
+    def pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
         self._run.log({name: self._wandb.Image(picture) for name, picture in pictures.items()}, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        if hasattr(self, "_run"):
+            self._run.finish()
 
 
-class Trackio:
+class Trackio(_Tracker):
     """A run of trackio, which knows runs by their names; one that goes on has the name it had."""
 
-    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
+    def start(self, step: int) -> None:
         import trackio
 
         self._trackio = trackio
-        name = _kept_id(folder / "trackio.id") or f"{folder.name}-{uuid.uuid4().hex[:6]}"
-        self._run = trackio.init(project=project, name=name, resume="allow", config=dict(settings))
-        write_text(folder / "trackio.id", name)
+        name = _kept(self.folder / "trackio.id") or f"{self.folder.name}-{uuid.uuid4().hex[:6]}"
+        self._run = trackio.init(project=self.project, name=name, resume="allow", config=self.settings)
+        write_text(self.folder / "trackio.id", name)
 
-    def log(self, step: int, figures: Figures) -> None:
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._trackio.log(dict(figures), step=step)
 
-    def pictures(self, step: int, pictures: Pictures) -> None:
+    def pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
         made = {name: self._trackio.Image(np.asarray(picture.convert("RGB"))) for name, picture in pictures.items()}
         self._trackio.log(made, step=step)
 
     def close(self) -> None:
-        self._trackio.finish()
+        if hasattr(self, "_run"):
+            self._trackio.finish()
 
 
-class MLflow:
-    """A run of mlflow, at the address that its own variables (MLFLOW_TRACKING_URI) give."""
+class MLflow(_Tracker):
+    """A run of mlflow, at the address that its own variable MLFLOW_TRACKING_URI gives."""
 
-    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
+    def start(self, step: int) -> None:
         import mlflow
 
+        mlflow.set_experiment(self.project)
+        identity = _kept(self.folder / "mlflow.id")
+        run = mlflow.start_run(run_id=identity) if identity else mlflow.start_run(run_name=self.folder.name)
         self._mlflow = mlflow
-        mlflow.set_experiment(project)
-        if identity := _kept_id(folder / "mlflow.id"):
-            mlflow.start_run(run_id=identity)
-        else:
-            run = mlflow.start_run(run_name=folder.name)
-            mlflow.log_dict(dict(settings), "config.json")
-            write_text(folder / "mlflow.id", run.info.run_id)
+        mlflow.log_dict(self.settings, "config.json")
+        write_text(self.folder / "mlflow.id", run.info.run_id)
 
-    def log(self, step: int, figures: Figures) -> None:
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(figures), step=step)
 
-    def pictures(self, step: int, pictures: Pictures) -> None:
+    def pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
         for name, picture in pictures.items():
-            self._mlflow.log_image(picture, f"{name}/step-{step:08d}.png")
+            self._mlflow.log_image(picture, artifact_file=f"{name}/step-{step:08d}.png")
 
     def close(self) -> None:
-        self._mlflow.end_run()
+        if hasattr(self, "_mlflow"):
+            self._mlflow.end_run()
 
 
-_TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Trackio, "mlflow": MLflow}
+_TRACKERS: dict[TrackerName, type[_Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+    "mlflow": MLflow,
+}
 
 
-def check_trackers(names: Sequence[TrackerName]) -> None:
-    """Raise ValueError, one line with the command that helps, if a tracker's package is not installed."""
+def make_trackers(
+    names: Sequence[TrackerName], folder: Path, project: str, settings: Mapping[str, Any]
+) -> list[RunLogger]:
+    """Trackers of the run in `folder`, whose whole configuration is `settings`.
+
+    Raises ValueError, one line with the command that helps, if a tracker's package is not installed.
+    """
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"loggers: {name} is not installed: pip install 'opensan[{name}]'")
-
-
-def open_trackers(
-    names: Sequence[TrackerName], folder: Path, project: str, settings: Mapping[str, Any]
-) -> list[TensorBoard | WeightsAndBiases | Trackio | MLflow]:
-    """Start reporting a run; `settings` is its whole configuration as plain data."""
-    check_trackers(names)
-    folder.mkdir(parents=True, exist_ok=True)
     return [_TRACKERS[name](folder, project, settings) for name in names]
 
 
-def _kept_id(path: Path) -> str | None:
+def _kept(path: Path) -> str | None:
+    """The name under which the tracker knows the run, if it had begun before."""
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
