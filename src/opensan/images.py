@@ -43,6 +43,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 0x0112
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
 
 class ImageError(ValueError):
@@ -96,7 +97,10 @@ def stored_size(
 
     def size_and_turn(image: Image.Image, name: str) -> tuple[tuple[int, int], Image.Transpose | None]:
         _check_size(image.height, image.width, name, max_pixels)
-        return (image.height, image.width), _UPRIGHT.get(_orientation(image))
+        size = (image.height, image.width)
+        if image.format == "TIFF":  # Pillow turns these itself and may give the turned size
+            size = (image.tag_v2[_TIFF_HEIGHT], image.tag_v2[_TIFF_WIDTH])
+        return size, _UPRIGHT.get(_orientation(image))
 
     return _read_file(source, size_and_turn)
 
