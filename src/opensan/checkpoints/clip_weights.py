@@ -16,7 +16,7 @@ from opensan.checkpoints.official import check_keys
 from opensan.checkpoints.pickles import read_pickle
 from opensan.config import PRESETS, ClipConfig, ModelConfig
 from opensan.model import SAN, build_san
-from opensan.model.clip import build_clip
+from opensan.model.transformer import Clip
 
 OPENAI_REPOSITORIES = {
     "san-vit-b16": "timm/vit_base_patch16_clip_224.openai",
@@ -92,7 +92,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _checked(state: Mapping[str, Tensor], config: ClipConfig, source: str) -> dict[str, Tensor]:
     """`state` in float32 if it holds exactly this CLIP's tensors."""
     with torch.device("meta"):
-        expected = build_clip(config).state_dict()
+        expected = Clip(config).state_dict()
     found = {name: tensor for name, tensor in state.items() if name not in _NO_WEIGHTS}
     check_keys(expected, found, source)
     for name, tensor in expected.items():
