@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opensan.prompt_tree import prompt_trees
 from opensan.text import TextEncoder, pad_tokens, tokenize
 from opensan.text_cache import TextCache, default_folder
 from opensan.tokenizer import clip_tokenizer
@@ -34,12 +35,12 @@ class Counting:
     def __init__(self, model):
         self.clip, self.config, self._model = model.clip, model.config, model
         self.prompts = 0
-        self.longest = 0
+        self.tokens = 0
 
-    def embed_prompts(self, tokens):
-        self.prompts += len(tokens)
-        self.longest = max(self.longest, tokens.shape[1])
-        return self._model.embed_prompts(tokens)
+    def embed_prompt_tree(self, tree):
+        self.prompts += len(tree.ends)
+        self.tokens += len(tree.tokens)
+        return self._model.embed_prompt_tree(tree)
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +73,9 @@ def open_clip_tokenizer():
 
 
 @settings(deadline=None)
-@given(
-    st.text()
-    | st.lists(st.sampled_from(["it's", "<end_of_text>", "&amp;amp;", "ABC12", "Ünïcöde", "\u6f22\u5b57", "..."]))
-)
+@given(st.text() | st.lists(st.sampled_from(TRICKY)).map(" ".join))
 def test_the_tokenizer_is_open_clips(text):
-    reference = open_clip_tokenizer()
-    text = text if isinstance(text, str) else " ".join(text)
-    assert clip_tokenizer().encode(text) == reference.encode(text)
+    assert clip_tokenizer().encode(text) == open_clip_tokenizer().encode(text)
 
 
 def test_tokens_are_the_official_ones():
@@ -107,11 +103,38 @@ def test_rows_are_normalised_means_of_unit_prompt_embeddings(small_model):
     torch.testing.assert_close(text.rows, plain_rows(small_model, vocabulary), rtol=0, atol=1e-6)
 
 
-def test_equal_prompts_are_embedded_once_and_none_longer_than_needed(small_model):
+def test_equal_prompts_and_equal_beginnings_are_embedded_once(small_model):
     model = Counting(small_model)
     spec = [{"name": name, "text": f"{name} it", "prompts": ["the same", "THE  same", name]} for name in ("a", "b")]
     TextEncoder(model, disk_cache=False).classifier(Vocabulary.parse(spec))
-    assert (model.prompts, model.longest) == (3, 4)
+    # start of text; the, same, end; a, end; b, end
+    assert (model.prompts, model.tokens) == (3, 8)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 3), max_size=5).map(lambda middle: (0, *middle, 9)), min_size=1),
+    st.integers(1, 12),
+)
+def test_prompt_trees_hold_every_prompt_in_order(prompts, most):
+    held = []
+    for tree in prompt_trees(prompts, most):
+        assert len(tree.tokens) <= most or len(tree.ends) == 1
+        # Equal beginnings are one node: no two nodes see the same tokens.
+        assert len({tuple(tree.tokens[row].tolist()) for row in tree.sees}) == len(tree.tokens)
+        for end in tree.ends:
+            seen = tree.sees[end].nonzero().squeeze(1)
+            assert tree.depth[seen].tolist() == list(range(len(seen)))
+            held.append(tuple(tree.tokens[seen].tolist()))
+    assert held == prompts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [1, 7, 1000])
+def test_a_tree_answers_as_its_prompts_do_alone(small_model, most):
+    prompts = sorted(tuple(tokenize(text)) for row in Vocabulary.parse(WORDS).prompts() for text in row)
+    trees = [small_model.embed_prompt_tree(tree) for tree in prompt_trees(prompts, most)]
+    torch.testing.assert_close(torch.cat(trees), small_model.embed_prompts(pad_tokens(prompts)), rtol=0, atol=1e-6)
 
 
 def test_asking_again_runs_nothing_and_a_new_word_only_itself(small_model, tmp_path):

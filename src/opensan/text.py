@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from opensan.prompt_tree import prompt_trees
 from opensan.structures import TextClassifier
 from opensan.text_cache import TextCache, default_folder
 from opensan.tokenizer import clip_tokenizer
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 256
 """Rows embedded and written to the disk cache together: what an interruption can cost."""
 
-TOKENS_AT_ONCE = 8_192
-"""Tokens, padding included, that go through the text tower together."""
+NODES_ON_CPU = 256
+NODES_ELSEWHERE = 2_048
+"""Tokens of a prompt tree: each is compared with all others, which costs a CPU more than it gains from longer trees."""
 
 ROWS_IN_MEMORY = 65_536
 """Rows kept in memory: 128 MiB at D = 512."""
@@ -142,21 +144,15 @@ class TextEncoder:
             [numbers.setdefault(tuple(self._tokens(text, name)), len(numbers)) for text in row]
             for row, name in zip(rows, names, strict=True)
         ]
-        prompts = sorted(numbers, key=len)
-        embeddings = self._model.clip.token_embedding.weight.new_empty(
-            len(prompts), self._model.config.clip.embed_dim, dtype=torch.float32
-        )
+        prompts = sorted(numbers)
         share = sum(map(len, rows)) / len(prompts)  # of the progress bar, which counts equal prompts too
-        start = 0
-        while start < len(prompts):
-            stop = start + 1
-            while stop < len(prompts) and (stop + 1 - start) * len(prompts[stop]) <= TOKENS_AT_ONCE:
-                stop += 1
-            batch = pad_tokens(prompts[start:stop]).to(embeddings.device)
-            where = torch.tensor([numbers[prompt] for prompt in prompts[start:stop]], device=embeddings.device)
-            embeddings[where] = self._model.embed_prompts(batch).float()
-            advance((stop - start) * share)
-            start = stop
+        device = self._model.clip.token_embedding.weight.device
+        found = []
+        for tree in prompt_trees(prompts, NODES_ON_CPU if device.type == "cpu" else NODES_ELSEWHERE):
+            found.append(self._model.embed_prompt_tree(tree.to(device)).float())
+            advance(len(tree.ends) * share)
+        places = torch.tensor([numbers[prompt] for prompt in prompts], device=device)
+        embeddings = torch.cat(found)[places.argsort()]
         means = torch.stack([embeddings[member].mean(dim=0) for member in members])
         return F.normalize(means, dim=-1).cpu().numpy()
 

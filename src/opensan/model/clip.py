@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensan.model.transformer import Clip, VisionTower
+from opensan.prompt_tree import PromptTree
 
 BLOCKED = -100.0
 """Added to an attention logit that must not count (the official value; exp(-100) vanishes in float32)."""
@@ -98,4 +99,16 @@ def encode_prompts(clip: Clip, tokens: Tensor) -> Tensor:
     for block in clip.transformer.resblocks:
         x = block(x, attn_mask=causal)
     x = clip.ln_final(x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)])
+    return F.normalize(x @ clip.text_projection, dim=-1)
+
+
+def encode_prompt_tree(clip: Clip, tree: PromptTree) -> Tensor:
+    """Embed the prompts of `tree` as unit rows [P, D]: what `encode_prompts` gives for each."""
+    x = (clip.token_embedding(tree.tokens) + clip.positional_embedding[tree.depth]).unsqueeze(0)
+    mask = torch.zeros(tree.sees.shape, dtype=x.dtype, device=x.device).masked_fill_(~tree.sees, -torch.inf)
+    *blocks, last = clip.transformer.resblocks
+    for block in blocks:
+        x = block(x, attn_mask=mask)
+    # Only the ends are read.
+    x = clip.ln_final(last(x[:, tree.ends], attn_mask=mask[tree.ends], context=x).squeeze(0))
     return F.normalize(x @ clip.text_projection, dim=-1)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensan.config import ModelConfig
-from opensan.model.clip import ShallowFeatures, encode_prompts, recognise, shallow_features
+from opensan.model.clip import ShallowFeatures, encode_prompt_tree, encode_prompts, recognise, shallow_features
 from opensan.model.side_adapter import SideAdapter
 from opensan.model.transformer import Clip
+from opensan.prompt_tree import PromptTree
 from opensan.structures import Proposals, TextClassifier
 
 
@@ -93,6 +94,10 @@ class SAN(nn.Module):
     def embed_prompts(self, tokens: Tensor) -> Tensor:
         """Unit text embeddings [P, D] of `tokens` [P, L] int64, L up to the context length."""
         return encode_prompts(self.clip, tokens)
+
+    def embed_prompt_tree(self, tree: PromptTree) -> Tensor:
+        """The same of the prompts of `tree` [P, D]; what begins alike is computed once."""
+        return encode_prompt_tree(self.clip, tree)
 
 
 def build_san(config: ModelConfig) -> SAN:

@@ -36,10 +36,14 @@ class ClipBlock(nn.Module):
         self.mlp.add_module("gelu", activation())
         self.mlp.add_module("c_proj", nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """x [B, L, C]; `attn_mask` [L, L] or [B * heads, L, L] is added to the attention logits."""
-        normed = self.ln_1(x)
-        x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=attn_mask)[0]
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """x [B, L, C] attends to `context` [B, M, C], or to itself; the answer is for x, [B, L, C].
+
+        `attn_mask` [L, M] or [B * heads, L, M] is added to the attention logits.
+        """
+        queries = self.ln_1(x)
+        keys = queries if context is None else self.ln_1(context)
+        x = x + self.attn(queries, keys, keys, need_weights=False, attn_mask=attn_mask)[0]
         return x + self.mlp(self.ln_2(x))
 
 
