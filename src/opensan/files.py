@@ -32,6 +32,17 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+def flush_folder(folder: Path) -> None:
+    """Have the names in `folder` on disk, where the system allows it: a rename survives a loss of power only then."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(target: str | os.PathLike, text: str) -> None:
     """Write `text` as UTF-8 to `target`, all or nothing."""
     with atomic_path(target) as temporary:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from opensan.files import atomic_path
+from opensan.files import atomic_path, flush_folder
 
 _NAME = re.compile(r"(step|best)-(\d+)-([0-9a-f]{16})\.pt")
 
@@ -36,6 +36,7 @@ class CheckpointFolder:
         path = self.folder / f"{kind}-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
+        flush_folder(self.folder)  # before an older one goes
         for old in self._newest_first(kind)[1 if kind == "best" else self.keep :]:
             old.unlink()
         return path

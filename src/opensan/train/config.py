@@ -1,12 +1,14 @@
 """Configuration of a training run: plain typed data, unknown keys are an error."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from opensan.config import Config
 from opensan.data.augment import AugmentConfig
 from opensan.train.matcher import LossWeights
+from opensan.train.parallel import Parallel
+from opensan.train.precision import Precision
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -27,8 +29,13 @@ class LoopConfig(Config):
     """Steps of linear warm-up."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.01
     """Limit of the joint L2 norm of all gradients."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast in the forward pass; weights, losses and optimizer stay float32."""
+    precision: Precision = "auto"
+    """What the forward pass is computed in: auto (bfloat16 on a GPU that has it, float16 with a loss scale on another,
+    float32 on a CPU), float32, bfloat16 or float16. Weights, losses and optimizer stay float32."""
+    parallel: Parallel = "ddp"
+    """With several processes: ddp (each holds the model) or fsdp (they split it)."""
+    activation_checkpointing: bool = False
+    """Compute the blocks' activations again in the backward pass instead of keeping them."""
     seed: NotNegative = 0
     workers: NotNegative = 0
     """Processes that read and augment samples; 0 does it in the training process."""
@@ -41,8 +48,18 @@ class LoopConfig(Config):
     """Steps between validations; 0: none."""
 
 
-HARMLESS = {"workers", "save_every", "keep", "log_every", "validate_every"}
-"""Loop settings that change no number of the run: they may differ when it is resumed."""
+HARMLESS = {
+    "accumulate",
+    "parallel",
+    "activation_checkpointing",
+    "workers",
+    "save_every",
+    "keep",
+    "log_every",
+    "validate_every",
+}
+"""Loop settings that change no number of the run (but for rounding): they may differ when it is resumed. So may
+`accumulate`, because what counts, the micro-batches a step of all processes together, is compared for itself."""
 
 
 class PointsConfig(Config):

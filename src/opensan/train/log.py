@@ -79,8 +79,9 @@ def _shown(value: float | str) -> str:
 class TrainingProgress:
     """A progress bar on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, steps: int, first_step: int) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, steps: int, first_step: int, *, quiet: bool = False) -> None:
+        """`quiet`: show nothing, in a process that is not the main one."""
+        self.console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -90,7 +91,7 @@ class TrainingProgress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self._steps = steps
         self._task = self._bar.add_task("training", total=steps, completed=first_step, figures="")

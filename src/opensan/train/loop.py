@@ -5,12 +5,13 @@ A run is a function of its configuration and its data: every random number is dr
 happened, and n accumulated micro-batches see what n ranks would.
 """
 
+import itertools
 import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,12 +22,24 @@ from filelock import FileLock, Timeout
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from opensan.distributed import gather_objects, is_main, on_main, rank, sum_over_ranks, world_size
 from opensan.files import write_text
 from opensan.train.checkpoint import CheckpointFolder
 from opensan.train.config import HARMLESS, LoopConfig
 from opensan.train.log import CsvLog, RunLogger, TrainingProgress, peak_memory_mib
 from opensan.train.optimizer import ParameterGroup, build_adamw, clip_gradients, poly_factor, set_learning_rates
-from opensan.train.stream import LoadedBatch, TrainingSource, stream
+from opensan.train.parallel import (
+    activations_checkpointed,
+    gradients_exchanged,
+    load_optimizer_state,
+    optimizer_state,
+    split_like,
+    spread,
+    whole,
+    whole_task,
+)
+from opensan.train.precision import LossScale, autocast_dtype
+from opensan.train.stream import LoadedBatch, Mixture, TrainingSource, stream
 
 MOST_BAD_STEPS = 3
 """So many steps in a row with losses that are not finite stop the run."""
@@ -54,15 +67,21 @@ class RunResult:
     """False: a signal asked it to stop; the same call goes on from here."""
     best: float | None
     """The best validation score so far."""
+    broken: int
+    """Samples that could not be read, so that others were taken in their place."""
 
 
 class Trainer:
-    """One run in one folder: `checkpoints/`, `log.csv`, `validation.csv`, `config.json`."""
+    """One run in one folder: `checkpoints/`, `log.csv`, `validation.csv`, `config.json`.
+
+    Started by torchrun, inside `opensan.distributed.process_group`, the processes train together: each has batches of
+    its own, all make the same update, and the main one writes. All act alike on what happens to one of them.
+    """
 
     def __init__(
         self,
         task: nn.Module,
-        source: TrainingSource,
+        source: TrainingSource | Mixture,
         groups: Sequence[ParameterGroup],
         config: LoopConfig,
         out: str | Path,
@@ -73,6 +92,7 @@ class Trainer:
         best_by: str = "",
         loggers: Sequence[RunLogger] = (),
         panel: Callable[[int], Mapping[str, Image]] | None = None,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
         """Set a run up.
 
@@ -83,26 +103,31 @@ class Trainer:
             config: how long, how fast.
             out: the run's folder; one that holds a run of the same configuration is continued.
             description: the whole configuration as plain data, for config.json; default: `config`'s.
-            validate: figures after step n, called every `config.validate_every` steps and after the last.
+            validate: figures after step n, called every `config.validate_every` steps and after the last; in every
+                process, so that they may share the work, but only the main one's figures count.
             best_by: the figure whose highest value marks the best checkpoint; empty: none is marked.
             loggers: where figures and pictures go besides the CSV files.
-            panel: pictures after step n for the loggers, by name, made at every validation.
+            panel: pictures after step n for the loggers, by name, made at every validation in the main process.
+            blocks: modules of `task`, each called as a whole, that activation checkpointing and FSDP take one by one.
         """
         self.task = task.to(device)
         self.source = source
-        self.groups = list(groups)
         self.config = config
         self.out = Path(out)
         self.device = torch.device(device)
         self.description = dict(description or {"loop": config.model_dump(mode="json")})
         self.validate = validate
         self.best_by = best_by
-        self.loggers = tuple(loggers)
+        self.loggers = tuple(loggers) if is_main() else ()
         self.panel = panel
+        self._task_groups = list(groups)
+        self._model, self.groups, self._blocks = spread(self.task, groups, blocks, config.parallel)
         self.optimizer = build_adamw(self.groups)
         self.trained = [parameter for group in self.groups for parameter in group.parameters]
         self.step = 0
         self.best: float | None = None
+        self.broken = 0
+        self._scale = LossScale(autocast_dtype(config.precision, self.device) is torch.float16)
         self._bad_steps = 0
         self._stop = False
         self._waited = 0.0
@@ -114,51 +139,58 @@ class Trainer:
             ValueError: `out` holds a run of another configuration, or another process trains into it.
             RuntimeError: three steps in a row without finite losses; the state before them is saved.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.out / ".lock", timeout=0)
         try:
-            with FileLock(self.out / ".lock", timeout=0), self._signals(), ExitStack() as closing:
+            on_main(lambda: self._take(lock))
+            with self._signals(), ExitStack() as closing:
+                if self.config.activation_checkpointing:
+                    closing.enter_context(activations_checkpointed(self._blocks))
                 for logger in self.loggers:
                     closing.callback(logger.close)
                 return self._run()
+        finally:
+            lock.release()
+
+    def _take(self, lock: FileLock) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
         except Timeout:
             raise ValueError(f"{self.out}: another process is training into this folder") from None
 
     def _run(self) -> RunResult:
-        self._check_configuration()
-        self.checkpoints = CheckpointFolder(self.out / "checkpoints", self.config.keep)
+        on_main(self._open_folder)
         config = self.config
-        with TrainingProgress(config.steps, self.step) as progress:
+        with TrainingProgress(config.steps, self.step, quiet=not is_main()) as progress:
             self._resume(progress)
-            self._log = CsvLog(self.out / "log.csv", self.step)
-            self._validation_log = CsvLog(self.out / "validation.csv", self.step)
-            for logger in self.loggers:
-                logger.start(self.step)
-            self.task.train()
+            self._open_logs()
+            self._model.train()
             saved = self.step
             since, seen = time.perf_counter(), self.step
             for batches in self._timed_stream():
-                figures = self._take_step(batches, progress)
+                figures, stop = self._take_step(batches, progress)
                 self.step += 1
                 progress.advance(self.step)
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     now = time.perf_counter()
                     figures |= self._speed(now - since, self.step - seen)
                     since, seen = now, self.step
-                    self._log.add(self.step, figures)
-                    for logger in self.loggers:
-                        logger.log(self.step, figures)
-                    progress.show(self.step, figures)
+                    self._log_figures(figures, progress)
                 self._maybe_validate(progress)
-                if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
+                if self.step % config.save_every == 0 or self.step == config.steps or stop:
                     self.save()
                     saved = self.step
-                if self._stop:
+                if stop:
                     progress.say(
                         f"stopped by a signal after step {self.step}; saved, the same command goes on from here"
                     )
                     break
             assert saved == self.step
-        return RunResult(self.step, self.step == config.steps, self.best)
+            with self._whole_task():
+                pass  # the caller's model has what was reached
+            if self.broken:
+                progress.say(f"{self.broken} broken samples were skipped in this run, others taken in their place")
+        return RunResult(self.step, self.step == config.steps, self.best, self.broken)
 
     def _timed_stream(self) -> Iterator[Sequence[LoadedBatch]]:
         """The stream from the current step, adding up the time spent waiting for it."""
@@ -171,7 +203,9 @@ class Trainer:
             batch_size=config.batch_size,
             accumulate=config.accumulate,
             workers=config.workers,
-            pin_memory=False,
+            rank=rank(),
+            world=world_size(),
+            pin_memory=self.device.type == "cuda",
         )
         while True:
             start = time.perf_counter()
@@ -181,51 +215,87 @@ class Trainer:
                 return
             yield step
 
-    def _take_step(self, loaded: Sequence[LoadedBatch], progress: TrainingProgress) -> dict[str, float | str]:
-        """Forward, backward and update; the figures of the step. Without finite losses and gradients: no update."""
-        for one in loaded:
-            for reason in one.broken:
-                progress.say(f"skipped a broken sample: {reason}")
+    def _take_step(self, loaded: Sequence[LoadedBatch], progress: TrainingProgress) -> tuple[dict[str, float], bool]:
+        """Forward, backward and update. Without finite losses and gradients: no update.
+
+        Returns the figures of the step, and whether a signal asked any of the processes to stop.
+        """
         set_learning_rates(self.optimizer, self._rate_factor())
+        names, losses = self._backward(loaded)
+        self._scale.remove_from(self.trained)
+        norm = whole(clip_gradients(self.trained, math.inf if self.config.clip_norm is None else self.config.clip_norm))
+        broken = [reason for one in loaded for reason in one.broken]
+        own = losses.new_tensor([len(broken), self._stop])
+        shared = sum_over_ranks(torch.cat((losses.mean(0), own)))
+        # One copy to the host for all figures of a step.
+        *shared, norm = torch.cat((shared, norm.double().view(1))).tolist()
+        *sums, new_broken, stop = shared
+        figures = {name: value / world_size() for name, value in zip(names, sums, strict=True)}
+        figures["gradient_norm"] = norm
+        if new_broken:
+            self._report_broken(broken, progress)
+        scale = {"loss_scale": self._scale.value} if self._scale.enabled else {}
+        self._update(figures, losses, loaded, progress)
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {"learning_rate": rate, **figures, **scale, "broken_samples": self.broken}, bool(stop)
+
+    def _backward(self, loaded: Sequence[LoadedBatch]) -> tuple[list[str], Tensor]:
+        """Gradients of the mean over all micro-batches of all processes; this one's losses, [micro-batches, names]."""
         self.optimizer.zero_grad(set_to_none=True)
         batches = [one.batch.to(self.device) for one in loaded]
         prepared = self.task.prepare(batches)
-        sums: dict[str, Tensor] = {}
+        dtype = autocast_dtype(self.config.precision, self.device)
+        names, rows = [], []
         for number, batch in enumerate(batches):
-            torch.manual_seed(self._random_seed(number))
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-                losses = self.task(batch, prepared)
-            total = sum(losses.values()) / len(batches)
-            total.backward()
-            for name, value in {"loss": total * len(batches), **losses}.items():
-                sums[name] = sums.get(name, 0) + value.detach() / len(batches)
-        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        norm = clip_gradients(self.trained, limit)
-        # One copy to the host for all figures of a step.
-        values = torch.stack([*(value.double() for value in sums.values()), norm.double()]).tolist()
-        figures = dict(zip((*sums, "gradient_norm"), values, strict=True))
-        if all(map(math.isfinite, values)):
-            self.optimizer.step()
-            self._bad_steps = 0
-        else:
-            self._report_bad_step(figures, loaded, progress)
-        return {"learning_rate": self.optimizer.param_groups[0]["lr"], **figures}
+            torch.manual_seed(self._random_seed(rank() * len(batches) + number))
+            with gradients_exchanged(self._model, number == len(batches) - 1):
+                with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                    losses = self._model(batch, prepared)
+                total = sum(losses.values()) / len(batches)
+                (total * self._scale.value).backward()
+            names = ["loss", *losses]
+            rows.append(torch.stack([total * len(batches), *losses.values()]).detach().double())
+        return names, torch.stack(rows)
 
     def _rate_factor(self) -> float:
         return poly_factor(self.step, self.config.steps, self.config.poly_power, self.config.warmup)
 
     def _random_seed(self, micro_batch: int) -> int:
-        """For torch's generators, which the task may draw from."""
+        """For torch's generators, which the task may draw from. `micro_batch` counts those of all processes."""
         sequence = np.random.SeedSequence([self.config.seed, 2, self.step, micro_batch])
         return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
+    def _update(
+        self, figures: Mapping[str, float], losses: Tensor, loaded: Sequence[LoadedBatch], progress: TrainingProgress
+    ) -> None:
+        """Take the optimizer's step if everything is finite. The figures are shared, so all processes decide alike."""
+        wrong = {name: value for name, value in figures.items() if not math.isfinite(value)}
+        if not wrong:
+            self.optimizer.step()
+            self._bad_steps = 0
+            self._scale.step_was_good()
+        elif wrong.keys() == {"gradient_norm"} and self._scale.shrink():
+            progress.say(f"step {self.step} skipped: float16 gradients overflow; loss scale now {self._scale.value:g}")
+        else:
+            shown = ", ".join(f"{name} {value}" for name, value in wrong.items())
+            self._report_bad_step(shown, losses, loaded, progress)
+
+    def _report_broken(self, reasons: Sequence[str], progress: TrainingProgress) -> None:
+        for reason in itertools.chain.from_iterable(gather_objects(reasons)):
+            self.broken += 1
+            progress.say(f"skipped a broken sample: {reason}")
+
     def _report_bad_step(
-        self, figures: Mapping[str, float], loaded: Sequence[LoadedBatch], progress: TrainingProgress
+        self, wrong: str, losses: Tensor, loaded: Sequence[LoadedBatch], progress: TrainingProgress
     ) -> None:
         self._bad_steps += 1
-        names = [name for one in loaded for name in one.names]
+        bad = (~losses.isfinite()).any(1).tolist()
+        culprits = [name for one, is_bad in zip(loaded, bad, strict=True) if is_bad for name in one.names]
+        suspects = [name for one in loaded for name in one.names]
+        everyone = gather_objects((culprits, suspects))
+        # Where all losses are finite, the gradients are not, and any sample may have caused it.
+        names = [name for found, _ in everyone for name in found] or [name for _, all_ in everyone for name in all_]
         shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-        wrong = ", ".join(f"{name} {value}" for name, value in figures.items() if not math.isfinite(value))
         progress.say(f"step {self.step} skipped: {wrong}, with {shown}")
         if self._bad_steps == MOST_BAD_STEPS:
             self.step += 1
@@ -236,7 +306,7 @@ class Trainer:
             )
 
     def _speed(self, seconds: float, steps: int) -> dict[str, float]:
-        samples = steps * self.config.batch_size * self.config.accumulate
+        samples = steps * self.config.batch_size * self.config.accumulate * world_size()
         waited, self._waited = self._waited, 0.0
         return {
             "samples_per_second": samples / seconds,
@@ -244,16 +314,31 @@ class Trainer:
             "peak_memory_mib": peak_memory_mib(self.device),
         }
 
+    def _open_logs(self) -> None:
+        if is_main():
+            self._log = CsvLog(self.out / "log.csv", self.step)
+            self._validation_log = CsvLog(self.out / "validation.csv", self.step)
+        for logger in self.loggers:
+            logger.start(self.step)
+
+    def _log_figures(self, figures: Mapping[str, float], progress: TrainingProgress) -> None:
+        progress.show(self.step, figures)
+        if is_main():
+            self._log.add(self.step, figures)
+        for logger in self.loggers:
+            logger.log(self.step, figures)
+
     def _maybe_validate(self, progress: TrainingProgress) -> None:
         every = self.config.validate_every
         if self.validate is None or not every or (self.step % every and self.step != self.config.steps):
             return
         self.task.eval()
-        with torch.no_grad():
-            figures = dict(self.validate(self.step))
-            pictures = self.panel(self.step) if self.panel else {}
-        self.task.train()
-        self._validation_log.add(self.step, figures)
+        with torch.no_grad(), self._whole_task():
+            figures = gather_objects(dict(self.validate(self.step)))[0]
+            pictures = self.panel(self.step) if self.panel and self.loggers else {}
+        self._model.train()
+        if is_main():
+            self._validation_log.add(self.step, figures)
         for logger in self.loggers:
             logger.log(self.step, {f"validation/{name}": value for name, value in figures.items()})
             if pictures:
@@ -261,39 +346,53 @@ class Trainer:
         progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if self.best_by and (self.best is None or figures[self.best_by] > self.best):
             self.best = figures[self.best_by]
-            self.checkpoints.save(self._state(), self.step, kind="best")
+            self.save(kind="best")
 
-    def save(self) -> Path:
-        """Write a checkpoint of the current step."""
-        return self.checkpoints.save(self._state(), self.step)
+    def _whole_task(self) -> AbstractContextManager[None]:
+        """Inside, `task` has the values reached so far; every process must enter."""
+        return whole_task(self.task, self._task_groups, self.groups, self.device)
+
+    def save(self, kind: str = "step") -> None:
+        """Write a checkpoint of the current step. All processes must call it; the main one writes."""
+        state = self._state()
+        on_main(lambda: self.checkpoints.save(state, self.step, kind=kind))
 
     def _state(self) -> dict[str, Any]:
         """Everything the run consists of. The generators' states are not among it: they follow from seed and step."""
         return {
-            "format": 1,
+            "format": 2,
             "step": self.step,
             "best": self.best,
+            "broken": self.broken,
             "bad_steps": self._bad_steps,
-            "parameters": {name: parameter.detach() for name, parameter in _by_name(self.groups).items()},
-            "optimizer": self.optimizer.state_dict(),
+            "loss_scale": self._scale.state(),
+            "parameters": {name: whole(parameter.detach()) for name, parameter in _by_name(self.groups).items()},
+            "optimizer": optimizer_state(self.optimizer),
         }
 
     def _resume(self, progress: TrainingProgress) -> None:
-        state, messages = self.checkpoints.load_newest()
+        state, messages = on_main(lambda: self.checkpoints.load_newest())
         for message in messages:
             progress.say(message)
         if state is None:
             return
         load_parameters(self.groups, state["parameters"], str(self.out))
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self._scale.load(state["loss_scale"])
         self.step, self.best, self._bad_steps = state["step"], state["best"], state["bad_steps"]
+        self.broken = state["broken"]
         progress.advance(self.step)
         progress.say(f"continuing {self.out} after step {self.step}")
+
+    def _open_folder(self) -> None:
+        self._check_configuration()
+        self.checkpoints = CheckpointFolder(self.out / "checkpoints", self.config.keep)
 
     def _check_configuration(self) -> None:
         """Refuse to continue a run with settings that would change its numbers; write config.json."""
         path = self.out / "config.json"
         ours = json.loads(json.dumps(self.description))
+        ours["micro_batches_a_step"] = self.config.accumulate * world_size()
         if path.exists():
             theirs = json.loads(path.read_text(encoding="utf-8"))
             for key, here, there in _changes(ours, theirs):
@@ -305,11 +404,16 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the current step. A second one acts as it usually does."""
+        """SIGTERM and SIGINT end the run after the current step. A second one acts as it usually does.
+
+        Not so under torchrun, which passes on what the processes have had from the terminal already, and kills those
+        that do not leave in time.
+        """
 
         def stop(number: int, _frame: Any) -> None:
             self._stop = True
-            signal.signal(number, previous[number])
+            if world_size() == 1:
+                signal.signal(number, previous[number])
 
         self._stop = False
         try:
@@ -334,7 +438,7 @@ def load_parameters(groups: Sequence[ParameterGroup], saved: Mapping[str, Tensor
                 raise ValueError(
                     f"{source}: {name} is {tuple(saved[name].shape)} in the checkpoint, {tuple(parameter.shape)} here"
                 )
-            parameter.copy_(saved[name])
+            parameter.copy_(split_like(saved[name], parameter))
 
 
 def _by_name(groups: Sequence[ParameterGroup]) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ Letters: B batch, K words, Q queries, H W image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from opensan.config import ImageConfig
 from opensan.data.augment import AugmentConfig, augment
 from opensan.data.dataset import SegmentationDataset
+from opensan.distributed import process_group
 from opensan.model import SAN
 from opensan.structures import TextClassifier
 from opensan.text import TextEncoder
@@ -25,6 +26,7 @@ from opensan.train.loop import RunResult, Trainer
 from opensan.train.matcher import LayerOutput
 from opensan.train.optimizer import san_parameter_groups
 from opensan.train.points import RandomPoints
+from opensan.train.stream import Mixture
 from opensan.train.targets import LabelMapTargets
 
 
@@ -35,18 +37,26 @@ class SegmentationBatch:
     images: Tensor
     """[B, 3, H, W] uint8 RGB."""
     targets: LabelMapTargets
+    dataset: int = 0
+    """Which of the training data sets, and so which vocabulary."""
 
     def to(self, device: torch.device) -> "SegmentationBatch":
         """The same on `device`."""
-        return SegmentationBatch(self.images.to(device, non_blocking=True), self.targets.to(device))
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=self.targets.to(device))
+
+    def pin_memory(self) -> "SegmentationBatch":
+        """The same in memory that a GPU copies from by itself."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
 
 
 class SegmentationSource:
     """Augmented crops of a labelled data set (a `TrainingSource`)."""
 
-    def __init__(self, dataset: SegmentationDataset, config: AugmentConfig) -> None:
+    def __init__(self, dataset: SegmentationDataset, config: AugmentConfig, number: int = 0) -> None:
+        """`number`: which of the training data sets it is."""
         self.dataset = dataset
         self.config = config
+        self.number = number
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -60,17 +70,22 @@ class SegmentationSource:
     def collate(self, samples: list[tuple[np.ndarray, np.ndarray]]) -> SegmentationBatch:
         images, labels = zip(*samples, strict=True)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        return SegmentationBatch(pixels, LabelMapTargets.from_maps(labels))
+        return SegmentationBatch(pixels, LabelMapTargets.from_maps(labels), self.number)
 
 
 class SanTask(nn.Module):
     """The forward pass of training: crops to losses. The words are fixed, so their embeddings are computed once."""
 
-    def __init__(self, model: SAN, text: TextClassifier, criterion: SetCriterion) -> None:
+    def __init__(self, model: SAN, texts: Sequence[TextClassifier], criterion: SetCriterion) -> None:
+        """`texts`: the vocabulary of each training data set, in their order."""
         super().__init__()
         self.model = model
         self.criterion = criterion
-        self.text = text
+        self.texts = tuple(texts)
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules that activation checkpointing and FSDP take one by one."""
+        return [*self.model.side_adapter.blocks, *self.model.clip.visual.transformer.resblocks]
 
     def prepare(self, batches: Sequence[SegmentationBatch]) -> float:
         """The number that mask losses of the step are divided by."""
@@ -79,8 +94,9 @@ class SanTask(nn.Module):
     def forward(self, batch: SegmentationBatch, normalizer: float) -> dict[str, Tensor]:
         """Weighted losses by name."""
         proposals = self.model.propose(normalise(batch.images, self.model.config.image), supervise=True)
+        text = self.texts[batch.dataset]
         outputs = [
-            LayerOutput(layer.mask_logits, self.model.classify(layer, self.text))
+            LayerOutput(layer.mask_logits, self.model.classify(layer, text))
             for layer in (proposals, *proposals.auxiliary)
         ]
         return self.criterion(outputs, batch.targets, normalizer)[0]
@@ -94,7 +110,7 @@ def normalise(images: Tensor, config: ImageConfig) -> Tensor:
 
 def train_san(
     model: SAN,
-    dataset: SegmentationDataset,
+    dataset: SegmentationDataset | Sequence[tuple[SegmentationDataset, float]],
     config: SanTrainingConfig,
     out: str | Path,
     *,
@@ -106,30 +122,50 @@ def train_san(
 ) -> RunResult:
     """Train `model` (in place) on `dataset`; `out` is the run's folder (see `opensan.train.loop.Trainer`).
 
-    CLIP's weights are not trained and not in the run's checkpoints: a run is continued with the same CLIP.
+    `dataset` may be several data sets, each with its weight: every micro-batch is of one of them, with its words,
+    and their shares of the samples are as the weights. Processes that torchrun started train together, each on its own
+    device. CLIP's weights are not trained and not in the run's checkpoints: a run is continued with the same CLIP.
     Raises ValueError when the crop does not suit the model, and what `Trainer.run` raises.
     """
     divisor = model.config.image.size_divisor
     if any(side % divisor for side in config.augment.crop):
         raise ValueError(f"augment.crop {config.augment.crop}: both sides must be multiples of {divisor}")
-    model.to(device)
-    text = TextEncoder(model).classifier(dataset.vocabulary)
+    datasets = list(dataset) if isinstance(dataset, list | tuple) else [(dataset, 1.0)]
+    sources = tuple(SegmentationSource(one, config.augment, number) for number, (one, _) in enumerate(datasets))
+    mixture = Mixture(sources, tuple(weight for _, weight in datasets))
     points = RandomPoints(config.points.count, config.points.oversampling, config.points.importance)
     criterion = SetCriterion(points, config.loss_weights, config.no_object_weight)
     groups = san_parameter_groups(model, learning_rate=config.loop.learning_rate, weight_decay=config.loop.weight_decay)
-    trainer = Trainer(
-        SanTask(model, text, criterion),
-        SegmentationSource(dataset, config.augment),
-        groups,
-        config.loop,
-        out,
-        device=device,
-        description={"model": model.config.model_dump(mode="json"), **config.model_dump(mode="json")},
-        validate=validate,
-        best_by=best_by,
-        loggers=loggers,
-        panel=panel,
-    )
-    result = trainer.run()
+    with process_group(device) as group:
+        model.to(group.device)
+        encoder = TextEncoder(model)
+        task = SanTask(model, [encoder.classifier(one.vocabulary) for one, _ in datasets], criterion)
+        trainer = Trainer(
+            task,
+            mixture,
+            groups,
+            config.loop,
+            out,
+            device=group.device,
+            description=_description(model, datasets, config),
+            validate=validate,
+            best_by=best_by,
+            loggers=loggers,
+            panel=panel,
+            blocks=task.blocks(),
+        )
+        result = trainer.run()
     model.eval()
     return result
+
+
+def _description(
+    model: SAN, datasets: Sequence[tuple[SegmentationDataset, float]], config: SanTrainingConfig
+) -> dict[str, object]:
+    """The run's config.json: what its numbers follow from."""
+    mixture = [{"samples": len(one), "words": one.vocabulary.names, "weight": weight} for one, weight in datasets]
+    return {
+        "model": model.config.model_dump(mode="json"),
+        "data": mixture,
+        **config.model_dump(mode="json"),
+    }

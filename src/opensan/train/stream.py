@@ -6,7 +6,7 @@ augmentation. A run's whole data state is therefore its step number, with any nu
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 MOST_REPLACEMENTS = 10
 """So many broken samples in a row mean that the data set is broken, not a file."""
+
+MIXTURE_ROUND = 1_000
+"""Over so many micro-batches the sources' shares are exact."""
 
 
 class TrainingSource(Protocol):
@@ -30,7 +33,37 @@ class TrainingSource(Protocol):
         """Read and augment a sample, drawing from `generator` only. Raises OSError or ValueError if it is broken."""
 
     def collate(self, samples: list[Any]) -> Any:
-        """A batch, an object with a method `to(device)`."""
+        """A batch: an object with `to(device)`, and `pin_memory()` if copies to a GPU are to overlap with its work."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources. Every micro-batch is of one of them, so a source may have a vocabulary of its own.
+
+    Sources get micro-batches, and thereby samples, in proportion to their weights, whatever their sizes.
+    """
+
+    sources: tuple[TrainingSource, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sources) != len(self.weights) or not self.sources:
+            raise ValueError(f"{len(self.sources)} training data sets have {len(self.weights)} weights")
+        if not all(np.isfinite(weight) and weight > 0 for weight in self.weights):
+            raise ValueError(f"weights of training data sets must be above 0: {self.weights}")
+        for source, count in enumerate(self.batches_a_round()):
+            if len(self.sources[source]) == 0:
+                raise ValueError("the training data set is empty")
+            if count == 0:
+                raise ValueError(f"training data set {source + 1} has less than 1/{MIXTURE_ROUND} of the weight")
+
+    def batches_a_round(self) -> list[int]:
+        """How many of MIXTURE_ROUND micro-batches each source gets (largest remainders)."""
+        exact = np.array(self.weights) / sum(self.weights) * MIXTURE_ROUND
+        counts = np.floor(exact).astype(int)
+        missing = MIXTURE_ROUND - counts.sum()
+        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+        return counts.tolist()
 
 
 @dataclass(frozen=True)
@@ -42,77 +75,121 @@ class LoadedBatch:
     broken: tuple[str, ...]
     """Reasons why samples could not be read; others were taken in their place."""
 
+    def pin_memory(self) -> "LoadedBatch":
+        """The same in memory that a GPU copies from by itself, if the batch can be put there."""
+        return replace(self, batch=self.batch.pin_memory()) if hasattr(self.batch, "pin_memory") else self
+
+
+class MixtureOrder:
+    """Number of a micro-batch in the stream -> (its source, its number among that source's micro-batches)."""
+
+    def __init__(self, mixture: Mixture, seed: int) -> None:
+        self.counts = mixture.batches_a_round()
+        self.seed = seed
+        self._round = lru_cache(maxsize=2)(self._make_round)
+
+    def _make_round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each micro-batch of a round: its source, and how many of that source come before it in the round."""
+        sources = np.repeat(np.arange(len(self.counts)), self.counts)
+        sources = np.random.default_rng([self.seed, 3, number]).permutation(sources)
+        before = np.zeros_like(sources)
+        for source, count in enumerate(self.counts):
+            before[sources == source] = np.arange(count)
+        return sources, before
+
+    def __call__(self, number: int) -> tuple[int, int]:
+        round_number, place = divmod(number, MIXTURE_ROUND)
+        sources, before = self._round(round_number)
+        source = int(sources[place])
+        return source, round_number * self.counts[source] + int(before[place])
+
 
 class SampleOrder:
-    """Position in the stream -> sample: every epoch a permutation of its own."""
+    """Position among a source's samples in the stream -> sample: every epoch a permutation of its own."""
 
-    def __init__(self, samples: int, seed: int) -> None:
-        if samples == 0:
-            raise ValueError("the training data set is empty")
+    def __init__(self, samples: int, seed: int, source: int = 0) -> None:
         self.samples = samples
         self.seed = seed
+        self.source = source
         self._permutation = lru_cache(maxsize=2)(self._make_permutation)
 
     def _make_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, 0, epoch]).permutation(self.samples)
+        # A last 0 changes nothing for numpy, so the first source of a mixture draws as a source alone does.
+        return np.random.default_rng([self.seed, 0, epoch, self.source]).permutation(self.samples)
 
     def __call__(self, position: int) -> int:
         epoch, place = divmod(position, self.samples)
         return int(self._permutation(epoch)[place])
 
 
+@dataclass(frozen=True)
+class _Item:
+    """A sample on its way into a batch."""
+
+    source: int
+    sample: Any
+    name: str
+    broken: tuple[str, ...]
+
+
 class _Positions(Dataset):
-    """The stream as a data set: a position is an index."""
+    """The stream as a data set: (source, position among the source's samples) is an index."""
 
-    def __init__(self, source: TrainingSource, seed: int) -> None:
-        self.source = source
+    def __init__(self, sources: Sequence[TrainingSource], seed: int) -> None:
+        self.sources = sources
         self.seed = seed
-        self.order = None  # made in the worker: the cache of permutations does not travel between processes
+        self.orders = None  # made in the worker: the caches of permutations do not travel between processes
 
-    def __getitem__(self, position: int) -> tuple[Any, str, tuple[str, ...]]:
-        self.order = self.order or SampleOrder(len(self.source), self.seed)
-        generator = np.random.default_rng([self.seed, 1, position])
-        index = self.order(position)
+    def __getitem__(self, index: tuple[int, int]) -> _Item:
+        number, position = index
+        self.orders = self.orders or [SampleOrder(len(one), self.seed, i) for i, one in enumerate(self.sources)]
+        source = self.sources[number]
+        generator = np.random.default_rng([self.seed, 1, position, number])
+        sample = self.orders[number](position)
         broken = []
         while True:
-            name = self.source.name(index)
+            name = source.name(sample)
             try:
-                return self.source.load(index, generator), name, tuple(broken)
+                return _Item(number, source.load(sample, generator), name, tuple(broken))
             except (OSError, ValueError) as error:
                 broken.append(f"{name}: {error}")
                 if len(broken) == MOST_REPLACEMENTS:
                     raise ValueError(f"{len(broken)} broken samples in a row, the last: {broken[-1]}") from None
-            index = int(generator.integers(len(self.source)))
+            sample = int(generator.integers(len(source)))
 
-    def collate(self, items: list[tuple[Any, str, tuple[str, ...]]]) -> LoadedBatch:
-        samples, names, broken = zip(*items, strict=True)
+    def collate(self, items: list[_Item]) -> LoadedBatch:
         return LoadedBatch(
-            self.source.collate(list(samples)), names, tuple(reason for some in broken for reason in some)
+            self.sources[items[0].source].collate([item.sample for item in items]),
+            tuple(item.name for item in items),
+            tuple(reason for item in items for reason in item.broken),
         )
 
 
 class _BatchPositions:
-    """The positions of each micro-batch of this rank, from `first_step` to `steps`.
+    """The indices of each micro-batch of this rank, from `first_step` to `steps`.
 
-    A step takes the next world * accumulate * batch_size positions; rank r takes the r-th contiguous part.
+    A step takes the next world * accumulate micro-batches of the stream; rank r takes the r-th contiguous part.
     """
 
-    def __init__(self, first_step: int, steps: int, batch_size: int, accumulate: int, rank: int, world: int) -> None:
+    def __init__(
+        self, order: MixtureOrder, first_step: int, steps: int, batch_size: int, accumulate: int, rank: int, world: int
+    ) -> None:
+        self.order = order
         self.batches = range(first_step * accumulate, steps * accumulate)
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for number in self.batches:
             step, micro = divmod(number, self.accumulate)
-            batch = (step * self.world + self.rank) * self.accumulate + micro
-            yield list(range(batch * self.batch_size, (batch + 1) * self.batch_size))
+            source, batch = self.order((step * self.world + self.rank) * self.accumulate + micro)
+            yield [(source, position) for position in range(batch * self.batch_size, (batch + 1) * self.batch_size)]
 
 
 def stream(
-    source: TrainingSource,
+    source: TrainingSource | Mixture,
     *,
     seed: int,
     first_step: int,
@@ -125,10 +202,12 @@ def stream(
     pin_memory: bool = False,
 ) -> Iterator[Sequence[LoadedBatch]]:
     """The micro-batches of each step from `first_step` to `steps` - 1."""
-    positions = _Positions(source, seed)
+    mixture = source if isinstance(source, Mixture) else Mixture((source,), (1.0,))
+    positions = _Positions(mixture.sources, seed)
+    order = MixtureOrder(mixture, seed)
     loader = DataLoader(
         positions,
-        batch_sampler=_BatchPositions(first_step, steps, batch_size, accumulate, rank, world),
+        batch_sampler=_BatchPositions(order, first_step, steps, batch_size, accumulate, rank, world),
         num_workers=workers,
         collate_fn=positions.collate,
         pin_memory=pin_memory,

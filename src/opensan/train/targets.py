@@ -57,6 +57,10 @@ class LabelMapTargets:
             self, maps=self.maps.to(device, non_blocking=True), classes=self.classes.to(device, non_blocking=True)
         )
 
+    def pin_memory(self) -> "LabelMapTargets":
+        """The same in memory that a GPU copies from by itself."""
+        return replace(self, maps=self.maps.pin_memory(), classes=self.classes.pin_memory())
+
     def at_shared_points(self, points: Tensor) -> Tensor:
         height, width = self.maps.shape[1:]
         indices, weights = corners(points, height, width)

@@ -1,0 +1,67 @@
+"""In which number format the forward pass is computed, and the loss scale that float16 needs.
+
+Weights, losses, gradients and the optimizer's state are float32 whatever is chosen here.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """What the forward pass is computed in on `device`; None: float32.
+
+    `auto` is bfloat16 on a CUDA device that has it, float16 on another one, and float32 elsewhere.
+    """
+    if precision != "auto":
+        return None if precision == "float32" else getattr(torch, precision)
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+class LossScale:
+    """Keeps float16 gradients within range: the loss is multiplied by a power of two, the gradients divided by it.
+
+    It halves when gradients overflow, and doubles after 2,000 good steps (torch's GradScaler does the same; here the
+    decision follows from the joint gradient norm, which all ranks share, however the parameters are spread over them).
+    An overflow above the floor of 1 is a matter of scale, not of the run: that step is skipped but not counted among
+    those that stop it. At the floor it is the run's own.
+    """
+
+    START = 65_536.0
+    FLOOR = 1.0
+    GROWTH_INTERVAL = 2_000
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.value = self.START if enabled else 1.0
+        self._good_steps = 0
+
+    def remove_from(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divide the gradients by the scale, in place; exact but for underflow, because it is a power of two."""
+        if self.enabled:
+            torch._foreach_mul_([one.grad for one in parameters if one.grad is not None], 1 / self.value)
+
+    def step_was_good(self) -> None:
+        """The gradients were finite."""
+        self._good_steps += 1
+        if self.enabled and self._good_steps == self.GROWTH_INTERVAL:
+            self.value, self._good_steps = self.value * 2, 0
+
+    def shrink(self) -> bool:
+        """The gradients were not finite: halve the scale. False if it cannot be blamed, being off or at its floor."""
+        if not self.enabled or self.value <= self.FLOOR:
+            return False
+        self.value, self._good_steps = self.value / 2, 0
+        return True
+
+    def state(self) -> dict[str, float]:
+        return {"value": self.value, "good_steps": self._good_steps}
+
+    def load(self, state: dict[str, float]) -> None:
+        self.value, self._good_steps = state["value"], int(state["good_steps"])
