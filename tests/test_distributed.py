@@ -1,50 +1,13 @@
 """Processes that work together: two of them over gloo, and one alone."""
 
-import multiprocessing
 import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from opensan.distributed import barrier, gather_objects, is_main, on_main, process_group, sum_over_ranks
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def start_ranks(action: Callable[[], None], world: int = 2) -> list[multiprocessing.Process]:
-    """Start `action` in `world` processes with torchrun's variables. Forked, so that torch is not imported again."""
-    port = free_port()
-
-    def run(rank: int) -> None:
-        torch.set_num_threads(1)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        action()
-
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def run_ranks(action: Callable[[], None], world: int = 2) -> None:
-    """Run `action` in `world` processes; an exception in any of them fails."""
-    processes = start_ranks(action, world)
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * world
+from tests.ranks import run_ranks
 
 
 def test_two_processes_share_sums_objects_and_the_main_ones_work(tmp_path: Path):

@@ -49,8 +49,10 @@ def _shard(
     task.to("cpu")
     split_blocks = [split.get_submodule(block_names[id(block)]) for block in blocks]
     mesh = init_device_mesh(device.type, (world_size(),))
+    # Numbers without a dimension (CLIP's logit scale) cannot be split; frozen, they are the same everywhere.
+    scalars = {parameter for parameter in split.parameters() if parameter.ndim == 0 and not parameter.requires_grad}
     for module in (*split_blocks, split):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, ignored_params=scalars)
     split_parameters = dict(split.named_parameters())
     groups = [
         replace(group, parameters=tuple(split_parameters[parameter_names[id(one)]] for one in group.parameters))
