@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opensan.config import ImageConfig
-from opensan.images import ImageError, list_images, network_size, open_image, prepare, stored_size
+from opensan.images import ImageError, image_size, list_images, network_size, open_image, prepare, stored_size
 
 CONFIG = ImageConfig()
 PHOTO = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -356,3 +356,14 @@ def test_an_unreadable_folder_is_an_error(tmp_path):
         folder.chmod(0o755)
     answer = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == f"{Path(tmp_path, 'locked')}: the folder can't be listed (Permission denied)"
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+def test_the_size_is_known_from_the_header(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    assert image_size(path) == open_image(path).shape[:2]
+    with pytest.raises(ImageError, match=r"missing\.jpg: can't be read"):
+        image_size(tmp_path / "missing.jpg")

@@ -42,6 +42,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = {_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}
 _ORIENTATION_TAG = 0x0112
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
@@ -105,6 +106,12 @@ def stored_size(
     return _read_file(source, size_and_turn)
 
 
+def image_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
+    """(H0, W0) of the array that `open_image` makes of a file, known without decoding it; errors as there."""
+    (height, width), turn = stored_size(source)
+    return (width, height) if turn in _SIDEWAYS else (height, width)
+
+
 def network_size(image_size: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
     """(H, W) of the network's image for a photograph of `image_size` (H0, W0), before padding.
 
@@ -120,6 +127,12 @@ def network_size(image_size: tuple[int, int], config: ImageConfig) -> tuple[int,
     return height, width
 
 
+def padded_size(network_size: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
+    """(H, W) after padding each side to its own multiple of `config.size_divisor`."""
+    height, width = (math.ceil(side / config.size_divisor) * config.size_divisor for side in network_size)
+    return height, width
+
+
 def prepare(image: np.ndarray, config: ImageConfig, *, resize: bool = True) -> PreparedImage:
     """Turn a photograph, uint8 RGB [H0, W0, 3], into network input.
 
@@ -131,7 +144,7 @@ def prepare(image: np.ndarray, config: ImageConfig, *, resize: bool = True) -> P
     height, width = network_size(image_size, config) if resize else image_size
     if (height, width) != image_size:
         image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-    padded = tuple(math.ceil(side / config.size_divisor) * config.size_divisor for side in (height, width))
+    padded = padded_size((height, width), config)
     pixels = torch.zeros(3, *padded, dtype=torch.float32)
     mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (config.mean, config.std))
     inside = pixels[:, :height, :width]

@@ -171,6 +171,11 @@ class Vocabulary:
         }
 
 
+def ready_source_ids(name: str) -> list[int] | None:
+    """The numbers that a ready set's classes have in the data set itself, in its training order; None without any."""
+    return json.loads((_CLASSES / f"{name}.json").read_text(encoding="utf-8")).get("source_ids")
+
+
 def ready_sets() -> list[str]:
     """The names that `Vocabulary.ready` knows."""
     return sorted(path.stem for path in _CLASSES.glob("*.json"))

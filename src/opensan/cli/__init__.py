@@ -11,6 +11,7 @@ import typer
 
 from opensan import __version__
 from opensan.cli.data import data
+from opensan.cli.evaluate import evaluate
 from opensan.cli.models import convert, parity
 from opensan.cli.segment import segment
 from opensan.cli.terminal import reporting_errors
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(segment)
+app.command("eval")(evaluate)
 app.command()(words)
 app.command()(convert)
 app.command()(parity)

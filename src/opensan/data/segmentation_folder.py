@@ -7,6 +7,7 @@ classes.txt         a class a line, `|` between synonyms
 SPLIT.txt           the photographs of a split, one a line: with or without suffix
 """
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opensan.images import open_image
+from opensan.images import image_size, open_image
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 
@@ -68,6 +69,22 @@ class SegmentationFolder:
 
     def name(self, index: int) -> str:
         return self._files[index][0].stem
+
+    def file(self, index: int) -> Path:
+        """The photograph's file."""
+        return self._files[index][0]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(H, W) of a photograph, known without decoding it; errors as for reading it."""
+        return image_size(self._files[index][0])
+
+    def fingerprint(self) -> str:
+        """Changes when the lists, the classes or any file of the split changes; reads no photograph."""
+        digest = hashlib.sha256(repr((self.vocabulary, self._label_of_value.tolist())).encode())
+        for file in (file for pair in self._files for file in pair):
+            state = file.stat() if file.exists() else None
+            digest.update(repr((file.name, state and (state.st_size, state.st_mtime_ns))).encode())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image_path, label_path = self._files[index]

@@ -1,12 +1,10 @@
-"""Running a model over a labelled data set, and writing what was measured."""
+"""Running a model over a labelled data set, one photograph after the other: what a training's validation needs.
 
-import csv
-import io
-import json
-import math
+`opensan.evaluate.measure` does the same for whole benchmarks.
+"""
+
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,8 +13,7 @@ from rich.progress import track
 
 from opensan.assemble import label_map
 from opensan.data.dataset import SegmentationDataset
-from opensan.evaluate.metrics import ConfusionMatrix, SegmentationMetrics
-from opensan.files import write_text
+from opensan.evaluate.metrics import Confusion, Counts, SegmentationMetrics
 from opensan.images import prepare
 from opensan.model import SAN
 from opensan.segmenter import Segmenter
@@ -29,6 +26,19 @@ Predictor = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
+class Photograph:
+    """One photograph's own figures."""
+
+    index: int
+    """In the data set."""
+    name: str
+    miou: float
+    """Mean IoU over the classes in its ground truth, in [0, 1]; nan if it has none."""
+    pixel_accuracy: float
+    """Share of its labelled pixels with the right class, in [0, 1]; nan if it has none."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What a model was measured at."""
 
@@ -37,6 +47,10 @@ class Evaluation:
     """Photographs that were counted."""
     broken: tuple[str, ...]
     """Reasons why the others could not be read."""
+    confusions: tuple[Confusion, ...] = ()
+    """The pairs of classes with the most wrong pixels, most first."""
+    photographs: tuple[Photograph, ...] = ()
+    """Each one's own figures, in the data set's order; empty if they were not kept."""
 
 
 def segmenter_predictor(segmenter: Segmenter, vocabulary: Vocabulary) -> Predictor:
@@ -76,18 +90,19 @@ def evaluate(
     `limit`: only so many photographs, spread evenly over the data set.
     """
     names = dataset.vocabulary.names
-    confusion = ConfusionMatrix(len(names))
-    count = len(dataset) if limit is None else min(limit, len(dataset))
+    counts = Counts(len(names))
+    images = len(dataset) if limit is None else min(limit, len(dataset))
     broken = []
-    indices = [index * len(dataset) // count for index in range(count)]
+    indices = [index * len(dataset) // images for index in range(images)]
     for index in track(indices, "evaluating", console=Console(stderr=True), disable=not progress, transient=True):
         try:
             image, truth = dataset[index]
         except (OSError, ValueError) as error:
             broken.append(f"{dataset.name(index)}: {error}")
             continue
-        confusion.update(truth, predict(image))
-    return Evaluation(confusion.metrics(names), count - len(broken), tuple(broken))
+        counts.update(truth, predict(image))
+    confusions = tuple(counts.worst_confusions(names))
+    return Evaluation(counts.metrics(names), images - len(broken), tuple(broken), confusions)
 
 
 def validation(
@@ -96,59 +111,3 @@ def validation(
     """For `opensan.train`: measures the model, as it is then, after so many steps."""
     predict = dataset_predictor(model, dataset)
     return lambda _step: evaluate(predict, dataset, limit=limit, progress=False).metrics.summary()
-
-
-def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, about: Mapping[str, str]) -> None:
-    """Write `metrics.json`, `classes.csv` and `metrics.md` to `folder`.
-
-    `about`: what was measured (model, data set, command), for whoever reads the files.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = evaluation.metrics
-    plain = {
-        "title": title,
-        "about": dict(about),
-        "images": evaluation.images,
-        "broken": list(evaluation.broken),
-        "metrics": metrics.summary(),
-        "classes": [asdict(one) for one in metrics.classes],
-    }
-    # nan is no JSON: what does not exist is null.
-    write_text(folder / "metrics.json", json.dumps(_without_nan(plain), indent=2, ensure_ascii=False) + "\n")
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(asdict(metrics.classes[0])), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_without_nan([asdict(one) for one in metrics.classes]))
-    write_text(folder / "classes.csv", buffer.getvalue())
-    write_text(folder / "metrics.md", markdown(evaluation, title=title, about=about))
-
-
-def markdown(evaluation: Evaluation, *, title: str, about: Mapping[str, str]) -> str:
-    """The figures as a Markdown section: all classes together, then a table of each (percent)."""
-    metrics = evaluation.metrics
-    lines = [f"## {title}", "", *(f"- {key}: {value}" for key, value in about.items())]
-    lines += [f"- photographs: {evaluation.images}"]
-    lines += [f"- not readable: {reason}" for reason in evaluation.broken]
-    lines += ["", "| mIoU (ground truth) | mIoU (ground truth or predicted) | fwIoU | mean accuracy | pixel accuracy |"]
-    lines += ["|---|---|---|---|---|", "| " + " | ".join(map(_percent, metrics.summary().values())) + " |"]
-    lines += ["", "| class | IoU | accuracy | share of pixels |", "|---|---|---|---|"]
-    pixels = max(sum(one.pixels for one in metrics.classes), 1)
-    lines += [
-        f"| {one.name.replace('|', chr(92) + '|')} | {_percent(one.iou)} | {_percent(one.accuracy)} "
-        f"| {_percent(one.pixels / pixels)} |"
-        for one in metrics.classes
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _percent(share: float) -> str:
-    return "–" if math.isnan(share) else f"{100 * share:.2f}"
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(one) for one in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -22,7 +22,8 @@ from opensan.checkpoints import load_folder, save_folder
 from opensan.config import ClipConfig, ImageConfig, SideAdapterConfig, TextConfig, VisionConfig
 from opensan.data.augment import AugmentConfig, augment
 from opensan.data.segmentation_folder import SegmentationFolder
-from opensan.evaluate.run import dataset_predictor, evaluate, validation, write_report
+from opensan.evaluate.report import write_report
+from opensan.evaluate.run import dataset_predictor, evaluate, validation
 from opensan.images import open_image
 from opensan.lab.clip_training import (
     RECOGNITION_LAYER,

@@ -1,0 +1,222 @@
+"""`opensan eval`: a model measured on labelled photographs."""
+
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from opensan.cli.segment import Dtype
+from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console
+
+if TYPE_CHECKING:
+    from opensan.evaluate.predictors import BatchPredictor
+    from opensan.evaluate.run import Evaluation
+    from opensan.evaluate.sets import PreparedSet
+    from opensan.segmenter import Segmenter
+
+SHOWN = 10
+"""A thousand broken photographs are not named one by one; metrics.json has them all."""
+
+
+class CategoryIds(StrEnum):
+    """What `category_id` means in predictions that are read."""
+
+    contiguous = "contiguous"
+    dataset = "dataset"
+
+
+def evaluate(
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[DIR...]", help="More data sets.", hidden=True)] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR...", help="Prepared data sets (`opensan data prepare`).", show_default=False),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="san-vit-b16, san-vit-l14, tiny, a folder, a .safetensors, a .pth, or a hub id owner/name."),
+    ] = "san-vit-b16",
+    split: Annotated[
+        str | None,
+        typer.Option(help="The list of photographs. Default: the data set's own for this, or val.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("evaluation"),
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="bfloat16 is for GPUs; many CPUs are slower with it.")] = Dtype.float32,
+    batch: Annotated[int, typer.Option(min=1, help="Photographs of one shape that are computed together.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read photographs and count pixels.")] = 4,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Average over 6 scales and mirroring: 12 times the work, hardly ever better.")
+    ] = False,
+    save_predictions: Annotated[
+        bool, typer.Option("--save-predictions", help="Also write sem_seg_predictions.json (COCO RLE).")
+    ] = False,
+    from_predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measure a sem_seg JSON or a folder of index PNGs; no model.", show_default=False
+        ),
+    ] = None,
+    category_ids: Annotated[
+        CategoryIds,
+        typer.Option(help="What category_id is in --from-predictions: the class's place, or the data set's number."),
+    ] = CategoryIds.contiguous,
+    table: Annotated[
+        bool, typer.Option("--table", help="Print the benchmarks' table, official figures beside the measured ones.")
+    ] = False,
+    root: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --table: every prepared data set in this folder.", show_default=False),
+    ] = None,
+) -> None:
+    """Measure a model on labelled photographs.
+
+    Writes for each data set a folder with metrics.json, metrics.md, classes.csv, confusions.csv, photographs.csv and
+    index.html, a page of the best and worst photographs. The same command after an interruption goes on where it was.
+    Several devices: torchrun --nproc-per-node N -m opensan eval ...
+    """
+    folders = [*(data or []), *(more or [])]
+    if root is not None and not table:
+        raise UsageError("--root belongs to --table; name data sets with --data")
+    if not folders and not (table and root):
+        raise UsageError("name the data sets: --data DIR..." + (", or --root DIR" if table else ""))
+    if from_predictions is not None and len(folders) != 1:
+        raise UsageError("--from-predictions is about one data set: give exactly one --data")
+    from torch import OutOfMemoryError
+
+    from opensan.distributed import is_main, process_group
+    from opensan.evaluate.sets import find_sets, open_set
+    from opensan.segmenter import load
+
+    with process_group("cpu" if from_predictions else device) as group:
+        if not is_main():
+            warnings.simplefilter("ignore")  # the main process says it
+        if root is not None:
+            folders += find_sets(root)
+        sets = [open_set(folder, split) for folder in folders]
+        _check_names(sets, out)
+        segmenter = None
+        if from_predictions is None:
+            if is_main():
+                note(f"loading {model}")
+            segmenter = load(model, device=group.device, dtype=dtype.value)
+        run = _Run(out, model, segmenter, tta, batch, workers, save_predictions, from_predictions, category_ids)
+        try:
+            evaluations = [run.one(prepared) for prepared in sets]
+        except KeyboardInterrupt:
+            complain("interrupted: the same command goes on where it was")
+            raise typer.Exit(INTERRUPTED) from None
+        except (MemoryError, OutOfMemoryError):
+            raise ValueError(f"out of memory on {group.device}: try a smaller --batch") from None
+        if is_main():
+            if table or len(sets) > 1:
+                run.table(sets, evaluations)
+            _complain_of_broken(sets, evaluations)
+    if any(evaluation.broken for evaluation in evaluations):
+        raise typer.Exit(1)
+
+
+class _Run:
+    """One command."""
+
+    def __init__(
+        self,
+        out: Path,
+        model: str,
+        segmenter: "Segmenter | None",
+        tta: bool,
+        batch: int,
+        workers: int,
+        save_predictions: bool,
+        from_predictions: Path | None,
+        category_ids: CategoryIds,
+    ) -> None:
+        self._out = out
+        self._segmenter = segmenter
+        self._tta = tta
+        self._batch = batch
+        self._workers = workers
+        self._save_predictions = save_predictions
+        self._from_predictions = from_predictions
+        self._category_ids = category_ids
+        self._console = output_console()
+        if segmenter is None:
+            self._about = {"predictions": str(from_predictions)}
+        else:
+            self._about = {"model": f"{model} ({segmenter.fingerprint})", "dtype": str(segmenter.dtype)[6:]}
+            self._about |= {"test-time augmentation": "6 scales, mirrored"} if tta else {}
+
+    def one(self, prepared: "PreparedSet") -> "Evaluation":
+        """Measure a data set, write its folder, and print its figures."""
+        from opensan.distributed import is_main
+        from opensan.evaluate.measure import measure
+        from opensan.evaluate.page import write_page
+        from opensan.evaluate.report import FIGURES, percent, write_report
+
+        folder = self._out / prepared.name
+        predictor = self._predictor(prepared)
+        evaluation = measure(
+            prepared.dataset,
+            predictor,
+            folder,
+            batch=self._batch,
+            workers=self._workers,
+            save_predictions=self._save_predictions,
+            note=complain if is_main() else lambda message: None,
+            progress=True,
+        )
+        if is_main():
+            title = f"{prepared.name}, {prepared.dataset.split}"
+            about = self._about | {"data": str(prepared.dataset.root), "split": prepared.dataset.split}
+            write_report(evaluation, folder, title=title, about=about)
+            page = write_page(folder, prepared.dataset, predictor, evaluation, title=title, about=about)
+            self._console.print(f"{title}: {evaluation.images:,} photographs, {page}", soft_wrap=True)
+            for name, value in evaluation.metrics.summary().items():
+                self._console.print(f"  {FIGURES[name]:<32}{percent(value):>7} %")
+        return evaluation
+
+    def _predictor(self, prepared: "PreparedSet") -> "BatchPredictor":
+        from opensan.evaluate.predictions import SavedPredictions
+        from opensan.evaluate.predictors import AugmentedPredictor, ModelPredictor, SavedPredictor
+
+        vocabulary = prepared.dataset.vocabulary
+        if self._segmenter is None:
+            class_of_id = prepared.class_of_id() if self._category_ids is CategoryIds.dataset else None
+            predictions = SavedPredictions(self._from_predictions, len(vocabulary.names), class_of_id=class_of_id)
+            return SavedPredictor(predictions)
+        self._segmenter.text.classifier(vocabulary)  # before the photographs: it may take long, with a bar of its own
+        return (AugmentedPredictor if self._tta else ModelPredictor)(self._segmenter, vocabulary)
+
+    def table(self, sets: Sequence["PreparedSet"], evaluations: Sequence["Evaluation"]) -> None:
+        """Print the table of all data sets, and write it."""
+        from opensan.evaluate.table import Measured, as_markdown, missing, table, write_table
+
+        measured = [
+            Measured(prepared.name, prepared.label_set, evaluation)
+            for prepared, evaluation in zip(sets, evaluations, strict=True)
+        ]
+        rows = table(measured, self._segmenter.model.config.name if self._segmenter else "")
+        write_table(rows, self._out, about=self._about)
+        print(as_markdown(rows), end="")
+        if absent := missing(measured):
+            complain(f"not found, so not measured: {', '.join(absent)} (`opensan data list` says how to prepare them)")
+
+
+def _check_names(sets: Sequence["PreparedSet"], out: Path) -> None:
+    """Each data set gets a folder of its own."""
+    from opensan.outputs import check_writable
+
+    names = [prepared.name for prepared in sets]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UsageError(f"two data sets are called {sorted(twice)[0]!r}: measure them with an --out each")
+    check_writable(out)
+
+
+def _complain_of_broken(sets: Sequence["PreparedSet"], evaluations: Sequence["Evaluation"]) -> None:
+    for prepared, evaluation in zip(sets, evaluations, strict=True):
+        for reason in evaluation.broken[:SHOWN]:
+            complain(f"error: {prepared.name}: {reason}")
+        if len(evaluation.broken) > SHOWN:
+            complain(f"error: {prepared.name}: {len(evaluation.broken) - SHOWN:,} more; metrics.json names them")

@@ -1,0 +1,261 @@
+"""Evaluation at full scale: batches by shape, files read ahead, progress on disk, any number of processes.
+
+    threads: read photograph and labels -> prepare -.            .-> count -> add, now and then save
+    this one:                                        `-> predict -'
+
+The plan of batches depends on the data set and the batch size alone. Every process takes a share of it.
+"""
+
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+
+from opensan.data.dataset import SegmentationDataset
+from opensan.distributed import barrier, is_main, on_main, rank, world_size
+from opensan.evaluate import predictions
+from opensan.evaluate.metrics import Counts, ImageCounts, count_image
+from opensan.evaluate.predictors import BatchPredictor
+from opensan.evaluate.progress import Progress, open_progress, read_all, total
+from opensan.evaluate.run import Evaluation, Photograph
+from opensan.files import write_text
+
+SAVE_EVERY = 15.0
+"""Seconds of work that an interruption may cost."""
+
+_PART_BYTES = 8 * 2**20
+"""Saved predictions kept in memory before they are written."""
+
+
+class MeasurableDataset(SegmentationDataset, Protocol):
+    """A data set whose evaluation can be planned and resumed."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(H, W) of a photograph without decoding it. Raises OSError or ValueError."""
+
+    def file(self, index: int) -> Path:
+        """Where the photograph is."""
+
+    def fingerprint(self) -> str:
+        """Changes when any photograph, label or list does."""
+
+
+def measure(
+    dataset: MeasurableDataset,
+    predictor: BatchPredictor,
+    folder: Path,
+    *,
+    batch: int = 1,
+    workers: int = 4,
+    save_predictions: bool = False,
+    save_every: float = SAVE_EVERY,
+    note: Callable[[str], None] = lambda message: None,
+    progress: bool = False,
+) -> Evaluation:
+    """Compare predictions with ground truth at each photograph's own size, and keep the progress in `folder`.
+
+    The same call after an interruption goes on where the last save was; with another model, data set or protocol it
+    starts anew. In processes that torchrun started each does a share (`folder` must be one for all), and all return
+    the whole.
+
+    Args:
+        batch: photographs that are predicted together, if their shapes are equal.
+        workers: threads that read and count.
+        save_predictions: also write `sem_seg_predictions.json` to `folder`.
+        save_every: seconds between saves.
+        note: gets messages for the user.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: the data set is empty, or the progress file is damaged.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the data set has no photographs")
+    num_classes = len(dataset.vocabulary.names)
+    state = folder / "progress"
+    key = {"data": dataset.fingerprint(), "saves predictions": save_predictions, **predictor.key}
+    if not on_main(lambda: open_progress(state, key)):
+        note(f"{folder}: holds an evaluation of another model, data set or protocol: starting anew")
+    earlier = read_all(state, num_classes)
+    done = set().union(*(one.photographs for one in earlier.values()))
+    if done:
+        note(f"{folder}: {len(done)} of {len(dataset)} photographs are measured already")
+    batches = _share(_plan(dataset, predictor, batch, workers), done)
+    own = state / f"rank-{rank():04d}.npz"
+    mine = earlier.get(own.name) or Progress(Counts(num_classes))
+    mine.broken.clear()
+    with _bar(sum(map(len, batches)), shown=progress and is_main()) as advance:
+        _Run(dataset, predictor, own, mine, save_predictions, save_every, advance).all(batches, workers)
+    barrier()
+    return on_main(lambda: _whole(dataset, folder))
+
+
+def _whole(dataset: MeasurableDataset, folder: Path) -> Evaluation:
+    """The sum of all processes' progress."""
+    names = dataset.vocabulary.names
+    whole = total(read_all(folder / "progress", len(names)).values(), len(names))
+    if whole.parts:
+        parts = [folder / "progress" / part for part in whole.parts]
+        predictions.join_parts(parts, folder / predictions.FILE_NAME)
+    photographs = [
+        Photograph(index, dataset.name(index), *whole.photographs[index]) for index in sorted(whole.photographs)
+    ]
+    return Evaluation(
+        whole.counts.metrics(names),
+        len(photographs),
+        tuple(whole.broken[index] for index in sorted(whole.broken)),
+        tuple(whole.counts.worst_confusions(names)),
+        tuple(photographs),
+    )
+
+
+def _plan(dataset: MeasurableDataset, predictor: BatchPredictor, batch: int, workers: int) -> list[list[int]]:
+    """All photographs in batches of equal shape, in the order of each batch's first."""
+
+    def shape(index: int) -> object:
+        try:
+            return predictor.shape(dataset.size(index))
+        except (OSError, ValueError):
+            return "unreadable"  # reading it will say why
+
+    groups: Mapping[object, list[int]] = defaultdict(list)
+    with ThreadPoolExecutor(workers) as pool:
+        for index, found in enumerate(pool.map(shape, range(len(dataset)))):
+            groups[found].append(index)
+    return sorted(group[start : start + batch] for group in groups.values() for start in range(0, len(group), batch))
+
+
+def _share(batches: Sequence[list[int]], done: set[int]) -> list[list[int]]:
+    """This process's batches, without the photographs that are done."""
+    left = [[index for index in batch if index not in done] for batch in batches[rank() :: world_size()]]
+    return [batch for batch in left if batch]
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A photograph on its way from a thread to the sums."""
+
+    counts: ImageCounts
+    figures: tuple[float, float]
+    entries: list[str]
+    """Of the saved predictions."""
+
+
+class _Run:
+    """One process's share."""
+
+    def __init__(
+        self,
+        dataset: MeasurableDataset,
+        predictor: BatchPredictor,
+        path: Path,
+        progress: Progress,
+        save_predictions: bool,
+        save_every: float,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._dataset = dataset
+        self._predictor = predictor
+        self._path = path
+        self._progress = progress
+        self._save_predictions = save_predictions
+        self._save_every = save_every
+        self._advance = advance
+        self._num_classes = len(dataset.vocabulary.names)
+        self._entries: list[str] = []
+        self._entry_bytes = 0
+        self._saved = time.monotonic()
+
+    def all(self, batches: Sequence[list[int]], workers: int) -> None:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
+        try:
+            counting: deque[tuple[int, Future[_Counted]]] = deque()
+            for indices, truths, prepared in self._loaded(pool, batches, workers):
+                answers = self._predictor.predict(prepared) if prepared else []
+                for index, truth, labels in zip(indices, truths, answers, strict=True):
+                    counting.append((index, pool.submit(self._count, index, truth, labels)))
+                while len(counting) > workers + len(indices):
+                    self._add(*counting.popleft())
+                self._save_now_and_then()
+            while counting:
+                self._add(*counting.popleft())
+            self._save()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _loaded(
+        self, pool: ThreadPoolExecutor, batches: Sequence[list[int]], workers: int
+    ) -> Iterator[tuple[list[int], list[np.ndarray], list[object]]]:
+        """The readable photographs of each batch: indices, ground truths, and what `prepare` made of them."""
+        ahead: deque[list[tuple[int, Future]]] = deque()
+        todo = iter(batches)
+        wanted = 2 if not batches else max(2, math.ceil(2 * workers / max(map(len, batches))))
+        while True:
+            for batch in todo:
+                ahead.append([(index, pool.submit(self._load, index)) for index in batch])
+                if len(ahead) >= wanted:
+                    break
+            if not ahead:
+                return
+            readable = []
+            for index, future in ahead.popleft():
+                try:
+                    readable.append((index, *future.result()))
+                except (OSError, ValueError) as error:
+                    self._progress.broken[index] = f"{self._dataset.name(index)}: {error}"
+                    self._advance(1)
+            indices, truths, prepared = map(list, zip(*readable, strict=True)) if readable else ([], [], [])
+            yield indices, truths, prepared
+
+    def _load(self, index: int) -> tuple[np.ndarray, object]:
+        image, truth = self._dataset[index]
+        return truth, self._predictor.prepare(self._dataset.name(index), image)
+
+    def _count(self, index: int, truth: np.ndarray, labels: np.ndarray) -> _Counted:
+        counts = count_image(truth, labels, self._num_classes)
+        entries = []
+        if self._save_predictions:
+            entries = predictions.entries(str(self._dataset.file(index)), labels, self._num_classes)
+        return _Counted(counts, counts.figures(self._num_classes), entries)
+
+    def _add(self, index: int, future: "Future[_Counted]") -> None:
+        found = future.result()
+        self._progress.counts.add(found.counts)
+        self._progress.photographs[index] = found.figures
+        self._entries += found.entries
+        self._entry_bytes += sum(map(len, found.entries))
+        self._advance(1)
+
+    def _save_now_and_then(self) -> None:
+        if time.monotonic() - self._saved >= self._save_every or self._entry_bytes > _PART_BYTES:
+            self._save()
+
+    def _save(self) -> None:
+        """Predictions first: what the progress file does not name is written again, under the same name."""
+        if self._entries:
+            name = f"{self._path.stem}-part-{len(self._progress.parts):06d}.json"
+            write_text(self._path.with_name(name), "\n".join(self._entries) + "\n")
+            self._progress.parts.append(name)
+            self._entries, self._entry_bytes = [], 0
+        self._progress.save(self._path)
+        self._saved = time.monotonic()
+
+
+@contextmanager
+def _bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function that counts what is done; a bar shows on stderr if that is a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with ProgressBar(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task("evaluating", total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,54 @@
+"""Prepared data sets on disk, as an evaluation finds them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from opensan.data.canonical import MANIFEST, read_manifest
+from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.vocabulary import ready_source_ids
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """One split of a prepared folder."""
+
+    name: str
+    """The folder's."""
+    label_set: str | None
+    """The ready label set that its classes are, if its manifest says so."""
+    dataset: SegmentationFolder
+
+    def class_of_id(self) -> dict[int, int]:
+        """The data set's own number of each class -> its place. Raises ValueError if it has no numbers of its own."""
+        ids = ready_source_ids(self.label_set) if self.label_set else None
+        if ids is None:
+            raise ValueError(
+                f"{self.dataset.root}: its label set ({self.label_set or 'none that is known'}) has no category ids of "
+                "its own; leave --category-ids at contiguous"
+            )
+        return {number: index for index, number in enumerate(ids)}
+
+
+def open_set(root: Path, split: str | None = None) -> PreparedSet:
+    """Open `split` of a prepared folder; by default the one its manifest names for evaluation, or else `val`.
+
+    Raises ValueError, one line, naming the lists there are.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; a data set is prepared by `opensan data prepare`")
+    manifest = read_manifest(root)
+    split = split or (manifest and manifest.evaluation_split) or "val"
+    lists = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
+    if split not in lists:
+        there = f"there are {', '.join(lists)}: choose one with --split" if lists else "there is none"
+        raise ValueError(f"{root}: has no list {split}.txt; {there}")
+    name = root.resolve().name
+    return PreparedSet(name, manifest.label_set if manifest else None, SegmentationFolder(root, split))
+
+
+def find_sets(root: Path) -> list[Path]:
+    """The prepared folders directly below `root`, by name. Raises ValueError if there are none."""
+    found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
+    if not found:
+        raise ValueError(f"{root}: holds no prepared data sets (folders with a {MANIFEST})")
+    return found

@@ -1,0 +1,104 @@
+"""SAN's table: a model's mIoU on the benchmarks, with the official figures beside it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from opensan.evaluate.report import percent
+from opensan.evaluate.run import Evaluation
+from opensan.files import write_text
+
+BENCHMARKS = {
+    "coco_stuff_171": "COCO-Stuff",
+    "pascal_voc_20": "VOC-20",
+    "pascal_context_59": "PC-59",
+    "ade20k_150": "ADE-150",
+    "pascal_context_459": "PC-459",
+    "ade20k_847": "ADE-847",
+}
+"""Label set -> what papers call the benchmark, in the order of SAN's table."""
+
+# mIoU in percent over the classes in the ground truth, from the logs of the released checkpoints.
+_OFFICIAL = {
+    "SAN B/16": dict(zip(BENCHMARKS, (41.93, 93.95, 54.07, 27.56, 16.71, 10.21), strict=True)),
+    "SAN L/14-336": dict(zip(BENCHMARKS, (45.57, 95.18, 57.53, 31.93, 20.83, 12.96), strict=True)),
+}
+# By the older rule (classes in the ground truth or in a prediction), as SAN's paper prints them.
+_OFFICIAL_UNION = {"SAN B/16": {"pascal_context_459": 12.6}, "SAN L/14-336": {"pascal_context_459": 15.7}}
+
+_ROWS_OF_MODEL = {"san-vit-b16": ("SAN B/16",), "san-vit-l14": ("SAN L/14-336",)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One data set's place in the table."""
+
+    name: str
+    """Of the folder."""
+    label_set: str | None
+    """One of BENCHMARKS, or else: a column without an official figure."""
+    evaluation: Evaluation
+
+
+def table(measured: list[Measured], model: str) -> dict[str, Mapping[str, float | int | None]]:
+    """Row -> column -> figure in percent (photographs: their number), None where there is none.
+
+    The columns are the benchmarks, measured or not, then the other data sets. `model`: its configuration's name; the
+    official rows are those of the same architecture, or all if it is none of SAN's.
+    """
+    by_column = {one.label_set if one.label_set in BENCHMARKS else one.name: one for one in measured}
+    columns = {**BENCHMARKS, **{key: one.name for key, one in by_column.items() if key not in BENCHMARKS}}
+    rows = {}
+
+    def add(name: str, figure) -> None:
+        found = {title: figure(key, by_column.get(key)) for key, title in columns.items()}
+        rows[name] = {title: None if value != value else value for title, value in found.items()}  # nan is no JSON
+
+    def measured_row(name: str, attribute: str) -> None:
+        add(name, lambda _, one: one and 100 * getattr(one.evaluation.metrics, attribute))
+
+    official = _ROWS_OF_MODEL.get(model, tuple(_OFFICIAL))
+    add("photographs", lambda _, one: one and one.evaluation.images)
+    measured_row("mIoU (ground truth)", "miou")
+    for name in official:
+        add(f"official {name}", lambda key, _, name=name: _OFFICIAL[name].get(key))
+    measured_row("mIoU (ground truth or predicted)", "miou_union")
+    for name in official:
+        add(f"official {name}, this rule", lambda key, _, name=name: _OFFICIAL_UNION[name].get(key))
+    measured_row("fwIoU", "fwiou")
+    measured_row("mean accuracy", "mean_accuracy")
+    measured_row("pixel accuracy", "pixel_accuracy")
+    measured_row("boundary IoU", "boundary_iou")
+    return rows
+
+
+def missing(measured: list[Measured]) -> list[str]:
+    """The benchmarks that were not measured, as papers call them."""
+    return [title for key, title in BENCHMARKS.items() if key not in {one.label_set for one in measured}]
+
+
+def as_markdown(rows: Mapping[str, Mapping[str, float | int | None]]) -> str:
+    """The table for people; a dash where there is no figure."""
+    columns = list(next(iter(rows.values())))
+    heads = (column.replace("|", "\\|") for column in columns)
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, figures in rows.items():
+        lines.append(f"| {name} | " + " | ".join(map(_cell, figures.values())) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(figure: float | int | None) -> str:
+    if figure is None:
+        return "–"
+    return f"{figure:,}" if isinstance(figure, int) else percent(figure / 100)
+
+
+def write_table(
+    rows: Mapping[str, Mapping[str, float | int | None]], folder: Path, *, about: Mapping[str, str]
+) -> None:
+    """Write `table.md` and `table.json` to `folder`."""
+    lines = [f"- {key}: {value}" for key, value in about.items()]
+    write_text(folder / "table.md", "\n".join([*lines, "", as_markdown(rows)]))
+    plain = {"about": dict(about), "rows": rows}
+    write_text(folder / "table.json", json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
