@@ -1,8 +1,9 @@
 """From data sets as their authors distribute them to the canonical layout."""
 
+from opensan.data.prepare import benchmarks
 from opensan.data.prepare.source import Photograph, Reader, Source
 
 __all__ = ["READERS", "Photograph", "Reader", "Source"]
 
-READERS: dict[str, Reader] = {reader.name: reader for reader in ()}
+READERS: dict[str, Reader] = {reader.name: reader for reader in (*benchmarks.READERS,)}
 """What `opensan data prepare` knows, by name. To add one, write a `Reader` in a module here and name it above."""

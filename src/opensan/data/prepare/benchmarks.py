@@ -1,0 +1,259 @@
+"""The six benchmarks that SAN is measured on, from the folders that their authors distribute.
+
+Formats: Caesar, Uijlings, Ferrari, CVPR 2018 (COCO-Stuff); Everingham et al., IJCV 2010 (VOC); Mottaghi et al., CVPR
+2014 (Pascal Context); Zhou et al., CVPR 2017 (ADE20K).
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from opensan.data.prepare import full_ade, raw
+from opensan.data.prepare.source import Photograph, Reader, Source
+from opensan.vocabulary import Vocabulary
+
+
+def _source(label_set: str, photographs: Iterable[Photograph], folder: Path, needs: str) -> Source:
+    photographs = list(photographs)
+    if not photographs:
+        raise _incomplete(folder, needs)
+    return Source(Vocabulary.ready(label_set), photographs, evaluation_split="val", label_set=label_set)
+
+
+def _incomplete(folder: Path, needs: str, missing: str = "no photographs with labels") -> ValueError:
+    return ValueError(f"{folder}: {missing}; {needs}")
+
+
+def _index_png(path: Path, label_set: str) -> np.ndarray:
+    return raw.labels_of(raw.read_png(path, ("L", "P")), raw.table_of(label_set), path)
+
+
+def _two_folders(images: Path, labels: Path, split: str, label_set: str) -> Iterator[Photograph]:
+    """Photographs X.jpg with labels X.png; where one of the two is missing, the engine says so."""
+    for stem in sorted(raw.stems(images, ".jpg") | raw.stems(labels, ".png")):
+        yield Photograph(stem, (split,), images / f"{stem}.jpg", partial(_index_png, labels / f"{stem}.png", label_set))
+
+
+# COCO-Stuff
+
+COCO_NEEDS = (
+    "it must hold train2017/ and val2017/ (or images/train2017/ and so on) with the photographs, and "
+    "stuffthingmaps_trainval2017.zip unpacked in stuffthingmaps/ (stuffthingmaps/train2017/ and val2017/); "
+    "one split may be left away"
+)
+
+
+def open_coco_stuff(folder: Path) -> Source:
+    def photographs() -> Iterator[Photograph]:
+        for split, part in (("train", "train2017"), ("val", "val2017")):
+            images = raw.find(folder, f"images/{part}", part)
+            places = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations")
+            labels = raw.find(folder, *(f"{place}/{part}" for place in places))
+            if images and labels:
+                yield from _two_folders(images, labels, split, "coco_stuff_171")
+            elif images or labels:
+                what = (
+                    f"there is {(images or labels).relative_to(folder)}/ without its {'labels' if images else 'images'}"
+                )
+                raise _incomplete(folder, COCO_NEEDS, what)
+
+    return _source("coco_stuff_171", photographs(), folder, COCO_NEEDS)
+
+
+# Pascal VOC 2012
+
+VOC_NEEDS = (
+    "it must be VOCdevkit/VOC2012 (or hold it), with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/"
+)
+
+
+def open_voc(folder: Path) -> Source:
+    root = raw.find(folder, "VOCdevkit/VOC2012", "VOC2012", ".")
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt"):
+        if not (root / part).exists():
+            raise _incomplete(root, VOC_NEEDS, f"there is no {part}")
+
+    def photographs() -> Iterator[Photograph]:
+        for split in ("train", "val"):
+            if (listed := root / f"ImageSets/Segmentation/{split}.txt").exists():
+                for name in raw.read_list(listed):
+                    labels = partial(_index_png, root / f"SegmentationClass/{name}.png", "pascal_voc_20")
+                    yield Photograph(name, (split,), root / f"JPEGImages/{name}.jpg", labels)
+
+    return _source("pascal_voc_20", photographs(), root, VOC_NEEDS)
+
+
+# Pascal Context
+
+CONTEXT_NEEDS = (
+    "it must be VOCdevkit/VOC2010 (or hold it), with JPEGImages/, the .mat files of trainval.tar.gz in trainval/, and "
+    "the split lists: trainval_merged.json, or train.txt and val.txt (pascalcontext_val.txt) with a name a line"
+)
+
+
+def open_context(label_set: str, folder: Path) -> Source:
+    root = raw.find(folder, "VOCdevkit/VOC2010", "VOC2010", ".")
+    labels = raw.find(root, "trainval") or raw.find(folder, "trainval")
+    if labels is None or not (root / "JPEGImages").is_dir():
+        raise _incomplete(root, CONTEXT_NEEDS, f"there is no {'JPEGImages' if labels else 'trainval'}")
+
+    def photographs() -> Iterator[Photograph]:
+        for split, names in _context_splits(root, folder).items():
+            for name in names:
+                values = partial(_label_map, labels / f"{name}.mat", label_set)
+                yield Photograph(name, (split,), root / f"JPEGImages/{name}.jpg", values)
+
+    return _source(label_set, photographs(), root, CONTEXT_NEEDS)
+
+
+def _context_splits(*folders: Path) -> dict[str, list[str]]:
+    """Split -> names, of the first of `folders` that has lists: the JSON's, or those made from it."""
+    for folder in folders:
+        if path := raw.find(folder, "trainval_merged.json"):
+            return _splits_of_json(path)
+        lists = {
+            split: raw.find(
+                folder, f"{split}.txt", f"pascalcontext_{split}.txt", f"ImageSets/SegmentationContext/{split}.txt"
+            )
+            for split in ("train", "val")
+        }
+        if any(lists.values()):
+            return {split: raw.read_list(path) for split, path in lists.items() if path}
+    raise _incomplete(folders[0], CONTEXT_NEEDS, "there are no split lists")
+
+
+def _splits_of_json(path: Path) -> dict[str, list[str]]:
+    """The lists in trainval_merged.json: of each of "images" its file_name and phase.
+
+    Only that part is parsed: the whole file, masks and all, would take gigabytes.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for start in re.finditer(r'"images"\s*:\s*(?=\[)', text):
+        try:
+            images, _ = json.JSONDecoder().raw_decode(text, start.end())
+            splits: dict[str, list[str]] = {"train": [], "val": []}
+            for image in images:
+                if image["phase"] in splits:
+                    splits[image["phase"]].append(image["file_name"].removesuffix(".jpg"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # another list of that name
+        if any(splits.values()):
+            return splits
+    raise ValueError(f"{path}: holds no list of images with file_name and phase (train, val)")
+
+
+def _label_map(path: Path, label_set: str) -> np.ndarray:
+    """The labels of a .mat file."""
+    from scipy.io import loadmat
+
+    try:
+        with path.open("rb") as file:
+            values = loadmat(file, variable_names=["LabelMap"])["LabelMap"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such label file") from None
+    except KeyError:
+        raise ValueError(f"{path}: holds no LabelMap") from None
+    except Exception as error:  # a damaged .mat can fail in any way: TypeError, zlib.error, struct.error, ...
+        raise ValueError(f"{path}: not a readable .mat file ({' '.join(str(error).split())[:100]})") from None
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "ui" or not values.size:
+        raise ValueError(f"{path}: its LabelMap is not a matrix of whole numbers")
+    return raw.labels_of(values, raw.table_of(label_set), path)
+
+
+# ADE20K, 150 classes
+
+ADE_NEEDS = (
+    "it must be ADEChallengeData2016 (or hold it), with images/training/, images/validation/, annotations/training/ "
+    "and annotations/validation/; one split may be left away"
+)
+
+
+def open_ade(folder: Path) -> Source:
+    root = raw.find(folder, "ADEChallengeData2016", ".")
+
+    def photographs() -> Iterator[Photograph]:
+        for split, part in (("train", "training"), ("val", "validation")):
+            images, labels = root / "images" / part, root / "annotations" / part
+            if images.is_dir() and labels.is_dir():
+                yield from _two_folders(images, labels, split, "ade20k_150")
+            elif images.is_dir() or labels.is_dir():
+                raise _incomplete(root, ADE_NEEDS, f"of images/{part}/ and annotations/{part}/ one is missing")
+
+    return _source("ade20k_150", photographs(), root, ADE_NEEDS)
+
+
+_CONTEXT = dict(
+    needs=CONTEXT_NEEDS,
+    obtained=(
+        "photographs: http://host.robots.ox.ac.uk/pascal/VOC/voc2010/ (VOCtrainval_03-May-2010.tar); labels: "
+        "https://cs.stanford.edu/~roozbeh/pascal-context/ (trainval.tar.gz); trainval_merged.json: the PASCAL in "
+        "Detail challenge, https://sites.google.com/view/pasd/dataset"
+    ),
+    terms="VOC's: photographs under Flickr's terms of use",
+    expected={"train": 4_998, "val": 5_105},
+)
+_ADE_TERMS = "research and education, not commercial"
+
+READERS = (
+    Reader(
+        name="coco_stuff_171",
+        description="COCO-Stuff 164k, 171 things and stuff; what SAN is trained on",
+        open=open_coco_stuff,
+        needs=COCO_NEEDS,
+        obtained=(
+            "photographs: https://cocodataset.org/#download (train2017.zip, val2017.zip); labels: "
+            "https://github.com/nightrome/cocostuff (stuffthingmaps_trainval2017.zip)"
+        ),
+        terms="annotations CC BY 4.0; photographs under Flickr's terms of use",
+        classes=171,
+        expected={"train": 118_287, "val": 5_000},
+    ),
+    Reader(
+        name="pascal_voc_20",
+        description="Pascal VOC 2012, 20 objects, background unlabelled",
+        open=open_voc,
+        needs=VOC_NEEDS,
+        obtained="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (VOCtrainval_11-May-2012.tar)",
+        terms="photographs under Flickr's terms of use",
+        classes=20,
+        expected={"train": 1_464, "val": 1_449},
+    ),
+    Reader(
+        name="pascal_context_59",
+        description="Pascal Context, its 59 frequent classes",
+        open=partial(open_context, "pascal_context_59"),
+        classes=59,
+        **_CONTEXT,
+    ),
+    Reader(
+        name="pascal_context_459",
+        description="Pascal Context, all 459 classes",
+        open=partial(open_context, "pascal_context_459"),
+        classes=459,
+        **_CONTEXT,
+    ),
+    Reader(
+        name="ade20k_150",
+        description="ADE20K's scene parsing challenge 2016, 150 classes",
+        open=open_ade,
+        needs=ADE_NEEDS,
+        obtained="http://sceneparsing.csail.mit.edu/ (ADEChallengeData2016.zip)",
+        terms=_ADE_TERMS,
+        classes=150,
+        expected={"train": 20_210, "val": 2_000},
+    ),
+    Reader(
+        name="ade20k_847",
+        description="ADE20K of 2021 in full, 847 classes; short sides above 512 are scaled to 512",
+        open=full_ade.open_full_ade,
+        needs=full_ade.NEEDS,
+        obtained="https://ade20k.csail.mit.edu/ (ADE20K_2021_17_01.zip, after registration)",
+        terms=_ADE_TERMS,
+        classes=847,
+        expected={"train": 25_574, "val": 2_000},
+    ),
+)

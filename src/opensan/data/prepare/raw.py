@@ -1,0 +1,91 @@
+"""What readers share: finding their way in a download, and turning stored values into labels."""
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from opensan.vocabulary import UNLABELLED, Vocabulary, source_ids
+
+WRONG = -2
+"""In a table of labels: a value that the data set's format does not have."""
+
+
+def find(root: Path, *candidates: str) -> Path | None:
+    """The first of `candidates`, paths below `root`, that exists."""
+    return next((root / candidate for candidate in candidates if (root / candidate).exists()), None)
+
+
+def stems(folder: Path, suffix: str) -> set[str]:
+    """The names, without suffix, of the files in `folder` that have it."""
+    return {file.stem for file in folder.iterdir() if file.suffix.lower() == suffix and not file.name.startswith(".")}
+
+
+def read_list(path: Path) -> list[str]:
+    """The lines of a split list, each once, without white space around them."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable list ({error})") from None
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def read_png(path: Path, modes: Iterable[str]) -> np.ndarray:
+    """The stored values of a label PNG: [H, W], or [H, W, 3] of an RGB one. Raises ValueError on other modes."""
+    from opensan.images import MAX_PIXELS  # only now: it imports torch
+
+    try:
+        with Image.open(path, formats=["PNG"]) as file:
+            if file.mode not in modes:
+                raise ValueError(f"{path}: a PNG of mode {file.mode}, not of {' or '.join(modes)}")
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{path}: {file.width} x {file.height} is more than {MAX_PIXELS:,} pixels")
+            return np.asarray(file)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such label file") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable PNG ({error})") from None
+
+
+def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
+    """Stored values [H, W] as labels, by a table value -> label. Raises ValueError on a value that is `WRONG`."""
+    if (largest := int(values.max())) >= len(table):
+        raise ValueError(f"{path}: holds the value {largest}, the format ends at {len(table) - 1}")
+    labels = table[values]
+    if (labels == WRONG).any():
+        raise ValueError(f"{path}: holds the value {values[labels == WRONG][0]}, which the format does not have")
+    return labels
+
+
+@functools.cache
+def table_of(label_set: str) -> np.ndarray:
+    """The labels of the values that a ready label set's files store, by value.
+
+    Built here rather than handed from process to process with every photograph.
+    """
+    classes = len(Vocabulary.ready(label_set).names)
+    match label_set:
+        case "coco_stuff_171":  # stored is the id - 1; unlisted values are unlabelled
+            return _table(256, UNLABELLED, [identity - 1 for identity in source_ids(label_set)])
+        case "pascal_voc_20":  # 0 background, 255 void
+            return _table(256, WRONG, range(1, classes + 1), unlabelled=(0, 255))
+        case "ade20k_150":  # 0 other
+            return _table(256, WRONG, range(1, classes + 1), unlabelled=(0,))
+        case "pascal_context_459":
+            return _table(classes + 1, WRONG, range(1, classes + 1), unlabelled=(0,))
+        case "pascal_context_59":  # of the 459
+            return _table(460, UNLABELLED, source_ids(label_set))
+        case "ade20k_847":  # of the 3,000 and more that two colours encode
+            return _table(26 * 256, UNLABELLED, source_ids(label_set))
+    raise ValueError(f"no files are known that store {label_set}")
+
+
+def _table(size: int, otherwise: int, values: Iterable[int], unlabelled: Iterable[int] = ()) -> np.ndarray:
+    """Of `size` values: the i-th of `values` has label i."""
+    table = np.full(size, otherwise, dtype=np.int16)
+    table[list(unlabelled)] = UNLABELLED
+    for label, value in enumerate(values):
+        table[value] = label
+    return table
