@@ -18,7 +18,8 @@ from opensan.config import parse_config
 from opensan.data.augment import AugmentConfig
 from opensan.train.checkpoint import CheckpointFolder
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
-from opensan.train.loop import Trainer
+from opensan.train.log import CsvLog
+from opensan.train.loop import RunResult, Trainer
 from opensan.train.optimizer import ParameterGroup, poly_factor
 from opensan.train.san import train_san
 from opensan.train.stream import SampleOrder, stream
@@ -81,7 +82,7 @@ def trainer(out: Path, task: Line | None = None, source: Numbers | None = None, 
 def losses(out: Path) -> list[list[str]]:
     """The log without the columns that measure time and memory."""
     with (out / "log.csv").open(newline="") as file:
-        return [row[:6] for row in csv.reader(file)]
+        return [row[:7] for row in csv.reader(file)]
 
 
 def test_kill_at_any_instant_changes_no_later_number(tmp_path):
@@ -122,6 +123,80 @@ def test_kill_at_any_instant_changes_no_later_number(tmp_path):
     assert resumed.run().step == steps
     assert torch.equal(resumed.task.weight, whole.task.weight)
     assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying(original, when: str, countdown: int, only: str = ""):
+    """`original`, but at its `countdown`-th call (on a path whose name has `only` in it) the process is killed."""
+    left = countdown
+
+    def call(self, *args, **settings):
+        nonlocal left
+        left -= only in getattr(self, "name", only)
+        if left == 0 and when == "half":
+            original(self, args[0][: len(args[0]) // 2])
+        if left == 0 and when != "after":
+            die()
+        result = original(self, *args, **settings)
+        if left == 0:
+            die()
+        return result
+
+    return call
+
+
+ACTS = {
+    "the forward pass": (Line, "forward", "before", ""),
+    "the update": (torch.optim.AdamW, "step", "before", ""),
+    "after the update": (torch.optim.AdamW, "step", "after", ""),
+    "a checkpoint is half written": (Path, "write_bytes", "half", ".step-"),
+    "before a checkpoint has its name": (Path, "replace", "before", ".step-"),
+    "after a checkpoint has its name": (Path, "replace", "after", ".step-"),
+    "before an older checkpoint is removed": (Path, "unlink", "before", "step-"),
+    "after an older checkpoint is removed": (Path, "unlink", "after", "step-"),
+    "the best checkpoint is half written": (Path, "write_bytes", "half", ".best-"),
+    "before the older best one is removed": (Path, "unlink", "before", "best-"),
+    "a row of the log is missing": (CsvLog, "add", "before", ""),
+    "the log is ahead of the checkpoints": (CsvLog, "add", "after", ""),
+    "the configuration is half written": (Path, "write_text", "half", ".config"),
+    "the log's later rows are being dropped": (Path, "write_text", "half", ".log"),
+}
+"""What a run can be killed in the midst of."""
+
+
+def scored(out: Path) -> Trainer:
+    run = trainer(out, steps=120, validate_every=5, save_every=4, keep=2)
+    run.validate, run.best_by = lambda step: {"score": run.task.weight[0].item()}, "score"
+    return run
+
+
+def test_kill_in_the_midst_of_every_act_changes_no_later_number(tmp_path):
+    whole = scored(tmp_path / "whole")
+    assert whole.run().finished
+    chance = random.Random(1)
+
+    def train(kind: type, name: str, when: str, only: str, countdown: int) -> None:
+        setattr(kind, name, dying(getattr(kind, name), when, countdown, only))
+        scored(tmp_path / "killed").run()
+
+    for act, (kind, name, when, only) in ACTS.items():
+        # At the start there are no later rows to drop, and the configuration is written once.
+        countdown = 1 if name == "write_text" else chance.randint(1, 3)
+        process = multiprocessing.get_context("fork").Process(target=train, args=(kind, name, when, only, countdown))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, act
+    last = scored(tmp_path / "killed")
+    assert last.run() == RunResult(120, True, whole.best, 0)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    for name in ("config.json", "validation.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert torch.equal(last.task.weight, whole.task.weight)
+    kept = sorted(path.name[:13] for path in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert kept == ["best-00000120", "step-00000116", "step-00000120"]
 
 
 def test_sigterm_saves_and_leaves_and_the_same_call_goes_on(tmp_path):
@@ -273,7 +348,7 @@ def test_schedule():
 
 
 def test_unknown_settings_are_errors():
-    with pytest.raises(ValueError, match=r"run.yaml: loop.stepz: Extra inputs"):
+    with pytest.raises(ValueError, match=r"run.yaml: loop.stepz: no such key \(the nearest is loop.steps\)"):
         parse_config(SanTrainingConfig, {"loop": {"stepz": 3}}, "run.yaml")
     with pytest.raises(ValueError, match=r"loss_weights.clas"):
         parse_config(SanTrainingConfig, {"loss_weights": {"clas": 3}}, "run.yaml")
