@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from opensan.checkpoints.official import check_keys
 from opensan.config import ModelConfig, read_config
@@ -18,9 +19,16 @@ WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 
+class _LeftEmpty(TorchFunctionMode):
+    """Nothing is drawn for tensors without memory: torch would import its compiler, for a second, to do nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
 def build_empty(config: ModelConfig) -> SAN:
     """A SAN whose parameters have shapes but no memory: for tables, counts, and to be filled by `fill`."""
-    with torch.device("meta"):
+    with torch.device("meta"), _LeftEmpty():
         return build_san(config)
 
 

@@ -63,15 +63,20 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, embed_dim: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
         width = config.width
-        scale = width**-0.5
         side = config.image_size // config.patch_size
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(side * side + 1, width))
+        self.class_embedding = _normal_parameter(width, std=width**-0.5)
+        self.positional_embedding = _normal_parameter(side * side + 1, width, std=width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = ClipBlocks(width, config.layers, config.heads, config.mlp_ratio, activation)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        self.proj = _normal_parameter(width, embed_dim, std=width**-0.5)
+
+
+def _normal_parameter(*shape: int, std: float) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty(shape))
+    nn.init.normal_(parameter, std=std)
+    return parameter
 
 
 class Clip(nn.Module):
