@@ -3,14 +3,17 @@
 In the official run a fixed grid stood in for every random point, so everything here has one right answer.
 """
 
+import io
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from opensan.checkpoints import build_empty
@@ -21,9 +24,11 @@ from opensan.golden import golden_model, read_arrays
 from opensan.model import SAN
 from opensan.structures import TextClassifier
 from opensan.text import pad_tokens, tokenize
+from opensan.train.config import LoopConfig
 from opensan.train.criterion import SetCriterion, mask_normalizer
+from opensan.train.loop import Trainer
 from opensan.train.matcher import LayerOutput, Matches
-from opensan.train.optimizer import build_adamw, clip_gradients, poly_factor, san_parameter_groups, set_learning_rates
+from opensan.train.optimizer import san_parameter_groups
 from opensan.train.points import FixedPoints
 from opensan.train.targets import MaskTargets
 from opensan.vocabulary import Vocabulary
@@ -254,6 +259,67 @@ def _joint_norm(tensors) -> float:
     return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
 
 
+class _GoldenSource:
+    """The golden's batch, again and again (a `TrainingSource`)."""
+
+    def __init__(self, pixels: Tensor, targets: MaskTargets) -> None:
+        self.batch = _GoldenBatch(pixels, targets)
+
+    def __len__(self) -> int:
+        return 1
+
+    def name(self, index: int) -> str:
+        return "the golden's images"
+
+    def load(self, index: int, generator: np.random.Generator) -> "_GoldenBatch":
+        return self.batch
+
+    def collate(self, samples: list["_GoldenBatch"]) -> "_GoldenBatch":
+        return samples[0]
+
+
+@dataclass(frozen=True)
+class _GoldenBatch:
+    pixels: Tensor
+    targets: MaskTargets
+
+    def to(self, device: torch.device) -> "_GoldenBatch":
+        return self
+
+
+class _GoldenTask(nn.Module):
+    """The golden's forward pass: float64, and fixed points."""
+
+    def __init__(self, model: SAN, text: TextClassifier) -> None:
+        super().__init__()
+        self.model, self.text = model, text
+
+    def prepare(self, batches: Sequence[_GoldenBatch]) -> None: ...
+
+    def forward(self, batch: _GoldenBatch, _prepared: None) -> dict[str, Tensor]:
+        return _forward(self.model, batch.pixels, batch.targets, self.text).losses
+
+
+class _Enough(Exception):
+    """The schedule is longer than the golden."""
+
+
+class _Figures:
+    """Keeps a run's figures (a `RunLogger`)."""
+
+    def __init__(self) -> None:
+        self.steps: list[Mapping[str, float]] = []
+
+    def start(self, step: int) -> None: ...
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self.steps.append(figures)
+
+    def pictures(self, step: int, pictures: Mapping) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _check_trajectory(
     model: SAN,
     official: Mapping[str, str],
@@ -262,28 +328,44 @@ def _check_trajectory(
     text: TextClassifier,
     figures: Mapping,
 ) -> list[Difference]:
-    """Optimizer steps on the fixed batch: losses and norms at every step, and the parameters they end at."""
-    groups = san_parameter_groups(model)
-    optimizer = build_adamw(groups)
-    trained = [parameter for group in groups for parameter in group.parameters]
+    """The trainer's steps on the fixed batch: losses and norms at every step, and the parameters they end at."""
+    trajectory = figures["trajectory"]
+    steps = _train(model, text, _GoldenSource(pixels, targets), len(trajectory))
     worst = dict.fromkeys(("learning rate", "gradient norm", "losses"), 0.0)
-    for step, expected in enumerate(figures["trajectory"]):
-        set_learning_rates(optimizer, poly_factor(step, SCHEDULE_STEPS))
-        losses = _forward(model, pixels, targets, text).losses
-        optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        norm = clip_gradients(trained, CLIP_NORM)
-        optimizer.step()
-        figure = {name: _relative(name, value, expected[name]).value for name, value in losses.items()}
+    for ours, expected in zip(steps, trajectory, strict=True):
+        losses = [_relative(name, ours[name], expected[name]).value for name in ours if name.startswith("loss_")]
         for what, value in (
-            ("learning rate", _relative("", optimizer.param_groups[0]["lr"], expected["lr"]).value),
-            ("gradient norm", _relative("", norm, expected["grad_norm_before_clip"]).value),
-            ("losses", max(figure.values())),
+            ("learning rate", _relative("", ours["learning_rate"], expected["lr"]).value),
+            ("gradient norm", _relative("", ours["gradient_norm"], expected["grad_norm_before_clip"]).value),
+            ("losses", max(losses)),
         ):
             worst[what] = max(worst[what], value)
-    count = len(figures["trajectory"])
+    count = len(trajectory)
     rows = [Difference(f"{count} steps: {what}, relative", value, RELATIVE_LIMIT) for what, value in worst.items()]
     norms = {official[name]: float(p.detach().norm()) for name, p in model.named_parameters() if p.requires_grad}
     expected = figures["final_param_norms"]
     difference = max(abs(norms[name] - expected[name]) / expected[name] for name in expected)
     return [*rows, Difference(f"parameter norms after {count} steps, relative", difference, NORM_LIMIT)]
+
+
+def _train(model: SAN, text: TextClassifier, source: _GoldenSource, count: int) -> list[Mapping[str, float]]:
+    """Train `model` for `count` steps of the golden's schedule; the figures of each."""
+
+    def stop(_step: int) -> dict[str, float]:
+        raise _Enough
+
+    figures = _Figures()
+    config = LoopConfig(
+        steps=SCHEDULE_STEPS, batch_size=1, clip_norm=CLIP_NORM, log_every=1, validate_every=count, precision="float32"
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch.random.fork_rng(),
+        redirect_stderr(io.StringIO()),  # its progress is nobody's business
+        suppress(_Enough),
+    ):
+        groups = san_parameter_groups(model)
+        task = _GoldenTask(model, text)
+        Trainer(task, source, groups, config, folder, validate=stop, loggers=[figures]).run()
+        raise KeyboardInterrupt  # it ends so early by a signal only
+    return figures.steps
