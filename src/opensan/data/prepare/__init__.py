@@ -1,9 +1,18 @@
 """From data sets as their authors distribute them to the canonical layout."""
 
-from opensan.data.prepare import benchmarks
+from opensan.data.prepare import benchmarks, own_coco, own_folder, own_word_masks
 from opensan.data.prepare.source import Photograph, Reader, Source
 
 __all__ = ["READERS", "Photograph", "Reader", "Source"]
 
-READERS: dict[str, Reader] = {reader.name: reader for reader in (*benchmarks.READERS,)}
+READERS: dict[str, Reader] = {
+    reader.name: reader
+    for reader in (
+        *benchmarks.READERS,
+        own_folder.READER,
+        own_word_masks.READER,
+        own_coco.PANOPTIC,
+        own_coco.INSTANCES,
+    )
+}
 """What `opensan data prepare` knows, by name. To add one, write a `Reader` in a module here and name it above."""

@@ -1,0 +1,137 @@
+"""Photographs with one mask file per word: `opensan data prepare word-masks`."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from opensan.data.prepare.own_labels import Layers, read_map
+from opensan.data.prepare.own_photographs import (
+    Found,
+    evaluation_split,
+    find_photographs,
+    photographs,
+    vocabulary_of,
+    without,
+)
+from opensan.data.prepare.source import Reader, Source
+from opensan.images import known_suffixes
+from opensan.vocabulary import Vocabulary
+
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
+
+
+def open_word_masks(folder: Path, *, ignored: str = "") -> Source:
+    """images/NAME.jpg with masks/NAME/WORD.png, or masks/WORD/NAME.png; without these folders, all in `folder`."""
+    images = folder / "images" if (folder / "images").is_dir() else folder
+    masks = folder / "masks" if (folder / "masks").is_dir() else folder
+    found = find_photographs(folder, images, nested=images != folder)
+    by_place = {one.place: one for one in found if not one.problem}
+    if any((masks / place).is_dir() for place in by_place):
+        found_masks = _by_photograph(masks, by_place)
+    else:
+        found_masks = _by_word(masks, by_place)
+    files: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for place, word, file in found_masks:
+        files[place].append((word, file))
+    if not files:
+        raise ValueError(f"{masks}: no mask of a photograph; they are masks/NAME/WORD.png or masks/WORD/NAME.png")
+    for place, one in by_place.items():
+        if place not in files:
+            one.problem = (
+                f"{masks}: no mask of {one.file.name}; leave it out of the folder or the lists, or give it one"
+            )
+    vocabulary = _vocabulary(folder / "classes.txt", masks, [word for masks in files.values() for word, _ in masks])
+    kept, labels = without(vocabulary, ignored, str(masks))
+    label_of_word = {
+        text: label
+        for word, label in zip(vocabulary.words, labels, strict=True)
+        for text in (word.name, *word.synonyms)
+    }
+    return Source(
+        vocabulary=kept,
+        photographs=photographs(
+            found,
+            lambda one: _Masks(one.file, tuple((label_of_word[word], file) for word, file in files[one.place])),
+        ),
+        evaluation_split=evaluation_split(split for one in found for split in one.splits),
+    )
+
+
+def _by_photograph(masks: Path, by_place: dict[str, Found]) -> Iterator[tuple[str, str, Path]]:
+    """(photograph, word, mask) of masks/NAME/WORD.png."""
+    for place in by_place:
+        for file in _files(masks / place):
+            yield place, _word(file.stem), file
+
+
+def _by_word(masks: Path, by_place: dict[str, Found]) -> Iterator[tuple[str, str, Path]]:
+    """(photograph, word, mask) of masks/WORD/NAME.png; NAME may have a split's folder before it."""
+    for folder in sorted(path for path in masks.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        for file in sorted(folder.rglob("*")):
+            place = file.relative_to(folder).with_suffix("").as_posix()
+            if place in by_place and file.suffix.lower() in known_suffixes():
+                yield place, _word(folder.name), file
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    files = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in files if path.suffix.lower() in known_suffixes())
+
+
+def _word(name: str) -> str:
+    return name.replace("_", " ").strip()
+
+
+def _vocabulary(classes: Path, masks: Path, words: Sequence[str]) -> Vocabulary:
+    """The words of classes.txt if there is one, which must have them all; else the masks' names in ABC order."""
+    if not classes.exists():
+        return vocabulary_of(sorted(set(words), key=lambda word: (word.casefold(), word)), str(masks))
+    vocabulary = Vocabulary.from_file(classes)
+    known = {text for word in vocabulary.words for text in (word.name, *word.synonyms)}
+    if unknown := sorted(set(words) - known):
+        raise ValueError(f"{masks}: there are masks of {unknown[0]!r}, which is not in {classes}")
+    return vocabulary
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """Lays a photograph's masks over one another."""
+
+    image: Path
+    masks: tuple[tuple[int, Path], ...]
+
+    def __call__(self) -> np.ndarray:
+        layers = None
+        for label, file in self.masks:
+            mask = _inside(read_map(file, str(file), self.image, _FORMATS, colours=True), file)
+            layers = layers or Layers(mask.shape)
+            layers.add(mask, label)
+        return layers.labels
+
+
+def _inside(pixels: np.ndarray, file: Path) -> np.ndarray:
+    """Where a mask is bright, [H, W] bool: 1 where there is nothing but 0 and 1, else at least half of white."""
+    if pixels.ndim == 3:
+        pixels = pixels.max(axis=2)
+    brightest = int(pixels.max())
+    half = 1 if brightest <= 1 else (int(np.iinfo(pixels.dtype).max) + 1) // 2
+    if 1 < brightest < half:
+        raise ValueError(
+            f"{file}: its brightest pixel is {brightest}; a mask is black and white (0 and 255, or 0 and 1)"
+        )
+    return pixels >= half
+
+
+READER = Reader(
+    name="word-masks",
+    description="photographs with a black and white mask per word",
+    open=open_word_masks,
+    options={"ignored": "words whose pixels become unlabelled: NAME,NAME"},
+    needs="images/NAME.jpg with masks/NAME/WORD.png or masks/WORD/NAME.png; SPLIT.txt lists or sub-folders of images/",
+    obtained="your own",
+)
