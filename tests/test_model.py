@@ -1,5 +1,6 @@
 """The two halves of the model, and what the structure promises."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -10,9 +11,8 @@ from torch import nn
 from opensan.checkpoints import build_empty
 from opensan.config import PRESETS
 from opensan.model.clip import (
-    BLOCKED,
     encode_prompts,
-    recognition_mask,
+    recognise,
     resize_position_table,
     shallow_features,
 )
@@ -80,34 +80,51 @@ def test_patches_and_class_token_behave_as_in_plain_clip(small_model):
     features = small_model.shallow_features(pixels(1, 3, 128, 128))
     assert features.grid == (8, 8)
     x = features.tokens
+    steered = torch.cat([x[:, :1].expand(-1, 3, -1), x], dim=1)
     for block in visual.transformer.resblocks[3:]:
         x = block(x)
-    bias = torch.zeros(1, 4, 3, 8, 8)
-    steered = torch.cat([features.tokens[:, :1].expand(-1, 3, -1), features.tokens], dim=1)
-    mask = recognition_mask(bias, features.grid)
-    for block in visual.transformer.resblocks[3:]:
-        steered = block(steered, attn_mask=mask)
+        steered = block(steered, steering=torch.zeros(1, 4, 3, 64))
     torch.testing.assert_close(steered[:, 3:], x, atol=1e-5, rtol=1e-5)
+    # CLIP's class token sees itself and the patches, and so does an SLS token
     torch.testing.assert_close(steered[:, 0], x[:, 0], atol=1e-5, rtol=1e-5)
 
 
-def test_recognition_mask_entry_by_entry():
-    bias = torch.randn(2, 2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    mask = recognition_mask(bias, (2, 3))
-    assert mask.shape == (4, 10, 10)
-    for batch in range(2):
-        for head in range(2):
-            found = mask[batch * 2 + head]
-            for row in range(10):
-                for column in range(10):
-                    if row < 3 and column >= 4:
-                        y, x = divmod(column - 4, 3)
-                        expected = bias[batch, head, row, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].max()
-                    elif (row == column and row < 3) or (row >= 3 and column >= 3):
-                        expected = 0.0
-                    else:
-                        expected = BLOCKED
-                    assert found[row, column] == expected, (row, column)
+def official_mask(steering: torch.Tensor) -> torch.Tensor:
+    """One additive mask for all tokens, [B, N, Q + 1 + L, Q + 1 + L], as the official code writes recognition."""
+    batch, heads, queries, patches = steering.shape
+    mask = steering.new_zeros(batch, heads, queries + 1 + patches, queries + 1 + patches)
+    mask[..., : queries + 1] = -100.0
+    mask[..., queries:, queries] = 0.0
+    mask[..., range(queries), range(queries)] = 0.0
+    mask[..., :queries, queries + 1 :] = steering
+    return mask
+
+
+def test_a_steered_block_is_one_with_the_official_mask(small_model):
+    """Answers and gradients, of input and bias; and the last block's queries alone are those of the whole block."""
+    block = copy.deepcopy(small_model.clip.visual.transformer.resblocks[3]).double()
+    x = pixels(2, 7 + 1 + 12, 32).double().requires_grad_()
+    steering = (3 * pixels(2, 4, 7, 12, seed=2)).double().requires_grad_()
+    towards = pixels(2, 20, 32, seed=3).double()
+    expected = block(x, attn_mask=official_mask(steering))
+    expected_gradients = torch.autograd.grad((expected * towards).sum(), (x, steering))
+    found = block(x, steering=steering)
+    found_gradients = torch.autograd.grad((found * towards).sum(), (x, steering))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(found_gradients, expected_gradients, atol=1e-12, rtol=1e-12)
+    only = block(x, steering=steering, only_queries=True)
+    torch.testing.assert_close(only, expected[:, :7], atol=1e-12, rtol=1e-12)
+
+
+@torch.inference_mode()
+def test_recognition_pools_the_bias_to_clips_grid(small_model):
+    """Two biases with the same maximum in each patch of CLIP's grid recognise alike; another maximum does not."""
+    features = small_model.shallow_features(pixels(1, 3, 128, 128))
+    bias = 3 * pixels(1, 4, 5, 16, 16)
+    highest = F.max_pool2d(bias[0], 2).unsqueeze(0).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    first, second, other = (recognise(small_model.clip.visual, features, b, 4) for b in (bias, highest, bias / 2))
+    torch.testing.assert_close(first, second)
+    assert (first - other).abs().max() > 1e-3
 
 
 def test_position_table_resizes_whenever_the_shape_differs():

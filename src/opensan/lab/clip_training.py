@@ -25,7 +25,7 @@ from opensan.lab.informed_start import informed_start
 from opensan.lab.scene_pictures import CLOSE_UPS, WHOLE_SCENES, ScenePictures, WindowBatch, tokens
 from opensan.lab.scenes import SEGMENTATION_NAMES, Scene, make_scene, novel_kind
 from opensan.lab.teacher import CloseUpWords, Imitation, Teacher, TeacherTask, settle, word_accuracy
-from opensan.model.clip import BLOCKED, ShallowFeatures, encode_prompts, recognise, shallow_features
+from opensan.model.clip import ShallowFeatures, encode_prompts, recognise, shallow_features
 from opensan.model.transformer import Clip
 from opensan.text import pad_tokens, tokenize
 from opensan.train.config import LoopConfig
@@ -44,6 +44,9 @@ LAB_CLIP = ClipConfig(
 
 RECOGNITION_LAYER = 3
 """Windows are read by the layers after this one, and so should a SAN's proposals be."""
+
+OUTSIDE = -100.0
+"""Added to the attention logits of patches outside a window: exp(-100) vanishes in float32."""
 
 HIGHEST_SCALE = 100.0
 """Limit of the learned logit scale, as CLIP's."""
@@ -139,7 +142,7 @@ class SceneTask(nn.Module):
 
 def read_windows(clip: Clip, features: ShallowFeatures, windows: Tensor) -> Tensor:
     """Unit embeddings [B, Q, D] of `windows` [B, Q, h, w] bool on the grid of patches."""
-    bias = torch.where(windows, 0.0, BLOCKED).unsqueeze(1)
+    bias = torch.where(windows, 0.0, OUTSIDE).unsqueeze(1)
     heads = clip.visual.transformer.resblocks[0].attn.num_heads
     return recognise(clip.visual, features, bias.expand(-1, heads, -1, -1, -1), RECOGNITION_LAYER + 1)
 

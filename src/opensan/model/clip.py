@@ -14,9 +14,6 @@ from torch import Tensor
 from opensan.model.transformer import Clip, VisionTower
 from opensan.prompt_tree import PromptTree
 
-BLOCKED = -100.0
-"""Added to an attention logit that must not count (the official value; exp(-100) vanishes in float32)."""
-
 
 @dataclass(frozen=True)
 class ShallowFeatures:
@@ -58,33 +55,20 @@ def shallow_features(visual: VisionTower, pixels: Tensor, last_layer: int, keep:
     return ShallowFeatures(patch_tokens=kept, tokens=x, grid=grid)
 
 
-def recognition_mask(attention_bias: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The additive attention mask of the recognition layers, [B * N, Q + 1 + L, Q + 1 + L].
+def recognise(visual: VisionTower, features: ShallowFeatures, attention_bias: Tensor, first_layer: int) -> Tensor:
+    """Mask embeddings [B, Q, D], unit length: blocks first_layer.. steered by `attention_bias` [B, N, Q, h', w'].
 
-    `attention_bias` [B, N, Q, h', w'] is max-pooled to CLIP's `grid`. SLS tokens (the Q copies of the class token)
-    see the patches with that bias, and themselves; class token and patches never see an SLS token, so they
-    behave exactly as in plain CLIP.
+    What is steered are Q copies of the class token (SLS tokens), by the bias max-pooled to CLIP's grid.
     """
     batch, heads, queries = attention_bias.shape[:3]
-    pooled = F.adaptive_max_pool2d(attention_bias.flatten(0, 1), grid).flatten(2)  # [B * N, Q, L]
-    length = queries + 1 + pooled.shape[2]
-    mask = pooled.new_zeros(batch * heads, length, length)
-    mask[:, :, : queries + 1] = BLOCKED
-    mask[:, queries:, queries] = 0.0
-    mask[:, range(queries), range(queries)] = 0.0
-    mask[:, :queries, queries + 1 :] = pooled
-    return mask
-
-
-def recognise(visual: VisionTower, features: ShallowFeatures, attention_bias: Tensor, first_layer: int) -> Tensor:
-    """Mask embeddings [B, Q, D], unit length: blocks first_layer.. steered by `attention_bias` [B, N, Q, h', w']."""
-    queries = attention_bias.shape[2]
-    class_token = features.tokens[:, :1]
-    x = torch.cat([class_token.expand(-1, queries, -1), features.tokens], dim=1)
-    mask = recognition_mask(attention_bias, features.grid)
-    for block in visual.transformer.resblocks[first_layer - 1 :]:
-        x = block(x, attn_mask=mask)
-    return F.normalize(visual.ln_post(x[:, :queries]) @ visual.proj, dim=-1)
+    pooled = F.adaptive_max_pool2d(attention_bias.flatten(0, 1), features.grid)
+    steering = pooled.view(batch, heads, queries, -1)
+    x = torch.cat([features.tokens[:, :1].expand(-1, queries, -1), features.tokens], dim=1)
+    *blocks, last = visual.transformer.resblocks[first_layer - 1 :]
+    for block in blocks:
+        x = block(x, steering=steering)
+    x = last(x, steering=steering, only_queries=True)
+    return F.normalize(visual.ln_post(x) @ visual.proj, dim=-1)
 
 
 def encode_prompts(clip: Clip, tokens: Tensor) -> Tensor:

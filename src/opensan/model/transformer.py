@@ -1,12 +1,15 @@
-"""The two kinds of transformer block, and CLIP's two towers as they hold them: modules with weights, little more.
+"""The two kinds of transformer block, and CLIP's two towers as they hold them.
 
 Parameter names are open_clip's and timm's, whose weights these modules read and whose numbers they reproduce (tested);
-the packages themselves are not imported, because that takes longer than labelling a photograph.
-Letters: B batch, L tokens, C channels.
+the packages themselves are not imported, because that takes longer than labelling a photograph. What is computed with
+the weights stands in `Block`, once, for training and inference, and for matrices of float32 or bfloat16: norms,
+attention weights and the residual sum stay in the input's precision, whatever the matrices have.
+Letters: B batch, Q queries, N attention heads, L tokens, C channels, D channels of a head.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +17,121 @@ from torch import Tensor, nn
 
 from opensan.config import ClipConfig, TextConfig, VisionConfig
 
+QUICK_GELU_SLOPE = 1.702
+
 
 class QuickGELU(nn.Module):
     """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
 
 
-class ClipBlock(nn.Module):
-    """CLIP's pre-norm block."""
+class Parts(NamedTuple):
+    """A block's weights by what they do."""
+
+    heads: int
+    attention_norm: nn.LayerNorm
+    qkv_weight: Tensor
+    """[3 C, C]: queries, keys, values; each head after head."""
+    qkv_bias: Tensor
+    """[3 C]."""
+    attention_out: nn.Linear
+    mlp_norm: nn.LayerNorm
+    mlp_in: nn.Linear
+    activation: nn.Module
+    mlp_out: nn.Linear
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def parts(self) -> Parts:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """x [B, L, C] attends to `context` [B, M, C], or to itself; the answer is for x, [B, L, C].
+
+        `attn_mask` [L, M], [N, L, M] or [B, N, L, M] is added to the attention logits.
+        """
+        if context is None:
+            q, k, v = self._project(self.parts().attention_norm(x), 0, 3)
+        else:
+            (q,) = self._project(self.parts().attention_norm(x), 0, 1)
+            k, v = self._project(self.parts().attention_norm(context), 1, 3)
+        return self._finish(x, attention(q, k, v, attn_mask))
+
+    def _project(self, x: Tensor, first: int, end: int) -> tuple[Tensor, ...]:
+        """Those of (queries, keys, values) numbered `first` to `end` - 1, each [B, N, L, D]."""
+        parts, channels = self.parts(), x.shape[-1]
+        rows = slice(first * channels, end * channels)
+        projected = linear(x, parts.qkv_weight[rows], parts.qkv_bias[rows])
+        return projected.unflatten(2, (end - first, parts.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows the attention, `attended` [B, N, L, D]: its output matrix, and the MLP."""
+        parts = self.parts()
+        out = parts.attention_out
+        x = x + linear(attended.transpose(1, 2).flatten(2), out.weight, out.bias)
+        normed = parts.mlp_norm(x)
+        into, out = parts.mlp_in, parts.mlp_out
+        if not isinstance(parts.activation, QuickGELU):
+            return x + linear(parts.activation(linear(normed, into.weight, into.bias)), out.weight, out.bias)
+        # With s = 1.702, s * quick_gelu(h) = silu(s h), so s goes in before the first matrix and out with the last sum:
+        # one pass over the hidden channels where x * sigmoid(1.702 x) takes three.
+        s = QUICK_GELU_SLOPE
+        hidden = linear(s * normed, into.weight, s * into.bias, silu=True)
+        return torch.add(x, linear(hidden, out.weight, s * out.bias), alpha=1 / s)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v; q [B, N, L, D], k and v [B, N, M, D], mask broadcast to [B, N, L, M]."""
+    q, k, v = _for_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype))
+
+
+def steered_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Q tokens that see L patches, each with its bias, and themselves, but not one another nor the class token.
+
+    q [B, N, Q, D]; k and v [B, N, Q + 1 + L, D], the queries' own first; bias [B, N, Q, L]. Returns [B, N, Q, D].
+    """
+    q, k, v = _for_attention(q, k, v)
+    queries = q.shape[2]
+    q = q * q.shape[-1] ** -0.5
+    to_itself = (q * k[:, :, :queries]).sum(dim=-1, keepdim=True)
+    to_patches = q @ k[:, :, queries + 1 :].transpose(-2, -1) + bias
+    weights = torch.cat([to_itself, to_patches], dim=-1).softmax(dim=-1).to(v.dtype)
+    return weights[..., :1] * v[:, :, :queries] + weights[..., 1:] @ v[:, :, queries + 1 :]
+
+
+def _for_attention(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In bfloat16 torch's attention is slower on a CPU than in float32, and less exact."""
+    return tuple(t.float() if t.dtype == torch.bfloat16 and t.device.type == "cpu" else t for t in tensors)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, silu: bool = False) -> Tensor:
+    """x W^T + b, [..., in] -> [..., out], in the precision of a narrow weight; with `silu`, x * sigmoid(x) of that."""
+    if weight.dtype == torch.bfloat16:
+        x, bias = x.to(weight.dtype), bias.to(weight.dtype)
+    if _multiplied_by_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "swish" if silu else "none", [], "")
+    projected = F.linear(x, weight, bias)
+    return F.silu(projected) if silu else projected
+
+
+def _multiplied_by_onednn(x: Tensor) -> bool:
+    """Whether to ask oneDNN itself, for inference on a CPU: torch gives float32 to MKL, a tenth slower here."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+class ClipBlock(Block):
+    """CLIP's block; attention and MLP are held as open_clip holds them, and not called."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -36,15 +144,38 @@ class ClipBlock(nn.Module):
         self.mlp.add_module("gelu", activation())
         self.mlp.add_module("c_proj", nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """x [B, L, C] attends to `context` [B, M, C], or to itself; the answer is for x, [B, L, C].
+    def parts(self) -> Parts:
+        attn, mlp = self.attn, self.mlp
+        weights = (attn.num_heads, self.ln_1, attn.in_proj_weight, attn.in_proj_bias, attn.out_proj)
+        return Parts(*weights, self.ln_2, mlp.c_fc, mlp.gelu, mlp.c_proj)
 
-        `attn_mask` [L, M] or [B * heads, L, M] is added to the attention logits.
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        steering: Tensor | None = None,
+        only_queries: bool = False,
+    ) -> Tensor:
+        """As any block; or, with `steering` [B, N, Q, L], the recognition of x [B, Q + 1 + L, C] (paper, section 3.3).
+
+        x is then Q SLS tokens, the class token, and the patches. SLS tokens see the patches, with `steering` added to
+        the logits, and themselves; class token and patches see one another, so they behave exactly as in plain CLIP.
+        `only_queries`: answer only the SLS tokens, [B, Q, C], which is all that is read of the last block.
         """
-        queries = self.ln_1(x)
-        keys = queries if context is None else self.ln_1(context)
-        x = x + self.attn(queries, keys, keys, need_weights=False, attn_mask=attn_mask)[0]
-        return x + self.mlp(self.ln_2(x))
+        if steering is None:
+            return super().forward(x, attn_mask, context)
+        queries = steering.shape[2]
+        normed = self.ln_1(x)
+        if only_queries:
+            (q,) = self._project(normed[:, :queries], 0, 1)
+            k, v = self._project(normed, 1, 3)
+            return self._finish(x[:, :queries], steered_attention(q, k, v, steering))
+        q, k, v = self._project(normed, 0, 3)
+        steered = steered_attention(q[:, :, :queries], k, v, steering)
+        plain = attention(*(t[:, :, queries:] for t in (q, k, v)))
+        return self._finish(x, torch.cat([steered, plain], dim=2))
 
 
 class ClipBlocks(nn.Module):
@@ -110,7 +241,7 @@ class Clip(nn.Module):
 
 
 class SideAttention(nn.Module):
-    """Self-attention with one projection for queries, keys and values."""
+    """The weights of self-attention as timm holds them: one projection for queries, keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -118,14 +249,9 @@ class SideAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, C] -> [B, L, C]."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-
-class SideBlock(nn.Module):
-    """The side network's pre-norm block: timm's ViT block."""
+class SideBlock(Block):
+    """The side network's block: timm's ViT block."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float) -> None:
         super().__init__()
@@ -138,7 +264,7 @@ class SideBlock(nn.Module):
         self.mlp.add_module("gelu", nn.GELU())
         self.mlp.add_module("fc2", nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, C] -> [B, L, C]."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def parts(self) -> Parts:
+        attn, mlp = self.attn, self.mlp
+        weights = (attn.heads, self.norm1, attn.qkv.weight, attn.qkv.bias, attn.proj)
+        return Parts(*weights, self.norm2, mlp.fc1, mlp.gelu, mlp.fc2)
