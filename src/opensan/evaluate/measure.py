@@ -174,6 +174,7 @@ class _Run:
         self._num_classes = len(dataset.vocabulary.names)
         self._entries: list[str] = []
         self._entry_bytes = 0
+        self._unsaved = 0
         self._saved = time.monotonic()
 
     def all(self, batches: Sequence[list[int]], workers: int) -> None:
@@ -234,10 +235,12 @@ class _Run:
         self._progress.photographs[index] = found.figures
         self._entries += found.entries
         self._entry_bytes += sum(map(len, found.entries))
+        self._unsaved += 1
         self._advance(1)
 
     def _save_now_and_then(self) -> None:
-        if time.monotonic() - self._saved >= self._save_every or self._entry_bytes > _PART_BYTES:
+        due = time.monotonic() - self._saved >= self._save_every
+        if self._unsaved and (due or self._entry_bytes > _PART_BYTES):
             self._save()
 
     def _save(self) -> None:
@@ -248,6 +251,7 @@ class _Run:
             self._progress.parts.append(name)
             self._entries, self._entry_bytes = [], 0
         self._progress.save(self._path)
+        self._unsaved = 0
         self._saved = time.monotonic()
 
 
