@@ -152,7 +152,7 @@ def test_threads_share_one_object(san):
 def test_bfloat16_answers_nearly_the_same(folder, san):
     narrow = opensan.load(folder, dtype="bfloat16", text_cache=False)
     image = picture(96, 96)
-    assert narrow.model.clip.visual.conv1.weight.dtype == torch.bfloat16
+    assert narrow.model.side_adapter.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     agreement = (narrow.segment(image, WORDS).labels == san.segment(image, WORDS).labels).mean()
     assert agreement > 0.8
 
@@ -175,6 +175,7 @@ def test_random_weights_warn_and_repeat():
         ({"source": "no-such-preset", "random_weights": 0}, "no preset 'no-such-preset'"),
         ({"device": "abacus"}, "device 'abacus'"),
         ({"dtype": "int4"}, "dtype 'int4'"),
+        ({"speed": "warp"}, "speed 'warp'"),
     ],
 )
 def test_wrong_arguments_are_one_line(folder, arguments, message):

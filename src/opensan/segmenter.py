@@ -30,11 +30,10 @@ from opensan.checkpoints import load_model, preset_config
 from opensan.files import atomic_path
 from opensan.images import MAX_PIXELS, PreparedImage, open_image, prepare
 from opensan.model import SAN, build_san
+from opensan.speed import DTYPES, SPEEDS, fastest_dtype, prepare_image_half
 from opensan.structures import ImageSizes, Proposals
 from opensan.text import TextEncoder
 from opensan.vocabulary import UNLABELLED, Vocabulary
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -170,21 +169,23 @@ class Segmenter:
         model: SAN,
         *,
         device: str | torch.device = "cpu",
-        dtype: str = "float32",
+        speed: str = "exact",
+        dtype: str | None = None,
         max_pixels: int = MAX_PIXELS,
         text_cache: bool = True,
     ) -> None:
         """`opensan.load` makes one; see there for the arguments."""
-        if dtype not in DTYPES:
+        if speed not in SPEEDS:
+            raise ValueError(f"speed {speed!r} is not one of {', '.join(SPEEDS)}")
+        if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         self.device = _checked_device(device)
-        self.dtype = DTYPES[dtype]
+        self.dtype = _matrix_dtype(self.device, speed, dtype)
         self.max_pixels = max_pixels
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.fingerprint = _fingerprint(self.model)
-        # The image half may be narrow; words stay in float32, where they cost nothing and their cache is shared.
-        self.model.clip.visual.to(self.dtype)
-        self.model.side_adapter.to(self.dtype)
+        # Words stay in float32 at any speed: they cost little there, and their cache is shared.
+        self._propose = prepare_image_half(self.model, self.device, speed, self.dtype)
         self.text = TextEncoder(self.model, disk_cache=text_cache)
 
     def encode(self, images: Any, *, batch_size: int = 4) -> Encoding | list[Encoding]:
@@ -225,8 +226,8 @@ class Segmenter:
         self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
     ) -> list[Encoding]:
         """Images of one padded shape through the network; `arrays` are the photographs that the encodings keep."""
-        pixels = torch.stack([prepared.pixels for prepared in batch]).to(self.device, self.dtype)
-        proposals = self.model.propose(pixels)
+        pixels = torch.stack([prepared.pixels for prepared in batch]).to(self.device)
+        proposals = self._propose(pixels)
         return [
             Encoding(masks, embeddings, prepared.sizes, self.fingerprint, array)
             for masks, embeddings, prepared, array in zip(
@@ -310,7 +311,8 @@ def load(
     source: str | os.PathLike = "san-vit-b16",
     *,
     device: str | torch.device = "cpu",
-    dtype: str = "float32",
+    speed: str = "exact",
+    dtype: str | None = None,
     random_weights: int | None = None,
     max_pixels: int = MAX_PIXELS,
     text_cache: bool = True,
@@ -321,7 +323,9 @@ def load(
         source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "tiny" (ships with the package);
             a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name".
         device: "cpu", "cuda", "cuda:1", "mps".
-        dtype: of the image half: "float32" or "bfloat16".
+        speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
+            labels (docs/speed.md says what it gains and costs).
+        dtype: "float32" or "bfloat16", of the matrices of both ViTs' blocks, where `speed` shall not choose it.
         random_weights: a seed; builds the named preset with random weights and no download.
             For benchmarks and shape work: the answers mean nothing.
         max_pixels: larger photographs are refused, before they are decoded.
@@ -339,7 +343,7 @@ def load(
             torch.manual_seed(random_weights)
             model = build_san(config)
         warnings.warn(f"{source} has random weights (seed {random_weights}): its answers mean nothing", stacklevel=2)
-    return Segmenter(model, device=device, dtype=dtype, max_pixels=max_pixels, text_cache=text_cache)
+    return Segmenter(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, text_cache=text_cache)
 
 
 def _checked_device(device: str | torch.device) -> torch.device:
@@ -350,6 +354,12 @@ def _checked_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from None
     return found
+
+
+def _matrix_dtype(device: torch.device, speed: str, dtype: str | None) -> torch.dtype:
+    if dtype is not None:
+        return DTYPES[dtype]
+    return fastest_dtype(device) if speed == "fast" else torch.float32
 
 
 def _fingerprint(model: SAN) -> str:

@@ -1,0 +1,62 @@
+"""What `speed` changes, and what it leaves alone."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import opensan
+
+SCENE = Path(opensan.__file__).parent / "assets" / "scenes" / "playground.png"
+WORDS = "night sky,brick,green heart,white heart,orange circle,orange cross,red square"
+
+
+def load_tiny(**options) -> "opensan.segmenter.Segmenter":
+    return opensan.load("tiny", text_cache=False, **options)
+
+
+@pytest.fixture
+def bfloat16_cpu(monkeypatch):
+    """A processor that says it multiplies bfloat16, whatever this one is."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+
+
+@pytest.fixture
+def float32_cpu(monkeypatch):
+    """A processor that has float32 alone."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
+def test_fast_labels_nearly_alike(bfloat16_cpu):
+    exact, fast = load_tiny().segment(SCENE, WORDS), load_tiny(speed="fast").segment(SCENE, WORDS)
+    agreement = (exact.labels == fast.labels).mean()
+    assert agreement > 0.99
+    assert not np.array_equal(exact.encoding.mask_logits, fast.encoding.mask_logits)
+    assert fast.encoding.mask_logits.dtype == fast.encoding.mask_embeddings.dtype == torch.float32
+
+
+def test_fast_narrows_the_blocks_matrices_and_nothing_else(bfloat16_cpu):
+    exact, fast = load_tiny().model.state_dict(), load_tiny(speed="fast").model.state_dict()
+    narrow = {name for name, tensor in fast.items() if tensor.dtype == torch.bfloat16}
+    blocks = ("clip.visual.transformer.resblocks.", "side_adapter.blocks.")
+    assert narrow == {name for name, tensor in exact.items() if name.startswith(blocks) and tensor.ndim == 2}
+    for name in exact.keys() - narrow:
+        assert torch.equal(exact[name], fast[name]), name
+
+
+def test_fast_is_exact_where_nothing_is_faster_and_says_so(float32_cpu):
+    with pytest.warns(UserWarning, match=r'speed "fast" is the same as "exact" here'):
+        fast = load_tiny(speed="fast")
+    assert fast.dtype == torch.float32
+    assert np.array_equal(fast.segment(SCENE, WORDS).labels, load_tiny().segment(SCENE, WORDS).labels)
+
+
+def test_a_dtype_given_decides(bfloat16_cpu):
+    assert load_tiny(speed="fast", dtype="float32").dtype == torch.float32
+    assert load_tiny(dtype="bfloat16").dtype == torch.bfloat16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_tiny().dtype == torch.float32
