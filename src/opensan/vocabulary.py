@@ -181,11 +181,6 @@ def ready_sets() -> list[str]:
     return sorted(path.stem for path in _CLASSES.glob("*.json"))
 
 
-def source_ids(name: str) -> list[int] | None:
-    """The numbers that a ready set's authors gave its classes, in training order; None if they count from one."""
-    return json.loads((_CLASSES / f"{name}.json").read_text(encoding="utf-8")).get("source_ids")
-
-
 def _words(spec: object) -> tuple[Word, ...]:
     """The words of a comma string or of a list; not yet checked."""
     if isinstance(spec, str):

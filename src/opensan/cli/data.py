@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 SHOWN = 10
 """A thousand left-out photographs are not named one by one; the manifest has them all."""
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+Workers = Annotated[int, typer.Option(min=1, help="Processes; one for each core if not given.", show_default=False)]
+
 data = typer.Typer(name="data", rich_markup_mode=None)
 
 
@@ -73,9 +77,7 @@ def prepare(
     split: Annotated[
         list[str] | None, typer.Option(help="Only this split; may be given again.", show_default=False)
     ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes; one for each core if not given.", show_default=False)
-    ] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    workers: Workers = CORES,
 ) -> None:
     """Write a data set in the one layout that training and evaluation read.
 
@@ -110,11 +112,55 @@ def _option_values(reader: "Reader", arguments: list[str]) -> dict[str, str]:
 
 
 def _report(reader: "Reader", manifest: "Manifest", out: Path) -> None:
-    for split, count in manifest.splits.items():
-        expected = reader.expected.get(split, count)
-        print(f"{split:<12} {count:>9,} photographs" + (f" of {expected:,}" if count != expected else ""))
+    _print_counts(manifest.splits, reader)
     print(f"{out}: {manifest.photographs:,} photographs, {len(manifest.request.classes)} classes")
-    for name, reason in list(manifest.left_out.items())[:SHOWN]:
-        complain(f"left out: {name}: {reason}")
-    if (count := len(manifest.left_out)) > SHOWN:
-        complain(f"left out: {count:,} photographs in all; {out / 'manifest.json'} names them")
+    _complain_of([f"left out: {name}: {reason}" for name, reason in manifest.left_out.items()], out / "manifest.json")
+
+
+def _print_counts(splits: dict[str, int], reader: "Reader | None") -> None:
+    expected = reader.expected if reader else {}
+    for split in [*splits, *(split for split in expected if split not in splits)]:
+        count, of = splits.get(split, 0), expected.get(split)
+        print(f"{split:<12} {count:>9,} photographs" + (f" of {of:,}" if of not in (None, count) else ""))
+
+
+def _complain_of(problems: list[str], all_in: Path | None = None) -> None:
+    for problem in problems[:SHOWN]:
+        complain(problem)
+    if len(problems) > SHOWN:
+        complain(f"and {len(problems) - SHOWN:,} more" + (f"; {all_in} names them" if all_in else ""))
+
+
+@data.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared folder.", show_default=False)],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only that files are there and of their size: decode and read none.")
+    ] = False,
+    workers: Workers = CORES,
+) -> None:
+    """Check that a prepared folder is whole.
+
+    Lists, photographs, labels, their sizes, values and checksums. Says what is missing and where it is obtained; the
+    exit code is 1 if anything is.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    from opensan.data.check import FolderCheck
+    from opensan.data.prepare import READERS
+
+    found = FolderCheck(folder)
+    with progress_bar(output_console(), f"checking {folder.name}", len(found)) as advance:
+        found.look(quick=quick, workers=workers, progress=advance)
+    reader = READERS.get(found.manifest.request.source) if found.manifest else None
+    _print_counts(found.splits, reader)
+    if found.manifest is None:
+        complain("note: there is no manifest.json, so there are no counts and checksums to compare with")
+    if not found.problems:
+        print(f"{folder}: whole")
+        return
+    _complain_of(found.problems)
+    if reader and reader.obtained:
+        complain(f"{reader.name} is obtained from {reader.obtained}")
+    print(f"{folder}: {len(found.problems):,} problems")
+    raise typer.Exit(1)

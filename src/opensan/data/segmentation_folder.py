@@ -48,21 +48,15 @@ class SegmentationFolder:
 
     def _listed_files(self) -> list[tuple[Path, Path]]:
         """The split's photographs with their label files."""
-        path = _existing(self.root / f"{self.split}.txt")
-        listed = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        images = _existing(self.root / "images")
-        # Stems may contain dots, so a listed name is looked up as a whole before it is taken for a stem.
-        by_name = {file.name: file for file in images.iterdir()}
-        by_stem = {file.stem: file for file in by_name.values()}
-        found = [by_name.get(name) or by_stem.get(name) for name in listed]
-        if missing := [name for name, file in zip(listed, found, strict=True) if file is None]:
+        found, missing = find_listed(self.root, self.split)
+        if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             warnings.warn(
-                f"{path}: {len(missing)} of {len(listed)} listed photographs are not in {images} "
-                f"and are left out: {shown}",
+                f"{self.root / f'{self.split}.txt'}: {len(missing)} of {len(found) + len(missing)} listed photographs "
+                f"are not in {self.root / 'images'} and are left out: {shown}",
                 stacklevel=3,
             )
-        return [(file, self.root / "labels" / f"{file.stem}.png") for file in found if file is not None]
+        return [(file, label_file(file)) for file in found]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -87,30 +81,55 @@ class SegmentationFolder:
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        image_path, label_path = self._files[index]
-        image = open_image(image_path)
-        labels = self._label_of(label_path)
-        if labels.shape != image.shape[:2]:
-            raise ValueError(
-                f"{label_path}: is {labels.shape[1]}x{labels.shape[0]}, "
-                f"its photograph {image.shape[1]}x{image.shape[0]} (width x height)"
-            )
-        return image, labels
+        return read_labelled(*self._files[index], self._label_of_value)
 
-    def _label_of(self, path: Path) -> np.ndarray:
-        """The label map at `path`, [H, W] int16."""
-        values = read_index_png(path)
-        ignore = 255 if values.dtype == np.uint8 else 65_535
-        known = min(len(self._label_of_value), ignore)
-        table = np.full(ignore + 1, UNLABELLED, dtype=np.int16)
-        table[:known] = self._label_of_value[:known]
-        wrong = (values >= known) & (values != ignore)
-        if wrong.any():
-            raise ValueError(
-                f"{path}: holds the value {values[wrong][0]}; "
-                f"classes.txt has {len(self._label_of_value)} classes, {ignore} is unlabelled"
-            )
-        return table[values]
+
+def find_listed(root: Path, split: str) -> tuple[list[Path], list[str]]:
+    """The photographs that a list names, in its order, and the names that no file in images/ has."""
+    path = _existing(root / f"{split}.txt")
+    listed = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Stems may contain dots, so a listed name is looked up as a whole before it is taken for a stem.
+    by_name = {file.name: file for file in _existing(root / "images").iterdir()}
+    by_stem = {file.stem: file for file in by_name.values()}
+    found = [by_name.get(name) or by_stem.get(name) for name in listed]
+    missing = [name for name, file in zip(listed, found, strict=True) if file is None]
+    return [file for file in found if file is not None], missing
+
+
+def label_file(image: Path) -> Path:
+    """Where the labels of a photograph in images/ are."""
+    return image.parents[1] / "labels" / f"{image.stem}.png"
+
+
+def read_labelled(image_path: Path, label_path: Path, label_of_value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A photograph [H, W, 3] uint8 RGB and its labels [H, W] int16.
+
+    `label_of_value` [K] int16 has the label of each value below K. Raises ValueError, one line, naming the file.
+    """
+    image = open_image(image_path)
+    labels = _read_labels(label_path, label_of_value)
+    if labels.shape != image.shape[:2]:
+        raise ValueError(
+            f"{label_path}: is {labels.shape[1]}x{labels.shape[0]}, "
+            f"its photograph {image.shape[1]}x{image.shape[0]} (width x height)"
+        )
+    return image, labels
+
+
+def _read_labels(path: Path, label_of_value: np.ndarray) -> np.ndarray:
+    """The label map at `path`, [H, W] int16."""
+    values = read_index_png(path)
+    ignore = 255 if values.dtype == np.uint8 else 65_535
+    known = min(len(label_of_value), ignore)
+    table = np.full(ignore + 1, UNLABELLED, dtype=np.int16)
+    table[:known] = label_of_value[:known]
+    wrong = (values >= known) & (values != ignore)
+    if wrong.any():
+        raise ValueError(
+            f"{path}: holds the value {values[wrong][0]}; "
+            f"classes.txt has {len(label_of_value)} classes, {ignore} is unlabelled"
+        )
+    return table[values]
 
 
 def read_index_png(path: Path) -> np.ndarray:

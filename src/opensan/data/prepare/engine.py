@@ -6,17 +6,11 @@ finds its files as noted, or makes them again. The manifest comes last, so it st
 
 import io
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import shutil
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +21,7 @@ from PIL import Image
 from opensan.config import parse_config
 from opensan.data import canonical
 from opensan.data.canonical import Manifest, PhotographRecord, Request
+from opensan.data.pool import run_all
 from opensan.data.prepare.source import ImageFile, Photograph, Source
 from opensan.files import atomic_path, write_text
 from opensan.images import known_suffixes, open_image
@@ -35,8 +30,6 @@ from opensan.vocabulary import Vocabulary
 JOURNAL = ".prepare.jsonl"
 _TEMPORARY = ".*.part*"
 """What `atomic_path` calls files that are not finished; a killed run leaves some."""
-_FEW = 32
-"""Starting processes takes longer than preparing this many photographs."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ def prepare(
     tasks = [_Task(photograph, out, len(request.classes), before.get(photograph.name)) for photograph in photographs]
     records: dict[str, PhotographRecord] = {}
     left_out: dict[str, str] = {}
-    with (out / JOURNAL).open("a", encoding="utf-8") as journal, closing(_results(tasks, workers)) as results:
+    with (out / JOURNAL).open("a", encoding="utf-8") as journal, closing(run_all(tasks, workers)) as results:
         journal.write("\n")  # a killed run may have left half a line
         for result in results:
             if isinstance(result, LeftOut):
@@ -265,38 +258,6 @@ def _link(source: Path, target: Path) -> None:
         raise failure
     temporary.replace(target)
     temporary.unlink(missing_ok=True)  # renaming does nothing if both are hard links to one file
-
-
-def _results(tasks: list[_Task], workers: int) -> Iterator[PhotographRecord | LeftOut]:
-    """The tasks' results, in their order."""
-    if workers == 1 or len(tasks) < _FEW:
-        yield from (task() for task in tasks)
-        return
-    # Not forked: whoever calls may have threads (torch, a progress bar), and a fork copies their locks.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_follow_parent)
-    try:
-        yield from pool.map(_run, tasks, chunksize=4)
-    except BrokenProcessPool:
-        raise ValueError("a worker process died (out of memory?); the same command goes on, try --workers 1") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _run(task: _Task) -> PhotographRecord | LeftOut:
-    return task()
-
-
-def _follow_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and don't outlive it when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _remove_stale(out: Path, records: Iterable[PhotographRecord]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opensan.vocabulary import UNLABELLED, Vocabulary, source_ids
+from opensan.vocabulary import UNLABELLED, Vocabulary, ready_source_ids
 
 WRONG = -2
 """In a table of labels: a value that the data set's format does not have."""
@@ -68,7 +68,7 @@ def table_of(label_set: str) -> np.ndarray:
     classes = len(Vocabulary.ready(label_set).names)
     match label_set:
         case "coco_stuff_171":  # stored is the id - 1; unlisted values are unlabelled
-            return _table(256, UNLABELLED, [identity - 1 for identity in source_ids(label_set)])
+            return _table(256, UNLABELLED, [identity - 1 for identity in ready_source_ids(label_set)])
         case "pascal_voc_20":  # 0 background, 255 void
             return _table(256, WRONG, range(1, classes + 1), unlabelled=(0, 255))
         case "ade20k_150":  # 0 other
@@ -76,9 +76,9 @@ def table_of(label_set: str) -> np.ndarray:
         case "pascal_context_459":
             return _table(classes + 1, WRONG, range(1, classes + 1), unlabelled=(0,))
         case "pascal_context_59":  # of the 459
-            return _table(460, UNLABELLED, source_ids(label_set))
+            return _table(460, UNLABELLED, ready_source_ids(label_set))
         case "ade20k_847":  # of the 3,000 and more that two colours encode
-            return _table(26 * 256, UNLABELLED, source_ids(label_set))
+            return _table(26 * 256, UNLABELLED, ready_source_ids(label_set))
     raise ValueError(f"no files are known that store {label_set}")
 
 

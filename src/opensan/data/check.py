@@ -1,0 +1,149 @@
+"""Whether a prepared folder is whole: lists, photographs, labels, sizes, values, checksums."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from opensan.data import canonical
+from opensan.data.canonical import FileRecord, Manifest, PhotographRecord
+from opensan.data.pool import run_all
+from opensan.data.segmentation_folder import find_listed, label_file, read_labelled
+from opensan.vocabulary import Vocabulary
+
+
+class FolderCheck:
+    """A check of one folder in the canonical layout. Lists and manifest are looked at when it is made."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises ValueError if the folder has no such layout at all, or a manifest that can't be read."""
+        self.manifest = canonical.read_manifest(root)
+        """None: the folder was not written by `opensan data prepare`; there are no counts and checksums to compare."""
+        self.problems: list[str] = []
+        """One line each, naming the file; empty if all is well."""
+        self._vocabulary = Vocabulary.from_file(_part(root, "classes.txt"))
+        self._splits: dict[str, list[Path]] = {}
+        for split in self._lists(root):
+            self._splits[split], missing = find_listed(root, split)
+            self.problems += [f"{split}.txt: {name} is not in images/" for name in missing]
+        self._files = list(dict.fromkeys(file for files in self._splits.values() for file in files))
+        self._bad: set[Path] = set()
+        self._records: dict[str, PhotographRecord] | None = None
+        if self.manifest is not None:
+            self.problems += _compared(root, self.manifest, self._vocabulary, self.splits)
+            self._records = {record.image.file: record for record in _records(root)}
+            self.problems += _strangers(root, self._files)
+
+    def _lists(self, root: Path) -> list[str]:
+        """The split lists that are there: the manifest's, or all .txt files."""
+        there = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
+        if not there:
+            raise ValueError(f"{root}: has no split list such as val.txt")
+        return there if self.manifest is None else [split for split in there if split in self.manifest.splits]
+
+    def __len__(self) -> int:
+        """The number of photographs to look at."""
+        return len(self._files)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Usable photographs in each list, as far as is known."""
+        return {split: sum(file not in self._bad for file in files) for split, files in self._splits.items()}
+
+    def look(self, *, quick: bool = False, workers: int = 1, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Look at every photograph and its labels; what is wrong is added to `problems`.
+
+        Args:
+            quick: only that files are there and of the size that the manifest says; nothing is decoded.
+            workers: processes.
+            progress: told the number of photographs done, as they are.
+        """
+        values = np.arange(len(self._vocabulary.words), dtype=np.int16)
+        recorded = self._records is not None
+        records = self._records or {}
+        tasks = [_Task(file, values, records.get(file.name), recorded, quick) for file in self._files]
+        with closing(run_all(tasks, workers)) as results:
+            for file, problem in zip(self._files, results, strict=True):
+                if problem is not None:
+                    self.problems.append(problem)
+                    self._bad.add(file)
+                progress(1)
+
+
+def _part(root: Path, name: str) -> Path:
+    if not (root / name).exists():
+        raise ValueError(
+            f"{root}: not a prepared folder, it has no {name}; a download becomes one by opensan data prepare"
+        )
+    return root / name
+
+
+def _compared(root: Path, manifest: Manifest, vocabulary: Vocabulary, counts: dict[str, int]) -> Iterator[str]:
+    """Where the folder is not what its manifest says."""
+    if vocabulary != Vocabulary.parse(list(manifest.request.classes)):
+        yield "classes.txt: not the classes that the manifest says"
+    for split, count in manifest.splits.items():
+        if counts.get(split) != count:
+            yield f"{split}.txt: names {counts.get(split, 0):,} photographs in images/, the manifest says {count:,}"
+    files = root / canonical.FILES
+    if not files.is_file() or canonical.file_record(files).sha256 != manifest.files_sha256:
+        yield f"{files.name}: missing, or not the one that the manifest was written with"
+    for name, reason in manifest.left_out.items():
+        yield f"{name}: was left out when it was prepared: {reason}"
+
+
+def _records(root: Path) -> Iterator[PhotographRecord]:
+    return canonical.read_records(root / canonical.FILES) if (root / canonical.FILES).is_file() else iter(())
+
+
+def _strangers(root: Path, files: list[Path]) -> Iterator[str]:
+    """Files that belong to no listed photograph."""
+    expected = {file for image in files for file in (image, label_file(image))}
+    for folder in ("images", "labels"):
+        there = sorted(_part(root, folder).iterdir())
+        strange = [file for file in there if file not in expected and not file.name.startswith(".")]
+        if strange:
+            yield f"{folder}/: {len(strange):,} files belong to no listed photograph, the first is {strange[0].name}"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Look at one photograph; what is wrong with it, or None."""
+
+    image: Path
+    values: np.ndarray
+    record: PhotographRecord | None
+    recorded: bool
+    """The folder has records, so this should have one."""
+    quick: bool
+
+    def __call__(self) -> str | None:
+        label = label_file(self.image)
+        if self.image.is_symlink() and not self.image.exists():
+            return f"{self.image}: the photograph it links to is gone ({self.image.readlink()})"
+        if not label.exists():
+            return f"{label}: missing"
+        if self.recorded and self.record is None:
+            return f"{self.image}: {canonical.FILES} does not have it"
+        if self.record is not None:
+            for file, expected in ((self.image, self.record.image), (label, self.record.label)):
+                if changed := _difference(file, expected, self.quick):
+                    return changed
+        if self.quick:
+            return None
+        try:
+            read_labelled(self.image, label, self.values)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def _difference(file: Path, expected: FileRecord, quick: bool) -> str | None:
+    size = file.stat().st_size
+    if size != expected.size:
+        return f"{file}: has {size:,} bytes, had {expected.size:,} when it was prepared"
+    if not quick and canonical.file_record(file).sha256 != expected.sha256:
+        return f"{file}: its content has changed since it was prepared"
+    return None
