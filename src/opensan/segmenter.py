@@ -179,7 +179,7 @@ class Segmenter:
             raise ValueError(f"speed {speed!r} is not one of {', '.join(SPEEDS)}")
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        self.device = _checked_device(device)
+        self.device = checked_device(device)
         self.dtype = _matrix_dtype(self.device, speed, dtype)
         self.max_pixels = max_pixels
         self.model = model.eval().requires_grad_(False).to(self.device)
@@ -346,7 +346,7 @@ def load(
     return Segmenter(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, text_cache=text_cache)
 
 
-def _checked_device(device: str | torch.device) -> torch.device:
+def checked_device(device: str | torch.device) -> torch.device:
     """Raises ValueError when torch does not know `device` or the machine does not have it."""
     try:
         found = torch.device(device)

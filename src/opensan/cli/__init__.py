@@ -15,6 +15,7 @@ from opensan.cli.evaluate import evaluate
 from opensan.cli.models import convert, parity
 from opensan.cli.segment import segment
 from opensan.cli.terminal import reporting_errors
+from opensan.cli.train import train
 from opensan.cli.words import words
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command("eval")(evaluate)
 app.command()(words)
 app.command()(convert)
 app.command()(parity)
+app.command()(train)
 app.add_typer(data)
 
 

@@ -73,6 +73,10 @@ class RecipeConfig(SanTrainingConfig, _Sources):
     out: Path
     """The run's folder; one that holds this run already is continued."""
 
+    def training(self) -> SanTrainingConfig:
+        """What the numbers of the run follow from, besides the model and the data."""
+        return SanTrainingConfig(**{name: getattr(self, name) for name in SanTrainingConfig.model_fields})
+
     @model_validator(mode="after")
     def _validation_has_its_steps(self) -> "RecipeConfig":
         if not self.data:

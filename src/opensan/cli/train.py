@@ -1,0 +1,58 @@
+"""`opensan train`: a training from one file of configuration."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from opensan.cli.terminal import INTERRUPTED, UsageError
+
+
+def train(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="A YAML file, or a preset's name.", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE...", help="Settings in place of the file's.", show_default=False),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the whole configuration, with what each setting means.")
+    ] = False,
+) -> None:
+    """Train a model as a configuration says.
+
+    A run that was stopped in any way goes on when the same command is given again. Presets are the official recipes:
+    san-vit-b16 and san-vit-l14. Several processes: torchrun --nproc-per-node 8 -m opensan train CONFIG
+    """
+    from opensan.recipe.config import RECIPES, read_recipe
+
+    if config is None and not show:
+        raise UsageError(f"give a configuration: a YAML file, or one of {', '.join(RECIPES)}")
+    name = config or next(iter(RECIPES))
+    recipe = read_recipe(name, overrides or [])
+    if show:
+        from opensan.recipe.show import to_yaml
+
+        print(f"# {name} (presets: {', '.join(RECIPES)})")
+        print(to_yaml(recipe), end="")
+        return
+
+    from torch import OutOfMemoryError
+
+    from opensan.recipe.run import run_recipe
+
+    try:
+        result, saved = run_recipe(recipe)
+    except OutOfMemoryError:
+        raise ValueError(
+            "out of memory: try a smaller loop.batch_size with more loop.accumulate, "
+            "or loop.activation_checkpointing=true"
+        ) from None
+    if not result.finished:
+        raise typer.Exit(INTERRUPTED)
+    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
+        best = "" if result.best is None else f", best mIoU {100 * result.best:.2f} % after step {saved.step}"
+        print(f"{recipe.out}: {result.step} steps{best}")
+        print(f'use it with: opensan segment IMAGE --words "..." --model {saved.folder}')

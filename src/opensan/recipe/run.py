@@ -1,0 +1,139 @@
+"""From a configuration to a running training, and to the model folder it leaves."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+
+from opensan.checkpoints import load_model, preset_config, save_folder
+from opensan.checkpoints.clip_weights import san_around_clip
+from opensan.checkpoints.folder import CONFIG_NAME
+from opensan.config import ModelConfig, read_config
+from opensan.data.dataset import SegmentationDataset
+from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.distributed import on_main, process_group
+from opensan.evaluate.run import Predictor, dataset_predictor, validation
+from opensan.model import SAN, build_san
+from opensan.outputs import check_writable
+from opensan.outputs.panel import PanelRow, panel
+from opensan.recipe.config import DataConfig, RecipeConfig, StartConfig
+from opensan.recipe.files import RunFolderFiles
+from opensan.segmenter import checked_device
+from opensan.train.checkpoint import CheckpointFolder
+from opensan.train.loop import RunResult, load_parameters
+from opensan.train.optimizer import san_parameter_groups
+from opensan.train.san import train_san
+from opensan.train.trackers import make_trackers
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """The model that a finished run leaves."""
+
+    folder: Path
+    step: int
+    """After how many steps it is: the best of the validations, or else the last."""
+
+
+def run_recipe(recipe: RecipeConfig) -> tuple[RunResult, SavedModel | None]:
+    """Train as `recipe` says, from where an earlier call left off; under torchrun together with the other processes.
+
+    A finished run leaves a model folder, `recipe.out`/model.
+
+    Raises:
+        ValueError: one line, before anything is trained: folders, lists, classes, sizes, weights or packages.
+        ConnectionError: weights that a hub did not give.
+        RuntimeError: see `opensan.train.loop.Trainer.run`.
+    """
+    with process_group(_device(recipe.device)) as group:
+        data = [(open_data(one), one.weight) for one in recipe.data]
+        held_out = open_data(recipe.validation) if recipe.validation else None
+        trackers = make_trackers(recipe.loggers, recipe.out, recipe.project, recipe.model_dump(mode="json"))
+        on_main(lambda: check_writable(recipe.out))
+        model = start_model(recipe.start, recipe.loop.seed).to(group.device)
+        validate, pictures = _validation(model, held_out, recipe) if held_out else (None, None)
+        result = train_san(
+            model,
+            data,
+            recipe.training(),
+            recipe.out,
+            device=group.device,
+            validate=validate,
+            loggers=[RunFolderFiles(recipe), *trackers],
+            panel=pictures,
+        )
+        saved = on_main(lambda: _save_model(model, recipe)) if result.finished else None
+    return result, saved
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return checked_device(name)
+
+
+def open_data(config: DataConfig) -> SegmentationFolder:
+    """The split that `config` names. Raises ValueError, one line, if there is none or it is empty."""
+    folder = SegmentationFolder(config.folder.expanduser(), config.split, ignored=config.ignored)
+    if len(folder) == 0:
+        raise ValueError(f"{config.folder / config.split}.txt: lists no photograph that exists")
+    return folder
+
+
+def start_model(start: StartConfig, seed: int) -> SAN:
+    """The model that training begins with, on the CPU.
+
+    Raises:
+        ValueError: no such model or weights, or they do not fit together; one line.
+        ConnectionError: weights that a hub did not give.
+    """
+    if start.weights == "model":
+        return load_model(start.model)
+    config = _start_config(start.model)
+    if start.weights == "clip":
+        return san_around_clip(config, start.clip, seed=seed)
+    warnings.warn(f"start.weights=random: CLIP knows nothing, so {config.name} will learn nothing", stacklevel=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_san(config)
+
+
+def _start_config(name: str) -> ModelConfig:
+    folder = Path(name).expanduser()
+    return read_config(folder / CONFIG_NAME) if folder.is_dir() else preset_config(name)
+
+
+def _validation(
+    model: SAN, held_out: SegmentationDataset, recipe: RecipeConfig
+) -> tuple[Callable[[int], Mapping[str, float]], Callable[[int], Mapping[str, Image]] | None]:
+    """What measures the model while it is trained, and what makes its pictures."""
+    validate = validation(model, held_out, limit=recipe.validation.limit)
+    if recipe.validation.pictures == 0:
+        return validate, None
+    predict = dataset_predictor(model, held_out)
+    return validate, lambda _step: _panel(predict, held_out, recipe.validation.pictures)
+
+
+def _panel(predict: Predictor, held_out: SegmentationDataset, count: int) -> dict[str, Image]:
+    """The same photographs at every call, spread evenly."""
+    count = min(count, len(held_out))
+    rows = []
+    for index in (number * len(held_out) // count for number in range(count)):
+        try:
+            image, truth = held_out[index]
+        except (OSError, ValueError):  # the evaluation has said so
+            continue
+        rows.append(PanelRow(held_out.name(index), image, truth, predict(image)))
+    return {"validation": panel(rows, held_out.vocabulary.names)} if rows else {}
+
+
+def _save_model(model: SAN, recipe: RecipeConfig) -> SavedModel:
+    """Write the best model of the run, if validations marked one, or the last."""
+    step = recipe.loop.steps
+    if best := CheckpointFolder(recipe.out / "checkpoints", recipe.loop.keep).load_best():
+        load_parameters(san_parameter_groups(model), best["parameters"], str(recipe.out))
+        step = best["step"]
+    return SavedModel(save_folder(model, recipe.out / "model"), step)
