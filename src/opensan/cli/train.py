@@ -42,6 +42,7 @@ def train(
     from torch import OutOfMemoryError
 
     from opensan.recipe.run import run_recipe
+    from opensan.train.loop import Diverged
 
     try:
         result, saved = run_recipe(recipe)
@@ -50,6 +51,8 @@ def train(
             "out of memory: try a smaller loop.batch_size with more loop.accumulate, "
             "or loop.activation_checkpointing=true"
         ) from None
+    except Diverged as error:
+        raise ValueError(str(error)) from None
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
     if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all

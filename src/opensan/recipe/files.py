@@ -15,7 +15,7 @@ LAST_BLOCK = {"class": "loss_ce", "mask": "loss_mask", "dice": "loss_dice"}
 
 
 class RunFolderFiles:
-    """A `RunLogger` that writes `recipe.yaml`, `curves.png` and `validation/step-00001000.png` into the run's folder."""
+    """A `RunLogger` that writes `recipe.yaml`, `curves.png` and `validation/step-00001000.png` to the run's folder."""
 
     def __init__(self, recipe: RecipeConfig) -> None:
         self.folder = recipe.out

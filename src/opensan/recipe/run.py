@@ -14,7 +14,7 @@ from opensan.checkpoints.folder import CONFIG_NAME
 from opensan.config import ModelConfig, read_config
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.segmentation_folder import SegmentationFolder
-from opensan.distributed import on_main, process_group
+from opensan.distributed import is_main, on_main, process_group
 from opensan.evaluate.run import Predictor, dataset_predictor, validation
 from opensan.model import SAN, build_san
 from opensan.outputs import check_writable
@@ -46,7 +46,7 @@ def run_recipe(recipe: RecipeConfig) -> tuple[RunResult, SavedModel | None]:
     Raises:
         ValueError: one line, before anything is trained: folders, lists, classes, sizes, weights or packages.
         ConnectionError: weights that a hub did not give.
-        RuntimeError: see `opensan.train.loop.Trainer.run`.
+        Diverged: see `opensan.train.loop.Trainer.run`.
     """
     with process_group(_device(recipe.device)) as group:
         data = [(open_data(one), one.weight) for one in recipe.data]
@@ -103,14 +103,23 @@ def start_model(start: StartConfig, seed: int) -> SAN:
 
 def _start_config(name: str) -> ModelConfig:
     folder = Path(name).expanduser()
-    return read_config(folder / CONFIG_NAME) if folder.is_dir() else preset_config(name)
+    if folder.is_dir():
+        return read_config(folder / CONFIG_NAME)
+    try:
+        return preset_config(name)
+    except ValueError as error:
+        raise ValueError(f"start.model: {error}, or a model folder") from None
 
 
 def _validation(
     model: SAN, held_out: SegmentationDataset, recipe: RecipeConfig
 ) -> tuple[Callable[[int], Mapping[str, float]], Callable[[int], Mapping[str, Image]] | None]:
     """What measures the model while it is trained, and what makes its pictures."""
-    validate = validation(model, held_out, limit=recipe.validation.limit)
+    measure = validation(model, held_out, limit=recipe.validation.limit)
+
+    def validate(step: int) -> Mapping[str, float]:
+        return measure(step) if is_main() else {}
+
     if recipe.validation.pictures == 0:
         return validate, None
     predict = dataset_predictor(model, held_out)
@@ -133,7 +142,12 @@ def _panel(predict: Predictor, held_out: SegmentationDataset, count: int) -> dic
 def _save_model(model: SAN, recipe: RecipeConfig) -> SavedModel:
     """Write the best model of the run, if validations marked one, or the last."""
     step = recipe.loop.steps
-    if best := CheckpointFolder(recipe.out / "checkpoints", recipe.loop.keep).load_best():
+    best = None
+    try:
+        best = CheckpointFolder(recipe.out / "checkpoints", recipe.loop.keep).load_best()
+    except ValueError as error:
+        warnings.warn(f"{error}: the last model is kept in place of the best", stacklevel=2)
+    if best:
         load_parameters(san_parameter_groups(model), best["parameters"], str(recipe.out))
         step = best["step"]
     return SavedModel(save_folder(model, recipe.out / "model"), step)

@@ -52,6 +52,10 @@ class CheckpointFolder:
                 path.rename(path.with_suffix(".damaged"))
         return None, messages
 
+    def load_best(self) -> dict[str, Any] | None:
+        """The state with the best validation score; None: no validation marked one. Raises ValueError if damaged."""
+        return next((_read(path) for path in self._newest_first("best")), None)
+
     def _newest_first(self, kind: str) -> list[Path]:
         matches = [match for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         own = sorted(((int(match[2]), match[0]) for match in matches if match[1] == kind), reverse=True)

@@ -18,13 +18,17 @@ class LoopConfig(Config):
     """How a run goes, whatever is trained."""
 
     steps: Positive = 60_000
+    """Updates of the weights."""
     batch_size: Positive = 32
-    """Samples a micro-batch on each rank."""
+    """Samples in a micro-batch. A step takes batch_size * accumulate * processes samples, 32 in the official recipe."""
     accumulate: Positive = 1
     """Micro-batches a step: n of them give the update of n ranks with one each."""
     learning_rate: float = 1e-4
+    """AdamW's, at the first step."""
     weight_decay: float = 1e-4
+    """Decoupled; LayerNorms of the side network, queries and position tables have none."""
     poly_power: float = 0.9
+    """The learning rate at step s is learning_rate * (1 - s / steps) ** poly_power."""
     warmup: NotNegative = 0
     """Steps of linear warm-up."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.01
@@ -37,9 +41,11 @@ class LoopConfig(Config):
     activation_checkpointing: bool = False
     """Compute the blocks' activations again in the backward pass instead of keeping them."""
     seed: NotNegative = 0
+    """Of the samples' order, of augmentation, of points, and of a new side adapter."""
     workers: NotNegative = 0
     """Processes that read and augment samples; 0 does it in the training process."""
     save_every: Positive = 500
+    """Steps between checkpoints."""
     keep: Positive = 2
     """Checkpoints to keep, the best one not counted."""
     log_every: Positive = 10
@@ -66,8 +72,11 @@ class PointsConfig(Config):
     """At how many points masks are compared (see opensan.train.points.RandomPoints)."""
 
     count: Positive = 12_544
+    """Points of each mask, and of each image in matching."""
     oversampling: Annotated[float, Field(ge=1)] = 3.0
+    """So many times more are drawn to choose uncertain ones from."""
     importance: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """Share of the points that are the most uncertain; the rest is random."""
 
 
 class SanTrainingConfig(Config):
@@ -78,3 +87,4 @@ class SanTrainingConfig(Config):
     points: PointsConfig = PointsConfig()
     loss_weights: LossWeights = LossWeights()
     no_object_weight: float = 0.1
+    """Weight of queries without a segment in the class loss."""

@@ -3,16 +3,18 @@
 import csv
 import io
 import math
-import resource
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from PIL.Image import Image
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from opensan.files import write_text
 
@@ -76,20 +78,28 @@ def _shown(value: float | str) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
+class _BarAndFigures(Progress):
+    """A bar, and under it a line of figures, which would leave it no room."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(task.fields["figures"])
+
+
 class TrainingProgress:
     """A progress bar on a terminal; elsewhere a line now and then."""
 
     def __init__(self, steps: int, first_step: int, *, quiet: bool = False) -> None:
         """`quiet`: show nothing, in a process that is not the main one."""
         self.console = Console(stderr=True, quiet=quiet)
-        self._bar = Progress(
+        self._bar = _BarAndFigures(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
@@ -108,22 +118,43 @@ class TrainingProgress:
         self._bar.update(self._task, completed=step)
 
     def show(self, step: int, figures: Mapping[str, float]) -> None:
-        """Show the newest figures."""
-        text = " ".join(f"{name} {value:.4g}" for name, value in figures.items() if math.isfinite(value))
+        """Show the newest figures; the log has those that there is no room for."""
+        text = summary(figures)
         self._bar.update(self._task, figures=text)
         if not self.console.is_terminal:
             remaining = self._bar.tasks[0].time_remaining
-            eta = "" if remaining is None else f" ETA {remaining / 60:.0f} min"
-            self.say(f"{step}/{self._steps}{eta} {text}")
+            eta = "" if remaining is None else f", ETA {timedelta(seconds=round(remaining))}"
+            self.say(f"{step}/{self._steps}{eta}: {text}")
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
+def summary(figures: Mapping[str, float]) -> str:
+    """A step's figures on a line of a terminal: the losses of the last block, the learning rate, speed and memory."""
+    last_block = {name: value for name, value in figures.items() if re.fullmatch(r"loss_[a-z]+", name)}
+    parts = [" ".join(f"{name.removeprefix('loss_')} {value:.3g}" for name, value in last_block.items())]
+    if "loss" in figures:
+        parts.insert(0, f"loss {figures['loss']:.4g}")
+    for name, form in (
+        ("learning_rate", "lr {:.2e}"),
+        ("samples_per_second", "{:.3g} samples/s"),
+        ("waiting_for_data", "waiting {:.0%}"),
+        ("peak_memory_mib", "{:,.0f} MiB"),
+    ):
+        if name in figures and math.isfinite(figures[name]):
+            parts.append(form.format(figures[name]))
+    return ", ".join(part for part in parts if part)
+
+
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB: of the device where it counts it, else of this process."""
+    """Peak memory in MiB: of the device where it counts it, else of this process; nan where the system cannot say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

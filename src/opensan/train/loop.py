@@ -47,6 +47,10 @@ MOST_BAD_STEPS = 3
 NAMES_SHOWN = 8
 
 
+class Diverged(RuntimeError):
+    """A run that cannot go on, because its losses are not finite."""
+
+
 class Task(Protocol):
     """What is learned: an nn.Module whose forward pass gives losses."""
 
@@ -137,7 +141,7 @@ class Trainer:
 
         Raises:
             ValueError: `out` holds a run of another configuration, or another process trains into it.
-            RuntimeError: three steps in a row without finite losses; the state before them is saved.
+            Diverged: three steps in a row without finite losses; the state before them is saved.
         """
         lock = FileLock(self.out / ".lock", timeout=0)
         try:
@@ -176,7 +180,9 @@ class Trainer:
                     figures |= self._speed(now - since, self.step - seen)
                     since, seen = now, self.step
                     self._log_figures(figures, progress)
+                pause = time.perf_counter()
                 self._maybe_validate(progress)
+                since += time.perf_counter() - pause  # throughput is the training's
                 if self.step % config.save_every == 0 or self.step == config.steps or stop:
                     self.save()
                     saved = self.step
@@ -300,7 +306,7 @@ class Trainer:
         if self._bad_steps == MOST_BAD_STEPS:
             self.step += 1
             self.save()
-            raise RuntimeError(
+            raise Diverged(
                 f"{MOST_BAD_STEPS} steps in a row had no finite losses (the last: {wrong}, with {shown}); "
                 f"the weights before them are saved in {self.out / 'checkpoints'}"
             )

@@ -20,8 +20,11 @@ class LossWeights(Config):
     """How much each of the three losses counts; the matching costs use the same weights."""
 
     classification: float = 2.0
+    """Cross entropy."""
     mask: float = 5.0
+    """Binary cross entropy at points."""
     dice: float = 5.0
+    """Dice at points."""
 
 
 @dataclass(frozen=True)

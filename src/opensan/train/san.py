@@ -3,6 +3,7 @@
 Letters: B batch, K words, Q queries, H W image.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,7 +126,7 @@ def train_san(
     `dataset` may be several data sets, each with its weight: every micro-batch is of one of them, with its words,
     and their shares of the samples are as the weights. Processes that torchrun started train together, each on its own
     device. CLIP's weights are not trained and not in the run's checkpoints: a run is continued with the same CLIP.
-    Raises ValueError when the crop does not suit the model, and what `Trainer.run` raises.
+    Raises ValueError when the crop does not suit the model, or the run had another CLIP, and what `Trainer.run` raises.
     """
     divisor = model.config.image.size_divisor
     if any(side % divisor for side in config.augment.crop):
@@ -166,6 +167,15 @@ def _description(
     mixture = [{"samples": len(one), "words": one.vocabulary.names, "weight": weight} for one, weight in datasets]
     return {
         "model": model.config.model_dump(mode="json"),
+        "clip": _clip_fingerprint(model),
         "data": mixture,
         **config.model_dump(mode="json"),
     }
+
+
+def _clip_fingerprint(model: SAN) -> str:
+    """A hash of frozen tensors that no two trained CLIPs share."""
+    digest = hashlib.sha256()
+    for tensor in (model.clip.visual.proj, model.clip.visual.class_embedding, model.clip.text_projection):
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
