@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensan.cli.terminal import UsageError, complain, output_console, progress_bar
+from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 
 if TYPE_CHECKING:
     from opensan.data.canonical import Manifest
@@ -39,9 +39,14 @@ def list_(
     if name is not None:
         print("\n".join(_description(_reader(name))))
         return
-    width = max(map(len, READERS), default=0)
+    width = max(map(len, READERS))
     for reader in READERS.values():
-        print(f"{reader.name:<{width}}  {reader.description}")
+        facts = [reader.description]
+        if reader.expected:
+            counts = ", ".join(f"{split} {count:,}" for split, count in reader.expected.items())
+            facts += [counts, reader.terms]
+        print(f"{reader.name:<{width}}  {'; '.join(facts)}")
+    note("opensan data list NAME says what one needs, and where it is obtained")
 
 
 def _reader(name: str) -> "Reader":

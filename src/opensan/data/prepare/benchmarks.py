@@ -193,22 +193,22 @@ _CONTEXT = dict(
         "https://cs.stanford.edu/~roozbeh/pascal-context/ (trainval.tar.gz); trainval_merged.json: the PASCAL in "
         "Detail challenge, https://sites.google.com/view/pasd/dataset"
     ),
-    terms="VOC's: photographs under Flickr's terms of use",
+    terms="photographs under Flickr's terms",
     expected={"train": 4_998, "val": 5_105},
 )
-_ADE_TERMS = "research and education, not commercial"
+_ADE_TERMS = "research and education, non-commercial"
 
 READERS = (
     Reader(
         name="coco_stuff_171",
-        description="COCO-Stuff 164k, 171 things and stuff; what SAN is trained on",
+        description="COCO-Stuff 164k, 171 things and stuff, on which SAN is trained",
         open=open_coco_stuff,
         needs=COCO_NEEDS,
         obtained=(
             "photographs: https://cocodataset.org/#download (train2017.zip, val2017.zip); labels: "
             "https://github.com/nightrome/cocostuff (stuffthingmaps_trainval2017.zip)"
         ),
-        terms="annotations CC BY 4.0; photographs under Flickr's terms of use",
+        terms="labels CC BY 4.0, photographs under Flickr's terms",
         classes=171,
         expected={"train": 118_287, "val": 5_000},
     ),
@@ -218,7 +218,7 @@ READERS = (
         open=open_voc,
         needs=VOC_NEEDS,
         obtained="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (VOCtrainval_11-May-2012.tar)",
-        terms="photographs under Flickr's terms of use",
+        terms="photographs under Flickr's terms",
         classes=20,
         expected={"train": 1_464, "val": 1_449},
     ),
@@ -248,7 +248,7 @@ READERS = (
     ),
     Reader(
         name="ade20k_847",
-        description="ADE20K of 2021 in full, 847 classes; short sides above 512 are scaled to 512",
+        description="ADE20K of 2021 in full, 847 classes, scaled to short sides of 512",
         open=full_ade.open_full_ade,
         needs=full_ade.NEEDS,
         obtained="https://ade20k.csail.mit.edu/ (ADE20K_2021_17_01.zip, after registration)",
