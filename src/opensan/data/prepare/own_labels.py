@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from opensan.images import ImageError, stored_size
 from opensan.vocabulary import UNLABELLED
 
 _UNKNOWN = -2
@@ -27,6 +26,8 @@ def upright_as(image: Path | bytes, size: tuple[int, int], name: str) -> Callabl
     have the size of its stored pixels, they were drawn on these, and are turned with it. (Where the size can't tell,
     labels are taken to be of the photograph as viewers show it.) Raises ValueError, one line, on any other size.
     """
+    from opensan.images import stored_size  # only now: it imports torch
+
     (height, width), turn = stored_size(image)
     if size == ((width, height) if turn in _TURNS else (height, width)):
         return lambda labels: labels
@@ -53,6 +54,8 @@ def read_map(
     begins with `name`, on a size that isn't the photograph's, and on anything but a file of `formats` with one or three
     channels.
     """
+    from opensan.images import ImageError
+
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as opened:
             if opened.mode not in ("1", "L", "P", "I;16", "RGB"):

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from opensan.data.prepare.source import Photograph
-from opensan.images import known_suffixes
 from opensan.vocabulary import Vocabulary, Word
 
 NO_SPLIT = "all"
@@ -40,7 +39,7 @@ def find_photographs(root: Path, images: Path, *, nested: bool = True) -> list[F
     """
     files = sorted(_images_in(images, nested))
     if not files:
-        raise ValueError(f"{images}: no photographs (known are {', '.join(sorted(known_suffixes()))})")
+        raise ValueError(f"{images}: no photographs (.jpg, .png and the like)")
     found = [Found(file.relative_to(images).with_suffix("").as_posix(), file) for file in files]
     listed = _listed(root, images, found)
     if not listed:
@@ -58,8 +57,15 @@ def _images_in(folder: Path, nested: bool) -> Iterator[Path]:
         raise ValueError(f"{folder}: no such folder; the photographs go there")
     for path in folder.rglob("*") if nested else folder.iterdir():
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in known_suffixes() and not hidden and path.is_file():
+        if is_image(path) and not hidden and path.is_file():
             yield path
+
+
+def is_image(path: Path) -> bool:
+    """By its suffix."""
+    from opensan.images import known_suffixes  # only now: it imports torch
+
+    return path.suffix.lower() in known_suffixes()
 
 
 def _split_by_folder(images: Path, found: Sequence[Found]) -> None:

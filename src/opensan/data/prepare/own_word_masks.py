@@ -12,12 +12,12 @@ from opensan.data.prepare.own_photographs import (
     Found,
     evaluation_split,
     find_photographs,
+    is_image,
     photographs,
     vocabulary_of,
     without,
 )
 from opensan.data.prepare.source import Reader, Source
-from opensan.images import known_suffixes
 from opensan.vocabulary import Vocabulary
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
@@ -72,15 +72,14 @@ def _by_word(masks: Path, by_place: dict[str, Found]) -> Iterator[tuple[str, str
     for folder in sorted(path for path in masks.iterdir() if path.is_dir() and not path.name.startswith(".")):
         for file in sorted(folder.rglob("*")):
             place = file.relative_to(folder).with_suffix("").as_posix()
-            if place in by_place and file.suffix.lower() in known_suffixes():
+            if place in by_place and is_image(file):
                 yield place, _word(folder.name), file
 
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    files = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in files if path.suffix.lower() in known_suffixes())
+    return sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
 
 
 def _word(name: str) -> str:
