@@ -166,7 +166,7 @@ def test_a_wrong_table_of_colours_is_named(folder, line, message):
         ([[0, 255, 0], [0, 0, 0]], np.uint16, r"a.png: 1 pixels hold the value 255; .* 65535 is unlabelled"),
         ([[0, 1], [0, 1], [0, 1]], np.uint8, r"a.png: is 2x3, its photograph 3x2 .* exactly the photograph's size"),
         ([[0] * 300] * 200, np.uint8, r"a.png: is 300x200, its photograph 3x2"),
-        ([[(1, 1, 1)] * 3] * 2, np.uint8, r"a.png: an RGB picture, not an index PNG .* save one channel only"),
+        ([[(1, 1, 1)] * 3] * 2, np.uint8, r"a.png: an RGB picture, not an index map .* save one channel only"),
         ([[(1, 2, 1)] * 3] * 2, np.uint8, r"a.png: an RGB picture, .* or list its colours in colours.txt"),
         ([[(1, 2, 1, 9)] * 3] * 2, np.uint8, r"a.png: an image of mode RGBA; save it with one channel"),
         ([[True, False, True]] * 2, bool, r"a.png: has 1 bit a pixel, .* save 8 bits"),

@@ -1,6 +1,6 @@
 """From data sets as their authors distribute them to the canonical layout."""
 
-from opensan.data.prepare import benchmarks, own_coco, own_folder, own_word_masks
+from opensan.data.prepare import benchmarks, own_coco, own_folder, own_huggingface, own_word_masks
 from opensan.data.prepare.source import Photograph, Reader, Source
 
 __all__ = ["READERS", "Photograph", "Reader", "Source"]
@@ -13,6 +13,7 @@ READERS: dict[str, Reader] = {
         own_word_masks.READER,
         own_coco.PANOPTIC,
         own_coco.INSTANCES,
+        own_huggingface.READER,
     )
 }
 """What `opensan data prepare` knows, by name. To add one, write a `Reader` in a module here and name it above."""

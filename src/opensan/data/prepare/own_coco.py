@@ -18,6 +18,7 @@ from opensan.data.prepare.own_labels import Layers, look_up, read_map, upright_a
 from opensan.data.prepare.own_photographs import (
     NO_SPLIT,
     Found,
+    below,
     evaluation_split,
     fail,
     photographs,
@@ -146,14 +147,6 @@ def _image_folder(folder: Path, file: _File) -> Path:
                 return images
     shown = ", ".join(dict.fromkeys(f"{images}/" for images in places))
     raise ValueError(f"{file.path}: its photographs are in none of {shown}")
-
-
-def below(folder: Path, name: str, place: str) -> Path:
-    """`folder / name`. Raises ValueError, beginning with `place`, if that would lead out of the folder."""
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{place}: {name[:80]!r} is no path below the folder")
-    return folder / path
 
 
 @dataclass(frozen=True)

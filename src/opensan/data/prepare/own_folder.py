@@ -54,7 +54,9 @@ class _Labels:
             raise ValueError(f"{path}: missing; every photograph needs a label PNG of its name ({hint})")
         values = read_map(path, str(path), self.photograph.file)
         if not self.label_of_colour or values.ndim == 2:
-            return from_values(values, self.label_of_value, str(path))
+            grey = values.ndim == 3 and bool((values == values[..., :1]).all())
+            remedy = "; save one channel only" if grey else "; save those numbers, or list its colours in colours.txt"
+            return from_values(values, self.label_of_value, str(path), remedy)
 
         def complaint(colour: int, pixels: int) -> str:
             rgb = f"{colour >> 16} {colour >> 8 & 255} {colour & 255}"

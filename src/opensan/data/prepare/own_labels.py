@@ -84,15 +84,13 @@ def look_up(codes: np.ndarray, label_of_code: Mapping[int, int], complaint: Call
     return labels
 
 
-def from_values(values: np.ndarray, label_of_value: Mapping[int, int], name: str) -> np.ndarray:
+def from_values(values: np.ndarray, label_of_value: Mapping[int, int], name: str, rgb_remedy: str = "") -> np.ndarray:
     """The labels [H, W] int32 of an index map [H, W] as `read_map` gives it; 255 (16 bits: 65535) is unlabelled.
 
     Raises ValueError, one line that begins with `name`, on a value that is no class, and on a map that holds no values.
     """
     if values.ndim == 3:
-        grey = bool((values == values[..., :1]).all())
-        remedy = "save one channel only" if grey else "save the classes' numbers, or list its colours in colours.txt"
-        raise ValueError(f"{name}: an RGB picture, not an index PNG with a class's number in each pixel; {remedy}")
+        raise ValueError(f"{name}: an RGB picture, not an index map with a class's number in each pixel{rgb_remedy}")
     if values.dtype == bool:
         raise ValueError(f"{name}: has 1 bit a pixel, and white may be class 1 or 255 (unlabelled); save 8 bits")
     ignore = np.iinfo(values.dtype).max

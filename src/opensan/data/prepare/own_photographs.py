@@ -139,6 +139,14 @@ def fail(problem: str) -> NoReturn:
     raise ValueError(problem)
 
 
+def below(folder: Path, name: str, place: str) -> Path:
+    """`folder / name`. Raises ValueError, beginning with `place`, if that would lead out of the folder."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"{place}: {name[:80]!r} is no path below the folder")
+    return folder / path
+
+
 def evaluation_split(splits: Iterable[str]) -> str | None:
     """The split to measure on: the first with "test" in its name, else with "val", else the only one."""
     splits = sorted(set(splits))

@@ -1,0 +1,297 @@
+"""Tables of photographs and masks as Hugging Face `datasets` writes them: `opensan data prepare huggingface`.
+
+The files (Parquet, or the Arrow files of `save_to_disk`) are read with pyarrow; no code of a data set ever runs.
+"""
+
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opensan.data.prepare.own_labels import class_values, from_values, read_map
+from opensan.data.prepare.own_photographs import NO_SPLIT, below, evaluation_split, vocabulary_of, without
+from opensan.data.prepare.source import Photograph, Reader, Source
+from opensan.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
+_PHOTOGRAPHS = {"image", "images", "img", "photo", "picture", "pixel_values"}
+"""What the column of photographs is usually called."""
+
+_MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
+
+
+def open_table(
+    folder: Path,
+    *,
+    repo: str = "",
+    classes: str = "",
+    image: str = "",
+    mask: str = "",
+    ignored: str = "",
+    unlabelled: str = "",
+) -> Source:
+    """Parquet or Arrow files with a column of photographs and one of masks whose pixels are class numbers."""
+    if repo:
+        _download(repo, folder)
+    files = _table_files(folder)
+    schema = _schema(files[0])
+    if different := [file for file in files if _schema(file).names != schema.names]:
+        raise ValueError(
+            f"{different[0]}: its columns are not those of {files[0]}; "
+            "if these are several configurations, give the folder of one"
+        )
+    features = _features(schema, files[0])
+    image, mask = _columns(schema, files[0], image, mask)
+    names, place = _classes(folder, classes, features)
+    vocabulary, labels = without(vocabulary_of(list(names.values()), place), ignored, place)
+    values = class_values(dict(zip(names, labels, strict=True)), unlabelled)
+    counts: Counter[str] = Counter()
+    photographs = []
+    for file in files:
+        split = _split(file, folder)
+        for group, number in _row_numbers(file):
+            row = _Row(file, group, number, image, mask, values)
+            name = f"{split}_{counts[split]:06d}"
+            photographs.append(Photograph(name=name, splits=(split,), image=row.photograph, labels=row.labels))
+            counts[split] += 1
+    return Source(vocabulary, photographs, evaluation_split(counts))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Reads a row of a table."""
+
+    file: Path
+    group: int | None
+    """The row group of a Parquet file."""
+    number: int
+    image_column: str
+    mask_column: str
+    label_of_value: Mapping[int, int]
+
+    def photograph(self) -> bytes:
+        """The content of an image file."""
+        return self._picture(self.image_column)
+
+    def labels(self) -> np.ndarray:
+        name = self._name(self.mask_column)
+        values = read_map(self._picture(self.mask_column), name, self.photograph(), _MASK_FORMATS)
+        if values.ndim == 3 and (values == values[..., :1]).all():
+            values = values[..., 0]
+        return from_values(values, self.label_of_value, name)
+
+    def _picture(self, column: str) -> bytes:
+        columns = (self.image_column, self.mask_column)
+        table = _table(self.file, self.group, columns, self.file.stat().st_mtime_ns)
+        value = table[column][self.number].as_py()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes):
+            what = "only a path; write the table with its pictures in it" if value else "nothing"
+            raise ValueError(f"{self._name(column)}: holds {what}")
+        return content
+
+    def _name(self, column: str) -> str:
+        group = "" if self.group is None else f"row group {self.group}, "
+        return f"{self.file}: {group}row {self.number}, column {column!r}"
+
+
+@functools.lru_cache(maxsize=1)
+def _table(file: Path, group: int | None, columns: tuple[str, ...], _modified: int) -> "pyarrow.Table":
+    """A row group of a Parquet file, or an Arrow file as a whole (mapped, not read). The last one is kept.
+
+    Neighbouring photographs are of one group, and each is asked for its picture, its mask and its picture's size.
+    """
+    with _naming(file):
+        if group is None:
+            return _arrow_table(file)
+        from pyarrow import parquet
+
+        return parquet.ParquetFile(file).read_row_group(group, columns=list(columns))
+
+
+def _arrow_table(file: Path) -> "pyarrow.Table":
+    import pyarrow
+
+    mapped = pyarrow.memory_map(str(file))
+    is_stream = mapped.read(6) != b"ARROW1"
+    mapped.seek(0)
+    return (pyarrow.ipc.open_stream(mapped) if is_stream else pyarrow.ipc.open_file(mapped)).read_all()
+
+
+def _row_numbers(file: Path) -> Iterator[tuple[int | None, int]]:
+    """(row group, row in it) of every row."""
+    with _naming(file):
+        if file.suffix == ".arrow":
+            yield from ((None, row) for row in range(_arrow_table(file).num_rows))
+            return
+        from pyarrow import parquet
+
+        metadata = parquet.read_metadata(file)
+        for group in range(metadata.num_row_groups):
+            yield from ((group, row) for row in range(metadata.row_group(group).num_rows))
+
+
+def _schema(file: Path) -> "pyarrow.Schema":
+    with _naming(file):
+        if file.suffix == ".arrow":
+            return _arrow_table(file).schema
+        from pyarrow import parquet
+
+        return parquet.read_schema(file)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Whatever pyarrow says, in one line that names the file."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise ValueError(f"{file}: reading tables needs pyarrow: pip install 'opensan[huggingface]'") from None
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a readable table ({' '.join(str(error).split())[:200]})") from None
+
+
+def _table_files(folder: Path) -> list[Path]:
+    tables = sorted(path for suffix in ("parquet", "arrow") for path in folder.rglob(f"*.{suffix}"))
+    # `datasets` keeps what it has computed beside what was saved; hidden folders are a download's notes.
+    tables = [file for file in tables if not file.name.startswith("cache-") and not _is_hidden(file, folder)]
+    if not tables:
+        raise ValueError(f"{folder}: no .parquet or .arrow files; say repo=OWNER/NAME to download a data set to there")
+    return tables
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _split(file: Path, folder: Path) -> str:
+    """What the file's name says ("data/train-00000-of-00002.parquet"), or the folder's of a numbered file."""
+    stem = _SHARD.sub("", file.stem)
+    if stem != "data" and not stem.isdecimal():
+        return stem
+    return NO_SPLIT if file.parent == folder else file.parent.name
+
+
+def _features(schema: "pyarrow.Schema", file: Path) -> Mapping[str, Any]:
+    """What `datasets` says of the columns; empty if another program wrote the table."""
+    try:
+        said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = said.get("info", {}).get("features", {})
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError(f"{file}: what `datasets` noted of its columns is damaged") from None
+    return features if isinstance(features, dict) else {}
+
+
+def _columns(schema: "pyarrow.Schema", file: Path, image: str, mask: str) -> tuple[str, str]:
+    """The columns of the photographs and of the masks: as told, or else by their type and name."""
+    for option, column in (("image", image), ("mask", mask)):
+        if column and column not in schema.names:
+            raise ValueError(f"{option}={column}: {file} has no such column; it has {', '.join(schema.names)}")
+    pictures = [field.name for field in schema if _holds_pictures(field.type)]
+    rest = [column for column in pictures if column not in (image, mask)]
+    if not image:
+        named = [column for column in rest if column.lower() in _PHOTOGRAPHS]
+        image = named[0] if len(named) == 1 else ""
+        rest = [column for column in rest if column != image]
+    if not mask and image:
+        mask = rest[0] if len(rest) == 1 else ""
+    if not image or not mask:
+        shown = ", ".join(pictures) or "none"
+        raise ValueError(f"{file}: which columns are meant? Say image=COLUMN mask=COLUMN; columns of pictures: {shown}")
+    return image, mask
+
+
+def _holds_pictures(kind: "pyarrow.DataType") -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return "bytes" in {kind.field(index).name for index in range(kind.num_fields)}
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _classes(folder: Path, classes: str, features: Mapping[str, Any]) -> tuple[dict[int, str], str]:
+    """The class names by pixel value, and where they are from."""
+    labelled = dict(_class_labels(features))
+    if classes in labelled:
+        return dict(enumerate(labelled[classes])), f"column {classes}"
+    names = [classes] if classes else ["id2label.json", "classes.txt"]
+    path = next((path for name in names if (path := below(folder, name, "classes")).is_file()), None)
+    if path is None:
+        columns = f", or a column of class labels: {', '.join(labelled)}" if labelled else ""
+        raise ValueError(
+            f"{folder / names[0]}: no such file; the names of the pixel values must be in "
+            f'id2label.json ({{"0": "road", ...}}) or classes.txt, or say classes=FILE{columns}'
+        )
+    if path.suffix != ".json":
+        return dict(enumerate(Vocabulary.from_file(path).names)), str(path)
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable JSON ({' '.join(str(error).split())})") from None
+    if isinstance(said, list):
+        said = dict(enumerate(said))
+    if not isinstance(said, dict) or not all(
+        re.fullmatch(r"\d{1,5}", str(number)) and isinstance(name, str) for number, name in said.items()
+    ):
+        raise ValueError(f'{path}: must be pixel values with their names, {{"0": "road", "1": "sky"}}')
+    return {int(number): said[number] for number in sorted(said, key=int)}, str(path)
+
+
+def _class_labels(features: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
+    """(column, names) of the columns of class labels, also of nested ones ("objects.category")."""
+    if not isinstance(features, dict):
+        return
+    if features.get("_type") == "ClassLabel" and isinstance(features.get("names"), list):
+        yield path, features["names"]
+        return
+    for key, value in features.items():
+        # A list of something, {"feature": ..., "_type": "List"}, is no level of a column's name.
+        inner = path if key == "feature" and "_type" in features else f"{path}.{key}".strip(".")
+        yield from _class_labels(value, inner)
+
+
+def _download(repo: str, folder: Path) -> None:
+    """Fetch a data set's tables from the hub into `folder`; what is there already is kept."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.parquet", "*.arrow", "id2label.json", "classes.txt"]
+    try:
+        # Data sets that are made by a script have tables on a branch that the hub itself writes.
+        for revision in ("main", "refs/convert/parquet"):
+            snapshot_download(repo, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=patterns)
+            if any(folder.rglob("*.parquet")) or any(folder.rglob("*.arrow")):
+                return
+    except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
+        raise ConnectionError(
+            f"repo={repo}: the hub did not give it ({' '.join(str(error).split())[:200]}); "
+            f"download its .parquet files elsewhere, put them into {folder}, and leave repo= out"
+        ) from None
+
+
+READER = Reader(
+    name="huggingface",
+    description="Hugging Face data set with columns of photographs and masks (Parquet, or save_to_disk)",
+    open=open_table,
+    options={
+        "repo": "download the data set OWNER/NAME into the folder first",
+        "classes": "id2label JSON or a list of classes in the folder, if it is called otherwise, or a column of labels",
+        "image": "the column of photographs",
+        "mask": "the column of masks",
+        "ignored": "classes whose pixels become unlabelled: NAME,NAME",
+        "unlabelled": "pixel values that are no class, besides 255 (16-bit: 65535): VALUE,VALUE",
+    },
+    needs="Parquet or Arrow files, and id2label.json or classes.txt",
+    obtained="your own, or https://huggingface.co/datasets",
+)
