@@ -13,6 +13,7 @@ from opensan import __version__
 from opensan.cli.data import data
 from opensan.cli.evaluate import evaluate
 from opensan.cli.models import convert, parity
+from opensan.cli.profile import profile
 from opensan.cli.segment import segment
 from opensan.cli.terminal import reporting_errors
 from opensan.cli.train import train
@@ -31,6 +32,7 @@ app.command()(words)
 app.command()(convert)
 app.command()(parity)
 app.command()(train)
+app.command()(profile)
 app.add_typer(data)
 
 
