@@ -1,0 +1,12 @@
+"""From proposals and their class probabilities to one label a pixel, without the K x H x W score tensor.
+
+resize   the official sequence of resizes as one matrix an axis, and where it is linear
+scores   scores of all words, or of a label map's own
+bounds   which words can win somewhere in a block of pixels
+labels   the label map, by those bounds or band by band
+"""
+
+from opensan.assemble.labels import label_map
+from opensan.assemble.scores import label_scores, score_maps
+
+__all__ = ["label_map", "label_scores", "score_maps"]

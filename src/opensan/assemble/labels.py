@@ -1,0 +1,285 @@
+"""The label map: blocks of pixels are labelled whole where a bound proves that one word wins, and divided where not.
+
+Letters: Q queries, K words, C candidate words of a block, h w stride-16 grid, H0 W0 the answer, n blocks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from opensan.assemble.bounds import first_maximum, group_size, mask_errors, possible_winners
+from opensan.assemble.resize import interpolation_matrices, linear_pieces, mask_bands
+from opensan.structures import ImageSizes
+
+PARTS = 4
+"""A block that is not decided is divided into so many parts each way."""
+
+SMALL_BLOCK = 96
+"""Pixels; of a block no larger, all pixels are computed: fewer than twice those a division would look at."""
+
+BAND_PIXELS = 1 << 20
+"""About how many pixels are under way together."""
+
+BAND_FLOATS = 1 << 23
+"""About how many floats the bands of `label_map_by_bands` may need (32 MB)."""
+
+CHUNK_FLOATS = 1 << 20
+"""About how many floats of scores or masks are made at once: few enough to stay in the processor's cache."""
+
+MOST_CANDIDATES = 2048
+"""A block with more of them is computed for all words, as is one with more than half of them."""
+
+
+def label_map(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
+    """The word with the highest score at every pixel: score[k, y, x] = sum_q probabilities[q, k] mask[q, y, x].
+
+    Args:
+        mask_logits: [Q, h, w] float32, stride-16 grid of the padded network image.
+        probabilities: [Q, K] float32, softmax over words and "no object", without the "no object" column.
+        sizes: of the image these come from.
+
+    Returns:
+        [H0, W0] int32 in 0..K-1. Ties go to the lowest class, as argmax answers them.
+
+    Memory is bounded, whatever K x H0 x W0. The answer is the plain computation's up to rounding. An accelerator
+    has arithmetic to spare, and gets it band by band.
+    """
+    if mask_logits.device.type == "cpu":
+        return label_map_by_bounds(mask_logits, probabilities, sizes)
+    return label_map_by_bands(mask_logits, probabilities, sizes)
+
+
+def label_map_by_bands(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
+    """`label_map` in the simplest way: all scores of a band of rows at a time."""
+    height, width = sizes.image
+    labels = torch.empty(height, width, dtype=torch.int32, device=mask_logits.device)
+    weights = probabilities.T.contiguous()
+    rows = max(1, BAND_FLOATS // (sum(weights.shape) * width))
+    for top, masks in mask_bands(mask_logits, sizes, rows):
+        scores = weights @ masks.flatten(1)
+        labels[top : top + rows] = scores.max(dim=0).indices.view(masks.shape[1:])
+    return labels
+
+
+def label_map_by_bounds(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
+    """`label_map` by blocks: each is labelled whole, or divided and asked again for the words that may win in it."""
+    labels = torch.empty(sizes.image, dtype=torch.int32, device=mask_logits.device)
+    labeller = _Labeller(probabilities, labels)
+    for blocks in _grid_blocks(mask_logits, sizes, labeller.words):
+        undecided: _Blocks | None = labeller.label(blocks, parts=1)
+        while undecided:
+            undecided = labeller.label(undecided, PARTS)
+    return labels
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Rectangles of pixels in which mask logits are bilinear, and how many words may win in each."""
+
+    corners: Tensor
+    """[n, 2, 2, Q] mask logits at the corner pixels."""
+    origin: Tensor
+    """[n, 2] int64: row and column of the first corner."""
+    span: Tensor
+    """[n, 2] int64: rows and columns from there to the opposite corner."""
+    size: Tensor
+    """[n, 2] int64: rows and columns to be labelled: `span`, if the last ones are a neighbour's, else one more."""
+    count: Tensor
+    """[n] int64: candidate words; K where all words are."""
+    words: Tensor
+    """int64: candidates of one block after the other, ascending in each; none of a block with all words."""
+
+    def __len__(self) -> int:
+        return len(self.corners)
+
+    def take(self, index: Tensor) -> "_Blocks":
+        """Some of the blocks; `words` stays as it is."""
+        taken = (each[index] for each in (self.corners, self.origin, self.span, self.size, self.count))
+        return _Blocks(*taken, words=self.words)
+
+    def rectangle(self) -> tuple[Tensor, Tensor]:
+        """Offsets of rows [n, a] and columns [n, b] to be labelled; the last repeated where other blocks have more."""
+        rows, columns = (
+            torch.minimum(torch.arange(int(size.max())), size.unsqueeze(1) - 1) for size in self.size.unbind(1)
+        )
+        return rows, columns
+
+    def logits(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Mask logits [n, a, b, Q] at offsets [n, a] and [n, b]."""
+        (down, across), step = (rows, columns), self.span.clamp(min=1)
+        down, across = (down / step[:, :1])[..., None, None], (across / step[:, 1:])[:, None, :, None]
+        left, right = self.corners[:, :, :1], self.corners[:, :, 1:]
+        top, bottom = torch.addcmul(left, right - left, across).split(1, dim=1)
+        return torch.addcmul(top, bottom - top, down)
+
+
+def _grid_blocks(mask_logits: Tensor, sizes: ImageSizes, words: int) -> Iterator[_Blocks]:
+    """All blocks that the grid's own cells make of the image, a band of rows of them at a time."""
+    down, across = interpolation_matrices(mask_logits, sizes)
+    (top, bottom), (left, right) = (
+        linear_pieces(grid, padded, network, image)
+        for grid, padded, network, image in zip(
+            mask_logits.shape[-2:], sizes.padded, sizes.network, sizes.image, strict=True
+        )
+    )
+    columns = mask_logits @ across[torch.cat([left, right])].T
+    height = BAND_PIXELS // sizes.image[1]
+    start = 0
+    while start < len(top):
+        stop = max(start + 1, int(torch.searchsorted(top, top[start] + height)))
+        rows = down[torch.cat([top[start:stop], bottom[start:stop]])]
+        corners = (rows @ columns).view(-1, 2, stop - start, 2, len(left)).permute(2, 4, 1, 3, 0)
+        origin = torch.cartesian_prod(top[start:stop], left)
+        span = torch.cartesian_prod(bottom[start:stop], right) - origin
+        count = torch.full((len(origin),), words)
+        yield _Blocks(corners.flatten(0, 1).contiguous(), origin, span, span + 1, count, count.new_empty(0))
+        start = stop
+
+
+class _Labeller:
+    """Writes what is decided into `labels`."""
+
+    def __init__(self, probabilities: Tensor, labels: Tensor) -> None:
+        self.labels = labels
+        self.names = distinct_words(probabilities)
+        self.words = len(self.names)
+        probabilities = probabilities[:, self.names]
+        # What all words have in common moves no argmax, and is left out: bounds on what remains are far tighter.
+        weights = (probabilities - probabilities.mean(dim=1, keepdim=True)).T
+        # The last word is repeated until the words divide into groups; as the last of equals it never wins.
+        spare = -self.words % group_size(self.words)
+        self.weights = torch.cat([weights, weights[-1:].expand(spare, -1)]).contiguous()
+        self.magnitudes = self.weights.abs()
+
+    def label(self, blocks: _Blocks, parts: int) -> _Blocks | None:
+        """Label these blocks, and return those of their parts in which more than one word may win, if any."""
+        undecided = []
+        for chunk, candidates, small in self._chunks(blocks, parts):
+            if small:
+                self._label_pixels(chunk, candidates)
+            else:
+                undecided.append(self._label_parts(chunk, candidates, parts))
+        if not undecided:
+            return None
+        return _Blocks(*(torch.cat([getattr(one, part.name) for one in undecided]) for part in fields(_Blocks)))
+
+    def _chunks(self, blocks: _Blocks, parts: int) -> Iterator[tuple[_Blocks, Tensor | None, bool]]:
+        """Blocks of about the same size and number of candidates, those [n, C] or None for all words; and if small."""
+        small = (blocks.size.prod(dim=1) <= SMALL_BLOCK) & (parts > 1)
+        key = small.long()
+        for number in (blocks.count, *blocks.size.unbind(1)):
+            key = 64 * key + torch.frexp((number - 1).double()).exponent
+        order = key.argsort(stable=True)
+        listed = blocks.count.where(blocks.count < self.words, 0)
+        first_word = listed.cumsum(0) - listed
+        for same in order.split(torch.unique_consecutive(key[order], return_counts=True)[1].tolist()):
+            count, is_small = blocks.count[same], bool(small[same[0]])
+            share_all = bool(count[0] == self.words)
+            most = int(count.max())
+            points = int(blocks.size[same].amax(dim=0).prod()) if is_small else (parts + 1) ** 2
+            queries = self.weights.shape[1]
+            floats = points * max(queries, most) + (0 if share_all else queries * most)
+            for index in same.split(max(1, CHUNK_FLOATS // floats)):
+                chunk = blocks.take(index)
+                if share_all:
+                    yield chunk, None, is_small
+                else:
+                    place = torch.minimum(torch.arange(most), chunk.count.unsqueeze(1) - 1)
+                    yield chunk, blocks.words[first_word[index].unsqueeze(1) + place], is_small
+
+    def _label_pixels(self, blocks: _Blocks, candidates: Tensor | None) -> None:
+        """Label every pixel of its own."""
+        rows, columns = blocks.rectangle()
+        masks = blocks.logits(rows, columns).sigmoid_()
+        weights = self.weights[None] if candidates is None else self.weights[candidates]
+        scores = weights @ masks.view(len(weights), -1, masks.shape[-1]).transpose(1, 2)
+        best = first_maximum(scores).view(len(blocks), -1)
+        self._write(blocks, rows, columns, self._word(best, candidates).view(masks.shape[:3]))
+
+    def _label_parts(self, blocks: _Blocks, candidates: Tensor | None, parts: int) -> _Blocks:
+        """Label each part with one word, and return those of which that is not sure."""
+        cuts = blocks.span.unsqueeze(2) * torch.arange(parts + 1) // parts  # [n, 2, parts + 1]
+        logits = blocks.logits(*cuts.unbind(1))
+        masks = logits.sigmoid()
+        weights, magnitudes = (
+            (each[None] if candidates is None else each[candidates]) for each in (self.weights, self.magnitudes)
+        )
+        scores = _weighted(weights, masks)
+        best, possible = possible_winners(scores, _weighted(magnitudes, mask_errors(logits, masks)))
+        best = best.permute(0, 3, 1, 2).reshape(len(blocks), -1)
+        possible = possible.permute(0, 4, 2, 3, 1).reshape(len(blocks), parts, parts, -1)
+        if candidates is None:
+            possible = possible[..., : self.words]
+        else:  # a block's last candidate is repeated where others have more
+            possible &= (torch.arange(possible.shape[-1]) < blocks.count.unsqueeze(1))[:, None, None]
+        winners = self._word(best, candidates).view(-1, parts, parts)
+
+        rows, columns = blocks.rectangle()
+        part_of_row, part_of_column = (
+            (offsets.unsqueeze(2) >= cut[:, None, 1:-1]).sum(dim=2)
+            for offsets, cut in zip((rows, columns), cuts.unbind(1), strict=True)
+        )
+        block = torch.arange(len(blocks))[:, None, None]
+        self._write(blocks, rows, columns, winners[block, part_of_row.unsqueeze(2), part_of_column.unsqueeze(1)])
+        return self._undecided(blocks, candidates, cuts, logits, possible)
+
+    def _undecided(
+        self, blocks: _Blocks, candidates: Tensor | None, cuts: Tensor, logits: Tensor, possible: Tensor
+    ) -> _Blocks:
+        """The parts [n, parts, parts] of blocks in which more than one word is possible."""
+        span = cuts.diff(dim=2)
+        size = span.clone()
+        size[:, :, -1] += blocks.size - blocks.span
+        count = possible.sum(dim=3)
+        asked = (count > 1) & (size[:, 0, :, None] > 0) & (size[:, 1, None, :] > 0)
+        block, row, column = asked.nonzero().unbind(1)
+        count = count[asked]
+        many = (count > MOST_CANDIDATES) | (2 * count > self.words)
+        listed, words = possible[asked][~many].nonzero().unbind(1)
+        if candidates is not None:
+            words = candidates[block[~many][listed], words]
+        place = torch.stack([row, column], dim=1)
+        step = torch.arange(2)
+        return _Blocks(
+            logits[block[:, None, None], (row[:, None] + step)[:, :, None], (column[:, None] + step)[:, None, :]],
+            blocks.origin[block] + cuts[block[:, None], torch.arange(2), place],
+            span[block[:, None], torch.arange(2), place],
+            size[block[:, None], torch.arange(2), place],
+            count.masked_fill(many, self.words),
+            words,
+        )
+
+    def _word(self, best: Tensor, candidates: Tensor | None) -> Tensor:
+        """Words [n, m] of indices [n, m] into candidates [n, C], or into all words."""
+        return best.clamp(max=self.words - 1) if candidates is None else candidates.gather(1, best)
+
+    def _write(self, blocks: _Blocks, rows: Tensor, columns: Tensor, words: Tensor) -> None:
+        """Write words [n, a, b] at offsets [n, a] and [n, b] of the blocks."""
+        rows, columns = blocks.origin[:, :1] + rows, blocks.origin[:, 1:] + columns
+        self.labels[rows.unsqueeze(2), columns.unsqueeze(1)] = self.names[words].int()
+
+
+def distinct_words(probabilities: Tensor) -> Tensor:
+    """The first of each set of words with equal columns in probabilities [Q, K]: indices [K' <= K], ascending.
+
+    Equal columns may differ in their products by rounding, which must not decide between them; nor could any bound.
+    """
+    queries, words = probabilities.shape
+    bits = probabilities.contiguous().view(torch.int32).long()
+    factors = torch.randint(1 << 62, (queries,), generator=torch.Generator().manual_seed(0))
+    _, same = (factors[:, None] * bits).sum(dim=0).unique(return_inverse=True)
+    first = torch.full((words,), words).scatter_reduce_(0, same, torch.arange(words), "amin")
+    representative = first[same]
+    if not torch.equal(probabilities, probabilities[:, representative]):  # two sums that are equal by accident
+        return torch.arange(words)
+    return representative.unique()
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """[G, C, a, b, N] from weights [G, C, Q] and [n, a, b, Q], where each block has its own (G = n), or share one."""
+    _, a, b, queries = values.shape
+    if len(weights) == 1:
+        values = values.permute(1, 2, 0, 3)
+    return (weights @ values.reshape(len(weights), -1, queries).transpose(1, 2)).unflatten(2, (a, b, -1))

@@ -1,0 +1,63 @@
+"""The official way from mask logits at stride 16 to the photograph's pixels, one axis at a time.
+
+Letters: Q queries, h w stride-16 grid, H W the padded network image, H0 W0 the answer.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opensan.structures import ImageSizes
+
+
+def interpolation_matrix(grid: int, padded: int, network: int, image: int, like: Tensor) -> Tensor:
+    """One axis of "bilinear to the padded size, crop, bilinear to the answer's size" as a matrix [image, grid].
+
+    Bilinear resizing is linear and separable, so the official sequence of two resizes and a crop is one product
+    from each side; interpolating the identity gives exactly the weights that the resize itself would use.
+    """
+    identity = torch.eye(grid, dtype=like.dtype, device=like.device).unsqueeze(0)
+    at_padded = F.interpolate(identity, size=padded, mode="linear", align_corners=False)
+    at_image = F.interpolate(at_padded[..., :network], size=image, mode="linear", align_corners=False)
+    return at_image.squeeze(0).T.contiguous()
+
+
+def interpolation_matrices(mask_logits: Tensor, sizes: ImageSizes) -> tuple[Tensor, Tensor]:
+    """`interpolation_matrix` of both axes: [H0, h] and [W0, w]."""
+    down, across = (
+        interpolation_matrix(grid, padded, network, image, mask_logits)
+        for grid, padded, network, image in zip(
+            mask_logits.shape[-2:], sizes.padded, sizes.network, sizes.image, strict=True
+        )
+    )
+    return down, across
+
+
+def linear_pieces(grid: int, padded: int, network: int, image: int) -> tuple[Tensor, Tensor]:
+    """The pixels of one axis, cut where the weights bend: first and last pixel of each piece, both [pieces] int64.
+
+    From one pixel to the next, the row of `interpolation_matrix` changes by the same amount throughout a piece, so
+    that a resized value lies on the line between those at the piece's ends. Pieces neither overlap nor leave gaps.
+    When a photograph is much smaller than the network image, a piece may be as short as one pixel.
+    """
+    rows = interpolation_matrix(grid, padded, network, image, torch.empty(0, dtype=torch.float64))
+    second_difference = (rows[2:] - 2 * rows[1:-1] + rows[:-2]).abs().sum(dim=1)
+    bends = [*((second_difference > 1e-9).nonzero().flatten() + 1).tolist(), image - 1]
+    first, last = [], []
+    start = 0
+    for bend in bends:
+        # Between two bends that are neighbours nothing lies that would need a piece of its own.
+        if bend > start or bend == image - 1 == start:
+            first.append(start)
+            last.append(bend)
+            start = bend + 1
+    return torch.tensor(first), torch.tensor(last)
+
+
+def mask_bands(mask_logits: Tensor, sizes: ImageSizes, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, mask probabilities [Q, rows, W0]) from top to bottom; mask_logits is [Q, h, w]."""
+    down, across = interpolation_matrices(mask_logits, sizes)
+    for top in range(0, sizes.image[0], rows):
+        yield top, (down[top : top + rows] @ mask_logits @ across.T).sigmoid_()
