@@ -55,10 +55,12 @@ def find_photographs(root: Path, images: Path, *, nested: bool = True) -> list[F
 def _images_in(folder: Path, nested: bool) -> Iterator[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; the photographs go there")
-    for path in folder.rglob("*") if nested else folder.iterdir():
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if is_image(path) and not hidden and path.is_file():
-            yield path
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        # The sub-folders themselves may be links, as those to another disk are.
+        inside = path.rglob("*") if nested and path.is_dir() else [path]
+        yield from (file for file in inside if is_image(file) and not file.name.startswith(".") and file.is_file())
 
 
 def is_image(path: Path) -> bool:

@@ -1,0 +1,156 @@
+"""docs/own-data.md is run; and one map of labels, given in every form, comes out of each the same."""
+
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from opensan.cli import main
+from opensan.data.prepare import READERS
+from opensan.data.prepare.engine import prepare
+from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.outputs.coco import run_lengths
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+PAGE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
+
+
+class OneMap:
+    """A photograph with its labels [H, W] (-1 unlabelled) and classes, to be written in every form there is."""
+
+    def __init__(self, image: bytes, labels: np.ndarray, names: list[str]) -> None:
+        self.image = image
+        self.labels = labels
+        self.names = names
+
+    def folder(self, root: Path) -> None:
+        self._photograph(root / "images")
+        self._png(root / "labels" / "1.png", np.where(self.labels < 0, 255, self.labels))
+        (root / "classes.txt").write_text("".join(f"{name}\n" for name in self.names))
+
+    def word_masks(self, root: Path) -> None:
+        self._photograph(root / "images")
+        for label, name in enumerate(self.names):
+            if (self.labels == label).any():
+                self._png(root / "masks" / "1" / f"{name}.png", (self.labels == label) * 255)
+        (root / "classes.txt").write_text("".join(f"{name}\n" for name in self.names))
+
+    def coco_instances(self, root: Path) -> None:
+        self._photograph(root / "images")
+        objects = [
+            {"id": label, "image_id": 1, "category_id": 10 + label, "iscrowd": 0, "segmentation": rle}
+            for label, rle in run_lengths(self.labels, len(self.names)).items()
+        ]
+        self._json(root / "instances_val.json", objects)
+
+    def coco_panoptic(self, root: Path, name: str = "panoptic_val") -> None:
+        self._photograph(root / "images")
+        present = np.unique(self.labels[self.labels >= 0]).tolist()
+        segments = [{"id": 70_003 * (label + 1), "category_id": 10 + label} for label in present]
+        self._json(root / f"{name}.json", [{"image_id": 1, "file_name": "1.png", "segments_info": segments}])
+        ids = 70_003 * (self.labels.astype(np.int64) + 1)
+        self._png(root / name / "1.png", np.dstack([ids % 256, ids // 256 % 256, ids // 65_536]))
+
+    def huggingface(self, root: Path, image: str = "image", mask: str = "annotation") -> None:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        import pyarrow
+
+        self._png(root / "mask.png", np.where(self.labels < 0, 255, self.labels))
+        content = (root / "mask.png").read_bytes()
+        columns = {image: self.image, mask: content, "thumbnail": self.image}
+        table = {name: [{"bytes": content, "path": None}] for name, content in columns.items()}
+        if image == "image":
+            del table["thumbnail"]
+        parquet.write_table(pyarrow.table(table), root / "val.parquet")
+        (root / "id2label.json").write_text(json.dumps({str(place): name for place, name in enumerate(self.names)}))
+
+    def _photograph(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(self.image)
+
+    def _png(self, path: Path, values: np.ndarray) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values.astype(np.uint8)).save(path)
+
+    def _json(self, path: Path, annotations: list) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        height, width = self.labels.shape
+        categories = [{"id": 10 + label, "name": name} for label, name in enumerate(self.names)]
+        image = {"id": 1, "file_name": "1.jpg", "width": width, "height": height}
+        path.write_text(json.dumps({"images": [image], "annotations": annotations, "categories": categories}))
+
+
+FORMS = ["folder", "word-masks", "coco-instances", "coco-panoptic", "huggingface"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_labels(tmp_path, form):
+    if not (SHARED / "camvid").exists():
+        pytest.skip(f"needs {SHARED / 'camvid'}")
+    data = SegmentationFolder(SHARED / "camvid", "test")
+    assert len(FORMS) == len([reader for reader in READERS.values() if reader.obtained.startswith("your own")])
+    for index in (0, 70):
+        labels = data[index][1]
+        image = (SHARED / "camvid" / "images" / f"{data.name(index)}.jpg").read_bytes()
+        root = tmp_path / f"raw{index}"
+        root.mkdir()
+        getattr(OneMap(image, labels, data.vocabulary.names), form.replace("-", "_"))(root)
+        manifest = prepare(READERS[form].open(root), form, tmp_path / f"out{index}")
+        assert (manifest.photographs, manifest.left_out) == (1, {})
+        prepared = SegmentationFolder(tmp_path / f"out{index}", next(iter(manifest.splits)))
+        assert prepared.vocabulary.names == data.vocabulary.names
+        assert np.array_equal(prepared[0][1], labels) and np.array_equal(prepared[0][0], data[index][0])
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines() if line]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """A folder with what the page's reader is supposed to have."""
+    buffer = io.BytesIO()
+    Image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 20).convert("RGB").save(buffer, "JPEG")
+    labels = np.arange(48 * 64).reshape(48, 64) % 5 // 2 - 1
+    given = OneMap(buffer.getvalue(), labels, ["background", "car"])
+    for write, name in ((given.folder, "streets"), (given.word_masks, "parts"), (given.coco_instances, "shop")):
+        write(tmp_path / name)
+    given.coco_panoptic(tmp_path / "scenes", "labels/mine")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "download").mkdir()
+    OneMap(given.image, labels, ["unlabeled", "car"]).huggingface(tmp_path / "saved")
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda repo, local_dir, **_: given.huggingface(local_dir, image="photo", mask="label"),
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_page_s_commands_run(desk, capsys):
+    """In their order: a check is of what was prepared before."""
+    assert {command[3] for command in commands() if command[2] == "prepare"} == set(FORMS)
+    for program, *arguments in commands():
+        assert program == "opensan"
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        output = capsys.readouterr()
+        assert ((caught.value.code or 0), output.err) == (0, ""), arguments
+        assert output.out
+    splits = {"streets": "all", "parts": "all", "shop": "val", "scenes": "mine", "saved": "val", "download": "val"}
+    for name, split in splits.items():
+        assert len(SegmentationFolder(desk / "prepared" / name, split)) == 1
+    for name in ("streets-without-background", "saved"):
+        assert SegmentationFolder(desk / "prepared" / name, splits.get(name, "all")).vocabulary.names == ["car"]
+
+
+def test_the_page_s_options_exist_and_are_all_told():
+    told = set(re.findall(r"\b([a-z]+)=[A-Z\d]", PAGE))
+    assert told == {option for form in FORMS for option in READERS[form].options}
