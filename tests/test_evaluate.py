@@ -17,6 +17,7 @@ from PIL import Image
 
 from opensan.assemble import score_maps
 from opensan.cli import main
+from opensan.data.canonical import Manifest, Request, write_manifest
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.distributed import process_group
 from opensan.evaluate import measure as measure_module
@@ -417,20 +418,21 @@ def test_eval_writes_everything_and_resumes(command, folder, model_folder):
     assert code == 1 and "has no category ids of its own" in err
 
 
-def test_eval_table_of_a_root(command, folder, model_folder, tmp_path):
-    from opensan.data.canonical import Manifest, Request, write_manifest
-
-    request = Request(source="folder", options={}, splits=None, classes=tuple(NAMES))
+def put_manifest(folder: Path, evaluation_split: str, label_set: str | None) -> None:
     manifest = Manifest(
-        request=request,
-        label_set="pascal_voc_20",
-        evaluation_split="test",
-        splits={"test": 7},
-        photographs=7,
+        request=Request(source="folder", options={}, splits=None, classes=tuple(NAMES)),
+        label_set=label_set,
+        evaluation_split=evaluation_split,
+        splits={evaluation_split: len(SIZES)},
+        photographs=len(SIZES),
         files_sha256="0" * 64,
         left_out={},
     )
     write_manifest(folder, manifest)
+
+
+def test_eval_table_of_a_root(command, folder, model_folder, tmp_path):
+    put_manifest(folder, "test", "pascal_voc_20")
     (folder / "val.txt").rename(folder / "test.txt")
     (folder / "images" / "a3.png").write_bytes(b"")
     code, out, err = command("--table", "--root", tmp_path, "--model", model_folder, "--out", "results", "--tta")
@@ -456,3 +458,21 @@ def test_eval_errors_are_one_line(command, folder, tmp_path):
     for arguments, (code, message) in cases.items():
         found, out, err = command(*arguments)
         assert (found, out) == (code, "") and message in err and err.count("\n") == 1, err
+
+
+def test_the_documented_commands_run(command, tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+    commands = [line for line in lines if not line.startswith("torchrun")]
+    assert len(commands) == 4 and lines[1].startswith("torchrun --nproc-per-node 2 -m opensan eval")
+    make_folder(tmp_path / "sets" / "street")
+    (tmp_path / "sets" / "street" / "classes.txt").write_text("red square\nblue circle\nbrick\ngreen heart\n")
+    put_manifest(tmp_path / "sets" / "street", "val", None)
+    for line in commands:
+        program, name, *arguments = line.split()
+        code, out, err = command(*arguments)
+        assert (program, name, code) == ("opensan", "eval", 0), err
+        assert "7 photographs" in out
+    results = ("results", "table", "results-saved", "recomputed")
+    figures = [json.loads(Path(name, "street", "metrics.json").read_text())["metrics"] for name in results]
+    assert all(same(one, figures[0]) for one in figures)

@@ -180,6 +180,7 @@ class Segmenter:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         self.device = checked_device(device)
+        self.speed = speed
         self.dtype = _matrix_dtype(self.device, speed, dtype)
         self.max_pixels = max_pixels
         self.model = model.eval().requires_grad_(False).to(self.device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensan.cli.segment import Dtype
+from opensan.cli.segment import Dtype, Speed
 from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console
 
 if TYPE_CHECKING:
@@ -44,7 +44,12 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("evaluation"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="bfloat16 is for GPUs; many CPUs are slower with it.")] = Dtype.float32,
+    speed: Annotated[
+        Speed, typer.Option(help="exact is the benchmarks' protocol; fast gives nearly the same labels sooner.")
+    ] = Speed.exact,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the image half's matrices; --speed chooses it if not given.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Photographs of one shape that are computed together.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read photographs and count pixels.")] = 4,
     tta: Annotated[
@@ -101,7 +106,7 @@ def evaluate(
         if from_predictions is None:
             if is_main():
                 note(f"loading {model}")
-            segmenter = load(model, device=group.device, dtype=dtype.value)
+            segmenter = load(model, device=group.device, speed=speed.value, dtype=dtype and dtype.value)
         run = _Run(out, model, segmenter, tta, batch, workers, save_predictions, from_predictions, category_ids)
         try:
             evaluations = [run.one(prepared) for prepared in sets]
@@ -145,7 +150,8 @@ class _Run:
         if segmenter is None:
             self._about = {"predictions": str(from_predictions)}
         else:
-            self._about = {"model": f"{model} ({segmenter.fingerprint})", "dtype": str(segmenter.dtype)[6:]}
+            dtype = str(segmenter.dtype).removeprefix("torch.")
+            self._about = {"model": f"{model} ({segmenter.fingerprint})", "speed": f"{segmenter.speed}, {dtype}"}
             self._about |= {"test-time augmentation": "6 scales, mirrored"} if tta else {}
 
     def one(self, prepared: "PreparedSet") -> "Evaluation":

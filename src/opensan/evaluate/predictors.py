@@ -51,6 +51,7 @@ class ModelPredictor:
         self.key = {
             "model": segmenter.fingerprint,
             "image": self._image.model_dump(mode="json"),
+            "speed": segmenter.speed,
             "dtype": str(segmenter.dtype).removeprefix("torch."),
             "vocabulary": vocabulary.to_dict(),
             "augmentation": None,
