@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from faster_coco_eval import mask as coco_mask
+from filelock import FileLock
 from PIL import Image
 
 from opensan.assemble import score_maps
@@ -187,6 +188,12 @@ def test_another_model_or_changed_data_starts_anew_and_says_so(folder, tmp_path)
     assert len(changed.batches) == 7
 
 
+def test_two_evaluations_do_not_write_to_one_folder(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="another evaluation is writing there"):
+        measure(SegmentationFolder(folder, "val"), ByColour(), tmp_path / "out")
+
+
 def test_two_processes_answer_as_one_and_one_goes_on_from_two(folder, tmp_path):
     dataset = SegmentationFolder(folder, "val")
     whole = measure(dataset, ByColour(), tmp_path / "one", batch=2, save_predictions=True)
@@ -292,7 +299,7 @@ def test_predictions_that_are_missing_or_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="no prediction for a"):
         SavedPredictions(tmp_path / "p.json", 3).labels("a", (2, 2))
     save_label_map(tmp_path / "a.png", np.array([[0, 7]]), 8)
-    with pytest.raises(ValueError, match="is 2x1, the photograph 3x3"):
+    with pytest.raises(ValueError, match=r"a\.png: is 2x1, the photograph 3x3"):
         SavedPredictions(tmp_path, 8).labels("a", (3, 3))
     with pytest.raises(ValueError, match="holds 7, there are 3 classes"):
         SavedPredictions(tmp_path, 3).labels("a", (1, 2))
@@ -404,7 +411,7 @@ def test_eval_writes_everything_and_resumes(command, folder, model_folder):
     written = {path.name for path in results.iterdir()}
     assert written == {
         *("metrics.json", "metrics.md", "classes.csv", "confusions.csv", "photographs.csv", "index.html"),
-        *("pictures", "progress", "sem_seg_predictions.json"),
+        *("pictures", "progress", "sem_seg_predictions.json", ".lock"),
     }
     metrics = json.loads((results / "metrics.json").read_text())
     code, again, err = command("--data", folder, "--model", model_folder, "--save-predictions")

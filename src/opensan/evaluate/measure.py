@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
@@ -77,10 +78,42 @@ def measure(
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: the data set is empty, or the progress file is damaged.
+        ValueError: the data set is empty, a progress file is damaged, or another evaluation is writing to `folder`.
     """
     if len(dataset) == 0:
         raise ValueError("the data set has no photographs")
+    lock = FileLock(folder / ".lock", timeout=0)
+    on_main(lambda: _take(lock, folder))
+    try:
+        return _measure(
+            dataset, predictor, folder, batch, workers, save_predictions, save_every, note, progress and is_main()
+        )
+    finally:
+        lock.release()
+
+
+def _take(lock: FileLock, folder: Path) -> None:
+    """Hold the folder until this process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another evaluation is writing there; wait for it, or choose another --out"
+        ) from None
+
+
+def _measure(
+    dataset: MeasurableDataset,
+    predictor: BatchPredictor,
+    folder: Path,
+    batch: int,
+    workers: int,
+    save_predictions: bool,
+    save_every: float,
+    note: Callable[[str], None],
+    progress: bool,
+) -> Evaluation:
     num_classes = len(dataset.vocabulary.names)
     state = folder / "progress"
     key = {"data": dataset.fingerprint(), "saves predictions": save_predictions, **predictor.key}
@@ -94,7 +127,7 @@ def measure(
     own = state / f"rank-{rank():04d}.npz"
     mine = earlier.get(own.name) or Progress(Counts(num_classes))
     mine.broken.clear()
-    with _bar(sum(map(len, batches)), shown=progress and is_main()) as advance:
+    with _bar(sum(map(len, batches)), shown=progress) as advance:
         _Run(dataset, predictor, own, mine, save_predictions, save_every, advance).all(batches, workers)
     barrier()
     return on_main(lambda: _whole(dataset, folder))

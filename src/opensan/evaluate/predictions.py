@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from opensan.files import atomic_path
+from opensan.images import image_size
 from opensan.outputs import read_label_map
 from opensan.outputs.coco import decode_mask, run_lengths
 from opensan.vocabulary import UNLABELLED
@@ -87,24 +88,22 @@ class SavedPredictions:
 
         Raises ValueError, one line, if there is none for it, or it does not fit `size`, the photograph's (H, W).
         """
-        labels = self._from_pictures(name) if self._spans is None else self._from_entries(name, size)
-        if labels.shape != size:
-            raise ValueError(
-                f"{self.path}: the prediction for {name} is {labels.shape[1]}x{labels.shape[0]}, "
-                f"the photograph {size[1]}x{size[0]} (width x height)"
-            )
+        labels = self._from_picture(name, size) if self._spans is None else self._from_entries(name, size)
         if labels.max() >= self.num_classes:
             raise ValueError(
                 f"{self.path}: the prediction for {name} holds {labels.max()}, there are {self.num_classes} classes"
             )
         return labels
 
-    def _from_pictures(self, name: str) -> np.ndarray:
+    def _from_picture(self, name: str, size: tuple[int, int]) -> np.ndarray:
         candidates = [self.path / f"{name}.png", self.path / f"{name}.labels.png"]
-        for path in candidates:
-            if path.is_file():
-                return read_label_map(path)
-        raise ValueError(f"{self.path}: holds neither {candidates[0].name} nor {candidates[1].name}")
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is None:
+            raise ValueError(f"{self.path}: holds neither {candidates[0].name} nor {candidates[1].name}")
+        found = image_size(path)  # known before a picture of any size is taken in
+        if found != size:
+            raise ValueError(f"{path}: is {found[1]}x{found[0]}, the photograph {size[1]}x{size[0]} (width x height)")
+        return read_label_map(path)
 
     def _from_entries(self, name: str, size: tuple[int, int]) -> np.ndarray:
         if name not in self._spans:
