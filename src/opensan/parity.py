@@ -35,10 +35,13 @@ CLEAR_MARGIN = 1e-4
 """Labels must agree where our best score leads by more than this; below it, rounding decides."""
 
 
-def check_inference(path: Path) -> list[Difference]:
-    """Compare every tensor recorded in the golden at `path` with ours. Raises ValueError on an unreadable file."""
+def check_inference(path: Path, device: str = "cpu") -> list[Difference]:
+    """Compare every tensor recorded in the golden at `path` with ours, computed on `device`.
+
+    Raises ValueError on an unreadable file.
+    """
     meta, arrays = read_golden(path)
-    model = golden_model(golden_config(meta, str(path)))
+    model = golden_model(golden_config(meta, str(path))).to(device)
     expected = {name.removeprefix("expect/"): array for name, array in arrays.items() if name.startswith("expect/")}
     ours, labels, margin = _answers(model, meta, arrays)
     unknown = expected.keys() - ours.keys()
@@ -47,12 +50,12 @@ def check_inference(path: Path) -> list[Difference]:
     rows = []
     for name, theirs in expected.items():
         steps = tuple(slice(None, None, step) for step in meta["steps"][name])
-        found = ours[name].numpy()[steps]
+        found = ours[name].cpu().numpy()[steps]
         if found.shape != theirs.shape:
             raise ValueError(f"{path}: {name} has shape {found.shape} here and {theirs.shape} there")
         difference = np.abs(found.astype(np.float64) - theirs.astype(np.float64)).max()
         rows.append(Difference(name, float(difference), LIMITS[name.split("/")[0]]))
-    wrong = (labels.numpy() != arrays["labels"]) & (margin.numpy() > CLEAR_MARGIN)
+    wrong = (labels.cpu().numpy() != arrays["labels"]) & (margin.cpu().numpy() > CLEAR_MARGIN)
     rows.append(Difference("labels (clear pixels that differ)", float(wrong.sum()), LIMITS["labels"]))
     return rows
 
@@ -65,7 +68,7 @@ def _answers(
     image = arrays["image"]
     prepared = prepare(image, model.config.image, resize=False)
     sizes = replace(prepared.sizes, image=tuple(arrays["output_size"].tolist()))
-    pixels = prepared.pixels.unsqueeze(0)
+    pixels = prepared.pixels.unsqueeze(0).to(model.no_object_embedding.device)
 
     features = model.shallow_features(pixels)
     proposals = model.propose(pixels)

@@ -4,8 +4,11 @@
 (docs/speed.md): on a CPU, the matrices of both ViTs' blocks in bfloat16, where the CPU multiplies that.
 """
 
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ from opensan.structures import Proposals
 
 SPEEDS = ("exact", "fast")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+MOST_GRAPHS = 16
+"""Shapes of batches whose CUDA graphs are kept; each holds the memory of a forward pass."""
 
 ImageHalf = Callable[[Tensor], Proposals]
 """Pixels [B, 3, H, W] float32 on the device, as for `SAN.propose`, to what that answers."""
@@ -36,6 +42,8 @@ def prepare_image_half(model: SAN, device: torch.device, speed: str, dtype: torc
     `speed` is one of SPEEDS; `dtype` is that of the blocks' matrices, for "fast" what `fastest_dtype` says.
     """
     narrow_matrices(model, dtype)
+    if device.type == "cuda" and speed == "fast":
+        return CudaGraphs(_compiled(model))
     return model.propose
 
 
@@ -48,3 +56,65 @@ def narrow_matrices(model: SAN, dtype: torch.dtype) -> None:
         for parameter in blocks.parameters():
             if parameter.ndim == 2:
                 parameter.data = parameter.data.to(dtype)
+
+
+def _compiled(model: SAN) -> ImageHalf:
+    """`model.propose` with compiled blocks, and bfloat16 in what is left of the matrix products.
+
+    The blocks are compiled, not the whole: there are four kinds of them, and each is compiled once.
+    """
+    for blocks in (model.clip.visual.transformer.resblocks, model.side_adapter.blocks):
+        for block in blocks:
+            block.compile()
+
+    def propose(pixels: Tensor) -> Proposals:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return model.propose(pixels)
+
+    return propose
+
+
+class CudaGraphs:
+    """A function of pixels, recorded once for each shape and replayed: a small batch waits for launches otherwise.
+
+    Threads may share it; they take turns.
+    """
+
+    def __init__(self, function: ImageHalf) -> None:
+        self._function = function
+        self._graphs: OrderedDict[torch.Size, _Recorded] = OrderedDict()
+        self._turn = threading.Lock()
+
+    def __call__(self, pixels: Tensor) -> Proposals:
+        with self._turn:
+            recorded = self._graphs.pop(pixels.shape, None) or _Recorded.of(self._function, pixels)
+            self._graphs[pixels.shape] = recorded
+            if len(self._graphs) > MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+            recorded.pixels.copy_(pixels)
+            recorded.graph.replay()
+            found = recorded.proposals
+            return Proposals(found.mask_logits.clone(), found.mask_embeddings.clone())
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    pixels: Tensor
+    """What the graph reads."""
+    proposals: Proposals
+    """What it writes."""
+
+    @classmethod
+    def of(cls, function: ImageHalf, pixels: Tensor) -> "_Recorded":
+        pixels = pixels.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and lets libraries take their memory: neither can be recorded
+                function(pixels)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            proposals = function(pixels)
+        return cls(graph, pixels, proposals)

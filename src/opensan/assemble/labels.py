@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opensan.assemble.bounds import first_maximum, group_size, mask_errors, possible_winners
 from opensan.assemble.resize import interpolation_matrices, linear_pieces, mask_bands
+from opensan.best_row import best_row
 from opensan.structures import ImageSizes
 
 PARTS = 4
@@ -24,6 +25,9 @@ BAND_PIXELS = 1 << 20
 
 BAND_FLOATS = 1 << 23
 """About how many floats the bands of `label_map_by_bands` may need (32 MB)."""
+
+BAND_FLOATS_ON_CUDA = 1 << 26
+"""The same where memory is wide (256 MB)."""
 
 CHUNK_FLOATS = 1 << 20
 """About how many floats of scores or masks are made at once: few enough to stay in the processor's cache."""
@@ -52,14 +56,16 @@ def label_map(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> 
 
 
 def label_map_by_bands(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
-    """`label_map` in the simplest way: all scores of a band of rows at a time."""
+    """`label_map` in the simplest way: all words at all pixels of a band of rows at a time."""
     height, width = sizes.image
     labels = torch.empty(height, width, dtype=torch.int32, device=mask_logits.device)
     weights = probabilities.T.contiguous()
-    rows = max(1, BAND_FLOATS // (sum(weights.shape) * width))
+    # Where the scores are not written down, only the masks take memory.
+    rows_of_floats = len(mask_logits) if mask_logits.is_cuda else sum(weights.shape)
+    floats = BAND_FLOATS_ON_CUDA if mask_logits.is_cuda else BAND_FLOATS
+    rows = max(1, floats // (rows_of_floats * width))
     for top, masks in mask_bands(mask_logits, sizes, rows):
-        scores = weights @ masks.flatten(1)
-        labels[top : top + rows] = scores.max(dim=0).indices.view(masks.shape[1:])
+        labels[top : top + rows] = best_row(weights, masks.flatten(1)).view(masks.shape[1:])
     return labels
 
 
