@@ -206,6 +206,16 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+def test_a_folder_that_can_not_be_written_is_one_line(tmp_path):
+    source = Source(WORDS, [photo(tmp_path / "raw", "a")])
+    with pytest.raises(ValueError, match=r"a.png[^\n]*Not a directory[^\n]*$"):
+        prepare(source, "mine", tmp_path / "raw" / "a.png")
+    (tmp_path / "out" / "labels").mkdir(parents=True)
+    (tmp_path / "out" / JOURNAL).write_text("[]")
+    with pytest.raises(ValueError, match="not the journal of an unfinished run"):
+        prepare(source, "mine", tmp_path / "out")
+
+
 def counted(path: Path, labels: np.ndarray) -> np.ndarray:
     """Labels that leave a line in a file whenever they are read."""
     with path.open("a") as log:
@@ -232,9 +242,14 @@ def test_what_is_finished_and_whole_is_not_done_again(tmp_path):
     prepare(source, "mine", out)
     assert contents(out) == whole
     assert [len((tmp_path / f"{name}.log").read_text().splitlines()) for name in "abcd"] == [2, 2, 2, 1]
-    # A photograph that the source no longer has goes.
+    # A photograph that the source no longer has goes, and one that became another file is that file.
+    (out / "images" / "b.png").unlink()
+    Image.new("RGB", (3, 2)).save(tmp_path / "raw" / "b.bmp")
+    photographs[1] = Photograph("b", ("all",), tmp_path / "raw" / "b.bmp", photographs[1].labels)
     prepare(Source(WORDS, photographs[1:]), "mine", out)
     assert sorted(path.name for path in (out / "labels").iterdir()) == ["b.png", "c.png", "d.png"]
+    assert sorted(path.name for path in (out / "images").iterdir()) == ["b.bmp", "c.png", "d.png"]
+    assert FolderCheck(out).problems == []
 
 
 def slowly(number: int) -> np.ndarray:
@@ -444,6 +459,22 @@ def test_the_command_line(run, tmp_path):
     code, stdout, stderr = run("data", "prepare", "pascal_voc_20", "--source", source, "--out", out)
     assert code == 1
     assert stderr.startswith("left out: 2007_000061: ") and stderr.count("\n") == 1
+
+
+def test_a_split_alone_and_an_interruption(run, tmp_path, monkeypatch):
+    arguments = ("data", "prepare", "pascal_voc_20", "--source", voc(tmp_path / "VOC2012"), "--out", tmp_path / "voc")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("opensan.data.prepare.engine.prepare", interrupt)
+        code, stdout, stderr = run(*arguments, "--split", "val")
+    assert (code, stdout, stderr) == (130, "", "interrupted: the same command goes on where it was\n")
+    code, stdout, _ = run(*arguments, "--split", "val")
+    assert (code, "val " in stdout, "train" in stdout) == (0, True, False)
+    code, stdout, _ = run("data", "check", tmp_path / "voc")
+    assert (code, "train" in stdout) == (0, False)
 
 
 def test_the_command_line_says_what_it_would_take(run, tmp_path):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
+from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console, progress_bar
 
 if TYPE_CHECKING:
     from opensan.data.canonical import Manifest
@@ -96,10 +96,17 @@ def prepare(
 
     from opensan.data.prepare.engine import prepare as write
 
-    opened = reader.open(source, **values)
+    try:
+        opened = reader.open(source, **values)
+    except OSError as error:
+        raise ValueError(f"{error.filename or source}: can't be read ({error.strerror or error})") from None
     wanted = [one for one in opened.photographs if not split or set(one.splits) & set(split)]
-    with progress_bar(output_console(), f"preparing {name}", len(wanted)) as advance:
-        manifest = write(opened, name, out, options=values, splits=split, workers=workers, progress=advance)
+    try:
+        with progress_bar(output_console(), f"preparing {name}", len(wanted)) as advance:
+            manifest = write(opened, name, out, options=values, splits=split, workers=workers, progress=advance)
+    except KeyboardInterrupt:
+        complain("interrupted: the same command goes on where it was")
+        raise typer.Exit(INTERRUPTED) from None
     _report(reader, manifest, out)
     if manifest.left_out:
         raise typer.Exit(1)
@@ -117,13 +124,18 @@ def _option_values(reader: "Reader", arguments: list[str]) -> dict[str, str]:
 
 
 def _report(reader: "Reader", manifest: "Manifest", out: Path) -> None:
-    _print_counts(manifest.splits, reader)
+    _print_counts(manifest.splits, reader, manifest.request.splits)
     print(f"{out}: {manifest.photographs:,} photographs, {len(manifest.request.classes)} classes")
     _complain_of([f"left out: {name}: {reason}" for name, reason in manifest.left_out.items()], out / "manifest.json")
 
 
-def _print_counts(splits: dict[str, int], reader: "Reader | None") -> None:
+def _print_counts(
+    splits: dict[str, int], reader: "Reader | None" = None, asked_for: tuple[str, ...] | None = None
+) -> None:
+    """A line a split, also for those that the data set should have and that were not left away by request."""
     expected = reader.expected if reader else {}
+    if asked_for is not None:
+        expected = {split: count for split, count in expected.items() if split in asked_for}
     for split in [*splits, *(split for split in expected if split not in splits)]:
         count, of = splits.get(split, 0), expected.get(split)
         print(f"{split:<12} {count:>9,} photographs" + (f" of {of:,}" if of not in (None, count) else ""))
@@ -157,9 +169,12 @@ def check(
     found = FolderCheck(folder)
     with progress_bar(output_console(), f"checking {folder.name}", len(found)) as advance:
         found.look(quick=quick, workers=workers, progress=advance)
-    reader = READERS.get(found.manifest.request.source) if found.manifest else None
-    _print_counts(found.splits, reader)
-    if found.manifest is None:
+    reader = None
+    if found.manifest is not None:
+        reader = READERS.get(found.manifest.request.source)
+        _print_counts(found.splits, reader, found.manifest.request.splits)
+    else:
+        _print_counts(found.splits)
         complain("note: there is no manifest.json, so there are no counts and checksums to compare with")
     if not found.problems:
         print(f"{folder}: whole")

@@ -65,7 +65,7 @@ def prepare(
 
     Raises:
         ValueError: a split that there is not, names that are no file names or not unique, `out` holding something
-            else, or a worker process that died.
+            else or not being writable, or a worker process that died.
     """
     photographs = _wanted(source, splits)
     request = Request(
@@ -74,8 +74,25 @@ def prepare(
         splits=None if splits is None else tuple(sorted(set(splits))),
         classes=class_lines(source.vocabulary),
     )
-    before = _open_folder(out, request)
-    tasks = [_Task(photograph, out, len(request.classes), before.get(photograph.name)) for photograph in photographs]
+    try:
+        before = _open_folder(out, request)
+        records, left_out = _prepare_all(photographs, out, len(request.classes), before, workers, progress)
+        _remove_stale(out, before.values(), records)
+        return _write_lists(out, request, source, photographs, records, left_out)
+    except OSError as error:  # of reading a photograph it would not arrive here
+        raise ValueError(f"{error.filename or out}: {error.strerror or error}") from None
+
+
+def _prepare_all(
+    photographs: Sequence[Photograph],
+    out: Path,
+    classes: int,
+    before: dict[str, PhotographRecord],
+    workers: int,
+    progress: Callable[[int], None],
+) -> tuple[dict[str, PhotographRecord], dict[str, str]]:
+    """The records of the photographs, noted in the journal as they are made, and why others were left out."""
+    tasks = [_Task(photograph, out, classes, before.get(photograph.name)) for photograph in photographs]
     records: dict[str, PhotographRecord] = {}
     left_out: dict[str, str] = {}
     with (out / JOURNAL).open("a", encoding="utf-8") as journal, closing(run_all(tasks, workers)) as results:
@@ -88,8 +105,7 @@ def prepare(
                 journal.write(result.model_dump_json() + "\n")
                 journal.flush()
             progress(1)
-    _remove_stale(out, [record for name, record in before.items() if name not in records])
-    return _write_lists(out, request, source, photographs, records, left_out)
+    return records, left_out
 
 
 def class_lines(vocabulary: Vocabulary) -> tuple[str, ...]:
@@ -260,11 +276,14 @@ def _link(source: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)  # renaming does nothing if both are hard links to one file
 
 
-def _remove_stale(out: Path, records: Iterable[PhotographRecord]) -> None:
-    """Photographs that an earlier run prepared, and that are no longer there or no longer fit to be used."""
-    for record in records:
-        (out / "images" / record.image.file).unlink(missing_ok=True)
-        (out / "labels" / record.label.file).unlink(missing_ok=True)
+def _remove_stale(out: Path, before: Iterable[PhotographRecord], records: dict[str, PhotographRecord]) -> None:
+    """Remove what an earlier run wrote for photographs that are gone, or no longer fit to be used."""
+    kept = {record.image.file for record in records.values()}
+    for record in before:
+        if record.image.file not in kept:
+            (out / "images" / record.image.file).unlink(missing_ok=True)
+        if record.name not in records:
+            (out / "labels" / record.label.file).unlink(missing_ok=True)
 
 
 def _write_lists(
