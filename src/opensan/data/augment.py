@@ -52,6 +52,8 @@ def augment(
         image = jitter_colours(image, generator)
     if generator.random() < config.flip:
         image, labels = image[:, ::-1], labels[:, ::-1]
+    if size == config.crop:
+        return image, labels
     missing = [(0, limit - part) for limit, part in zip(config.crop, size, strict=True)]
     return (
         np.pad(image, [*missing, (0, 0)], constant_values=PADDING_GREY),
@@ -96,12 +98,21 @@ def jitter_colours(image: np.ndarray, generator: np.random.Generator) -> np.ndar
     levels = np.clip(np.arange(256) + brightness, 0, 255)
     if contrast_first:
         levels = np.clip(levels * contrast, 0, 255)
-    image = levels.astype(np.uint8)[image]
-    if saturation != 1.0 or hue:
-        hsv = np.asarray(Image.fromarray(image).convert("HSV")).copy()
-        hsv[..., 0] += np.uint8(hue % 256)  # wraps around, as hue does
-        hsv[..., 1] = np.clip(np.arange(256) * saturation, 0, 255).astype(np.uint8)[hsv[..., 1]]
-        image = np.asarray(Image.fromarray(hsv, mode="HSV").convert("RGB"))
-    if not contrast_first:
-        image = np.clip(np.arange(256) * contrast, 0, 255).astype(np.uint8)[image]
-    return image
+    first, last = levels.astype(np.uint8), _scaled_levels(1.0 if contrast_first else contrast)
+    picture = Image.fromarray(image)
+    if saturation == 1.0 and not hue:
+        return np.asarray(_change_levels(picture, last[first]))
+    hsv = _change_levels(picture, first).convert("HSV")
+    hues = (np.arange(256) + hue) % 256  # wraps around, as hue does
+    hsv = hsv.point([*hues.tolist(), *_scaled_levels(saturation).tolist(), *range(256)])
+    return np.asarray(_change_levels(hsv.convert("RGB"), last))
+
+
+def _scaled_levels(factor: float) -> np.ndarray:
+    """Every level 0..255 times `factor`, [256] uint8."""
+    return np.clip(np.arange(256) * factor, 0, 255).astype(np.uint8)
+
+
+def _change_levels(picture: Image.Image, levels: np.ndarray) -> Image.Image:
+    """Every channel's level v becomes levels[v]."""
+    return picture if (levels == np.arange(256)).all() else picture.point(levels.tolist() * 3)
