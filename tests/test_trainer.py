@@ -411,6 +411,11 @@ def test_training_a_san_learns_masks_and_leaves_clip_alone(tmp_path, fresh_model
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in halves.state_dict().items())
 
 
+def test_a_frozen_model_is_refused(tmp_path, fresh_model):
+    with pytest.raises(ValueError, match="every parameter of the model is frozen"):
+        train_san(fresh_model().requires_grad_(False), Halves(), SanTrainingConfig(), tmp_path)
+
+
 def test_a_crop_that_does_not_suit_the_model_is_refused(tmp_path, fresh_model):
     config = SanTrainingConfig(augment=AugmentConfig(crop=(100, 96)))
     with pytest.raises(ValueError, match=r"augment.crop \(100, 96\): both sides must be multiples of 32"):

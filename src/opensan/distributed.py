@@ -57,9 +57,9 @@ def _own_device(device: torch.device) -> torch.device:
     if device.index is None:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
             raise ValueError(
-                f"process {local + 1} on this machine has no CUDA device of its own: "
-                f"there are {torch.cuda.device_count()}; start fewer processes"
+                f"device cuda: process {local + 1} on this machine needs one of its own, and there are {count}"
             )
         device = torch.device("cuda", local)
     torch.cuda.set_device(device)

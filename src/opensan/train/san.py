@@ -131,6 +131,10 @@ def train_san(
     divisor = model.config.image.size_divisor
     if any(side % divisor for side in config.augment.crop):
         raise ValueError(f"augment.crop {config.augment.crop}: both sides must be multiples of {divisor}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "every parameter of the model is frozen, as in a Segmenter; train opensan.checkpoints.load_model"
+        )
     datasets = list(dataset) if isinstance(dataset, list | tuple) else [(dataset, 1.0)]
     sources = tuple(SegmentationSource(one, config.augment, number) for number, (one, _) in enumerate(datasets))
     mixture = Mixture(sources, tuple(weight for _, weight in datasets))
