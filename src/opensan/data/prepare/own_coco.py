@@ -291,7 +291,6 @@ PANOPTIC = Reader(
     open=open_panoptic,
     options=_OPTIONS,
     needs="[annotations/]panoptic_SPLIT.json, its PNGs in panoptic_SPLIT/, photographs in SPLIT/ or images/",
-    obtained="your own",
 )
 
 INSTANCES = Reader(
@@ -300,5 +299,4 @@ INSTANCES = Reader(
     open=open_instances,
     options=_OPTIONS,
     needs="[annotations/]instances_SPLIT.json or SPLIT/_annotations.coco.json, photographs in SPLIT/ or images/",
-    obtained="your own",
 )

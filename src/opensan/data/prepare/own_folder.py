@@ -100,5 +100,4 @@ READER = Reader(
         "unlabelled": "pixel values that are no class, besides 255 (16-bit: 65535): VALUE,VALUE",
     },
     needs="images/, labels/NAME.png, classes.txt; SPLIT.txt lists, or sub-folders of images/ and labels/ as splits",
-    obtained="your own",
 )

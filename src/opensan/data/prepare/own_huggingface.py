@@ -293,5 +293,5 @@ READER = Reader(
         "unlabelled": "pixel values that are no class, besides 255 (16-bit: 65535): VALUE,VALUE",
     },
     needs="Parquet or Arrow files, and id2label.json or classes.txt",
-    obtained="your own, or https://huggingface.co/datasets",
+    obtained="https://huggingface.co/datasets, or your own",
 )

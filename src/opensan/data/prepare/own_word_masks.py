@@ -132,5 +132,4 @@ READER = Reader(
     open=open_word_masks,
     options={"ignored": "words whose pixels become unlabelled: NAME,NAME"},
     needs="images/NAME.jpg with masks/NAME/WORD.png or masks/WORD/NAME.png; SPLIT.txt lists or sub-folders of images/",
-    obtained="your own",
 )
