@@ -96,6 +96,7 @@ def prepare(
 
     from opensan.data.prepare.engine import prepare as write
 
+    note(f"reading {source}")
     try:
         opened = reader.open(source, **values)
     except OSError as error:
