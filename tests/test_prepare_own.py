@@ -208,6 +208,14 @@ def test_a_decompression_bomb_is_refused_by_its_size(folder):
         labels_of(open_folder(folder))
 
 
+def test_what_the_system_refuses_is_one_line(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "prepare", "folder", "--source", str(folder), "--out", str(tmp_path / "file" / "out")])
+    error = capsys.readouterr().err
+    assert caught.value.code == 1 and error.count("\n") == 1 and "Not a directory" in error
+
+
 def test_two_photographs_of_one_stem_need_a_choice(folder):
     write_photograph(folder / "images" / "a.png")
     with pytest.raises(ValueError, match=r"images: a.jpg and a.png have the same stem"):

@@ -227,13 +227,16 @@ def test_download(folder, tmp_path, monkeypatch):
     assert asked == [("owner/streets", "dataset", "main"), ("owner/streets", "dataset", "refs/convert/parquet")]
 
 
-def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
+def test_a_hub_that_does_not_answer(tmp_path, monkeypatch, capsys):
     def snapshot_download(*_, **__):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(ConnectionError, match=r"repo=owner/streets: the hub did not give it \(no route to host\)"):
         open_table(tmp_path, repo="owner/streets")
+    with pytest.raises(SystemExit):
+        main(["data", "prepare", "huggingface", "repo=owner/streets", "--source", str(tmp_path), "--out", "out"])
+    assert capsys.readouterr().err.startswith("error: repo=owner/streets: the hub did not give it")
 
 
 @pytest.mark.parametrize("form", ["save_to_disk", "to_parquet"])

@@ -99,6 +99,8 @@ def prepare(
     note(f"reading {source}")
     try:
         opened = reader.open(source, **values)
+    except ConnectionError:  # an OSError too, and told in one line already
+        raise
     except OSError as error:
         raise ValueError(f"{error.filename or source}: can't be read ({error.strerror or error})") from None
     wanted = [one for one in opened.photographs if not split or set(one.splits) & set(split)]
