@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-STEEPEST = math.log(2 + math.sqrt(3))
-"""Where the sigmoid's second derivative is largest; it falls on either side."""
+STEEPEST = 0.5 - math.sqrt(1 / 12)
+"""The mask probability below one half at which the sigmoid's second derivative is largest; it falls on either side."""
 
 ROUNDING = 1e-6
 """Relative error of a float32 weighted sum over the queries, with room to spare."""
@@ -26,29 +26,26 @@ def corners(lattice: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(half.narrow(dim + 1, side, width) for half in (top, bottom) for side in (0, 1))
 
 
-def mask_errors(logits: Tensor, masks: Tensor) -> Tensor:
-    """How far a mask strays from the bilinear surface through its corners, at most.
+def mask_errors(masks: Tensor, steps: Tensor) -> Tensor:
+    """How far masks stray from the bilinear surfaces through the corners of a lattice's cells, at most.
 
     Args:
-        logits: [n, a, b, Q], bilinear within each cell of the lattice a x b.
-        masks: their sigmoid.
+        masks: [n, a, b, Q], sigmoid of logits that are bilinear in each cell.
+        steps: [n, 1, 1, Q], square of the logits' largest change along a cell's upper or lower edge, plus that along
+            its left or right edge.
 
     Returns:
         [n, a - 1, b - 1, Q], with an allowance for the rounding of weighted sums of such masks.
 
-    The interpolation error of f along an edge of length l is at most l^2 / 8 max|f''|; of a bilinear z the sigmoid's
-    second derivative along an edge is sigmoid''(z) times the square of z's slope. It is never more than the range.
+    The interpolation error of f along an edge of length l is at most l^2 / 8 max|f''|; along an edge, the second
+    derivative of sigmoid(z) is sigmoid''(z) times the square of z's slope. An error is never more than the range.
+    In terms of v, the mask or one minus it, whichever is smaller, |sigmoid''| is v (1 - v) (1 - 2 v).
     """
-    top_left, top_right, bottom_left, bottom_right = corners(logits, 1)
-    across = torch.maximum((top_right - top_left).abs_(), (bottom_right - bottom_left).abs_())
-    down = torch.maximum((bottom_left - top_left).abs_(), (bottom_right - top_right).abs_())
-    low, high = _range(top_left, top_right, bottom_left, bottom_right)
-    nearest, farthest = torch.maximum(low, -high).clamp_(min=0), torch.maximum(-low, high)
-    steepest = torch.minimum(nearest.clamp_(min=STEEPEST), farthest)
-    slope = torch.sigmoid(-steepest)
-    curvature = slope * (1 - slope) * (1 - 2 * slope)
     low, high = _range(*corners(masks, 1))
-    errors = torch.minimum((across.square_() + down.square_()).mul_(curvature).div_(8), high - low)
+    nearest = torch.minimum(high, 1 - low).clamp_(max=STEEPEST)
+    v = torch.maximum(nearest, torch.minimum(low, 1 - high))
+    curvature = (1 - v).mul_(v).mul_(torch.rsub(v, 1, alpha=2))
+    errors = torch.minimum(curvature.mul_(steps / 8), high - low)
     return errors.add_(high, alpha=ROUNDING)
 
 

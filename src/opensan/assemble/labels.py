@@ -4,12 +4,12 @@ Letters: Q queries, K words, C candidate words of a block, h w stride-16 grid, H
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from opensan.assemble.bounds import first_maximum, group_size, mask_errors, possible_winners
+from opensan.assemble.bounds import ROUNDING, first_maximum, group_size, mask_errors, possible_winners
 from opensan.assemble.resize import interpolation_matrices, linear_pieces, mask_bands
 from opensan.best_row import best_row
 from opensan.structures import ImageSizes
@@ -31,6 +31,9 @@ BAND_FLOATS_ON_CUDA = 1 << 26
 
 CHUNK_FLOATS = 1 << 20
 """About how many floats of scores or masks are made at once: few enough to stay in the processor's cache."""
+
+FEW_WORDS = 64
+"""So many words or fewer are not worth a first look."""
 
 MOST_CANDIDATES = 2048
 """A block with more of them is computed for all words, as is one with more than half of them."""
@@ -74,7 +77,7 @@ def label_map_by_bounds(mask_logits: Tensor, probabilities: Tensor, sizes: Image
     labels = torch.empty(sizes.image, dtype=torch.int32, device=mask_logits.device)
     labeller = _Labeller(probabilities, labels)
     for blocks in _grid_blocks(mask_logits, sizes, labeller.words):
-        undecided: _Blocks | None = labeller.label(blocks, parts=1)
+        undecided = labeller.label(labeller.shortlist(blocks), parts=1)
         while undecided:
             undecided = labeller.label(undecided, PARTS)
     return labels
@@ -111,6 +114,12 @@ class _Blocks:
             torch.minimum(torch.arange(int(size.max())), size.unsqueeze(1) - 1) for size in self.size.unbind(1)
         )
         return rows, columns
+
+    def steps(self, share: Tensor) -> Tensor:
+        """[n, 1, 1, Q]: what `mask_errors` calls steps, in parts that are `share` [n, 2] of the block."""
+        across = self.corners.diff(dim=2).abs_().amax(dim=1) * share[:, 1:, None]
+        down = self.corners.diff(dim=1).abs_().amax(dim=2) * share[:, :1, None]
+        return across.square_().add_(down.square_()).unsqueeze(1)
 
     def logits(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Mask logits [n, a, b, Q] at offsets [n, a] and [n, b]."""
@@ -158,6 +167,27 @@ class _Labeller:
         spare = -self.words % group_size(self.words)
         self.weights = torch.cat([weights, weights[-1:].expand(spare, -1)]).contiguous()
         self.magnitudes = self.weights.abs()
+        self.probabilities = probabilities.contiguous()
+
+    def shortlist(self, blocks: _Blocks) -> _Blocks:
+        """Leave out the words whose score at its highest is below some word's at its lowest, at one product a block.
+
+        Which words can be that word is a guess: each query's most probable one.
+        """
+        if self.words <= FEW_WORDS:
+            return blocks
+        masks = blocks.corners.sigmoid().flatten(1, 2)
+        likely = self.probabilities[:, self.probabilities.argmax(dim=1).unique()]
+        low, high = masks.aminmax(dim=1)
+        floor = (low @ likely).amax(dim=1, keepdim=True) * (1 - 10 * ROUNDING)
+        counts, words = [], []
+        for some in torch.arange(len(blocks)).split(max(1, CHUNK_FLOATS // self.words)):
+            possible = high[some] @ self.probabilities >= floor[some]
+            count = possible.count_nonzero(dim=1)
+            many = self._many(count)
+            counts.append(count.masked_fill(many, self.words))
+            words.append(possible[~many].nonzero()[:, 1])
+        return replace(blocks, count=torch.cat(counts), words=torch.cat(words))
 
     def label(self, blocks: _Blocks, parts: int) -> _Blocks | None:
         """Label these blocks, and return those of their parts in which more than one word may win, if any."""
@@ -209,11 +239,11 @@ class _Labeller:
         cuts = blocks.span.unsqueeze(2) * torch.arange(parts + 1) // parts  # [n, 2, parts + 1]
         logits = blocks.logits(*cuts.unbind(1))
         masks = logits.sigmoid()
+        errors = mask_errors(masks, blocks.steps(cuts.diff(dim=2).amax(dim=2) / blocks.span.clamp(min=1)))
         weights, magnitudes = (
             (each[None] if candidates is None else each[candidates]) for each in (self.weights, self.magnitudes)
         )
-        scores = _weighted(weights, masks)
-        best, possible = possible_winners(scores, _weighted(magnitudes, mask_errors(logits, masks)))
+        best, possible = possible_winners(_weighted(weights, masks), _weighted(magnitudes, errors))
         best = best.permute(0, 3, 1, 2).reshape(len(blocks), -1)
         possible = possible.permute(0, 4, 2, 3, 1).reshape(len(blocks), parts, parts, -1)
         if candidates is None:
@@ -242,7 +272,7 @@ class _Labeller:
         asked = (count > 1) & (size[:, 0, :, None] > 0) & (size[:, 1, None, :] > 0)
         block, row, column = asked.nonzero().unbind(1)
         count = count[asked]
-        many = (count > MOST_CANDIDATES) | (2 * count > self.words)
+        many = self._many(count)
         listed, words = possible[asked][~many].nonzero().unbind(1)
         if candidates is not None:
             words = candidates[block[~many][listed], words]
@@ -256,6 +286,10 @@ class _Labeller:
             count.masked_fill(many, self.words),
             words,
         )
+
+    def _many(self, count: Tensor) -> Tensor:
+        """Whether a block with so many candidates is better computed for all words."""
+        return (count > MOST_CANDIDATES) | (2 * count > self.words)
 
     def _word(self, best: Tensor, candidates: Tensor | None) -> Tensor:
         """Words [n, m] of indices [n, m] into candidates [n, C], or into all words."""
