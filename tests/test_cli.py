@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import opensan
-import opensan.images
+import opensan.segmenter
 from opensan.checkpoints import load_folder, save_folder
 from opensan.checkpoints.official import to_official
 from opensan.cli import main
@@ -160,12 +160,12 @@ def test_images_are_streamed(run, tmp_path, model_folder, monkeypatch):
         most = max(most, sum(reference() is not None for reference in alive))
         return array
 
-    monkeypatch.setattr(opensan.images, "open_image", watched)
+    monkeypatch.setattr(opensan.segmenter, "open_image", watched)
     code, _, _ = run(
         "segment", tmp_path, "--words", "a", "--model", model_folder, "--out", tmp_path / "o", "--batch", 2
     )
     assert code == 0 and len(alive) == 9
-    assert most <= 3
+    assert most <= 4  # a batch in use, and the next one
 
 
 @pytest.mark.parametrize("batch", [1, 3])

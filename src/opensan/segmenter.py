@@ -161,6 +161,15 @@ class Segmentation:
         )
 
 
+@dataclass(frozen=True)
+class ReadImage:
+    """A photograph, decoded and as network input."""
+
+    array: np.ndarray
+    """[H0, W0, 3] uint8 RGB."""
+    prepared: PreparedImage
+
+
 class Segmenter:
     """A model ready to be asked. Holds no state of any image, so threads may share one object."""
 
@@ -209,18 +218,29 @@ class Segmenter:
         return self._encode_all(images, batch_size)
 
     def _encode_all(self, images: Sequence[Any], batch_size: int) -> list[Encoding]:
-        arrays = [open_image(image, max_pixels=self.max_pixels) for image in images]
+        return self.encode_read([self.read(image) for image in images], batch_size=batch_size)
+
+    def read(self, image: Any) -> ReadImage:
+        """Decode and resize one image, as `encode` takes them: the part that may run ahead, in another thread.
+
+        Raises ImageError (a ValueError), one line naming the image that cannot be read.
+        """
+        array = open_image(image, max_pixels=self.max_pixels)
+        return ReadImage(array, prepare(array, self.model.config.image))
+
+    def encode_read(self, images: Sequence[ReadImage], *, batch_size: int = 4) -> list[Encoding]:
+        """What `encode` does after reading; see there."""
         by_shape = defaultdict(list)
-        for index, array in enumerate(arrays):
-            prepared = prepare(array, self.model.config.image)
-            by_shape[prepared.sizes.padded].append((index, prepared))
+        for index, image in enumerate(images):
+            by_shape[image.prepared.sizes.padded].append(index)
         encodings: dict[int, Encoding] = {}
         for group in by_shape.values():
             for start in range(0, len(group), batch_size):
-                indices, batch = zip(*group[start : start + batch_size], strict=True)
-                found = self.encode_prepared(batch, [arrays[index] for index in indices])
+                indices = group[start : start + batch_size]
+                batch = [images[index] for index in indices]
+                found = self.encode_prepared([image.prepared for image in batch], [image.array for image in batch])
                 encodings.update(zip(indices, found, strict=True))
-        return [encodings[index] for index in range(len(arrays))]
+        return [encodings[index] for index in range(len(images))]
 
     @torch.inference_mode()
     def encode_prepared(

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,10 +15,9 @@ from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.table import Table
 
-    from opensan.segmenter import Segmentation, Segmenter
+    from opensan.segmenter import ReadImage, Segmentation, Segmenter
 
 TABLE_ROWS = 25
 """A longer table scrolls away what it was asked for; the JSON has the rest."""
@@ -117,13 +117,13 @@ def segment(
     segmenter = load(model, device=device, speed=speed.value, dtype=dtype and dtype.value, max_pixels=max_pixels)
     segmenter.text.classifier(vocabulary)  # before the images: it may take long, and it finds words that do not fit
     try:
-        _Run(segmenter, vocabulary, kinds, out, batch, max_pixels).all(jobs)
+        _Run(segmenter, vocabulary, kinds, out, batch).all(jobs)
     except (MemoryError, OutOfMemoryError):
         raise ValueError(f"out of memory on {device}: try a smaller --batch, or smaller photographs") from None
 
 
 class _Run:
-    """Segments one command's images: a few in memory at a time, each written before the next few are read."""
+    """Segments one command's images, a batch at a time; while one is computed and written, the next one is read."""
 
     def __init__(
         self,
@@ -132,14 +132,12 @@ class _Run:
         formats: Sequence[str],
         out: Path,
         batch: int,
-        max_pixels: int,
     ) -> None:
         self._segmenter = segmenter
         self._vocabulary = vocabulary
         self._formats = formats
         self._out = out
         self._batch = batch
-        self._max_pixels = max_pixels
         self._done = 0
         self._broken: list[str] = []
         self._console = output_console()
@@ -148,11 +146,11 @@ class _Run:
         """Exits with 1 if an image was broken, with 130 on Ctrl-C; what is written by then stays."""
         try:
             with progress_bar(self._console, "segmenting", len(jobs)) as advance:
-                for start in range(0, len(jobs), self._batch):
-                    part = jobs[start : start + self._batch]
-                    for job, segmentation in self._segmented(part):
-                        self._write(job, segmentation, alone=len(jobs) == 1)
+                for part in self._read(jobs):
+                    self._segment([read for read in part if isinstance(read, tuple)], alone=len(jobs) == 1)
+                    self._broken += [reason for reason in part if isinstance(reason, str)]
                     advance(len(part))
+                    part.clear()  # two batches are in memory, not three: the one in use and the one being read
         except KeyboardInterrupt:
             complain(f"interrupted: {self._done} of {len(jobs)} images done, their files are complete in {self._out}")
             raise typer.Exit(INTERRUPTED) from None
@@ -163,19 +161,30 @@ class _Run:
                 complain(f"error: {reason}")
             raise typer.Exit(1)
 
-    def _segmented(self, jobs: Sequence[Job]) -> "Iterator[tuple[Job, Segmentation]]":
-        """The answers for the images that can be read; the reasons for the others are kept."""
-        from opensan.images import ImageError, open_image
+    def _read(self, jobs: Sequence[Job]) -> "Iterator[list[tuple[Job, ReadImage] | str]]":
+        """Batches of images, or of the reasons why they cannot be read; each is read while the one before is in use."""
+        from opensan.images import ImageError
 
-        readable: list[tuple[Job, np.ndarray]] = []
-        for job in jobs:
+        def read(part: Sequence[Job]) -> "list[tuple[Job, ReadImage] | str]":
+            return [read_one(job) for job in part]
+
+        def read_one(job: Job) -> "tuple[Job, ReadImage] | str":
             try:
-                readable.append((job, open_image(job.image, max_pixels=self._max_pixels)))
+                return job, self._segmenter.read(job.image)
             except ImageError as error:
-                self._broken.append(str(error))
-        pictures = [image for _, image in readable]
-        answers = self._segmenter.segment(pictures, self._vocabulary, batch_size=self._batch)
-        return zip((job for job, _ in readable), answers, strict=True)
+                return str(error)
+
+        parts = [jobs[start : start + self._batch] for start in range(0, len(jobs), self._batch)]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(read, parts[0])
+            for part in [*parts[1:], []]:
+                done, ahead = ahead.result(), reader.submit(read, part)
+                yield done
+
+    def _segment(self, images: "Sequence[tuple[Job, ReadImage]]", *, alone: bool) -> None:
+        encodings = self._segmenter.encode_read([image for _, image in images], batch_size=self._batch)
+        for (job, _), encoding in zip(images, encodings, strict=True):
+            self._write(job, self._segmenter.segment(encoding, self._vocabulary), alone=alone)
 
     def _write(self, job: Job, segmentation: "Segmentation", *, alone: bool) -> None:
         paths = segmentation.save(job.folder, job.stem, self._formats)
