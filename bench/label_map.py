@@ -11,6 +11,7 @@ Rows:
   photograph by bench/plain.py (san-vit-b16, random weights: only its time matters).
 - `words`: the whole `segment` with 10,000 words against 171, ours both (ratio: 10,000 / 171).
 - `memory`: peak resident memory of encoding and labelling 4000x3000 with 847 words, over the loaded model's (Linux).
+  Labelled are the random weights' own masks and then masks `noise` of that size with words `peaked`.
 
 Random weights give masks and class probabilities that no trained model gives, so these are made:
 
@@ -19,8 +20,8 @@ Random weights give masks and class probabilities that no trained model gives, s
   (6 lower). Masks `noise`: independent normal logits of deviation 4 at every grid point: nothing is smooth.
 - words `peaked`: text rows in 512 dimensions in clusters of 8 near-synonyms (cosine 0.8 within, 0.55 between), mask
   embeddings near the row of their region's word, weak ones near "no object"; class logits scaled so that a trained
-  model's gaps result: a sure query gives its word about 0.7, the rest to its neighbours in meaning, a weak one gives
-  0.9 to "no object". Words `flat`: softmax of uniform numbers in [0, 1], nearly 1 / K for all.
+  model's gaps result: a sure query gives its word about 0.8, the rest to its neighbours in meaning, a weak one gives
+  0.99 to "no object". Words `flat`: softmax of uniform numbers in [0, 1], nearly 1 / K for all.
 - `tiny`: masks and class probabilities of the packaged model on a packaged scene, asked the same number of words.
 """
 
@@ -234,12 +235,15 @@ def print_memory() -> None:
     segmenter = load("san-vit-b16", 0)
     generator = torch.Generator().manual_seed(0)
     _, region, weak = object_masks(generator)
-    _, text = peaked_classes(847, region, weak, generator)
+    embeddings, text = peaked_classes(847, region, weak, generator)
     segmenter.text = GivenWords(text[:-1])
+    words = [f"word {number}" for number in range(847)]
     image = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), dtype=np.uint8)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     loaded = peak()
-    segmentation = segmenter.segment(image, [f"word {number}" for number in range(847)])
+    encoding = segmenter.segment(image, words).encoding
+    noise = 4 * torch.randn(encoding.mask_logits.shape, generator=generator)  # undecided nearly everywhere
+    segmentation = segmenter.segment(replace(encoding, mask_logits=noise, mask_embeddings=embeddings), words)
     labelled = peak()
     assert segmentation.confidence.shape == (3000, 4000)
     figures = {"loaded_mib": loaded, "added_mib": labelled - loaded, "with_confidence_mib": peak() - loaded}
