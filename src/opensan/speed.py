@@ -61,11 +61,12 @@ def narrow_matrices(model: SAN, dtype: torch.dtype) -> None:
 def _compiled(model: SAN) -> ImageHalf:
     """`model.propose` with compiled blocks, and bfloat16 in what is left of the matrix products.
 
-    The blocks are compiled, not the whole: there are four kinds of them, and each is compiled once.
+    The blocks are compiled, not the whole, whose pooling would be compiled anew for every shape: there are four kinds
+    of them, and each is compiled for all shapes. torch keeps what it compiled in the user's temporary folder.
     """
     for blocks in (model.clip.visual.transformer.resblocks, model.side_adapter.blocks):
         for block in blocks:
-            block.compile()
+            block.compile(dynamic=True)
 
     def propose(pixels: Tensor) -> Proposals:
         with torch.autocast("cuda", dtype=torch.bfloat16):

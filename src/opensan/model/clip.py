@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from opensan.model.transformer import Clip, VisionTower
+from opensan.model.transformer import Clip, VisionTower, linear
 from opensan.prompt_tree import PromptTree
 
 
@@ -33,16 +33,31 @@ def resize_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     assert side * side == table.shape[0], table.shape
     if grid == (side, side):
         return table
-    square = table.T.reshape(1, -1, side, side)
-    resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
-    return resized.flatten(2).squeeze(0).T
+    down, across = (_bicubic_matrix(side, size, table) for size in grid)
+    return torch.einsum("hy,wx,yxc->hwc", down, across, table.unflatten(0, (side, side))).flatten(0, 1)
+
+
+def _bicubic_matrix(side: int, size: int, like: Tensor) -> Tensor:
+    """[size, side]: bicubic resizing of one axis. Resized itself, a table keeps a GPU waiting for its few pixels."""
+    identity = torch.eye(side, dtype=like.dtype, device=like.device).view(1, side, side, 1)
+    return F.interpolate(identity, size=(size, 1), mode="bicubic", align_corners=False).view(side, size).T
+
+
+def embed_patches(convolution: nn.Conv2d, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Patch tokens [B, h * w, C] of pixels [B, 3, H, W], and the grid (h, w); what does not fill a patch is dropped.
+
+    A convolution whose patches do not overlap is one matrix product.
+    """
+    side = convolution.kernel_size[0]
+    h, w = pixels.shape[2] // side, pixels.shape[3] // side
+    inside = pixels[:, :, : h * side, : w * side]
+    patches = inside.unflatten(3, (w, side)).unflatten(2, (h, side)).permute(0, 2, 4, 1, 3, 5)
+    return linear(patches.flatten(3).flatten(1, 2), convolution.weight.flatten(1), convolution.bias), (h, w)
 
 
 def shallow_features(visual: VisionTower, pixels: Tensor, last_layer: int, keep: Collection[int]) -> ShallowFeatures:
     """Run patch embedding and blocks 1..last_layer on normalised `pixels` [B, 3, H, W]; keep the layers in `keep`."""
-    patches = visual.conv1(pixels)  # pixels that do not fill a patch are dropped here
-    grid = (patches.shape[2], patches.shape[3])
-    x = patches.flatten(2).transpose(1, 2)
+    x, grid = embed_patches(visual.conv1, pixels)
     class_position, patch_position = visual.positional_embedding[:1], visual.positional_embedding[1:]
     class_token = (visual.class_embedding + class_position).expand(len(x), 1, -1)
     x = torch.cat([class_token, x + resize_position_table(patch_position, grid)], dim=1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensan.config import SideAdapterConfig
-from opensan.model.clip import ShallowFeatures, resize_position_table
+from opensan.model.clip import ShallowFeatures, embed_patches, resize_position_table
 from opensan.model.transformer import SideBlock
 
 SIDE_NORM_EPS = 1e-6
@@ -127,10 +127,9 @@ class SideAdapter(nn.Module):
         the heads read a block's output after fusion and before that addition.
         """
         config = self.config
-        patches = self.patch_embedding(pixels)
-        grid = (patches.shape[2], patches.shape[3])
+        patches, grid = embed_patches(self.patch_embedding, pixels)
         position = torch.cat([self.query_position, resize_position_table(self.patch_position, grid)])
-        x = torch.cat([self.query_embedding.expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
+        x = torch.cat([self.query_embedding.expand(len(pixels), -1, -1), patches], dim=1)
         x = self._fuse(0, x + position, clip, grid)
         answers = {}
         for number, block in enumerate(self.blocks, start=1):

@@ -109,10 +109,10 @@ def _for_attention(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float() if t.dtype == torch.bfloat16 and t.device.type == "cpu" else t for t in tensors)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, *, silu: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool = False) -> Tensor:
     """x W^T + b, [..., in] -> [..., out], in the precision of a narrow weight; with `silu`, x * sigmoid(x) of that."""
     if weight.dtype == torch.bfloat16:
-        x, bias = x.to(weight.dtype), bias.to(weight.dtype)
+        x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
     if _multiplied_by_onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "swish" if silu else "none", [], "")
     projected = F.linear(x, weight, bias)
