@@ -14,8 +14,9 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -68,9 +69,8 @@ def images_a_second(source: SegmentationSource, workers: int, seed: int) -> floa
 
 def training(
     model: str, random: bool, batch: int, steps: int, data: SegmentationFolder, crop: AugmentConfig, device: str
-) -> list[dict[str, object]]:
+) -> Iterator[dict[str, object]]:
     """Seconds of a step, and the share of it that waits for data, for every number of workers."""
-    rows = []
     for workers in WORKERS:
         torch.manual_seed(0)
         network = build_san(PRESETS[model]) if random else load_model(model)
@@ -83,30 +83,13 @@ def training(
                 log = list(csv.DictReader(file))[1:]
         step = [batch / float(row["samples_per_second"]) for row in log]
         waits = [float(row["waiting_for_data"]) for row in log]
-        rows.append(
-            {
-                "model": f"{model}, random weights" if random else model,
-                "batch": batch,
-                "workers": workers,
-                "step_s": statistics.median(step),
-                "waiting": statistics.median(waits),
-            }
-        )
-    return rows
-
-
-def show(report: dict) -> None:
-    """Print the report as Markdown tables."""
-    print("| part of the loader, one process | ms an image |\n|---|---|")
-    for name, value in report["parts"].items():
-        print(f"| {name.removesuffix('_ms')} | {value:.1f} |")
-    print("\n| workers | images a second |\n|---|---|")
-    for workers, rate in report["loader"].items():
-        print(f"| {workers} | {rate:.1f} |")
-    print("\n| training step | batch | workers | step, s | of it waiting for data |\n|---|---|---|---|---|")
-    for row in report["training"]:
-        share = f"{100 * row['waiting']:.1f} %"
-        print(f"| {row['model']} | {row['batch']} | {row['workers']} | {row['step_s']:.3f} | {share} |")
+        yield {
+            "model": f"{model}, random weights" if random else model,
+            "batch": batch,
+            "workers": workers,
+            "step_s": statistics.median(step),
+            "waiting": statistics.median(waits),
+        }
 
 
 def main() -> None:
@@ -123,6 +106,7 @@ def main() -> None:
     data = SegmentationFolder(options.data, options.split)
     crop = AugmentConfig(crop=(options.crop, options.crop))
     source = SegmentationSource(data, crop)
+    say = partial(print, flush=True)  # row by row: the large model takes minutes
     rates = {workers: [] for workers in WORKERS}
     for number in range(options.rounds):
         for workers in WORKERS:
@@ -133,11 +117,22 @@ def main() -> None:
         "crop": options.crop,
         "threads": options.threads,
         "device": options.device,
-        "parts": parts(source, 6 * BATCH),
         "loader": {workers: statistics.median(values) for workers, values in rates.items()},
-        "training": [row for case in TRAININGS for row in training(*case, data, crop, options.device)],
+        "parts": parts(source, 6 * BATCH),
+        "training": [],
     }
-    show(report)
+    say("| workers | images a second |\n|---|---|")
+    for workers, rate in report["loader"].items():
+        say(f"| {workers} | {rate:.1f} |")
+    say("\n| part of the loader, one process | ms an image |\n|---|---|")
+    for name, value in report["parts"].items():
+        say(f"| {name.removesuffix('_ms')} | {value:.1f} |")
+    say("\n| training step | batch | workers | step, s | of it waiting for data |\n|---|---|---|---|---|")
+    for case in TRAININGS:
+        for row in training(*case, data, crop, options.device):
+            share = f"{100 * row['waiting']:.1f} %"
+            say(f"| {row['model']} | {row['batch']} | {row['workers']} | {row['step_s']:.3f} | {share} |")
+            report["training"].append(row)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -34,8 +34,8 @@ def spread(
     if world_size() == 1:
         return task, groups, blocks
     if parallel == "ddp":
-        # Buffers are constants, the same everywhere; parameters are made equal to the main process's here.
-        return DistributedDataParallel(task, broadcast_buffers=False, gradient_as_bucket_view=True), groups, blocks
+        # Parameters are made equal to the main process's here.
+        return DistributedDataParallel(task, gradient_as_bucket_view=True), groups, blocks
     return _shard(task, groups, blocks)
 
 
