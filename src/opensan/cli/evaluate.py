@@ -53,7 +53,8 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Photographs of one shape that are computed together.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read photographs and count pixels.")] = 4,
     tta: Annotated[
-        bool, typer.Option("--tta", help="Average over 6 scales and mirroring: 12 times the work, hardly ever better.")
+        bool,
+        typer.Option("--tta", help="Average over 6 scales and mirroring: a dozen times the work; not the protocol."),
     ] = False,
     save_predictions: Annotated[
         bool, typer.Option("--save-predictions", help="Also write sem_seg_predictions.json (COCO RLE).")
