@@ -15,6 +15,7 @@ from opensan.cli.evaluate import evaluate
 from opensan.cli.models import convert, parity
 from opensan.cli.profile import profile
 from opensan.cli.segment import segment
+from opensan.cli.serve import serve
 from opensan.cli.terminal import reporting_errors
 from opensan.cli.train import train
 from opensan.cli.words import words
@@ -33,6 +34,7 @@ app.command()(convert)
 app.command()(parity)
 app.command()(train)
 app.command()(profile)
+app.command()(serve)
 app.add_typer(data)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "check_formats",
     "check_writable",
     "format_share",
+    "label_map_picture",
     "mean_confidence",
     "output_paths",
     "overlay",
@@ -129,7 +130,14 @@ def save(
 
 
 def save_label_map(path: str | os.PathLike, labels: np.ndarray, count: int) -> None:
-    """Write labels [H, W] (0..count-1, or -1) as a PNG: 8-bit with a palette up to 255 words, else 16-bit grey.
+    """Write `label_map_picture` as a PNG."""
+    picture = label_map_picture(labels, count)
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
+
+
+def label_map_picture(labels: np.ndarray, count: int) -> Image.Image:
+    """Labels [H, W] (0..count-1, or -1) as a picture: 8-bit with a palette up to 255 words, else 16-bit grey.
 
     Unlabelled pixels get the highest value, 255 or 65,535.
     """
@@ -140,8 +148,7 @@ def save_label_map(path: str | os.PathLike, labels: np.ndarray, count: int) -> N
         picture.putpalette(colours.tobytes())
     else:
         picture = Image.fromarray(labels.astype(np.uint16))
-    with atomic_path(path) as temporary:
-        picture.save(temporary)
+    return picture
 
 
 def read_label_map(path: str | os.PathLike) -> np.ndarray:

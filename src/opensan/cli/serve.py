@@ -1,0 +1,70 @@
+"""`opensan serve`: one model, over HTTP."""
+
+import importlib.util
+import signal
+from typing import Annotated
+
+import typer
+
+from opensan.cli.segment import Speed
+from opensan.cli.terminal import INTERRUPTED, complain, note
+
+_NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "multipart": "python-multipart",
+           "prometheus_client": "prometheus-client", "batched": "batched"}  # fmt: skip
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option(help="As for `opensan segment`: san-vit-b16, san-vit-l14, tiny, a folder, a file, a hub id.")
+    ] = "san-vit-b16",
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    speed: Annotated[Speed, typer.Option(help="As for `opensan segment`.")] = Speed.exact,
+    batch: Annotated[int, typer.Option(min=1, help="Photographs of one shape encoded together; more help a GPU.")] = 4,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="OPENSAN_TOKEN", help="Clients must send it as a bearer token.", show_default=False),
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Of one request.")] = 20 << 20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of one photograph.")] = 25_000_000,
+    max_words: Annotated[int, typer.Option(min=1, help="Of one question, with synonyms and background.")] = 512,
+    queue: Annotated[int, typer.Option(min=1, help="Photographs that may wait; more are refused with 429.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until an answer must be there.")] = 30.0,
+    keep: Annotated[int, typer.Option(min=1, help="Encodings kept.")] = 64,
+    keep_seconds: Annotated[float, typer.Option(min=1, help="For which an encoding is kept after its last use.")] = 900,
+) -> None:
+    """Serve a model over HTTP: encode a photograph once, ask it any words.
+
+    /docs tells the API, /metrics the load. SIGTERM and Ctrl-C finish what was accepted.
+    """
+    require_serve_extra()
+    from opensan.serve import Limits
+
+    limits = Limits(
+        request_bytes=max_bytes,
+        pixels=max_pixels,
+        words=max_words,
+        waiting=queue,
+        queue_seconds=timeout,
+        cache_entries=keep,
+        cache_seconds=keep_seconds,
+    )
+    from opensan.segmenter import load
+    from opensan.serve import create_app
+    from opensan.serve.server import run
+
+    note(f"loading {model}")
+    # Words of strangers are remembered in memory only, where their number is bounded.
+    segmenter = load(model, device=device, speed=speed.value, max_pixels=max_pixels, text_cache=False)
+    app = create_app(segmenter, limits=limits, token=token, batch=batch)
+    signal_number = run(app, host, port, started=lambda url: complain(f"serving {segmenter.fingerprint} at {url}"))
+    if signal_number == signal.SIGINT:
+        raise typer.Exit(INTERRUPTED)
+
+
+def require_serve_extra() -> None:
+    """Raises ValueError, one line, where the packages of the service are missing."""
+    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(f"the service needs {', '.join(missing)}: pip install 'opensan[serve]'")

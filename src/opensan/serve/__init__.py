@@ -1,0 +1,15 @@
+"""The HTTP service: photographs are encoded once, and asked any words by their encoding's id.
+
+limits       what clients may ask, and the gate that holds them to it
+cache        the encodings that are kept
+engine       the model's work, batched and off the event loop
+answers      segmentations as JSON, PNG, or what a page draws
+schemas      what clients send and get
+app          the routes
+server       uvicorn, patient with work and impatient with clients that stall
+"""
+
+from opensan.serve.app import Application, create_app
+from opensan.serve.limits import Limits
+
+__all__ = ["Application", "Limits", "create_app"]

@@ -1,0 +1,171 @@
+"""Segmentations in the forms that clients get.
+
+Letters: Q queries, K words, h w stride-16 grid, H W the photograph.
+"""
+
+import base64
+import io
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from opensan import outputs
+from opensan.assemble import mask_bands, masks_at
+from opensan.segmenter import Encoding, Segmentation, Segmenter
+from opensan.serve.limits import Problem
+from opensan.serve.schemas import Format, PointAnswer, PointProposal, PointWord
+from opensan.vocabulary import Vocabulary
+
+MAP_TYPE = "application/vnd.opensan.map"
+
+MEDIA_TYPES = {
+    Format.json: "application/json",
+    Format.labels: "image/png",
+    Format.overlay: "image/png",
+    Format.map: MAP_TYPE,
+}
+
+_FAST_COMPRESSION = 1
+"""zlib level of pictures: a client waits for them."""
+
+_MOST_WORDS = 20
+_MOST_PROPOSALS = 8
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is sent."""
+
+    content: bytes
+    media_type: str
+
+
+def answer(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, form: Format) -> Picture:
+    """Segment and write down. Raises ValueError, one line, for words that the model cannot read."""
+    segmentation = segmenter.segment(encoding, vocabulary)
+    write = {Format.json: _json, Format.labels: _labels, Format.overlay: _overlay, Format.map: _map}[form]
+    return Picture(write(segmentation), MEDIA_TYPES[form])
+
+
+def _json(segmentation: Segmentation) -> bytes:
+    """As `opensan segment` writes it: see `outputs.record`."""
+    record = outputs.record(
+        segmentation.labels,
+        segmentation.names,
+        segmentation.areas,
+        segmentation.confidence,
+        segmentation.vocabulary.to_dict(),
+        segmentation.encoding.model,
+    )
+    return _dumped(record)
+
+
+def _labels(segmentation: Segmentation) -> bytes:
+    return _png(outputs.label_map_picture(segmentation.labels, len(segmentation.names)))
+
+
+def _overlay(segmentation: Segmentation) -> bytes:
+    return _png(segmentation.overlay())
+
+
+def _map(segmentation: Segmentation) -> bytes:
+    """What a page draws itself: a JSON header, then an index and a confidence for each pixel.
+
+    4 bytes: length of the header, little-endian, a multiple of 4. The header: width, height, bytes_per_label (1 or 2),
+    unlabelled (the value of pixels that no word got), words (name, index, area, confidence, colour). Then H x W labels,
+    little-endian, row by row; then H x W confidences, a byte each, 255 for 1.
+    """
+    labels, names, confidence = segmentation.labels, segmentation.names, segmentation.confidence
+    height, width = labels.shape
+    wide = len(names) > 255
+    areas = segmentation.areas
+    means = outputs.mean_confidence(labels, confidence, len(names))
+    colours = outputs.palette(len(names))
+    header = {
+        "width": width,
+        "height": height,
+        "bytes_per_label": 2 if wide else 1,
+        "unlabelled": 65_535 if wide else 255,
+        "words": [
+            {
+                "name": name,
+                "index": index,
+                "area": areas[name],
+                "confidence": None if means[index] is None else round(means[index], 4),
+                "colour": "#" + bytes(colours[index]).hex(),
+            }
+            for index, name in enumerate(names)
+        ],
+    }
+    text = _dumped(header)
+    text += b" " * (-len(text) % 4)
+    return b"".join(
+        (
+            len(text).to_bytes(4, "little"),
+            text,
+            labels.astype("<u2" if wide else np.uint8).tobytes(),  # -1 becomes the highest value
+            (confidence * 255 + 0.5).astype(np.uint8).tobytes(),
+        )
+    )
+
+
+@torch.inference_mode()
+def point(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, x: int, y: int) -> PointAnswer:
+    """What decides the pixel in column `x` and row `y`. Raises Problem (422) if the photograph has no such pixel."""
+    height, width = encoding.sizes.image
+    if x >= width or y >= height:
+        raise Problem(422, f"pixel ({x}, {y}) is outside the photograph of {width} x {height}")
+    probabilities = segmenter.class_probabilities(encoding, vocabulary)
+    mask_logits = encoding.mask_logits.to(probabilities.device)
+    masks = masks_at(mask_logits, encoding.sizes, y, x)
+    contributions = probabilities * masks.unsqueeze(1)
+    scores = contributions.sum(dim=0)
+    winner = int(scores.argmax())
+    shares = contributions[:, winner] / scores[winner].clamp(min=torch.finfo(scores.dtype).tiny)
+    leading = shares.argsort(descending=True)[:_MOST_PROPOSALS]
+    pictures = _mask_pictures(mask_logits[leading], encoding)
+    words = vocabulary.words
+    best = scores.argsort(descending=True, stable=True)[:_MOST_WORDS].tolist()
+    return PointAnswer(
+        x=x,
+        y=y,
+        words=[PointWord(name=words[k].name, background=words[k].absorbs, score=float(scores[k])) for k in best],
+        proposals=[
+            PointProposal(
+                index=index,
+                share=float(shares[index]),
+                mask=float(masks[index]),
+                word_probability=float(probabilities[index, winner]),
+                word=words[int(probabilities[index].argmax())].name,
+                picture=base64.b64encode(_png(picture)).decode("ascii"),
+            )
+            for index, picture in zip(leading.tolist(), pictures, strict=True)
+        ],
+    )
+
+
+def _mask_pictures(mask_logits: torch.Tensor, encoding: Encoding) -> list[Image.Image]:
+    """Masks [q, h, w] as grey pictures of about as many pixels, without the padding: stretched, they fit the image."""
+    grid = [
+        max(1, round(cells * network / padded))
+        for cells, network, padded in zip(
+            mask_logits.shape[1:], encoding.sizes.network, encoding.sizes.padded, strict=True
+        )
+    ]
+    sizes = replace(encoding.sizes, image=(grid[0], grid[1]))
+    ((_, masks),) = mask_bands(mask_logits, sizes, grid[0])
+    return [Image.fromarray(mask) for mask in (masks * 255).round().byte().cpu().numpy()]
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=_FAST_COMPRESSION)
+    return file.getvalue()
+
+
+def _dumped(data: Any) -> bytes:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,78 @@
+"""The encodings that clients may ask words of: the most recently used ones, within bounds."""
+
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from opensan.segmenter import Encoding
+
+
+@dataclass
+class _Kept:
+    encoding: Encoding
+    size: int
+    """Bytes."""
+    expires: float
+
+
+class EncodingCache:
+    """At most `entries` encodings of `size` bytes together, each for `seconds` after its last use.
+
+    Names are random and too long to be guessed: who does not know a name cannot see the photograph.
+    Used from one thread.
+    """
+
+    def __init__(self, entries: int, size: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self.size = 0
+        self._entries = entries
+        self._most = size
+        self._clock = clock
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, encoding: Encoding) -> str:
+        """Keep `encoding` and answer its name; the least recently used ones make room."""
+        name = secrets.token_urlsafe(16)
+        self._kept[name] = _Kept(encoding, encoding_bytes(encoding), self._clock() + self.seconds)
+        self.size += self._kept[name].size
+        self.sweep()
+        while len(self._kept) > 1 and (len(self._kept) > self._entries or self.size > self._most):
+            self._drop(next(iter(self._kept)))
+        return name
+
+    def get(self, name: str) -> Encoding | None:
+        """The encoding of that name, for which its time begins anew; None if there is none (any more)."""
+        self.sweep()
+        kept = self._kept.get(name)
+        if kept is None:
+            return None
+        kept.expires = self._clock() + self.seconds
+        self._kept.move_to_end(name)
+        return kept.encoding
+
+    def remove(self, name: str) -> bool:
+        """Whether there was one to remove."""
+        if name not in self._kept:
+            return False
+        self._drop(name)
+        return True
+
+    def sweep(self) -> None:
+        """Drop what has expired: the least recently used ones, by the order in which they are kept."""
+        now = self._clock()
+        while self._kept and next(iter(self._kept.values())).expires <= now:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, name: str) -> None:
+        self.size -= self._kept.pop(name).size
+
+
+def encoding_bytes(encoding: Encoding) -> int:
+    """What keeping it costs."""
+    image = 0 if encoding.image is None else encoding.image.nbytes
+    return encoding.mask_logits.nbytes + encoding.mask_embeddings.nbytes + image

@@ -1,0 +1,66 @@
+"""What Prometheus reads at /metrics."""
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    """The service's numbers. Those that are states are read when somebody asks: see `Gauge.set_function`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own = {"registry": self.registry, "namespace": "opensan"}
+        self.requests = Counter("requests", "Requests answered.", ["method", "route", "code"], **own)
+        self.seconds = Histogram(
+            "request_seconds", "From the headers of a request to the end of its answer.", ["route"],
+            buckets=_SECONDS, **own,
+        )  # fmt: skip
+        self.batch = Histogram(
+            "batch_images", "Photographs encoded together.", buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32), **own
+        )
+        self.encode = Histogram("encode_seconds", "Of one batch, in the network.", buckets=_SECONDS, **own)
+        self.waiting = Gauge("waiting_images", "Photographs accepted and not yet encoded.", **own)
+        self.questions = Gauge("waiting_questions", "Word questions accepted and not yet answered.", **own)
+        self.cache_entries = Gauge("cache_entries", "Encodings kept.", **own)
+        self.cache_bytes = Gauge("cache_bytes", "Of the encodings kept.", **own)
+        ProcessCollector(registry=self.registry)
+
+    def page(self) -> bytes:
+        """In the text format of Prometheus."""
+        return generate_latest(self.registry)
+
+
+class Observer:
+    """Counts and times every request; stands before everything else."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.monotonic()
+        code = "none"  # the client left before the answer began
+
+        async def noting_send(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = str(message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting_send)
+        finally:
+            # Templates of known routes only: a client must not be able to add series.
+            route = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD") else "other"
+            self._metrics.requests.labels(method, route, code).inc()
+            self._metrics.seconds.labels(route).observe(time.monotonic() - started)

@@ -1,0 +1,173 @@
+"""What clients send and get, as OpenAPI tells it."""
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from opensan.serve.limits import Limits, Problem
+from opensan.vocabulary import Vocabulary
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class WordSpec(_Strict):
+    """A word told in full."""
+
+    name: str = Field(description="What answers call it.")
+    text: str | None = Field(None, description="What prompts say instead of the name.")
+    synonyms: list[str] = Field([], description="Other texts for it; the best of all is its score.")
+    prompts: list[str] = Field([], description="Full sentences instead of the templates.")
+    background: bool = Field(False, description="It takes pixels, and they are answered as unlabelled.")
+
+
+Words = str | list[str | WordSpec]
+
+
+class Question(_Strict):
+    """The words to look for."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"words": ["road", "car|automobile", "sky"]}]}
+    )
+
+    words: Words = Field(description='"road, car|automobile, sky", or a list; | joins synonyms.')
+    background: Words = Field([], description="Words whose pixels are answered as unlabelled.")
+    templates: Literal["vild", "single"] | list[str] | None = Field(
+        None, description='The prompts: a set\'s name, or texts with one "{}" each.'
+    )
+
+    def vocabulary(self, limits: Limits) -> Vocabulary:
+        """Raises Problem (422), one line, if it is more than `limits` allow or cannot be used."""
+        self._check(limits)
+        try:
+            return Vocabulary.parse(_plain(self.words), background=_plain(self.background), templates=self.templates)
+        except ValueError as error:
+            raise Problem(422, str(error)) from None
+
+    def _check(self, limits: Limits) -> None:
+        texts = [*_texts(self.words), *_texts(self.background)]
+        if len(texts) > limits.words:
+            raise Problem(422, f"{len(texts):,} words and synonyms are more than the limit of {limits.words:,}")
+        templates = self.templates if isinstance(self.templates, list) else []
+        if len(templates) > limits.templates:
+            raise Problem(422, f"{len(templates):,} templates are more than the limit of {limits.templates:,}")
+        characters = sum(map(len, texts)) + sum(map(len, templates))
+        if characters > limits.characters:
+            raise Problem(422, f"{characters:,} characters are more than the limit of {limits.characters:,}")
+
+
+class PointQuestion(Question):
+    """The words to look for, and a pixel."""
+
+    x: Annotated[int, Field(ge=0, description="Column, from the left.")]
+    y: Annotated[int, Field(ge=0, description="Row, from the top.")]
+
+
+class EncodingInfo(BaseModel):
+    """A photograph that is ready to be asked."""
+
+    id: str
+    width: int
+    height: int
+    expires_in: float = Field(description="Seconds; every use begins them anew.")
+
+
+class PointWord(BaseModel):
+    """A word at the pixel."""
+
+    name: str
+    background: bool
+    score: float = Field(description="Sum over proposals of class times mask probability, not clipped.")
+
+
+class PointProposal(BaseModel):
+    """One of the proposals that decide the pixel's word."""
+
+    index: int
+    share: float = Field(description="Of the winner's score, in [0, 1].")
+    mask: float = Field(description="Its mask's probability at the pixel.")
+    word_probability: float = Field(description="With which it is the winning word.")
+    word: str = Field(description="The word it most probably is.")
+    picture: str = Field(description="Its mask over the photograph, an 8-bit PNG at stride 16, base64.")
+
+
+class PointAnswer(BaseModel):
+    """What decides one pixel."""
+
+    x: int
+    y: int
+    words: list[PointWord] = Field(description="Best first.")
+    proposals: list[PointProposal] = Field(description="Largest share first.")
+
+
+class ServiceInfo(BaseModel):
+    """What this service is."""
+
+    opensan: str
+    model: str
+    device: str
+    limits: dict[str, int]
+
+
+class ProblemInfo(BaseModel):
+    """Why a request was not answered (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+class Format(StrEnum):
+    """The form of a segmentation."""
+
+    json = "json"
+    labels = "labels"
+    overlay = "overlay"
+    map = "map"
+
+
+def question_from_form(fields: dict[str, Any]) -> Question:
+    """From the text fields of a form; words are a comma string, or JSON if they begin with a bracket."""
+    import json
+
+    values: dict[str, Any] = {}
+    for name, text in fields.items():
+        if not isinstance(text, str):
+            raise Problem(422, f"the field {name!r} must be text")
+        begins_json = text.lstrip()[:1] == "["
+        try:
+            values[name] = json.loads(text) if begins_json else text
+        except (ValueError, RecursionError):
+            raise Problem(422, f"the field {name!r} is not valid JSON") from None
+    try:
+        return Question.model_validate(values)
+    except ValidationError as error:
+        raise Problem(422, one_line(error.errors())) from None
+
+
+def one_line(errors: Any) -> str:
+    """What is wrong, and where: the first of pydantic's errors."""
+    error = errors[0]
+    place = ".".join(str(part) for part in error["loc"] if part != "body")
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{place}: {error['msg']}{more}" if place else f"{error['msg']}{more}"
+
+
+def _plain(words: Words) -> str | list[Any]:
+    if isinstance(words, str):
+        return words
+    return [word if isinstance(word, str) else word.model_dump(exclude_none=True) for word in words]
+
+
+def _texts(words: Words) -> Iterator[str]:
+    """All texts that the model would read, before templates."""
+    for word in words.split(",") if isinstance(words, str) else words:
+        if isinstance(word, str):
+            yield from word.split("|")
+        else:
+            yield from (word.name, *([word.text] if word.text else []), *word.synonyms, *word.prompts)
