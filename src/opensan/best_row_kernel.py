@@ -7,6 +7,7 @@ from torch import Tensor
 
 _COLUMNS = 128
 _ROWS = 64
+_WARPS = 8
 
 
 def best_row_on_cuda(high: Tensor, low: Tensor, columns: Tensor) -> Tensor:
@@ -18,7 +19,7 @@ def best_row_on_cuda(high: Tensor, low: Tensor, columns: Tensor) -> Tensor:
     best = torch.empty(count, dtype=torch.int64, device=columns.device)
     grid = (triton.cdiv(count, _COLUMNS),)
     rows, size = high.shape
-    _kernel[grid](high, low, columns, best, rows, inner, count, size, _ROWS, _COLUMNS, num_warps=8)
+    _kernel[grid](high, low, columns, best, rows, inner, count, size, _ROWS, _COLUMNS, num_warps=_WARPS)
     return best
 
 

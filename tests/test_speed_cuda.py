@@ -1,0 +1,26 @@
+"""The image half on CUDA: compiled, recorded, and shared by threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from opensan.speed import CudaGraphs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@torch.inference_mode()
+def test_replays_answer_as_the_function_whatever_the_shape(small_model):
+    model = small_model.to("cuda")
+    try:
+        graphs = CudaGraphs(model.propose)
+        batches = [torch.randn(b, 3, h, w, device="cuda") for b, h, w in ((1, 96, 96), (2, 96, 128), (1, 96, 96))]
+        for pixels in batches:
+            torch.testing.assert_close(graphs(pixels).mask_logits, model.propose(pixels).mask_logits)
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(torch.inference_mode()(graphs), batches))
+        for pixels, proposals in zip(batches, found, strict=True):
+            torch.testing.assert_close(proposals.mask_embeddings, model.propose(pixels).mask_embeddings)
+    finally:
+        model.to("cpu")
