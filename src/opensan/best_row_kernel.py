@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 _COLUMNS = 128
-_ROWS = 64
-_WARPS = 8
+_ROWS = 32
+_WARPS = 4
 
 
 def best_row_on_cuda(high: Tensor, low: Tensor, columns: Tensor) -> Tensor:
