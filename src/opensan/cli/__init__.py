@@ -18,6 +18,7 @@ from opensan.cli.segment import segment
 from opensan.cli.serve import serve
 from opensan.cli.terminal import reporting_errors
 from opensan.cli.train import train
+from opensan.cli.ui import ui
 from opensan.cli.words import words
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ app.command()(parity)
 app.command()(train)
 app.command()(profile)
 app.command()(serve)
+app.command()(ui)
 app.add_typer(data)
 
 

@@ -44,10 +44,17 @@ class Picture:
     media_type: str
 
 
-def answer(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, form: Format) -> Picture:
-    """Segment and write down. Raises ValueError, one line, for words that the model cannot read."""
+def answer(
+    segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, form: Format, confidence: bool = True
+) -> Picture:
+    """Segment and write down; without `confidence`, a map is labels only.
+
+    Raises ValueError, one line, for words that the model cannot read.
+    """
     segmentation = segmenter.segment(encoding, vocabulary)
-    write = {Format.json: _json, Format.labels: _labels, Format.overlay: _overlay, Format.map: _map}[form]
+    if form is Format.map:
+        return Picture(_map(segmentation, confidence), MAP_TYPE)
+    write = {Format.json: _json, Format.labels: _labels, Format.overlay: _overlay}[form]
     return Picture(write(segmentation), MEDIA_TYPES[form])
 
 
@@ -72,18 +79,19 @@ def _overlay(segmentation: Segmentation) -> bytes:
     return _png(segmentation.overlay())
 
 
-def _map(segmentation: Segmentation) -> bytes:
+def _map(segmentation: Segmentation, with_confidence: bool) -> bytes:
     """What a page draws itself: a JSON header, then an index and a confidence for each pixel.
 
     4 bytes: length of the header, little-endian, a multiple of 4. The header: width, height, bytes_per_label (1 or 2),
     unlabelled (the value of pixels that no word got), words (name, index, area, confidence, colour). Then H x W labels,
-    little-endian, row by row; then H x W confidences, a byte each, 255 for 1.
+    little-endian, row by row; then, if wanted, H x W confidences, a byte each, 255 for 1.
     """
-    labels, names, confidence = segmentation.labels, segmentation.names, segmentation.confidence
+    labels, names = segmentation.labels, segmentation.names
+    confidence = segmentation.confidence if with_confidence else None
     height, width = labels.shape
     wide = len(names) > 255
     areas = segmentation.areas
-    means = outputs.mean_confidence(labels, confidence, len(names))
+    means = [None] * len(names) if confidence is None else outputs.mean_confidence(labels, confidence, len(names))
     colours = outputs.palette(len(names))
     header = {
         "width": width,
@@ -108,7 +116,7 @@ def _map(segmentation: Segmentation) -> bytes:
             len(text).to_bytes(4, "little"),
             text,
             labels.astype("<u2" if wide else np.uint8).tobytes(),  # -1 becomes the highest value
-            (confidence * 255 + 0.5).astype(np.uint8).tobytes(),
+            b"" if confidence is None else (confidence * 255 + 0.5).astype(np.uint8).tobytes(),
         )
     )
 

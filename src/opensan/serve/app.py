@@ -3,14 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
-from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
@@ -34,6 +32,7 @@ from opensan.serve.schemas import (
     one_line,
     question_from_form,
 )
+from opensan.serve.site import add_page
 
 SWEEP_SECONDS = 5.0
 """Encodings that have expired are let go this often."""
@@ -137,9 +136,11 @@ class Service:
             raise _gone()
         return encoding
 
-    async def segmented(self, request: Request, encoding: Encoding, question: Question, form: Format) -> Response:
+    async def segmented(
+        self, request: Request, encoding: Encoding, question: Question, form: Format, confidence: bool = True
+    ) -> Response:
         vocabulary = question.vocabulary(self.limits)
-        work = self.engine.ask(lambda: answers.answer(self.segmenter, encoding, vocabulary, form))
+        work = self.engine.ask(lambda: answers.answer(self.segmenter, encoding, vocabulary, form, confidence))
         picture = await _while_there(request, work)
         return Response(picture.content, media_type=picture.media_type)
 
@@ -150,7 +151,7 @@ def create_app(
     limits: Limits | None = None,
     token: str | None = None,
     batch: int = 4,
-    page: Path | None = None,
+    page: bool = False,
 ) -> "Application":
     """The service of one model.
 
@@ -159,7 +160,7 @@ def create_app(
         limits: what clients may ask.
         token: a secret that clients must send ("Authorization: Bearer ..."); None lets everybody in.
         batch: photographs of equal padded shape that go through the network together.
-        page: a folder of static files to serve at "/".
+        page: serve the web page at "/".
     """
     service = Service(segmenter, limits or Limits(), batch)
     app = FastAPI(
@@ -172,8 +173,8 @@ def create_app(
     _add_routes(app, service)
     _add_encoding_routes(app, service)
     _add_errors(app)
-    if page is not None:
-        app.mount("/", StaticFiles(directory=page, html=True))
+    if page:
+        add_page(app)
     app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=1)
     return Application(app, service, token)
 
@@ -265,11 +266,17 @@ def _add_encoding_routes(app: FastAPI, service: Service) -> None:
         responses={**_FORMS, **_problems(*_ALWAYS, 404, 406)},
     )  # fmt: skip
     async def segment_encoding(
-        id: str, question: Question, request: Request, format: Annotated[Format | None, Query()] = None
+        id: str,
+        question: Question,
+        request: Request,
+        format: Annotated[Format | None, Query()] = None,
+        confidence: Annotated[
+            bool, Query(description="false leaves the confidences out of a map, which is then there much sooner.")
+        ] = True,
     ) -> Response:
         """Ask an encoded photograph words; neither ViT runs."""
         form = _form(request, format)
-        return await service.segmented(request, service.kept(id), question, form)
+        return await service.segmented(request, service.kept(id), question, form, confidence)
 
     @app.post("/v1/encodings/{id}/point", tags=["encodings"], responses=_problems(*_ALWAYS, 404))
     async def point(id: str, question: PointQuestion, request: Request) -> PointAnswer:

@@ -1,0 +1,50 @@
+"""`opensan ui`: the web page, and the service that it talks to, on this machine only."""
+
+import signal
+import webbrowser
+from threading import Thread
+from typing import Annotated
+
+import typer
+
+from opensan.cli.segment import Speed
+from opensan.cli.serve import require_serve_extra
+from opensan.cli.terminal import INTERRUPTED, note
+
+HOST = "127.0.0.1"
+
+
+def ui(
+    model: Annotated[
+        str, typer.Option(help="As for `opensan segment`: tiny, san-vit-b16, san-vit-l14, a folder, a file, a hub id.")
+    ] = "san-vit-b16",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8321,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in your browser.")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    speed: Annotated[Speed, typer.Option(help="As for `opensan segment`.")] = Speed.exact,
+) -> None:
+    """Open a page where words act at once: a photograph is encoded once, and every keystroke is answered.
+
+    It listens on this machine only. Ctrl-C ends it.
+    """
+    require_serve_extra()
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    from opensan.segmenter import load
+    from opensan.serve import Limits, create_app
+    from opensan.serve.server import run
+
+    def started(url: str) -> None:
+        print(url, flush=True)
+        if open_browser:
+            Thread(target=webbrowser.open, args=(url,), daemon=True).start()  # some browsers answer when they end
+
+    note(f"loading {model}")
+    limits = Limits()
+    # Every half-typed word is embedded; a disk would be filled with them.
+    segmenter = load(model, device=device, speed=speed.value, max_pixels=limits.pixels, text_cache=False)
+    app = create_app(segmenter, limits=limits, page=True)
+    # A page of another name that resolves to this machine must not reach the photographs.
+    app.api.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    if run(app, HOST, port, started) == signal.SIGINT:
+        raise typer.Exit(INTERRUPTED)

@@ -1,0 +1,97 @@
+// The HTTP service as the page uses it. Every failure is a ServiceError whose message may be shown to a person.
+
+export class ServiceError extends Error {
+  constructor(message, status = 0, retryAfter = 0) {
+    super(message);
+    this.status = status; // 0: nobody answered
+    this.retryAfter = retryAfter; // seconds
+  }
+}
+
+async function call(path, options = {}) {
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServiceError("The service does not answer.");
+  }
+  if (response.ok) return response;
+  let message = "";
+  try {
+    const problem = await response.json();
+    message = typeof problem.detail === "string" ? problem.detail : problem.title || "";
+  } catch {
+    // not JSON: the status has to do
+  }
+  const retryAfter = Number(response.headers.get("Retry-After")) || 0;
+  throw new ServiceError(message || `The service answered ${response.status}.`, response.status, retryAfter);
+}
+
+function asJson(body, accept, signal) {
+  const headers = { "Content-Type": "application/json", Accept: accept };
+  return { method: "POST", headers, body: JSON.stringify(body), signal };
+}
+
+/** What the service is: {model, limits}. */
+export async function information() {
+  return (await call("v1/info")).json();
+}
+
+/** Whether the service is there again. */
+export async function alive() {
+  try {
+    return (await fetch("healthz", { cache: "no-store" })).ok;
+  } catch {
+    return false;
+  }
+}
+
+/** Sends a photograph to be looked at: {id, width, height}. */
+export async function encode(blob) {
+  const headers = { "Content-Type": blob.type || "application/octet-stream" };
+  return (await call("v1/encodings", { method: "POST", headers, body: blob })).json();
+}
+
+/** Lets the service forget a photograph; nothing depends on it. */
+export function forget(id) {
+  fetch(`v1/encodings/${id}`, { method: "DELETE", keepalive: true }).catch(() => {});
+}
+
+/**
+ * Labels of every pixel: {labels Uint8Array or Uint16Array, unlabelled, confidence Uint8Array or null, words}, each word with
+ * its name, area and colour [r, g, b]. `question` is {words, background} as the service takes it.
+ */
+export async function segment(id, question, { confidence = false, signal } = {}) {
+  const path = `v1/encodings/${id}/segmentation?format=map&confidence=${confidence}`;
+  const buffer = await (await call(path, asJson(question, "application/vnd.opensan.map", signal))).arrayBuffer();
+  const length = new DataView(buffer).getUint32(0, true);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
+  const pixels = header.width * header.height;
+  const Labels = header.bytes_per_label === 2 ? Uint16Array : Uint8Array;
+  const labels = new Labels(buffer, 4 + length, pixels);
+  const words = header.words.map((word) => ({ ...word, colour: rgb(word.colour) }));
+  const sure = confidence ? new Uint8Array(buffer, 4 + length + labels.byteLength, pixels) : null;
+  return { labels, unlabelled: header.unlabelled, confidence: sure, words };
+}
+
+/** "#e69f00" -> [230, 159, 0]. */
+const rgb = (hex) => [1, 3, 5].map((at) => Number.parseInt(hex.slice(at, at + 2), 16));
+
+/** Why a pixel has its word: {words [{name, score}], proposals [{share, word, picture}]}, best first. */
+export async function explain(id, x, y, question) {
+  return (await call(`v1/encodings/${id}/point`, asJson({ ...question, x, y }, "application/json"))).json();
+}
+
+const FORMATS = {
+  labels: ["image/png", "labels", ".labels.png"],
+  overlay: ["image/png", "overlay", ".overlay.png"],
+  json: ["application/json", "json", ".segments.json"],
+};
+
+/** A finished file for the person's own disk: [Blob, end of its name]. */
+export async function result(id, question, kind) {
+  const [accept, format, ending] = FORMATS[kind];
+  const response = await call(`v1/encodings/${id}/segmentation?format=${format}`, asJson(question, accept));
+  return [await response.blob(), ending];
+}

@@ -1,0 +1,152 @@
+// A field that turns what is typed into chips. All that is typed is text, never HTML.
+
+const key = (text) => text.split("|")[0].trim().toLowerCase().replace(/\s+/g, " ");
+
+/** "car | taxi |" -> "car|taxi". */
+export const tidy = (text) => text.split("|").map((part) => part.trim()).filter(Boolean).join("|");
+
+export const css = (colour) => `rgb(${colour.join(" ")})`;
+
+export function percent(share) {
+  if (share > 0 && share < 0.001) return "<0.1 %";
+  return share > 0 && share < 0.1 ? `${(share * 100).toFixed(1)} %` : `${Math.round(share * 100)} %`;
+}
+
+export class Words {
+  /**
+   * `input` and `chips` are the elements; `onChange(event)` follows every keystroke and every chip made or removed,
+   * `onShow()` a chip switched on or off, `onPoint(index or null)` the chip that is pointed at.
+   */
+  constructor(input, chips, { onChange, onShow = null, onPoint = () => {} }) {
+    Object.assign(this, { input, chips, onChange, onShow, onPoint });
+    this.words = []; // {text, shown, element}
+    input.addEventListener("input", (event) => this.#typed(event));
+    input.addEventListener("keydown", (event) => this.#pressed(event));
+    chips.addEventListener("keydown", (event) => this.#pressedOnChip(event));
+  }
+
+  /** What is typed and not yet a chip; "" where it only repeats one. */
+  get draft() {
+    const text = tidy(this.input.value);
+    return text && !this.has(text) ? text : "";
+  }
+
+  get texts() {
+    return this.words.map((word) => word.text);
+  }
+
+  has(text) {
+    return this.words.some((word) => key(word.text) === key(text));
+  }
+
+  set(texts) {
+    this.words = [];
+    this.chips.replaceChildren();
+    this.input.value = "";
+    for (const text of texts) this.#add(text);
+  }
+
+  /** Gives each chip its colour and share: `find(name)` answers {colour, area}, or undefined if not known. */
+  describe(find) {
+    for (const { text, element } of this.words) {
+      const found = find(text.split("|")[0]);
+      element.querySelector(".swatch").style.backgroundColor = found ? css(found.colour) : "";
+      element.querySelector(".share").textContent = found ? percent(found.area) : "";
+    }
+  }
+
+  #add(text) {
+    const tidied = tidy(text);
+    if (!tidied || this.has(tidied)) return false;
+    const word = { text: tidied, shown: true };
+    word.element = this.#chip(word);
+    this.words.push(word);
+    this.chips.append(word.element);
+    return true;
+  }
+
+  #chip(word) {
+    const item = document.createElement("li");
+    item.className = "chip";
+    const body = document.createElement("button");
+    body.type = "button";
+    body.className = "body";
+    const [name, ...synonyms] = word.text.split("|");
+    for (const [kind, text] of [["swatch", ""], ["name", name], ["synonyms", synonyms.join(", ")], ["share", ""]]) {
+      if (kind === "synonyms" && !text) continue;
+      const part = document.createElement("span");
+      part.className = kind;
+      part.textContent = text;
+      body.append(part);
+    }
+    if (this.onShow) {
+      body.setAttribute("aria-pressed", "true");
+      body.title = "Show or hide";
+      body.addEventListener("click", () => {
+        word.shown = !word.shown;
+        body.setAttribute("aria-pressed", String(word.shown));
+        this.onShow();
+      });
+    }
+    const remove = document.createElement("button");
+    remove.type = "button";
+    remove.className = "remove";
+    remove.tabIndex = -1; // Delete on the word does it, so that twenty words are not forty stops
+    remove.setAttribute("aria-label", `Remove ${name}`);
+    remove.textContent = "×";
+    remove.addEventListener("click", (event) => this.#remove(word, event));
+    item.append(body, remove);
+    const point = (on) => this.onPoint(on ? this.words.indexOf(word) : null);
+    item.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && point(true));
+    item.addEventListener("pointerleave", () => point(false));
+    return item;
+  }
+
+  #remove(word, event) {
+    const index = this.words.indexOf(word);
+    if (index < 0) return;
+    const focused = word.element.contains(document.activeElement);
+    this.words.splice(index, 1);
+    word.element.remove();
+    this.onPoint(null);
+    const neighbour = this.words[Math.min(index, this.words.length - 1)];
+    if (focused) (neighbour ? neighbour.element.querySelector(".body") : this.input).focus();
+    this.onChange(event);
+  }
+
+  #typed(event) {
+    if (this.input.value.includes(",") && !event.isComposing) {
+      const parts = this.input.value.split(",");
+      this.input.value = parts.pop().trimStart();
+      parts.forEach((part) => this.#add(part));
+    }
+    this.onChange(event);
+  }
+
+  #pressed(event) {
+    if (event.isComposing) return;
+    if (event.key === "Enter") {
+      event.preventDefault();
+      if (!tidy(this.input.value)) return;
+      this.#add(this.input.value);
+      this.input.value = "";
+      this.onChange(event);
+    } else if (event.key === "Backspace" && !this.input.value && this.words.length) {
+      event.preventDefault();
+      this.#remove(this.words.at(-1), event);
+    }
+  }
+
+  #pressedOnChip(event) {
+    const index = this.words.findIndex((word) => word.element.contains(event.target));
+    if (index < 0) return;
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (step) {
+      event.preventDefault();
+      this.words[index + step]?.element.querySelector(".body").focus();
+    } else if (event.key === "Delete" || event.key === "Backspace") {
+      event.preventDefault();
+      this.#remove(this.words[index], event);
+    }
+  }
+}

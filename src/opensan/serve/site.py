@@ -1,0 +1,37 @@
+"""The web page: static files of the package, served at "/" by the service that they talk to."""
+
+import os
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+_PACKAGE = Path(__file__).parents[1]
+_HEADERS = {
+    # Nothing from outside, nothing inline; blob: is what the page itself makes.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # asked again each time, so that page and service are of one version
+}
+
+
+class _Files(StaticFiles):
+    def file_response(
+        self,
+        full_path: str | os.PathLike[str],
+        stat_result: os.stat_result,
+        scope: dict,
+        status_code: int = 200,
+    ) -> Response:
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        response.headers.update(_HEADERS)
+        return response
+
+
+def add_page(app: FastAPI) -> None:
+    """Serve the page at "/" and the package's drawn scenes at "/scenes"; to be called after all other routes."""
+    app.mount("/scenes", _Files(directory=_PACKAGE / "assets" / "scenes"))
+    app.mount("/", _Files(directory=_PACKAGE / "serve" / "page", html=True))
