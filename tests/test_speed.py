@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import opensan
+from opensan.model import transformer
 
 SCENE = Path(opensan.__file__).parent / "assets" / "scenes" / "playground.png"
 WORDS = "night sky,brick,green heart,white heart,orange circle,orange cross,red square"
@@ -36,6 +37,20 @@ def test_fast_labels_nearly_alike(bfloat16_cpu):
     assert agreement > 0.99
     assert not np.array_equal(exact.encoding.mask_logits, fast.encoding.mask_logits)
     assert fast.encoding.mask_logits.dtype == fast.encoding.mask_embeddings.dtype == torch.float32
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("cached_logits", [2**20, 300])
+def test_narrow_attention_is_attention(monkeypatch, cached_logits):
+    """In blocks of any size; and keys that are all moved alike, as trained ones are, cost no exactness."""
+    monkeypatch.setattr(transformer, "CACHED_LOGITS", cached_logits)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 50, 24, generator=generator).bfloat16()
+    k += 8
+    found = transformer.attention(q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert found.dtype == torch.bfloat16 and found.shape == expected.shape
+    assert (found - expected).abs().max() < 0.02
 
 
 def test_fast_narrows_the_blocks_matrices_and_nothing_else(bfloat16_cpu):

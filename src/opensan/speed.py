@@ -1,7 +1,7 @@
 """How the image half of a model is computed: exactly, or as fast as the machine can with nearly the same answers.
 
 "exact" is float32, whatever the device. "fast" is what the device does best, measured for what it costs in answers
-(docs/speed.md): on a CPU, the matrices of both ViTs' blocks in bfloat16, where the CPU multiplies that.
+(docs/speed.md): on a CPU, the matrix products of both ViTs' blocks in bfloat16, where the CPU multiplies that.
 """
 
 import threading
@@ -50,7 +50,7 @@ def prepare_image_half(model: SAN, device: torch.device, speed: str, dtype: torc
 def narrow_matrices(model: SAN, dtype: torch.dtype) -> None:
     """Hold the matrices of both ViTs' blocks in `dtype`: nearly all of the image half's arithmetic.
 
-    Norms, biases, attention weights, residual sums, the fusion and the heads stay in float32.
+    Attention follows its queries and keys, so it is narrow too. Norms, residual sums, fusion and heads stay in float32.
     """
     for blocks in (model.clip.visual.transformer.resblocks, model.side_adapter.blocks):
         for parameter in blocks.parameters():
