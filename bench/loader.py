@@ -36,7 +36,8 @@ WORKERS = (0, 1, 2)
 BATCH = 8
 BATCHES_TIMED = 10
 TRAININGS = (("tiny", False, 4, 8), ("san-vit-b16", True, 2, 3))
-"""Model, whether with random weights, batch size, steps; the first step does not count."""
+"""Model, whether with random weights, batch size, steps; the first step does not count. Crops have the size that the
+model's side network is made for: 640 for san-vit-b16, 192 for tiny."""
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -68,23 +69,31 @@ def images_a_second(source: SegmentationSource, workers: int, seed: int) -> floa
 
 
 def training(
-    model: str, random: bool, batch: int, steps: int, data: SegmentationFolder, crop: AugmentConfig, device: str
+    model: str, random: bool, batch: int, steps: int, data: SegmentationFolder, device: str
 ) -> Iterator[dict[str, object]]:
     """Seconds of a step, and the share of it that waits for data, for every number of workers."""
     for workers in WORKERS:
         torch.manual_seed(0)
         network = build_san(PRESETS[model]) if random else load_model(model)
+        side = network.config.side_adapter.image_size
         loop = LoopConfig(steps=steps, batch_size=batch, log_every=1, workers=workers)
         with tempfile.TemporaryDirectory() as folder:
             with redirect_stderr(StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                train_san(network, data, SanTrainingConfig(loop=loop, augment=crop), folder, device=device)
+                train_san(
+                    network,
+                    data,
+                    SanTrainingConfig(loop=loop, augment=AugmentConfig(crop=(side, side))),
+                    folder,
+                    device=device,
+                )
             with (Path(folder) / "log.csv").open(newline="") as file:
                 log = list(csv.DictReader(file))[1:]
         step = [batch / float(row["samples_per_second"]) for row in log]
         waits = [float(row["waiting_for_data"]) for row in log]
         yield {
             "model": f"{model}, random weights" if random else model,
+            "crop": side,
             "batch": batch,
             "workers": workers,
             "step_s": statistics.median(step),
@@ -104,8 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = SegmentationFolder(options.data, options.split)
-    crop = AugmentConfig(crop=(options.crop, options.crop))
-    source = SegmentationSource(data, crop)
+    source = SegmentationSource(data, AugmentConfig(crop=(options.crop, options.crop)))
     say = partial(print, flush=True)  # row by row: the large model takes minutes
     rates = {workers: [] for workers in WORKERS}
     for number in range(options.rounds):
@@ -127,11 +135,11 @@ def main() -> None:
     say("\n| part of the loader, one process | ms an image |\n|---|---|")
     for name, value in report["parts"].items():
         say(f"| {name.removesuffix('_ms')} | {value:.1f} |")
-    say("\n| training step | batch | workers | step, s | of it waiting for data |\n|---|---|---|---|---|")
+    say("\n| training step | crop | batch | workers | step, s | of it waiting for data |\n|---|---|---|---|---|---|")
     for case in TRAININGS:
-        for row in training(*case, data, crop, options.device):
-            share = f"{100 * row['waiting']:.1f} %"
-            say(f"| {row['model']} | {row['batch']} | {row['workers']} | {row['step_s']:.3f} | {share} |")
+        for row in training(*case, data, options.device):
+            cells = (row["model"], row["crop"], row["batch"], row["workers"], f"{row['step_s']:.3f}")
+            say("|", *(f"{cell} |" for cell in cells), f"{100 * row['waiting']:.1f} % |")
             report["training"].append(row)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
