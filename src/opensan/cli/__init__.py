@@ -14,6 +14,7 @@ from opensan.cli.data import data
 from opensan.cli.evaluate import evaluate
 from opensan.cli.models import convert, parity
 from opensan.cli.profile import profile
+from opensan.cli.raster import segment_raster
 from opensan.cli.segment import segment
 from opensan.cli.serve import serve
 from opensan.cli.terminal import reporting_errors
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(segment)
+app.command()(segment_raster)
 app.command("eval")(evaluate)
 app.command()(words)
 app.command()(convert)

@@ -19,6 +19,7 @@ from opensan.outputs.drawing import format_share, overlay
 
 __all__ = [
     "FORMATS",
+    "UNLABELLED_COLOUR",
     "check_formats",
     "check_writable",
     "format_share",

@@ -1,0 +1,234 @@
+"""`opensan segment-raster`: an image of any size, with or without coordinates, as a label raster and polygons."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from opensan.cli.segment import Dtype, Speed, _vocabulary
+from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console, progress_bar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from opensan.geo import GeoRaster
+    from opensan.segmenter import Segmenter
+    from opensan.strips import StripFile
+    from opensan.tiles import Tiling
+    from opensan.vocabulary import Vocabulary
+
+PREVIEW_SIDE = 2048
+"""Pixels of the preview's longer side."""
+
+
+def segment_raster(
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="A GeoTIFF, PNG, JPEG or JPEG 2000 image.", show_default=False)
+    ],
+    words: Annotated[
+        str | None,
+        typer.Option(help='What to look for: "road, car|automobile|taxi, sky" (| joins synonyms).', show_default=False),
+    ] = None,
+    words_file: Annotated[
+        Path | None, typer.Option(help="The words from a file: a word a line, or JSON.", show_default=False)
+    ] = None,
+    words_set: Annotated[
+        str | None, typer.Option(help="A ready label set; `opensan words` lists them.", show_default=False)
+    ] = None,
+    background: Annotated[
+        str, typer.Option(help="Words whose pixels are reported as unlabelled.", show_default=False)
+    ] = "",
+    templates: Annotated[
+        str | None,
+        typer.Option(help="Prompts: vild (the default), single, or a file with one a line.", show_default=False),
+    ] = None,
+    model: Annotated[str, typer.Option(help="As for `opensan segment`.")] = "san-vit-b16",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("out"),
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            min=32,
+            help="Side of a tile in the image's pixels. The default is the model's own size, so that it sees pixels as "
+            "they are; twice as much shows it everything at half size.",
+            show_default=False,
+        ),
+    ] = None,
+    overlap: Annotated[
+        int | None,
+        typer.Option(min=0, help="Pixels that neighbours share (default: a fifth of a tile).", show_default=False),
+    ] = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(help="One or three bands to see as red, green, blue: 4,3,2 (counted from 1).", show_default=False),
+    ] = None,
+    stretch: Annotated[
+        str | None,
+        typer.Option(
+            help="Percentiles of each band that become black and white: 2,98 (the default unless pixels are 8-bit).",
+            show_default=False,
+        ),
+    ] = None,
+    polygons: Annotated[bool, typer.Option(help="Also write the regions as GeoJSON.")] = True,
+    min_pixels: Annotated[int, typer.Option(min=1, help="Regions smaller than this get no polygon.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    speed: Annotated[Speed, typer.Option(help="As for `opensan segment`.")] = Speed.exact,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the image half's matrices; --speed chooses it if not given.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Tiles that go through the model together.")] = 1,
+) -> None:
+    """Label an image of any size, by overlapping tiles, in little memory.
+
+    Writes STEM.labels.tif (a GeoTIFF with the image's coordinates; words in the tag WORDS), STEM.polygons.geojson and
+    STEM.preview.png. Stopped in whatever way, the same command goes on where it was. Needs the extra `geo`.
+    """
+    vocabulary = _vocabulary(words, words_file, words_set, background, templates)
+    chosen = _numbers("--bands", bands, int)
+    percentiles = _numbers("--stretch", stretch, float)
+    if percentiles and not (len(percentiles) == 2 and 0 <= percentiles[0] < percentiles[1] <= 100):
+        raise UsageError("--stretch takes two percentiles, the lower one first: 2,98")
+
+    from opensan import geo, outputs
+
+    outputs.check_writable(out)
+    with geo.gdal():
+        raster = geo.GeoRaster(image, bands=chosen, stretch=percentiles)
+        try:
+            note(f"loading {model}")
+            from opensan.segmenter import load
+            from opensan.strips import StripFile
+            from opensan.tiles import Tiling
+
+            segmenter = load(model, device=device, speed=speed.value, dtype=dtype and dtype.value)
+            segmenter.text.classifier(vocabulary)  # before the work: it finds words that do not fit
+            tiling = Tiling.plan(raster.size, tile or segmenter.model.config.image.short_side, overlap)
+            work = _work(raster, segmenter, vocabulary, tiling)
+            part = out / f".{image.stem}.labels.part"
+            with StripFile(part, work, tiling.strips, raster.size[1]) as strips:
+                _label(segmenter, raster, vocabulary, tiling, strips, batch)
+                _write(raster, strips, vocabulary.names, out, image.stem, polygons, min_pixels)
+                part.unlink()
+        finally:
+            raster.close()
+
+
+def _numbers(option: str, text: str | None, kind: type) -> "tuple[Any, ...] | None":
+    if text is None:
+        return None
+    try:
+        return tuple(kind(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} takes numbers with commas between them, not {text!r}") from None
+
+
+def _work(raster: "GeoRaster", segmenter: "Segmenter", vocabulary: "Vocabulary", tiling: "Tiling") -> dict[str, Any]:
+    """All that the labels depend on: unfinished work is gone on with only if none of it has changed."""
+    state = raster.path.stat()
+    return {
+        "image": [str(raster.path.absolute()), state.st_size, state.st_mtime_ns],
+        "bands": raster.bands,
+        "stretch": raster.stretch,
+        "model": [segmenter.fingerprint, segmenter.speed, str(segmenter.dtype)],
+        "words": len(vocabulary.names),
+        "vocabulary": vocabulary.to_dict(),
+        "tiles": [tiling.height, tiling.width, tiling.overlap, *tiling.size],
+    }
+
+
+def _label(
+    segmenter: "Segmenter",
+    raster: "GeoRaster",
+    vocabulary: "Vocabulary",
+    tiling: "Tiling",
+    strips: "StripFile",
+    batch: int,
+) -> None:
+    from torch import OutOfMemoryError
+
+    from opensan.tiles import label_by_tiles
+
+    if strips.finished:
+        complain(f"going on after {strips.finished} of {len(tiling.strips)} strips")
+    try:
+        with progress_bar(output_console(), "segmenting", tiling.count) as advance:
+            advance(strips.finished * len(tiling.lefts))
+            for labels in label_by_tiles(
+                segmenter,
+                raster,
+                vocabulary,
+                tiling,
+                first_strip=strips.finished,
+                batch_size=batch,
+                advance=advance,
+            ):
+                strips.append(labels)
+    except (MemoryError, OutOfMemoryError):
+        raise ValueError("out of memory: try a smaller --batch or --tile") from None
+    except KeyboardInterrupt:
+        complain(
+            f"interrupted: {strips.finished} of {len(tiling.strips)} strips done; the same command goes on from there"
+        )
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _write(
+    raster: "GeoRaster",
+    strips: "StripFile",
+    names: Sequence[str],
+    out: Path,
+    stem: str,
+    polygons: bool,
+    min_pixels: int,
+) -> None:
+    from opensan import geo, outputs
+    from opensan.files import atomic_path
+
+    console = output_console()
+    label_path, preview = out / f"{stem}.labels.tif", out / f"{stem}.preview.png"
+    note("writing the label raster")
+    pixels = geo.write_labels(label_path, strips, raster, names)
+    total = raster.size[0] * raster.size[1]
+    areas = {name: int(count) / total for name, count in zip(names, pixels, strict=True)}
+    with atomic_path(preview) as temporary:
+        small = geo.reduced_labels(label_path, PREVIEW_SIDE)
+        outputs.overlay(raster.reduced(PREVIEW_SIDE), small, names, areas).save(temporary)
+    written = [f"wrote {label_path}", f"wrote {preview}"]
+    if polygons:
+        note("writing polygons")
+        path = out / f"{stem}.polygons.geojson"
+        count = geo.write_polygons(path, label_path, names, min_pixels=min_pixels)
+        written.append(f"wrote {path} ({count:,} polygons)")
+    console.print(_table(names, pixels, total, geo.square_metres(raster.crs, raster.transform)))
+    for line in written:
+        console.print(line, soft_wrap=True)
+
+
+def _table(names: Sequence[str], pixels: "np.ndarray", total: int, metres: float | None) -> "Table":
+    """The words that occur, largest first."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from opensan.cli.segment import TABLE_ROWS
+    from opensan.outputs import format_share
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("word")
+    table.add_column("area", justify="right")
+    if metres is not None:
+        table.add_column("hectares", justify="right")
+
+    def add(name: str, count: int) -> None:
+        hectares = [] if metres is None else [f"{count * metres / 10_000:,.2f}"]
+        table.add_row(Text(name), format_share(count / total), *hectares)
+
+    found = sorted(((int(count), name) for name, count in zip(names, pixels, strict=True) if count), reverse=True)
+    for count, name in found[:TABLE_ROWS]:
+        add(name, count)
+    if len(found) > TABLE_ROWS:
+        add(f"and {len(found) - TABLE_ROWS} more", sum(count for count, _ in found[TABLE_ROWS:]))
+    if unlabelled := total - int(pixels.sum()):
+        add("unlabelled", unlabelled)
+    return table

@@ -1,0 +1,268 @@
+"""Rasters in and out: what is read, what is refused, and that results lie where the image lies."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+rasterio = pytest.importorskip("rasterio", reason="rasterio (the extra geo) is not installed")
+
+from rasterio.enums import ColorInterp  # noqa: E402
+from rasterio.transform import from_origin  # noqa: E402
+
+from opensan import geo  # noqa: E402
+from opensan.cli import main  # noqa: E402
+from opensan.lab.scenes import make_scene  # noqa: E402
+from opensan.strips import StripFile  # noqa: E402
+
+PLACE = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_300_000, 2, 2)}
+"""On the central meridian of UTM zone 32: 9 degrees east."""
+
+
+@pytest.fixture(autouse=True)
+def _gdal():
+    with geo.gdal():
+        yield
+
+
+def write(path, bands, **profile):
+    """bands [C, H, W] as a GeoTIFF."""
+    count, height, width = bands.shape
+    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": bands.dtype, **profile}
+    with rasterio.open(path, "w", **profile) as file:
+        file.write(bands)
+    return path
+
+
+def noise(*shape, dtype=np.uint8):
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def test_8_bit_colours_are_read_as_they_are(tmp_path):
+    bands = noise(3, 40, 50)
+    raster = geo.GeoRaster(write(tmp_path / "x.tif", bands, **PLACE))
+    assert raster.size == (40, 50)
+    pixels, valid = raster.read(10, 5, 20, 30)
+    np.testing.assert_array_equal(pixels, bands[:, 10:30, 5:35].transpose(1, 2, 0))
+    assert valid is None
+
+
+def test_bands_are_chosen_by_number_or_by_their_colours(tmp_path):
+    bands = noise(4, 20, 20)
+    path = write(tmp_path / "x.tif", bands)
+    with rasterio.open(path, "r+") as file:
+        file.colorinterp = [ColorInterp.blue, ColorInterp.green, ColorInterp.red, ColorInterp.undefined]
+    for given, expected in ((None, [2, 1, 0]), ((4, 3, 2), [3, 2, 1]), ((2,), [1, 1, 1])):
+        pixels, _ = geo.GeoRaster(path, bands=given).read(0, 0, 20, 20)
+        np.testing.assert_array_equal(pixels, bands[expected].transpose(1, 2, 0))
+
+
+def test_16_bits_are_stretched_between_percentiles(tmp_path):
+    ramp = np.linspace(1000, 5000, 10_000).astype(np.uint16).reshape(1, 100, 100)
+    path = write(tmp_path / "x.tif", ramp)
+    pixels, _ = geo.GeoRaster(path).read(0, 0, 100, 100)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    assert np.mean(pixels == 0) == pytest.approx(0.02, abs=0.003)
+    middle = geo.GeoRaster(path, stretch=(0, 100)).read(50, 0, 1, 1)[0]
+    assert abs(int(middle[0, 0, 0]) - 127) <= 1
+
+
+def test_nodata_alpha_and_nan_have_no_data(tmp_path):
+    bands = noise(3, 20, 20).clip(1)
+    bands[:, :, :7] = 0
+    transparent = np.concatenate([bands, (bands[:1] > 0) * np.uint8(255)])
+    floats = np.where(bands == 0, np.nan, bands).astype(np.float32)
+    paths = [
+        write(tmp_path / "nodata.tif", bands, nodata=0),
+        write(tmp_path / "alpha.tif", transparent, photometric="RGB", alpha="YES"),
+        write(tmp_path / "nan.tif", floats),
+    ]
+    for path in paths:
+        _, valid = geo.GeoRaster(path).read(0, 0, 20, 20)
+        np.testing.assert_array_equal(valid, bands[0] > 0)
+
+
+def test_palettes_become_colours(tmp_path):
+    picture = Image.fromarray(noise(30, 30) % 4).convert("P")
+    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    picture.save(tmp_path / "x.png")
+    pixels, _ = geo.GeoRaster(tmp_path / "x.png").read(0, 0, 30, 30)
+    np.testing.assert_array_equal(pixels, np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("bands", [(1, 2), (0,), (4,), (1, 2, 4), ()])
+def test_bands_that_are_not_there_are_refused(tmp_path, bands):
+    path = write(tmp_path / "x.tif", noise(3, 8, 8))
+    with pytest.raises(ValueError, match="choose one or three, of 1 to 3"):
+        geo.GeoRaster(path, bands=bands)
+
+
+def test_what_is_no_raster_is_refused_in_a_line(tmp_path):
+    write(tmp_path / "whole.tif", noise(3, 300, 300))
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "whole.tif").read_bytes()[:50])
+    (tmp_path / "empty.tif").touch()
+    (tmp_path / "text.tif").write_text("not a picture")
+    # A virtual raster names the files (or addresses) that its pixels come from.
+    virtual = """<VRTDataset rasterXSize="300" rasterYSize="300"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>
+        <SourceFilename relativeToVRT="1">whole.tif</SourceFilename><SourceBand>1</SourceBand>
+        </SimpleSource></VRTRasterBand></VRTDataset>"""
+    for name in ("virtual.vrt", "virtual.tif"):
+        (tmp_path / name).write_text(virtual)
+    names = ["cut.tif", "empty.tif", "text.tif", "virtual.vrt", "virtual.tif", "none.tif", ""]
+    for path in [tmp_path / name for name in names] + ["/vsicurl/localhost/x.tif"]:
+        with pytest.raises(ValueError) as caught:
+            geo.GeoRaster(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_damage_found_while_reading_is_told_in_a_line(tmp_path):
+    path = write(tmp_path / "x.tif", noise(3, 600, 600), tiled=True, compress="deflate")
+    path.write_bytes(path.read_bytes()[:-200_000])
+    with pytest.raises(ValueError, match=r"x\.tif: damaged") as caught:
+        raster = geo.GeoRaster(path)
+        raster.read(0, 0, 600, 600)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_rasterio_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(ValueError, match=r"opensan\[geo\]"), geo.gdal():
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def results(tmp_path, labels, names, **place):
+    """A label raster written from strips, for a raster of the labels' size."""
+    raster = geo.GeoRaster(write(tmp_path / "image.tif", noise(3, *labels.shape), **place))
+    with StripFile(tmp_path / "part", {"words": len(names)}, [(0, len(labels))], labels.shape[1]) as strips:
+        strips.append(labels)
+        pixels = geo.write_labels(tmp_path / "labels.tif", strips, raster, names)
+    return tmp_path / "labels.tif", pixels
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_a_label_raster_has_labels_words_and_place(tmp_path, count):
+    labels = np.random.default_rng(1).integers(-1, count, (700, 530), dtype=np.int32)
+    names = [f"wörd {index}" for index in range(count)]
+    path, pixels = results(tmp_path, labels, names, **PLACE)
+    with rasterio.open(path) as file:
+        found = file.read(1).astype(np.int32)
+        np.testing.assert_array_equal(np.where(found == file.nodata, -1, found), labels)
+        assert (file.crs, file.transform) == (rasterio.CRS.from_epsg(32632), PLACE["transform"])
+        assert json.loads(file.tags()["WORDS"]) == names
+        assert file.overviews(1)
+    np.testing.assert_array_equal(pixels, np.bincount(labels[labels >= 0], minlength=count))
+
+
+def test_polygons_are_the_regions_and_lie_where_the_image_lies(tmp_path):
+    labels = np.full((60, 80), -1, dtype=np.int32)
+    labels[10:40, 20:60] = 0
+    labels[20:30, 30:50] = 1  # a hole in the first
+    labels[50, 70] = 1
+    path, _ = results(tmp_path, labels, ["roof", "pond"], **PLACE)
+    assert geo.write_polygons(tmp_path / "all.geojson", path, ["roof", "pond"]) == 3
+    assert geo.write_polygons(tmp_path / "large.geojson", path, ["roof", "pond"], min_pixels=2) == 2
+    features = json.loads((tmp_path / "large.geojson").read_text())["features"]
+    by_word = {feature["properties"]["word"]: feature for feature in features}
+    assert by_word["roof"]["properties"] == {"word": "roof", "index": 0, "pixels": 1000, "square_metres": 4000}
+    assert by_word["pond"]["properties"]["pixels"] == 200
+    outer, hole = (np.array(ring) for ring in by_word["roof"]["geometry"]["coordinates"])
+    assert geo.signed_area(outer) > 0 > geo.signed_area(hole)
+    # The columns 20 and 60 lie 40 and 120 m east of 9 degrees; there a degree is some 74.8 km.
+    assert (outer[:, 0].min() - 9) * 74_800 == pytest.approx(40, rel=0.01)
+    assert (outer[:, 0].max() - 9) * 74_800 == pytest.approx(120, rel=0.01)
+    assert 47 < outer[:, 1].min() < outer[:, 1].max() < 48
+
+
+def test_without_coordinates_polygons_count_pixels(tmp_path):
+    labels = np.zeros((6, 5), dtype=np.int32)
+    path, _ = results(tmp_path, labels, ["all"])
+    geo.write_polygons(tmp_path / "x.geojson", path, ["all"])
+    (feature,) = json.loads((tmp_path / "x.geojson").read_text())["features"]
+    assert feature["properties"] == {"word": "all", "index": 0, "pixels": 30}
+    assert sorted(map(tuple, feature["geometry"]["coordinates"][0][:-1])) == [(0, 0), (0, 6), (5, 0), (5, 6)]
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def scene(tmp_path):
+    picture = make_scene(3, 1, (400, 500), split="test").image
+    return write(tmp_path / "scene.tif", picture.transpose(2, 0, 1), **PLACE)
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["segment-raster", *map(str, arguments)])
+    return ended.value.code
+
+
+def arguments(scene, out):
+    return [scene, "--words", "sand,snow,grass,water", "--model", "tiny", "--tile", 200, "--out", out]
+
+
+def test_the_command_writes_all_its_results_and_nothing_else(tmp_path, scene, capsys):
+    out = tmp_path / "out"
+    assert not run(*arguments(scene, out))
+    assert {path.name for path in out.iterdir()} == {"scene.labels.tif", "scene.polygons.geojson", "scene.preview.png"}
+    with rasterio.open(out / "scene.labels.tif") as file:
+        assert (file.height, file.width, file.crs.to_epsg()) == (400, 500, 32632)
+    assert json.loads((out / "scene.polygons.geojson").read_text())["features"]
+    printed = capsys.readouterr().out
+    assert "hectares" in printed
+    assert "scene.labels.tif" in printed
+
+
+def test_a_killed_command_goes_on_where_it_was(tmp_path, scene, capsys):
+    """Killed by itself in the middle of a strip's writing; the second run computes only what is missing."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert not run(*arguments(scene, whole))
+    kill = """if True:
+        import os, signal, sys
+        from opensan import strips
+        from opensan.cli import main
+        append = strips.StripFile.append
+        def killed(self, labels):
+            if self.finished == 1:
+                self._file.write(labels.astype(self.dtype).tobytes()[:1000])
+                self._file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(self, labels)
+        strips.StripFile.append = killed
+        main(["segment-raster", *sys.argv[1:]])"""
+    command = [sys.executable, "-c", kill, *map(str, arguments(scene, killed))]
+    assert subprocess.run(command, env=os.environ).returncode == -9
+    assert not list(killed.glob("scene.*"))
+    capsys.readouterr()
+    assert not run(*arguments(scene, killed))
+    assert "going on after 1 of 3 strips" in capsys.readouterr().err
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+    for name in ("scene.labels.tif", "scene.polygons.geojson"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "message"),
+    [
+        (("--bands", "4,3,2"), 1, "choose one or three, of 1 to 3"),
+        (("--bands", "red"), 2, "--bands takes numbers"),
+        (("--stretch", "98,2"), 2, "the lower one first"),
+        (("--overlap", "150"), 1, "choose 0 to 100"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(tmp_path, scene, capsys, option, code, message):
+    assert run(*arguments(scene, tmp_path / "out"), *option) == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
