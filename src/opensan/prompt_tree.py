@@ -7,10 +7,13 @@ Letters: N nodes (tokens) of a tree, P prompts.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Prompt = tuple[int, ...]
 """Token numbers, start and end of text included."""
@@ -18,20 +21,23 @@ Prompt = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PromptTree:
-    """Prompts as a tree; a node stands behind its parent."""
+    """Prompts as a tree; a node stands behind its parent. Made as arrays; a model reads tensors (`to`)."""
 
-    tokens: Tensor
+    tokens: "np.ndarray | Tensor"
     """[N] int64."""
-    depth: Tensor
+    depth: "np.ndarray | Tensor"
     """[N] int64: the token's position in its prompts."""
-    sees: Tensor
+    sees: "np.ndarray | Tensor"
     """[N, N] bool: row i is true at i and at its ancestors, which is all that a causal tower lets it see."""
-    ends: Tensor
+    ends: "np.ndarray | Tensor"
     """[P] int64: the node of each prompt's last token."""
 
-    def to(self, device: torch.device) -> "PromptTree":
-        """The same on `device`."""
-        return PromptTree(*(part.to(device) for part in (self.tokens, self.depth, self.sees, self.ends)))
+    def to(self, device: "torch.device | str") -> "PromptTree":
+        """The same as tensors on `device`."""
+        import torch  # a tree is made where torch need not be installed
+
+        parts = (self.tokens, self.depth, self.sees, self.ends)
+        return PromptTree(*(torch.as_tensor(part, device=device) for part in parts))
 
 
 def prompt_trees(prompts: Sequence[Prompt], most_nodes: int) -> Iterator[PromptTree]:
@@ -59,8 +65,8 @@ def _tree(nodes: dict[Prompt, int], ends: Sequence[int]) -> PromptTree:
         if len(start) > 1:
             sees[node] |= sees[nodes[start[:-1]]]
     return PromptTree(
-        tokens=torch.tensor([start[-1] for start in nodes]),
-        depth=torch.tensor([len(start) - 1 for start in nodes]),
-        sees=torch.from_numpy(sees),
-        ends=torch.tensor(ends),
+        tokens=np.array([start[-1] for start in nodes], dtype=np.int64),
+        depth=np.array([len(start) - 1 for start in nodes], dtype=np.int64),
+        sees=sees,
+        ends=np.array(ends, dtype=np.int64),
     )

@@ -193,7 +193,7 @@ class Segmenter:
         self.dtype = _matrix_dtype(self.device, speed, dtype)
         self.max_pixels = max_pixels
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.fingerprint = _fingerprint(self.model)
+        self.fingerprint = fingerprint(self.model)
         # Words stay in float32 at any speed: they cost little there, and their cache is shared.
         self._propose = prepare_image_half(self.model, self.device, speed, self.dtype)
         self.text = TextEncoder(self.model, disk_cache=text_cache)
@@ -383,7 +383,7 @@ def _matrix_dtype(device: torch.device, speed: str, dtype: str | None) -> torch.
     return fastest_dtype(device) if speed == "fast" else torch.float32
 
 
-def _fingerprint(model: SAN) -> str:
+def fingerprint(model: SAN) -> str:
     """The model's name and a hash of trained tensors that no two trainings share: cheap, for any size of model."""
     state: Mapping[str, torch.Tensor] = model.state_dict()
     digest = hashlib.sha256(model.config.model_dump_json().encode())

@@ -3,9 +3,13 @@
 Letters: B batch, Q queries, K words (classes), R text rows, D embedding, h w stride-16 grid, N CLIP attention heads.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Proposals:
     """[B, Q, D] float, unit length, in CLIP's joint space."""
     attention_bias: Tensor | None = None
     """[B, N, Q, h, w] float, after the scalar affine, before the max-pool to CLIP's grid; not kept in encodings."""
-    auxiliary: tuple["Proposals", ...] = ()
+    auxiliary: tuple[Proposals, ...] = ()
     """Deep supervision (training only): the same from earlier side blocks, first block first."""
 
 

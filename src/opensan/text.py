@@ -104,6 +104,12 @@ class TextEncoder:
                     self._classifiers.put(key, found, len(found.rows))
         return found
 
+    def tower(self) -> tuple[str, np.ndarray | None]:
+        """Fingerprint of the text weights, and which tokens were never trained ([vocabulary] bool; None: none)."""
+        with self._work:
+            tower = self._current_tower()
+        return tower.fingerprint, tower.unseen
+
     def _build(self, vocabulary: Vocabulary, device: torch.device, progress: bool | None) -> TextClassifier:
         tower = self._current_tower()
         rows = vocabulary.prompts()

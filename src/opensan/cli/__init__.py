@@ -12,6 +12,7 @@ import typer
 from opensan import __version__
 from opensan.cli.data import data
 from opensan.cli.evaluate import evaluate
+from opensan.cli.export import export
 from opensan.cli.models import convert, parity
 from opensan.cli.profile import profile
 from opensan.cli.raster import segment_raster
@@ -34,6 +35,7 @@ app.command()(segment_raster)
 app.command("eval")(evaluate)
 app.command()(words)
 app.command()(convert)
+app.command()(export)
 app.command()(parity)
 app.command()(train)
 app.command()(profile)

@@ -4,6 +4,7 @@ What is SAN's own is where the towers are cut and what steers the recognition la
 Letters: B batch, Q queries, N attention heads, L patches, C channels, h w CLIP's patch grid.
 """
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ def resize_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize a square [L0, C] position table to [h * w, C], bicubically; untouched if it already fits."""
     side = round(table.shape[0] ** 0.5)
     assert side * side == table.shape[0], table.shape
-    if grid == (side, side):
+    # An exported graph is for any grid, so it can't ask; resizing to the same size changes nothing.
+    if not torch.compiler.is_exporting() and grid == (side, side):
         return table
     down, across = (_bicubic_matrix(side, size, table) for size in grid)
     return torch.einsum("hy,wx,yxc->hwc", down, across, table.unflatten(0, (side, side))).flatten(0, 1)
@@ -59,7 +61,7 @@ def shallow_features(visual: VisionTower, pixels: Tensor, last_layer: int, keep:
     """Run patch embedding and blocks 1..last_layer on normalised `pixels` [B, 3, H, W]; keep the layers in `keep`."""
     x, grid = embed_patches(visual.conv1, pixels)
     class_position, patch_position = visual.positional_embedding[:1], visual.positional_embedding[1:]
-    class_token = (visual.class_embedding + class_position).expand(len(x), 1, -1)
+    class_token = (visual.class_embedding + class_position).expand(x.shape[0], 1, -1)
     x = torch.cat([class_token, x + resize_position_table(patch_position, grid)], dim=1)
     x = visual.ln_pre(x)
     kept = {0: x[:, 1:]} if 0 in keep else {}
@@ -70,13 +72,29 @@ def shallow_features(visual: VisionTower, pixels: Tensor, last_layer: int, keep:
     return ShallowFeatures(patch_tokens=kept, tokens=x, grid=grid)
 
 
+WIDEST_WINDOW = 3
+"""Pixels a side that `adaptive_max_pool` looks at when exported: enough where it leaves half of each axis or more."""
+
+
+def adaptive_max_pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`F.adaptive_max_pool2d`; when exported, in operations that other runtimes have for any size of map and grid."""
+    if not torch.compiler.is_exporting():
+        return F.adaptive_max_pool2d(maps, grid)
+    for dim, size in zip((-2, -1), grid, strict=True):
+        whole, place = maps.shape[dim], torch.arange(size, device=maps.device)
+        first, last = place * whole // size, ((place + 1) * whole + size - 1) // size - 1
+        windows = [maps.index_select(dim, torch.minimum(first + step, last)) for step in range(WIDEST_WINDOW)]
+        maps = functools.reduce(torch.maximum, windows)
+    return maps
+
+
 def recognise(visual: VisionTower, features: ShallowFeatures, attention_bias: Tensor, first_layer: int) -> Tensor:
     """Mask embeddings [B, Q, D], unit length: blocks first_layer.. steered by `attention_bias` [B, N, Q, h', w'].
 
     What is steered are Q copies of the class token (SLS tokens), by the bias max-pooled to CLIP's grid.
     """
     batch, heads, queries = attention_bias.shape[:3]
-    pooled = F.adaptive_max_pool2d(attention_bias.flatten(0, 1), features.grid)
+    pooled = adaptive_max_pool(attention_bias.flatten(0, 1), features.grid)
     steering = pooled.view(batch, heads, queries, -1)
     x = torch.cat([features.tokens[:, :1].expand(-1, queries, -1), features.tokens], dim=1)
     *blocks, last = visual.transformer.resblocks[first_layer - 1 :]

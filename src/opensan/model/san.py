@@ -80,7 +80,7 @@ class SAN(nn.Module):
         scale = self.clip.logit_scale.exp()
         embeddings = proposals.mask_embeddings.to(text.rows.dtype)
         words = embeddings @ (scale * text.rows).T  # [B, Q, R]
-        if len(text.rows) != text.num_classes:
+        if text.rows.shape[0] != text.num_classes:
             index = text.row_class.to(words.device).expand_as(words)
             empty = words.new_full((*words.shape[:2], text.num_classes), -torch.inf)
             words = empty.scatter_reduce(2, index, words, "amax")

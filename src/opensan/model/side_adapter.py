@@ -129,7 +129,7 @@ class SideAdapter(nn.Module):
         config = self.config
         patches, grid = embed_patches(self.patch_embedding, pixels)
         position = torch.cat([self.query_position, resize_position_table(self.patch_position, grid)])
-        x = torch.cat([self.query_embedding.expand(len(pixels), -1, -1), patches], dim=1)
+        x = torch.cat([self.query_embedding.expand(pixels.shape[0], -1, -1), patches], dim=1)
         x = self._fuse(0, x + position, clip, grid)
         answers = {}
         for number, block in enumerate(self.blocks, start=1):

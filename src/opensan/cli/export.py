@@ -1,0 +1,58 @@
+"""`opensan export`: a model as files for other runtimes."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opensan.cli.terminal import note
+
+
+class Format(StrEnum):
+    """What reads the files."""
+
+    onnx = "onnx"
+    openvino = "openvino"
+    torch = "torch"
+
+
+class Dtype(StrEnum):
+    """How weights are stored."""
+
+    float32 = "float32"
+    float16 = "float16"
+    int8 = "int8"
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="As for `opensan segment --model`.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; it must not exist.")],
+    format: Annotated[Format, typer.Option(help="torch: torch.export's .pt2 files.")] = Format.onnx,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights. float16: half the size, computed with in float32. int8: a quarter.")
+    ] = Dtype.float32,
+    text: Annotated[
+        bool, typer.Option("--text/--no-text", help="Whether to write the text tower, which words need.")
+    ] = True,
+) -> None:
+    """Write a model as ONNX, OpenVINO or torch.export files, for images of any size and any words.
+
+    The files are compared with the model before they are kept; the largest differences are printed, and the exit code
+    is 1 if they are too large.
+    """
+    note(f"loading {model}")
+    from opensan.checkpoints import load_model
+    from opensan.export import export as write
+
+    folder, found = write(load_model(model), out, format=format.value, dtype=dtype.value, text=text, note=note)
+    for tensor, difference in found.differences.items():
+        print(f"{tensor:<20} differ by {difference:.1e} of the largest at most")
+    print(f"{'labels':<20} agree at {100 * found.agreement:.3f}% of the pixels")
+    if not found.passed:
+        raise ValueError(
+            f"the exported model answers differently (allowed: {found.limits.difference:.0e} and "
+            f"{100 * found.limits.agreement:.1f}% of the labels); nothing was written"
+        )
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"wrote {folder} ({size / 2**20:.0f} MiB); use it with: opensan segment IMAGE --words \"...\" --model {folder}")

@@ -1,0 +1,107 @@
+"""A model as files that other runtimes read: image graph, word graph, label graph, text tower (see docs/export.md)."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from opensan.export import formats
+from opensan.export.check import Parity, parity
+from opensan.export.graphs import graphs
+from opensan.files import flush_folder, write_text
+from opensan.model import SAN
+from opensan.runtime.folder import CONFIG_NAME, MANIFEST_NAME, Manifest
+from opensan.runtime.graphs import open_graph
+from opensan.segmenter import fingerprint
+from opensan.text import TextEncoder
+
+__all__ = ["Parity", "export"]
+
+
+def export(
+    model: SAN,
+    folder: str | os.PathLike,
+    *,
+    format: str = "onnx",
+    dtype: str = "float32",
+    text: bool = True,
+    note: Callable[[str], None] = lambda message: None,
+) -> tuple[Path, Parity]:
+    """Write `model` to a new `folder`, all or nothing, after checking that the files answer as the model does.
+
+    Args:
+        format: "onnx", "openvino", or "torch" (torch.export's .pt2).
+        dtype: of the weights: "float32", "float16" (stored so, computed with in float32), "int8".
+        text: also write the text tower; without it, a reader must bring text embeddings of its own.
+        note: told what is being done.
+
+    Returns:
+        The folder, and what the check found. If that did not pass, no folder is left behind.
+
+    Raises:
+        ValueError: one line: an unknown format, a missing library, a folder that exists or can't be written.
+    """
+    formats.check(format, dtype)
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: choose another folder, or move it away")
+    model = model.eval().requires_grad_(False)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot write there ({error.strerror or error})") from None
+    try:
+        runs = {}
+        for name, graph in graphs(model, text=text).items():
+            note(f"exporting {name}")
+            runs[name] = _opened(formats.write(name, graph, temporary, format, dtype))
+        _describe(model, temporary, format, dtype, text)
+        note("checking")
+        found = parity(model, runs, dtype)
+        del runs
+        if found.passed:
+            temporary.chmod(0o777 & ~_umask())
+            flush_folder(temporary)
+            temporary.replace(folder)
+    except OSError as error:  # the disk is full
+        raise ValueError(f"{folder}: cannot write there ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder, found
+
+
+def _opened(path: Path):
+    if path.suffix != ".pt2":
+        return open_graph(path)
+    module = torch.export.load(path).module()
+
+    def run(**inputs):
+        found = module(*map(torch.from_numpy, inputs.values()))
+        return [tensor.numpy() for tensor in (found if isinstance(found, tuple | list) else (found,))]
+
+    return run
+
+
+def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool) -> None:
+    tower, unseen = TextEncoder(model, disk_cache=False).tower()
+    suffix = "" if dtype == "float32" else f"-{dtype}"
+    manifest = Manifest(
+        format=format,
+        dtype=dtype,
+        model=fingerprint(model) + suffix,
+        text=text,
+        text_tower=f"{tower} {format} {dtype}",
+        seen_tokens=None if unseen is None else tuple((~unseen).nonzero()[0].tolist()),
+    )
+    write_text(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")
+    write_text(folder / CONFIG_NAME, model.config.model_dump_json(indent=2) + "\n")
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

@@ -1,0 +1,132 @@
+"""Whether exported graphs answer as the model they were made from, on images of several shapes and several vocabularies.
+
+Letters: K words.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from opensan.assemble import label_map
+from opensan.config import ModelConfig
+from opensan.images import PreparedImage, prepare
+from opensan.model import SAN
+from opensan.prompt_tree import PromptTree, prompt_trees
+from opensan.runtime.graphs import Run
+from opensan.runtime.resize import interpolation_matrices
+from opensan.structures import Proposals, TextClassifier
+from opensan.text import tokenize
+from opensan.vocabulary import Vocabulary
+
+SCENE = Path(__file__).parents[1] / "assets" / "scenes" / "playground.png"
+SHAPES = ((1, 1), (3, 4), (3, 2), (1, 3))
+"""Height to width of the images, cut from a scene."""
+WORD_COUNTS = (2, 7, 171)
+"""At most: a model may know fewer words apart."""
+MOST_ALIKE = 0.99
+"""Cosine of the text embeddings of two words that are told apart."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an export may differ by."""
+
+    difference: float
+    """Largest difference of a tensor from the model's, as a share of the latter's largest magnitude."""
+    agreement: float
+    """Least share of equal labels."""
+
+
+LIMITS = {"float32": Limits(1e-4, 0.999), "float16": Limits(0.02, 0.98), "int8": Limits(0.5, 0.9)}
+"""By the weights' dtype. int8 is judged by its labels; its tensors only must be of the right size."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What was found."""
+
+    differences: dict[str, float]
+    """Tensor -> largest difference, as in `Limits`."""
+    agreement: float
+    """Share of equal labels of all images and vocabularies."""
+    limits: Limits
+
+    @property
+    def passed(self) -> bool:
+        """Also False where something is not a number."""
+        fits = all(value <= self.limits.difference for value in self.differences.values())
+        return fits and self.agreement >= self.limits.agreement
+
+
+@torch.inference_mode()
+def parity(model: SAN, graphs: Mapping[str, Run], dtype: str) -> Parity:
+    """Compare exported `graphs` (name -> function) with `model`."""
+    differences: dict[str, float] = defaultdict(float)
+
+    def compare(name: str, found: np.ndarray, expected: torch.Tensor) -> None:
+        difference = np.abs(found - expected.numpy()).max() / max(1e-9, expected.abs().max().item())
+        differences[name] = float(np.fmax(differences[name], np.nan_to_num(difference, nan=np.inf)))
+
+    tree = _prompts()
+    rows = model.embed_prompt_tree(tree.to("cpu"))
+    if "text" in graphs:
+        compare("text embeddings", _text(graphs, tree), rows)
+    rows = _distinct(rows)
+    equal = total = 0
+    for prepared in _images(model.config):
+        proposals = model.propose(prepared.pixels.unsqueeze(0))
+        masks, embeddings = graphs["image"](pixels=prepared.pixels.unsqueeze(0).numpy())
+        compare("mask logits", masks, proposals.mask_logits)
+        compare("mask embeddings", embeddings, proposals.mask_embeddings)
+        for count in WORD_COUNTS:
+            expected = _probabilities(model, proposals, rows[:count])
+            found = _exported_probabilities(graphs, embeddings[0], rows[:count].numpy())
+            compare("class probabilities", found, expected)
+            down, across = interpolation_matrices(masks.shape[-2:], prepared.sizes)
+            labels, _ = graphs["labels"](probabilities=found, mask_logits=masks[0], down=down, across=across)
+            truth = label_map(proposals.mask_logits[0], expected, prepared.sizes).numpy()
+            equal, total = equal + int((labels == truth).sum()), total + truth.size
+    return Parity(dict(differences), equal / total, LIMITS[dtype])
+
+
+def _prompts() -> PromptTree:
+    names = Vocabulary.ready("coco_stuff_171").names
+    return next(prompt_trees(sorted(tuple(tokenize(f"a photo of a {name}.")) for name in names), most_nodes=100_000))
+
+
+def _distinct(rows: torch.Tensor) -> torch.Tensor:
+    """Those unlike all before them: between words that a small model can't tell apart, rounding decides."""
+    return rows[(rows @ rows.T).triu(diagonal=1).amax(dim=0) < MOST_ALIKE]
+
+
+def _text(graphs: Mapping[str, Run], tree: PromptTree) -> np.ndarray:
+    (found,) = graphs["text"](tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
+    return found
+
+
+def _images(config: ModelConfig) -> Iterator[PreparedImage]:
+    """Prepared images of all `SHAPES`, of less than the model's usual size: this is to be quick."""
+    short = max(config.image.size_divisor, config.image.short_side // 2)
+    small = config.image.model_copy(update={"short_side": short})
+    with Image.open(SCENE) as picture:
+        scene = picture.convert("RGB")
+    for height, width in SHAPES:
+        size = min(scene.height // height, scene.width // width)
+        cut = scene.crop((0, 0, width * size, height * size))
+        yield prepare(np.array(cut), small)
+
+
+def _probabilities(model: SAN, proposals: Proposals, rows: torch.Tensor) -> torch.Tensor:
+    text = TextClassifier(rows, torch.arange(len(rows)), len(rows))
+    return model.classify(proposals, text)[0].softmax(dim=-1)[:, :-1]
+
+
+def _exported_probabilities(graphs: Mapping[str, Run], embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    rows_of_word = np.arange(len(rows))[:, None]
+    (found,) = graphs["words"](mask_embeddings=embeddings, rows=rows, rows_of_word=rows_of_word)
+    return found
