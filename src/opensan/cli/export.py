@@ -54,5 +54,5 @@ def export(
             f"the exported model answers differently (allowed: {found.limits.difference:.0e} and "
             f"{100 * found.limits.agreement:.1f}% of the labels); nothing was written"
         )
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"wrote {folder} ({size / 2**20:.0f} MiB); use it with: opensan segment IMAGE --words \"...\" --model {folder}")
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    print(f"wrote {folder} ({size:.0f} MiB)")

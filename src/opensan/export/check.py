@@ -1,4 +1,4 @@
-"""Whether exported graphs answer as the model they were made from, on images of several shapes and several vocabularies.
+"""Whether exported graphs answer as the model they were made from, on several images and vocabularies.
 
 Letters: K words.
 """

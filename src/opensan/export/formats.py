@@ -83,9 +83,7 @@ def _quantize(path: Path) -> None:
     """Matrices as int8, each output channel with its own scale; activations are quantised as they come."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(
-        path, path, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
-    )
+    quantize_dynamic(path, path, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
 
 def _to_openvino(path: Path) -> Path:

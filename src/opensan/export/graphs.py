@@ -89,13 +89,11 @@ class Graph:
         """The piece as torch.export sees it. Gradients are off: attention would be another operation with them."""
         shapes = {name: {dim: Dim.DYNAMIC for dim in dims} for name, dims in self.dynamic.items()}
         with torch.no_grad():
-            return torch.export.export(
-                self.module, tuple(self.example.values()), dynamic_shapes=shapes, strict=False
-            )
+            return torch.export.export(self.module, tuple(self.example.values()), dynamic_shapes=shapes, strict=False)
 
 
 def graphs(model: SAN, *, text: bool) -> dict[str, Graph]:
-    """Name -> piece: "image", "words", "labels", and "text" if wanted. `model` is in evaluation mode, without gradients.
+    """Name -> piece: "image", "words", "labels", and "text" if wanted. `model` is in evaluation mode.
 
     Raises ValueError if a graph for all sizes cannot hold this model.
     """
@@ -154,6 +152,6 @@ def _check_windows(config: ModelConfig) -> None:
         widest = max(-(-(place + 1) * whole // size) - place * whole // size for place in range(size))
         if widest > WIDEST_WINDOW:
             raise ValueError(
-                f"{config.name}: its side network's grid is {whole / size:.1f} times as fine as CLIP's, and an exported "
-                "model's may be twice as fine at most"
+                f"{config.name}: its side network's grid is {whole / size:.1f} times as fine as "
+                "CLIP's, and an exported model's may be twice as fine at most"
             )

@@ -1,0 +1,95 @@
+"""Exported graphs answer as the model does, for sizes and word counts that the export never saw."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from opensan.assemble.resize import interpolation_matrix as torch_matrix
+from opensan.model.clip import adaptive_max_pool
+from opensan.runtime.resize import interpolation_matrix
+from opensan.structures import TextClassifier
+
+pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+
+from opensan import export as exporting
+from opensan.export import check, export, formats
+from opensan.runtime.graphs import open_graph
+
+
+@pytest.fixture(scope="module")
+def exported(small_model, tmp_path_factory):
+    """The small model as ONNX, and what the export's own check found."""
+    return export(small_model, tmp_path_factory.mktemp("export") / "small")
+
+
+def test_the_check_passes_and_compares_every_tensor(exported):
+    folder, found = exported
+    assert found.passed
+    assert set(found.differences) == {"text embeddings", "mask logits", "mask embeddings", "class probabilities"}
+    names = {"image.onnx", "words.onnx", "labels.onnx", "text.onnx", "config.json", "export.json"}
+    assert {file.name for file in folder.iterdir()} == names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 3, 96, 96), (3, 3, 64, 160)])
+def test_images_of_any_size(exported, small_model, shape):
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    masks, embeddings = open_graph(exported[0] / "image.onnx", threads=1)(pixels=pixels.numpy())
+    proposals = small_model.propose(pixels)
+    torch.testing.assert_close(torch.from_numpy(masks), proposals.mask_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(embeddings), proposals.mask_embeddings, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_word_is_as_good_as_its_best_synonym(exported, small_model):
+    generator = torch.Generator().manual_seed(0)
+    embeddings, rows = (F.normalize(torch.randn(n, 24, generator=generator), dim=1) for n in (10, 4))
+    proposals = check.Proposals(embeddings, embeddings.unsqueeze(0))
+    text = TextClassifier(rows, torch.tensor([0, 1, 1, 2]), 3)
+    expected = small_model.classify(proposals, text)[0].softmax(dim=1)[:, :-1]
+    (found,) = open_graph(exported[0] / "words.onnx", threads=1)(
+        mask_embeddings=embeddings.numpy(), rows=rows.numpy(), rows_of_word=np.array([[0, 0], [1, 2], [3, 3]])
+    )
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-6)
+
+
+def test_a_failed_check_leaves_nothing_behind(exported, small_model, tmp_path, monkeypatch):
+    """The graphs are those exported before; the model has changed."""
+    folder, _ = exported
+    monkeypatch.setattr(
+        formats, "write", lambda name, graph, where, *_: shutil.copy(folder / f"{name}.onnx", where / f"{name}.onnx")
+    )
+    assert export(small_model, tmp_path / "same")[1].passed
+    changed = exporting.SAN(
+        small_model.config, clip=small_model.clip, side_adapter=small_model.side_adapter
+    )  # another "no object"
+    changed.no_object_embedding.data = -small_model.no_object_embedding.data
+    _, found = export(changed, tmp_path / "changed")
+    assert not found.passed
+    assert [one.name for one in tmp_path.iterdir() if one.name != "text-cache"] == ["same"]
+
+
+def test_an_existing_folder_is_refused(small_model, tmp_path):
+    with pytest.raises(ValueError, match="exists already"):
+        export(small_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "axis", [(6, 96, 80, 333), (40, 640, 640, 640), (2, 32, 31, 7), (7, 112, 100, 1), (1, 16, 9, 40)]
+)
+def test_matrices_are_those_of_torch(axis):
+    grid, padded, network, image = axis
+    expected = torch_matrix(grid, padded, network, image, torch.empty(0))
+    torch.testing.assert_close(torch.from_numpy(interpolation_matrix(*axis)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "grid"), [((40, 53), (32, 42)), ((6, 4), (3, 2)), ((4, 5), (4, 5)), ((3, 4), (2, 3))])
+def test_pooling_for_export_is_adaptive_pooling(monkeypatch, size, grid):
+    maps = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
+    expected = adaptive_max_pool(maps, grid)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert torch.equal(adaptive_max_pool(maps, grid), expected)
