@@ -1,6 +1,7 @@
 """Writing files so that nothing a user made is ever lost or half-written."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,21 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def link(source: Path, target: Path) -> None:
+    """Link `target` to `source`; where links can't be made, hard links or copies are."""
+    temporary = target.with_name(f".{target.name}.part")  # not atomic_path's, which would chmod what it links to
+    for make in (os.symlink, os.link, shutil.copyfile):
+        try:
+            make(source.absolute(), temporary)
+            break
+        except OSError as error:
+            failure = error
+    else:
+        raise failure
+    temporary.replace(target)
+    temporary.unlink(missing_ok=True)  # renaming does nothing if both are hard links to one file
 
 
 def write_text(target: str | os.PathLike, text: str) -> None:

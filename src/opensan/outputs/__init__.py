@@ -15,12 +15,15 @@ from PIL import Image
 from opensan.files import atomic_path, write_text
 from opensan.outputs.coco import mean_confidence, record
 from opensan.outputs.colours import UNLABELLED_COLOUR, palette
+from opensan.outputs.datasets import DATASETS, check_words
 from opensan.outputs.drawing import format_share, overlay
 
 __all__ = [
+    "DATASETS",
     "FORMATS",
     "UNLABELLED_COLOUR",
     "check_formats",
+    "check_formats_of_many",
     "check_writable",
     "format_share",
     "label_map_picture",
@@ -48,6 +51,18 @@ def check_formats(formats: Sequence[str]) -> None:
             raise ValueError(f"unknown output format {name!r}: choose from {', '.join(FORMATS)}")
     if not formats:
         raise ValueError(f"no output format: choose from {', '.join(FORMATS)}")
+
+
+def check_formats_of_many(formats: Sequence[str], words: int) -> None:
+    """The same for many photographs, whose `formats` may be data sets too; these must hold so many words."""
+    known = (*FORMATS, *DATASETS)
+    for name in formats:
+        if name not in known:
+            raise ValueError(f"unknown output format {name!r}: choose from {', '.join(known)}")
+        if name in DATASETS:
+            check_words(name, words)
+    if not formats:
+        raise ValueError(f"no output format: choose from {', '.join(known)}")
 
 
 def check_writable(folder: str | os.PathLike) -> Path:

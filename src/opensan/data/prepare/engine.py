@@ -6,9 +6,7 @@ finds its files as noted, or makes them again. The manifest comes last, so it st
 
 import io
 import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -23,7 +21,7 @@ from opensan.data import canonical
 from opensan.data.canonical import Manifest, PhotographRecord, Request
 from opensan.data.pool import run_all
 from opensan.data.prepare.source import ImageFile, Photograph, Source
-from opensan.files import atomic_path, write_text
+from opensan.files import atomic_path, link, write_text
 from opensan.images import known_suffixes, open_image
 from opensan.vocabulary import Vocabulary
 
@@ -213,7 +211,7 @@ class _Task:
             Image.fromarray(values).save(temporary)
         image_file = self.out / "images" / f"{self.photograph.name}{_suffix(image)}"
         if isinstance(image, Path):
-            _link(image, image_file)
+            link(image, image_file)
         else:
             with atomic_path(image_file) as temporary:
                 if isinstance(image, bytes):
@@ -259,21 +257,6 @@ def _suffix(image: ImageFile) -> str:
         return image.suffix
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
         return {"JPEG": ".jpg", "TIFF": ".tif"}.get(file.format, f".{file.format.lower()}")
-
-
-def _link(source: Path, target: Path) -> None:
-    """Link `target` to `source`; where links can't be made, hard links or copies are."""
-    temporary = target.with_name(f".{target.name}.part")  # not by atomic_path, which would chmod what it links to
-    for make in (os.symlink, os.link, shutil.copyfile):
-        try:
-            make(source.absolute(), temporary)
-            break
-        except OSError as error:
-            failure = error
-    else:
-        raise failure
-    temporary.replace(target)
-    temporary.unlink(missing_ok=True)  # renaming does nothing if both are hard links to one file
 
 
 def _remove_stale(out: Path, before: Iterable[PhotographRecord], records: dict[str, PhotographRecord]) -> None:

@@ -1,0 +1,254 @@
+"""Many photographs' label maps as one data set, for annotation tools and for training: COCO, YOLO, VOC, Label Studio.
+
+Each data set is a folder of its own, with the photographs (as links) in it. What belongs to a photograph is written
+with it; what is of all of them is put together at the end from those files, one at a time.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+from PIL import Image
+
+from opensan.files import atomic_path, link, write_text
+from opensan.outputs.brush import brush_rle
+from opensan.outputs.coco import run_lengths
+from opensan.outputs.colours import palette
+from opensan.outputs.polygons import one_ring, regions
+
+SPECK = 16
+"""Polygons are made of regions of at least so many pixels: smaller ones are noise that someone would have to delete."""
+
+VOC_WORDS = 254
+"""VOC's 8-bit maps keep 0 for the background and 255 for "don't care"."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A photograph and its answer."""
+
+    place: str
+    """Its name in the data set, without suffix: "0001", or "deep/er/0001"."""
+    photograph: Path
+    labels: np.ndarray
+    """[H, W] int, index into `names`, or -1 for unlabelled."""
+    names: Sequence[str]
+    confidence: Callable[[], Sequence[float | None]]
+    """Answers each word's mean over its pixels, in [0, 1], None without any; called only by formats that say it."""
+    model: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A kind of data set: a folder in the results, with photographs and what is known of them."""
+
+    folder: str
+    photographs: str
+    """The sub-folder that the photographs are linked in."""
+    pattern: str
+    """The path of a photograph's own file, given its {place}."""
+    write: Callable[[Path, Labelled], None]
+    """Writes a photograph's own file."""
+    finish: Callable[[Path, Sequence["Member"], Sequence[str]], None]
+    """Writes, to the folder, what is of all the photographs (in their order) and of the words."""
+    finished: tuple[str, ...]
+    """The files that `finish` writes."""
+
+    def paths(self, place: str, suffix: str) -> tuple[str, str]:
+        """Below the results: the photograph's link and its own file."""
+        return (
+            f"{self.folder}/{self.photographs}/{place}{suffix}",
+            f"{self.folder}/{self.pattern.format(place=place)}",
+        )
+
+    def add(self, out: Path, labelled: Labelled) -> None:
+        """Write what belongs to one photograph into the results folder `out`."""
+        photograph, own = (out / path for path in self.paths(labelled.place, labelled.photograph.suffix))
+        for path in (photograph, own):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        link(labelled.photograph, photograph)
+        self.write(own, labelled)
+
+    def complete(self, out: Path, members: Sequence["Member"], names: Sequence[str]) -> None:
+        """Write what is of all the photographs; the words are `names`."""
+        self.finish(out / self.folder, members, names)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A photograph of a data set."""
+
+    place: str
+    suffix: str
+    """Of its file, with the dot."""
+
+
+def _write_coco(path: Path, labelled: Labelled) -> None:
+    from faster_coco_eval import mask as coco_mask  # slow to import
+
+    height, width = labelled.labels.shape
+    confidence = labelled.confidence()
+    annotations = [
+        {
+            "category_id": label + 1,
+            "segmentation": rle,
+            "area": int(coco_mask.area(rle)),
+            "bbox": [int(side) for side in coco_mask.toBbox(rle)],
+            "iscrowd": 0,
+            "score": round(confidence[label], 6),
+        }
+        for label, rle in run_lengths(labelled.labels, len(labelled.names)).items()
+    ]
+    write_text(path, _json({"width": width, "height": height, "annotations": annotations}) + "\n")
+
+
+def _finish_coco(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
+    def images() -> Iterator[str]:
+        for number, (member, part) in enumerate(zip(members, _parts(folder, members), strict=True), 1):
+            size = {"width": part["width"], "height": part["height"]}
+            yield _json({"id": number, "file_name": f"{member.place}{member.suffix}", **size})
+
+    def annotations() -> Iterator[str]:
+        count = 0
+        for number, part in enumerate(_parts(folder, members), 1):
+            for annotation in part["annotations"]:
+                count += 1
+                yield _json({"id": count, "image_id": number, **annotation})
+
+    categories = [{"id": label + 1, "name": name, "supercategory": ""} for label, name in enumerate(names)]
+    (folder / "annotations").mkdir(exist_ok=True)
+    with (
+        atomic_path(folder / "annotations" / "instances_all.json") as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        file.write(f'{{"info": {{"description": "made by opensan"}}, "categories": {_json(categories)},\n"images": [')
+        _write_separated(file.write, images())
+        file.write('],\n"annotations": [')
+        _write_separated(file.write, annotations())
+        file.write("]}\n")
+
+
+def _write_yolo(path: Path, labelled: Labelled) -> None:
+    height, width = labelled.labels.shape
+    lines = []
+    for region in regions(labelled.labels):
+        if region.pixels >= SPECK:
+            corners = (one_ring(region) / (width, height)).ravel()
+            lines.append(f"{region.label} " + " ".join(f"{value:.6f}" for value in corners))
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _finish_yolo(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
+    import yaml
+
+    write_text(folder / "all.txt", "".join(f"./images/{member.place}{member.suffix}\n" for member in members))
+    data = {"path": str(folder.absolute()), "train": "all.txt", "val": "all.txt", "names": dict(enumerate(names))}
+    write_text(folder / "data.yaml", yaml.safe_dump(data, allow_unicode=True, sort_keys=False))
+
+
+def _write_voc(path: Path, labelled: Labelled) -> None:
+    picture = Image.fromarray((labelled.labels + 1).astype(np.uint8))  # unlabelled, -1, is VOC's background
+    picture.putpalette(voc_palette().tobytes())
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
+
+
+def _finish_voc(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
+    lists = folder / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True, exist_ok=True)
+    write_text(lists / "all.txt", "".join(f"{member.place}\n" for member in members))
+    lines = ["# label:color_rgb:parts:actions"]
+    for name, colour in zip(["background", *names], voc_palette()[: len(names) + 1].tolist(), strict=True):
+        lines.append(f"{name.replace(':', ' ')}:{','.join(map(str, colour))}::")  # a colon ends the name
+    write_text(folder / "labelmap.txt", "\n".join(lines) + "\n")
+
+
+def voc_palette() -> np.ndarray:
+    """VOC's colours [256, 3] uint8: bit k of a channel, from the highest, is bit 3k + channel of the index."""
+    index = np.arange(256)
+    channels = [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+    return np.stack(channels, axis=1).astype(np.uint8)
+
+
+def _write_label_studio(path: Path, labelled: Labelled) -> None:
+    height, width = labelled.labels.shape
+    confidence = labelled.confidence()
+    result = [
+        {
+            "id": f"word-{label}",
+            "type": "brushlabels",
+            "from_name": "words",
+            "to_name": "image",
+            "original_width": width,
+            "original_height": height,
+            "image_rotation": 0,
+            "score": round(confidence[label], 6),
+            "value": {"format": "rle", "rle": brush_rle(labelled.labels == label), "brushlabels": [name]},
+        }
+        for label, name in enumerate(labelled.names)
+        if confidence[label] is not None
+    ]
+    prediction = {"model_version": labelled.model, "result": result}
+    if result:
+        prediction["score"] = round(sum(one["score"] for one in result) / len(result), 6)
+    photograph = quote(f"images/{labelled.place}{labelled.photograph.suffix}")
+    task = {"data": {"image": f"/data/local-files/?d={photograph}"}, "predictions": [prediction]}
+    write_text(path, _json([task]) + "\n")
+
+
+def _finish_label_studio(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
+    with atomic_path(folder / "tasks.json") as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write("[")
+        _write_separated(file.write, (_json(task) for tasks in _parts(folder, members) for task in tasks))
+        file.write("]\n")
+    labels = [
+        f'    <Label value={quoteattr(name)} background="#{bytes(colour).hex()}"/>\n'
+        for name, colour in zip(names, palette(len(names)), strict=True)
+    ]
+    config = (
+        '<View>\n  <Image name="image" value="$image" zoom="true"/>\n'
+        f'  <BrushLabels name="words" toName="image">\n{"".join(labels)}  </BrushLabels>\n</View>\n'
+    )
+    write_text(folder / "config.xml", config)
+
+
+def _parts(folder: Path, members: Iterable[Member]) -> Iterator[Any]:
+    """The photographs' own JSON files, one after the other."""
+    for member in members:
+        yield json.loads((folder / "parts" / f"{member.place}.json").read_bytes())
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _write_separated(write: Callable[[str], object], records: Iterable[str]) -> None:
+    for number, record in enumerate(records):
+        write(("," if number else "") + "\n" + record)
+
+
+DATASETS: Mapping[str, Dataset] = {
+    "coco": Dataset(
+        "coco", "images", "parts/{place}.json", _write_coco, _finish_coco, ("annotations/instances_all.json",)
+    ),
+    "yolo": Dataset("yolo", "images", "labels/{place}.txt", _write_yolo, _finish_yolo, ("all.txt", "data.yaml")),
+    "voc": Dataset(
+        *("voc", "JPEGImages", "SegmentationClass/{place}.png", _write_voc, _finish_voc),
+        ("ImageSets/Segmentation/all.txt", "labelmap.txt"),
+    ),
+    "labelstudio": Dataset(
+        *("labelstudio", "images", "parts/{place}.json", _write_label_studio, _finish_label_studio),
+        ("tasks.json", "config.xml"),
+    ),
+}
+
+
+def check_words(name: str, words: int) -> None:
+    """Raise ValueError, one line, if a data set of this kind can't hold so many words."""
+    if name == "voc" and words > VOC_WORDS:
+        raise ValueError(f"voc holds at most {VOC_WORDS} words, not {words}: choose coco or yolo")
