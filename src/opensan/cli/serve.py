@@ -52,13 +52,14 @@ def serve(
     )
     from opensan.segmenter import load
     from opensan.serve import create_app
-    from opensan.serve.server import run
+    from opensan.serve.server import bind, run
 
+    listener = bind(host, port)
     note(f"loading {model}")
     # Words of strangers are remembered in memory only, where their number is bounded.
     segmenter = load(model, device=device, speed=speed.value, max_pixels=max_pixels, text_cache=False)
     app = create_app(segmenter, limits=limits, token=token, batch=batch)
-    signal_number = run(app, host, port, started=lambda url: complain(f"serving {segmenter.fingerprint} at {url}"))
+    signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.fingerprint} at {url}"))
     if signal_number == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)
 

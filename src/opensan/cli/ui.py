@@ -32,13 +32,14 @@ def ui(
 
     from opensan.segmenter import load
     from opensan.serve import Limits, create_app
-    from opensan.serve.server import run
+    from opensan.serve.server import bind, run
 
     def started(url: str) -> None:
         print(url, flush=True)
         if open_browser:
             Thread(target=webbrowser.open, args=(url,), daemon=True).start()  # some browsers answer when they end
 
+    listener = bind(HOST, port)
     note(f"loading {model}")
     limits = Limits()
     # Every half-typed word is embedded; a disk would be filled with them.
@@ -46,5 +47,5 @@ def ui(
     app = create_app(segmenter, limits=limits, page=True)
     # A page of another name that resolves to this machine must not reach the photographs.
     app.api.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    if run(app, HOST, port, started) == signal.SIGINT:
+    if run(app, listener, started) == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)

@@ -18,7 +18,7 @@ from opensan.segmenter import Encoding, Segmenter
 from opensan.serve import answers
 from opensan.serve.cache import EncodingCache
 from opensan.serve.engine import Engine
-from opensan.serve.limits import Gate, Limits, Problem, problem_response
+from opensan.serve.limits import Gate, Limits, Problem, problem_response, stopping
 from opensan.serve.metrics import CONTENT_TYPE, Metrics, Observer
 from opensan.serve.negotiation import best_media_type
 from opensan.serve.schemas import (
@@ -203,7 +203,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def ready() -> dict[str, str]:
         """New requests are accepted."""
         if app.state.gate.closing:
-            raise Problem(503, "the service is stopping")
+            raise stopping()
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["service"], response_class=Response, responses={

@@ -65,6 +65,11 @@ def busy(detail: str, seconds: float) -> Problem:
     return Problem(429, detail, {"Retry-After": str(max(1, math.ceil(seconds)))})
 
 
+def stopping() -> Problem:
+    """503: another instance may answer."""
+    return Problem(503, "the service is stopping", {"Retry-After": "5"})
+
+
 def problem_response(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer that tells a refusal."""
     title = HTTPStatus(status).phrase if status in set(HTTPStatus) else "Client Closed Request"
@@ -75,14 +80,14 @@ def problem_response(status: int, detail: str, headers: Mapping[str, str] | None
 class Gate:
     """Stands before the application: who may enter, how much they may bring, and how long they may take to do it.
 
-    `active` counts the requests inside; once `closing` is set, new ones are refused with 503.
+    Once `closing` is set, new requests are refused with 503.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, token: str | None = None) -> None:
         self.app = app
         self.closing = False
-        self.active = 0
         self._limits = limits
+        self._inside: set[_Body] = set()
         self._token = None if token is None else token.encode()
         self._held = 0
 
@@ -97,12 +102,19 @@ class Gate:
             await response(scope, receive, send)
             return
         body = _Body(self, receive, self._allowed(scope), self._limits.client_seconds)
-        self.active += 1
+        self._inside.add(body)
         try:
             await self.app(scope, body.receive, send)
         finally:
-            self.active -= 1
+            self._inside.remove(body)
             self._held -= body.size
+
+    def empty(self) -> bool:
+        """Whether all that was accepted is answered. While closing, clients that still send are sent away."""
+        if self.closing:
+            for body in self._inside:
+                body.give_up()
+        return not self._inside
 
     def take(self, size: int) -> None:
         """Count bytes of a body that are now held. Raises Problem if they are too many together."""
@@ -112,7 +124,7 @@ class Gate:
 
     def _check(self, scope: Scope) -> None:
         if self.closing:
-            raise Problem(503, "the service is stopping", {"Retry-After": "5", "Connection": "close"})
+            raise stopping()
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if self._token is not None and (scope["path"].startswith("/v1/") or scope["path"] == "/metrics"):
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
@@ -139,6 +151,12 @@ class _Body:
         self._seconds = seconds
         self._deadline: float | None = None
         self._complete = False
+        self._timeout: asyncio.Timeout | None = None
+
+    def give_up(self) -> None:
+        """Wait no longer, if the client is being waited for."""
+        if self._timeout is not None and not self._timeout.expired():
+            self._timeout.reschedule(asyncio.get_running_loop().time())
 
     async def receive(self) -> Message:
         if self._complete:  # what comes now is that the client left
@@ -146,12 +164,14 @@ class _Body:
         if self._deadline is None:
             self._deadline = asyncio.get_running_loop().time() + self._seconds
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self._deadline) as self._timeout:
                 message = await self._receive()
         except TimeoutError:
-            raise Problem(
-                408, f"the request was not complete after {self._seconds:g} s", {"Connection": "close"}
-            ) from None
+            if self._gate.closing:
+                raise stopping() from None
+            raise Problem(408, f"the request was not complete after {self._seconds:g} s") from None
+        finally:
+            self._timeout = None
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
             self.size += size
@@ -163,4 +183,4 @@ class _Body:
 
 
 def _too_long(allowed: int) -> Problem:
-    return Problem(413, f"the request is longer than {allowed:,} bytes", {"Connection": "close"})
+    return Problem(413, f"the request is longer than {allowed:,} bytes")

@@ -153,9 +153,22 @@ def question_from_form(fields: dict[str, Any]) -> Question:
 def one_line(errors: Any) -> str:
     """What is wrong, and where: the first of pydantic's errors."""
     error = errors[0]
+    if error["type"] == "json_invalid":
+        return f"the body is not valid JSON ({error['ctx']['error']})"
+    field = next((part for part in error["loc"] if part in _FORMS), None)
+    if field is not None:  # pydantic tells what is wrong by each of the forms that would be right
+        return f"{field}: {_FORMS[field]}"
     place = ".".join(str(part) for part in error["loc"] if part != "body")
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{place}: {error['msg']}{more}" if place else f"{error['msg']}{more}"
+
+
+_FORMS = {
+    "words": 'must be text, or a list of texts or of objects with a "name" (and "text", "synonyms", "prompts", '
+    '"background")',
+    "background": "must be text, or a list like words",
+    "templates": 'must be "vild", "single", or a list of texts',
+}
 
 
 def _plain(words: Words) -> str | list[Any]:

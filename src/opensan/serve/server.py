@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -14,50 +15,53 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from opensan.serve.app import Application
 
 
-def run(app: Application, host: str, port: int, started: Callable[[str], None]) -> int:
+def run(app: Application, listener: socket.socket, started: Callable[[str], None]) -> int:
     """Serve until SIGTERM or SIGINT, finish what was accepted, and return the signal's number.
 
-    `started` is told the service's URL once it answers; port 0 chooses a free one. Raises ValueError, one line, if
-    it is not possible to listen there.
+    `started` is told the service's URL once it answers.
     """
-    listener = _listen(host, port)
-    seconds = app.service.limits.client_seconds
-    config = uvicorn.Config(
-        app,
-        http=_protocol(seconds),
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=15,
-        timeout_graceful_shutdown=round(app.service.limits.queue_seconds + seconds),
-    )
-    server = _Server(config, app, lambda: started(_url(listener)))
+    server = Server(app, lambda: started(url_of(listener)))
+    # A word that the model has never seen is the asker's business, not the log's.
+    warnings.filterwarnings("ignore", message="the model has never seen")
     server.run(sockets=[listener])
     return server.stopped_by
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """The address at which `run` will listen, 0 being a free port; to be had before a model is loaded.
+
+    Raises ValueError, one line, if it cannot be had.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(512)
     except OSError as error:
         raise ValueError(f"cannot listen at {host} port {port} ({error.strerror or error})") from None
     return listener
 
 
-def _url(listener: socket.socket) -> str:
+def url_of(listener: socket.socket) -> str:
     host, port, *_ = listener.getsockname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """On a signal, new requests are refused with 503 until those accepted are answered; then it ends."""
 
-    def __init__(self, config: uvicorn.Config, app: Application, ready: Callable[[], None]) -> None:
+    def __init__(self, app: Application, ready: Callable[[], None]) -> None:
+        seconds = app.service.limits.client_seconds
+        config = uvicorn.Config(
+            app,
+            http=_protocol(seconds),
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=5,  # for answers on their way: all are there before this begins
+        )
         super().__init__(config)
         self.stopped_by = 0
         self._ready = ready
@@ -74,33 +78,35 @@ class _Server(uvicorn.Server):
         self._gate.closing = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self._gate.closing and self._gate.active == 0:
+        if self._gate.closing and self._gate.empty():
             return True
         return await super().on_tick(counter)
 
 
 def _protocol(seconds: float) -> type[H11Protocol]:
     class Impatient(H11Protocol):
-        """Lets go of a client that does not say what it wants, or does not read what it gets, for `seconds`.
+        """Lets go of a client that for `seconds` does not say what it wants or does not read what it gets.
 
-        The time that a body takes is bounded elsewhere, where it can be answered.
+        The time that a body takes is bounded elsewhere, where it can be answered; only the rest of one that was
+        refused is bounded here. It is read, because closing on it would cost the client the answer.
         """
 
-        _headers: asyncio.TimerHandle | None = None
+        _request: asyncio.TimerHandle | None = None
         _answer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._headers = self.loop.call_later(seconds, transport.abort)
+            self._request = self.loop.call_later(seconds, transport.abort)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            waiting = self.conn.their_state is h11.IDLE
-            if waiting and self._headers is None:
-                self._headers = self.loop.call_later(seconds, self.transport.abort)
-            elif not waiting and self._headers is not None:
-                self._headers.cancel()
-                self._headers = None
+            in_headers = self.conn.their_state is h11.IDLE
+            in_refused_body = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+            if not in_headers and not in_refused_body:
+                self._cancel(self._request)
+                self._request = None
+            elif self._request is None:
+                self._request = self.loop.call_later(seconds, self.transport.abort)
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -108,13 +114,15 @@ def _protocol(seconds: float) -> type[H11Protocol]:
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            if self._answer is not None:
-                self._answer.cancel()
+            self._cancel(self._answer)
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            for timer in (self._headers, self._answer):
-                if timer is not None:
-                    timer.cancel()
+            self._cancel(self._request)
+            self._cancel(self._answer)
+
+        def _cancel(self, timer: asyncio.TimerHandle | None) -> None:
+            if timer is not None:
+                timer.cancel()
 
     return Impatient
