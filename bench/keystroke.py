@@ -2,9 +2,9 @@
 
     python bench/keystroke.py [--keys 40] [--threads 2] [--json FILE]
 
-A headless Chromium (Debian's, or where --chromium says) opens a picture of 640x853 pixels and types the 20th word after 19
-others, a key every 200 ms: each half-typed word is new to the model. Counted is from the input event to the end of the frame
-in which the canvas was painted. "answer" is the part between request and response; the rest is the browser's.
+A headless Chromium (Debian's, or where --chromium says) opens a picture of 640x853 pixels and types the 20th word after
+19 others, a key every 200 ms: each half-typed word is new to the model. Counted is from the input event to the end of
+the frame in which the canvas was painted. "answer" is the part between request and response; the rest is the browser's.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         picture = Path(folder) / "picture.png"
         Image.open(SCENE).convert("RGB").resize(SIZE[::-1]).save(picture)
-        browser = playwright.chromium.launch(executable_path=options.chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=options.chromium, args=["--no-sandbox", "--disable-gpu"])
         for name, seed in CASES:
             urls = context.Queue()
             server = context.Process(target=serve, args=(name, seed, options.threads, urls), daemon=True)

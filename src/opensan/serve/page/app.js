@@ -106,7 +106,7 @@ class App {
       const { port1, port2 } = new MessageChannel();
       port1.onmessage = () => {
         const { duration } = performance.measure("keystroke", { start: since, end: performance.now() });
-        element("time").textContent = `${Math.round(duration)} ms from key to colours`;
+        element("time").textContent = `key to colours ${Math.round(duration)} ms`;
       };
       port2.postMessage(null);
     });
@@ -119,6 +119,7 @@ class App {
     if (aloud) this.speak(found ? `${found.text}, at ${cursor.x}, ${cursor.y}` : "no words yet");
   }
 
+  /** For screen readers. */
   speak(text) {
     element("spoken").textContent = text;
   }

@@ -1,0 +1,396 @@
+"""The web page in a real browser: Debian's Chromium, without a screen, against `opensan ui --model tiny`."""
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from urllib.error import HTTPError
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import opensan
+from opensan.outputs import palette, read_label_map
+
+CHROMIUM = Path("/usr/bin/chromium")
+SCENES = Path(opensan.__file__).parent / "assets" / "scenes"
+PLAYGROUND = SCENES / "playground.png"
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+if not CHROMIUM.exists():
+    pytest.skip(f"there is no {CHROMIUM}", allow_module_level=True)
+
+from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
+
+expect.set_options(timeout=30_000)
+
+OVERLAY = """() => document.querySelector("#overlay-a").toDataURL()"""
+
+
+class Service:
+    """`opensan ui` in a process of its own."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._command = [sys.executable, "-m", "opensan", "ui", "--model", "tiny", "--no-open", "--port", str(port)]
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(Path(opensan.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self._process.stdout.readline() == f"{self.url}\n"
+
+    def stop(self) -> int:
+        self._process.send_signal(signal.SIGINT)
+        code = self._process.wait(60)
+        self._process.stdout.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def service():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    service = Service(port)
+    service.start()
+    yield service
+    assert service.stop() == 130
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def complaints() -> list[str]:
+    """What the browser's console tells; whoever provokes some has to clear it."""
+    return []
+
+
+@pytest.fixture
+def page(service, browser, complaints):
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    page.on("console", lambda message: message.type in ("error", "warning") and complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(service.url)
+    expect(page.locator("#model")).to_contain_text("tiny")
+    yield page
+    context.close()
+    assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return opensan.load("tiny", text_cache=False)
+
+
+def open_picture(page: Page, path: Path = PLAYGROUND) -> None:
+    page.set_input_files("#file", path)
+    expect(page.locator("#waiting")).to_be_hidden()
+    expect(page.locator("#spoken")).to_contain_text("is open")
+
+
+def words_of(page: Page, words: str) -> None:
+    page.locator("#word-input-a").fill(words)
+
+
+def settled(page: Page) -> None:
+    """Until the confidences are there, which come last."""
+    page.locator("#pointing").hover(position={"x": 5, "y": 5})
+    expect(page.locator("#tip")).to_contain_text("%")
+
+
+def overlay(page: Page) -> np.ndarray:
+    """[480, 640, 4] of the first side's canvas."""
+    _, _, data = page.evaluate(OVERLAY).partition(",")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def inside(labels: np.ndarray) -> np.ndarray:
+    """[H, W]: pixels that are on no border."""
+    same = np.ones_like(labels, dtype=bool)
+    same[:-1] &= labels[:-1] == labels[1:]
+    same[:, :-1] &= labels[:, :-1] == labels[:, 1:]
+    return same
+
+
+def assert_shows(page: Page, labels: np.ndarray) -> None:
+    colours = palette(labels.max() + 1)
+    shown, within = overlay(page), inside(labels)
+    labelled = within & (labels >= 0)
+    assert (shown[labelled][:, :3] == colours[labels[labelled]]).all()
+    assert (shown[labelled][:, 3] == 255).all()
+    assert (shown[within & (labels < 0)][:, 3] == 0).all()
+
+
+def download(page: Page, name: str) -> tuple[bytes, str]:
+    with page.expect_download() as found:
+        page.get_by_role("button", name=name, exact=True).click()
+    return found.value.path().read_bytes(), found.value.suggested_filename
+
+
+def test_every_keystroke_labels_the_picture_and_results_are_those_of_the_package(page, segmenter, tmp_path):
+    sent = []
+    page.on("request", lambda request: sent.append((request.method, request.url)))
+    open_picture(page)
+    words_of(page, "night sky, brick, ")
+    expect(page.locator(".chip .share", has_text="%")).to_have_count(2)
+    page.locator("#word-input-a").press_sequentially("green heart", delay=30)  # and no Enter
+    expect(page.locator(".entry .share").first).to_contain_text("%")
+    settled(page)
+    wanted = segmenter.segment(PLAYGROUND, ["night sky", "brick", "green heart"])
+    assert_shows(page, wanted.labels)
+    assert [url for method, url in sent if method == "POST"].count(f"{page.url}v1/encodings") == 1
+
+    label_map, name = download(page, "Label map")
+    (tmp_path / name).write_bytes(label_map)
+    assert name == "playground.labels.png"
+    assert (read_label_map(tmp_path / name) == wanted.labels).all()
+    picture, name = download(page, "Overlay")
+    assert name == "playground.overlay.png"
+    assert (np.asarray(Image.open(io.BytesIO(picture))) == np.asarray(wanted.overlay())).all()
+    record, name = download(page, "JSON")
+    assert name == "playground.segments.json"
+    assert [word["name"] for word in json.loads(record)["words"]] == wanted.names
+    assert json.loads(record)["words"][2]["area"] == wanted.areas["green heart"]
+
+
+def test_each_letter_changes_the_overlay_with_the_colours_of_earlier_words_kept(page):
+    open_picture(page)
+    words_of(page, "night sky, brick, ")
+    expect(page.locator(".chip .share", has_text="%")).to_have_count(2)
+    before = overlay(page)
+    chip = page.locator(".chip .swatch").first
+    colour = chip.evaluate("(element) => element.style.backgroundColor")
+    page.locator("#word-input-a").press_sequentially("white heart")
+    expect(page.locator(".entry .share").first).to_contain_text("%")
+    settled(page)
+    changed = (overlay(page) != before).any(axis=-1)
+    assert 0.02 < changed.mean() < 0.3
+    assert chip.evaluate("(element) => element.style.backgroundColor") == colour == "rgb(230, 159, 0)"
+
+
+def test_superseded_questions_are_never_sent(page, segmenter):
+    open_picture(page)
+    held = []
+    page.route(re.compile("confidence=false"), lambda route: held.append(route))
+    field = page.locator("#word-input-a")
+    field.press_sequentially("brick, night")
+    page.wait_for_timeout(200)
+    assert len(held) == 1
+    assert json.loads(held[0].request.post_data)["words"][0]["name"] == "b"
+    field.press_sequentially(" sky")
+    with page.expect_request(re.compile("confidence=false")):
+        held[0].continue_()
+    page.wait_for_timeout(200)
+    assert len(held) == 2
+    words = json.loads(held[1].request.post_data)["words"]
+    assert [words[0], words[1]["name"]] == ["brick", "night sky"]
+    held[1].continue_()
+    settled(page)
+    assert_shows(page, segmenter.segment(PLAYGROUND, ["brick", "night sky"]).labels)
+
+
+def test_synonyms_background_and_hidden_words(page, segmenter):
+    open_picture(page)
+    words_of(page, "brick|bricks, green heart|heart, ")
+    expect(page.locator(".chip .synonyms").first).to_have_text("bricks")
+    page.get_by_text("Background words").first.click()
+    page.get_by_label("Their pixels stay unlabelled.").first.fill("night sky")
+    settled(page)
+    wanted = segmenter.segment(PLAYGROUND, ["brick|bricks", "green heart|heart"], background=["night sky"])
+    assert (wanted.labels < 0).any()
+    assert_shows(page, wanted.labels)
+    page.locator(".chip .body").first.click()
+    expect(page.locator(".chip .body").first).to_have_attribute("aria-pressed", "false")
+    assert (overlay(page)[(wanted.labels == 0) & inside(wanted.labels)][:, 3] == 0).all()
+
+
+def test_hover_and_click_tell_the_region(page, segmenter):
+    open_picture(page)
+    words_of(page, "night sky, brick, green heart, ")
+    settled(page)
+    box = page.locator("#pointing").bounding_box()
+    x, y = 380, 80
+    page.mouse.move(box["x"] + (x + 0.5) / 640 * box["width"], box["y"] + (y + 0.5) / 480 * box["height"])
+    wanted = segmenter.segment(PLAYGROUND, ["night sky", "brick", "green heart"])
+    assert wanted.names[wanted.labels[y, x]] == "green heart"
+    expect(page.locator("#tip-text")).to_have_text(f"green heart · {round(100 * wanted.confidence[y, x])} %")
+    page.mouse.click(box["x"] + (x + 0.5) / 640 * box["width"], box["y"] + (y + 0.5) / 480 * box["height"])
+    expect(page.get_by_role("heading", name="green heart at 380, 80")).to_be_visible()
+    expect(page.locator("#best-words .name").first).to_have_text("green heart")
+    page.locator("#proposals button").first.hover()
+    expect(page.locator("#mask")).to_be_visible()
+    page.get_by_label("Close this explanation").click()
+    expect(page.locator("#inspect")).to_be_hidden()
+    expect(page.locator("#mask")).to_be_hidden()
+
+
+def test_two_vocabularies_side_by_side(page, segmenter):
+    open_picture(page)
+    words_of(page, "night sky, brick, ")
+    page.get_by_label("Compare two vocabularies").check()
+    expect(page.locator("#word-input-b")).to_be_focused()
+    page.keyboard.type("water, orange circle,")
+    expect(page.locator(".chip .share", has_text="%")).to_have_count(4)
+    split = page.get_by_role("slider", name="Border between A and B")
+    split.press("ArrowLeft")
+    expect(split).to_have_attribute("aria-valuenow", "48")
+    box = page.locator("#pointing").bounding_box()
+    other = segmenter.segment(PLAYGROUND, ["water", "orange circle"])
+    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + box["height"] * 0.625)
+    expect(page.locator("#tip-text")).to_contain_text(other.names[other.labels[300, 480]])
+    first = segmenter.segment(PLAYGROUND, ["night sky", "brick"])
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + box["height"] * 0.95)
+    expect(page.locator("#tip-text")).to_contain_text(first.names[first.labels[456, 160]])
+
+
+def test_everything_by_keyboard(page):
+    def focused(selector: str) -> None:
+        expect(page.locator(selector)).to_be_focused()
+        style = page.locator(selector).evaluate("(e) => { const s = getComputedStyle(e); return s.outlineStyle; }")
+        ring = page.locator(selector).evaluate("(e) => getComputedStyle(e.parentElement).boxShadow")
+        assert style == "solid" or ring != "none"
+
+    page.keyboard.press("Tab")
+    focused(".skip")
+    page.keyboard.press("?")
+    expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#help")).to_be_hidden()
+    page.get_by_role("button", name="playground").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".chip .share", has_text="%")).to_have_count(7)
+    page.keyboard.press("/")
+    focused("#word-input-a")
+    page.keyboard.press("Backspace")
+    expect(page.locator(".chip")).to_have_count(6)
+    page.keyboard.type("white moon")
+    page.keyboard.press("Enter")
+    expect(page.locator(".chip .share", has_text="%")).to_have_count(7)
+    page.keyboard.press("Tab")
+    focused(".chip:first-child .body")
+    page.keyboard.press("Space")
+    expect(page.locator(".chip .body").first).to_have_attribute("aria-pressed", "false")
+    page.keyboard.press("ArrowRight")
+    focused(".chip:nth-child(2) .body")
+    page.keyboard.press("Delete")
+    expect(page.locator(".chip .name").nth(1)).to_have_text("green heart")
+    page.keyboard.press("p")
+    focused("#pointing")
+    page.keyboard.press("ArrowUp")
+    expect(page.locator("#cross")).to_be_visible()
+    expect(page.locator("#spoken")).to_contain_text("at 320, 229")
+    page.keyboard.press("Enter")
+    expect(page.locator("#inspect-title")).to_contain_text("at 320, 229")
+    page.keyboard.press("Escape")
+    expect(page.locator("#inspect")).to_be_hidden()
+    page.keyboard.press("]")
+    expect(page.locator("#opacity")).to_have_value("65")
+    page.keyboard.press("c")
+    expect(page.locator("#compare")).to_be_checked()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scrolling(page, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 360, "height": 740})
+
+    def fits() -> bool:
+        return page.evaluate("() => document.documentElement.scrollWidth") <= 360
+
+    assert fits()
+    open_picture(page)
+    words_of(page, f"night sky, brick|{'very' * 20}, {'long' * 30}, ")
+    settled(page)
+    assert fits()
+    page.locator("#pointing").click(position={"x": 100, "y": 100})
+    expect(page.locator("#inspect")).to_be_visible()
+    page.get_by_label("Compare two vocabularies").check()
+    assert fits()
+
+
+def test_what_is_typed_is_text(page):
+    open_picture(page)
+    evil = "<img src=x onerror=alert(1)>"
+    words_of(page, f"{evil}, brick, ")
+    expect(page.locator(".chip .name").first).to_have_text(evil)
+    settled(page)
+    page.locator("#pointing").click(position={"x": 5, "y": 5})
+    expect(page.locator("#best-words .name")).to_have_count(2)
+    assert page.locator(".panel img, .inspect img").count() == 0
+
+
+def test_problems_are_told_in_words_and_pass(page, complaints, tmp_path):
+    bad = tmp_path / "notes.png"
+    bad.write_text("not a picture")
+    page.set_input_files("#file", bad)
+    expect(page.locator("#problem")).to_contain_text("notes.png is not a picture")
+    large = tmp_path / "large.png"
+    large.write_bytes(PLAYGROUND.read_bytes() + bytes(21 << 20))
+    page.set_input_files("#file", large)
+    expect(page.locator("#problem")).to_contain_text("large.png has 22.4 MB; this service takes at most 21.0 MB")
+    open_picture(page)
+    expect(page.locator("#problem")).to_be_hidden()
+    assert complaints == []
+    words_of(page, "brick|stone, stone, ")
+    expect(page.locator(".wrong").first).to_contain_text("repeats")
+    page.keyboard.press("Backspace")
+    expect(page.locator(".wrong").first).to_be_hidden()
+    complaints.clear()  # the browser notes the 422
+
+
+def test_a_service_that_forgot_or_went_is_found_again(page, service, complaints):
+    names = []
+    page.on("response", lambda response: response.status == 201 and names.append(response.headers["location"]))
+    open_picture(page)
+    words_of(page, "brick, ")
+    expect(page.locator(".chip .share", has_text="%")).to_have_count(1)
+    page.wait_for_timeout(1000)
+    urllib.request.urlopen(urllib.request.Request(f"{service.url}{names[0]}", method="DELETE")).close()
+    words_of(page, "night sky, ")
+    expect(page.locator(".chip .share", has_text="%")).to_have_count(2)
+    assert len(names) == 2
+    page.wait_for_timeout(1000)
+
+    assert service.stop() == 130
+    words_of(page, "green heart, ")
+    expect(page.locator("#problem")).to_contain_text("does not answer")
+    service.start()
+    expect(page.locator("#problem")).to_be_hidden()
+    expect(page.locator(".chip .share", has_text="%")).to_have_count(3)
+    complaints.clear()  # the browser notes what failed
+
+
+def test_the_page_takes_nothing_from_outside(service):
+    with urllib.request.urlopen(service.url) as answer:
+        policy = answer.headers["Content-Security-Policy"]
+        html = answer.read().decode()
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert re.findall(r'(?:src|href)="(?!#)([^"]*)"', html)
+    for place in re.findall(r'(?:src|href)="(?!#)([^"]*)"', html):
+        assert re.fullmatch(r"[a-z]+\.(js|css|svg)", place)
+    assert not re.search(r"<script(?![^>]*src=)|\sstyle=|\son\w+=", html)
+
+
+def test_other_host_names_are_refused(service):
+    with pytest.raises(HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(service.url, headers={"Host": "evil.example"}))
+    assert refused.value.code == 400
+    refused.value.close()
