@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from rasterio.enums import ColorInterp  # noqa: E402
 from rasterio.transform import from_origin  # noqa: E402
 
 from opensan import geo  # noqa: E402
+from opensan.checkpoints import save_folder  # noqa: E402
 from opensan.cli import main  # noqa: E402
 from opensan.lab.scenes import make_scene  # noqa: E402
 from opensan.strips import StripFile  # noqa: E402
@@ -136,6 +140,16 @@ def test_without_rasterio_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rasterio", None)
     with pytest.raises(ValueError, match=r"opensan\[geo\]"), geo.gdal():
         pass
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("PNG", "png"), ("JPEG", "jpg")])
+def test_photographs_are_read_by_window_too(tmp_path, format, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(noise(60, 70)).save(path, format)
+    raster = geo.GeoRaster(path)
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    for top in (30, 0):  # downwards and back
+        assert np.abs(raster.read(top, 8, 30, 40)[0] - expected[top : top + 30, 8:48]).max() <= 2
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -266,3 +280,43 @@ def test_mistakes_are_told_in_a_line(tmp_path, scene, capsys, option, code, mess
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def documented():
+    text = (Path(__file__).parents[1] / "docs" / "huge-images.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+
+
+def test_a_full_disk_is_told_in_a_line_and_loses_nothing(tmp_path, scene, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(geo, "write_labels", full)
+        assert run(*arguments(scene, out)) == 1
+    assert capsys.readouterr().err.strip().endswith("cannot write there (No space left on device)")
+    assert [path.name for path in out.iterdir()] == [".scene.labels.part"]
+    assert not run(*arguments(scene, out))
+    assert "going on after 3 of 3 strips" in capsys.readouterr().err
+
+
+def test_damage_in_the_middle_is_told_in_a_line(tmp_path):
+    path = write(tmp_path / "x.tif", noise(3, 1200, 600), tiled=True, compress="deflate")
+    path.write_bytes(path.read_bytes()[:-400_000])
+    command = [sys.executable, "-m", "opensan", "segment-raster", *map(str, arguments(path, tmp_path / "out"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {path}: damaged")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", documented(), ids=" ".join)
+def test_documented_commands_run(tmp_path, monkeypatch, small_model, command):
+    write(tmp_path / "orthophoto.tif", noise(3, 120, 150), **PLACE)
+    write(tmp_path / "satellite.tif", noise(4, 120, 150, dtype=np.uint16), **PLACE)
+    model = save_folder(small_model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert not run(*command[1:], "--model", model)
+    assert len(list(Path("out").iterdir())) == 3

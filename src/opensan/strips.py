@@ -1,6 +1,7 @@
 """A label map that grows strip by strip on disk, so that work which is killed goes on where it stopped."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class StripFile:
         assert labels.shape == (bottom - top, self._width), labels.shape
         self._file.write(labels.astype(self.dtype).tobytes())
         self._file.flush()
+        os.fsync(self._file.fileno())  # rows count as finished by the file's size, also after a loss of power
         self.finished += 1
 
     def rows(self, top: int, bottom: int) -> np.ndarray:

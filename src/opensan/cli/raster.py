@@ -110,6 +110,8 @@ def segment_raster(
                 _label(segmenter, raster, vocabulary, tiling, strips, batch)
                 _write(raster, strips, vocabulary.names, out, image.stem, polygons, min_pixels)
                 part.unlink()
+        except OSError as error:  # the disk is full, or the name too long
+            raise ValueError(f"{out}: cannot write there ({error.strerror or error})") from None
         finally:
             raster.close()
 
