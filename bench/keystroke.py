@@ -37,12 +37,12 @@ def serve(name: str, seed: int | None, threads: int, urls) -> None:
     import torch
 
     from opensan.serve import create_app
-    from opensan.serve.server import run
+    from opensan.serve.server import bind, run
 
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")  # random weights, and half-typed words that tiny has never seen
     segmenter = opensan.load(name, random_weights=seed, text_cache=False)
-    run(create_app(segmenter, page=True), "127.0.0.1", 0, urls.put)
+    run(create_app(segmenter, page=True), bind("127.0.0.1", 0), urls.put)
 
 
 def letters() -> "itertools.chain[str]":
@@ -84,6 +84,8 @@ def main() -> None:
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     rows = []
+    print("| model | overlays drawn | median, ms | 90th percentile, ms | of which the answer, ms |")
+    print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         picture = Path(folder) / "picture.png"
         Image.open(SCENE).convert("RGB").resize(SIZE[::-1]).save(picture)
@@ -92,18 +94,17 @@ def main() -> None:
             urls = context.Queue()
             server = context.Process(target=serve, args=(name, seed, options.threads, urls), daemon=True)
             server.start()
-            row = measure(browser.new_page(), urls.get(timeout=300), picture, options.keys)
-            rows.append({"model": name if seed is None else f"{name}, random weights", **row})
+            row = measure(browser.new_page(), urls.get(timeout=90), picture, options.keys)
+            row = {"model": name if seed is None else f"{name}, random weights", **row}
+            print(
+                f"| {row['model']} | {row['drawn']} of {options.keys} keys | {row['median_ms']:.0f} "
+                f"| {row['p90_ms']:.0f} | {row['answer_ms']:.0f} |",
+                flush=True,
+            )
+            rows.append(row)
             server.terminate()
             server.join()
         browser.close()
-    print("| model | overlays drawn | median, ms | 90th percentile, ms | of which the answer, ms |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['model']} | {row['drawn']} of {options.keys} keys | {row['median_ms']:.0f} "
-            f"| {row['p90_ms']:.0f} | {row['answer_ms']:.0f} |"
-        )
     if options.json:
         options.json.write_text(json.dumps({"threads": options.threads, "size": SIZE, "rows": rows}, indent=2))
 

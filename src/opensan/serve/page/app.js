@@ -106,7 +106,7 @@ class App {
       const { port1, port2 } = new MessageChannel();
       port1.onmessage = () => {
         const { duration } = performance.measure("keystroke", { start: since, end: performance.now() });
-        element("time").textContent = `key to colours ${Math.round(duration)} ms`;
+        element("time").textContent = `${Math.round(duration)} ms`;
       };
       port2.postMessage(null);
     });
