@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opensan.cli.segment import Speed
-from opensan.cli.terminal import INTERRUPTED, complain, note
+from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note
 
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "multipart": "python-multipart",
            "prometheus_client": "prometheus-client", "batched": "batched"}  # fmt: skip
@@ -38,6 +38,8 @@ def serve(
 
     /docs tells the API, /metrics the load. SIGTERM and Ctrl-C finish what was accepted.
     """
+    if token == "":
+        raise UsageError("--token is empty: leave it out to let everybody in")
     require_serve_extra()
     from opensan.serve import Limits
 

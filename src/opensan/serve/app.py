@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
@@ -60,6 +60,7 @@ _UPLOADED = {
         "schema": {
             "type": "object",
             "required": ["image"],
+            "additionalProperties": False,
             "properties": {"image": {"type": "string", "format": "binary"}},
         }
     },
@@ -69,6 +70,7 @@ _FORM = {
         "schema": {
             "type": "object",
             "required": ["image", "words"],
+            "additionalProperties": False,
             "properties": {
                 "image": {"type": "string", "format": "binary"},
                 "words": {"type": "string", "description": "Comma string, or a JSON list."},
@@ -137,10 +139,19 @@ class Service:
         return encoding
 
     async def segmented(
-        self, request: Request, encoding: Encoding, question: Question, form: Format, confidence: bool = True
+        self,
+        request: Request,
+        encoding: Encoding,
+        question: Question,
+        form: Format,
+        *,
+        confidence: bool = True,
+        accepted: bool = False,
     ) -> Response:
         vocabulary = question.vocabulary(self.limits)
-        work = self.engine.ask(lambda: answers.answer(self.segmenter, encoding, vocabulary, form, confidence))
+        work = self.engine.ask(
+            lambda: answers.answer(self.segmenter, encoding, vocabulary, form, confidence), accepted=accepted
+        )
         picture = await _while_there(request, work)
         return Response(picture.content, media_type=picture.media_type)
 
@@ -168,10 +179,13 @@ def create_app(
         version=__version__,
         summary="Label every pixel of a photograph with words chosen at run time.",
         lifespan=service.running,
-        dependencies=[Depends(HTTPBearer(auto_error=False, description="Only if the service was given a token."))],
     )
-    _add_routes(app, service)
-    _add_encoding_routes(app, service)
+    # The gate asks for the token, before a body is read; here the schema only tells that it does.
+    api = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [])
+    _add_service_routes(app, api, service)
+    _add_segmentation_route(api, service)
+    _add_encoding_routes(api, service)
+    app.include_router(api)
     _add_errors(app)
     if page:
         add_page(app)
@@ -193,7 +207,7 @@ class Application:
         await self._outermost(scope, receive, send)
 
 
-def _add_routes(app: FastAPI, service: Service) -> None:
+def _add_service_routes(app: FastAPI, api: APIRouter, service: Service) -> None:
     @app.get("/healthz", tags=["service"])
     async def health() -> dict[str, str]:
         """The process lives."""
@@ -206,14 +220,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             raise stopping()
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["service"], response_class=Response, responses={
+    @api.get("/metrics", tags=["service"], response_class=Response, responses={
         200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_problems(401),
     })  # fmt: skip
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
-    @app.get("/v1/info", tags=["service"], responses=_problems(401, 503))
+    @api.get("/v1/info", tags=["service"], responses=_problems(401, 503))
     async def info() -> ServiceInfo:
         """The model, and what may be asked of it."""
         names = ("request_bytes", "pixels", "words", "characters", "templates")
@@ -224,7 +238,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             limits={name: getattr(service.limits, name) for name in names},
         )
 
-    @app.post(
+
+def _add_segmentation_route(api: APIRouter, service: Service) -> None:
+    @api.post(
         "/v1/segmentation", tags=["segmentation"], response_class=Response,
         responses={**_FORMS, **_problems(*_ALWAYS, 406, 415)},
         openapi_extra={"requestBody": {"required": True, "content": _FORM}},
@@ -237,11 +253,11 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         question = question_from_form(fields)
         question.vocabulary(service.limits)  # before the work, for what is wrong with it
         encoding = await _while_there(request, service.engine.encode(data))
-        return await service.segmented(request, encoding, question, form)
+        return await service.segmented(request, encoding, question, form, accepted=True)
 
 
-def _add_encoding_routes(app: FastAPI, service: Service) -> None:
-    @app.post(
+def _add_encoding_routes(api: APIRouter, service: Service) -> None:
+    @api.post(
         "/v1/encodings", tags=["encodings"], status_code=201, responses=_problems(*_ALWAYS, 415),
         openapi_extra={"requestBody": {"required": True, "content": _UPLOADED}},
     )  # fmt: skip
@@ -255,13 +271,13 @@ def _add_encoding_routes(app: FastAPI, service: Service) -> None:
         response.headers["Location"] = f"/v1/encodings/{name}"
         return EncodingInfo(id=name, width=width, height=height, expires_in=service.cache.seconds)
 
-    @app.delete("/v1/encodings/{id}", tags=["encodings"], status_code=204, responses=_problems(401, 404, 503))
+    @api.delete("/v1/encodings/{id}", tags=["encodings"], status_code=204, responses=_problems(401, 404, 503))
     async def forget(id: str) -> None:
         """Let go of an encoding and its photograph."""
         if not service.cache.remove(id):
             raise _gone()
 
-    @app.post(
+    @api.post(
         "/v1/encodings/{id}/segmentation", tags=["encodings"], response_class=Response,
         responses={**_FORMS, **_problems(*_ALWAYS, 404, 406)},
     )  # fmt: skip
@@ -276,9 +292,9 @@ def _add_encoding_routes(app: FastAPI, service: Service) -> None:
     ) -> Response:
         """Ask an encoded photograph words; neither ViT runs."""
         form = _form(request, format)
-        return await service.segmented(request, service.kept(id), question, form, confidence)
+        return await service.segmented(request, service.kept(id), question, form, confidence=confidence)
 
-    @app.post("/v1/encodings/{id}/point", tags=["encodings"], responses=_problems(*_ALWAYS, 404))
+    @api.post("/v1/encodings/{id}/point", tags=["encodings"], responses=_problems(*_ALWAYS, 404))
     async def point(id: str, question: PointQuestion, request: Request) -> PointAnswer:
         """What decides one pixel: its best words, and the proposals that speak for the winner."""
         encoding, vocabulary = service.kept(id), question.vocabulary(service.limits)

@@ -90,12 +90,13 @@ class Engine:
         finally:
             self._waiting -= 1
 
-    async def ask(self, work: Callable[[], Answer]) -> Answer:
+    async def ask(self, work: Callable[[], Answer], *, accepted: bool = False) -> Answer:
         """Run `work`, which asks an encoding words, on a thread.
 
-        Raises Problem: 422 for words that cannot be used, 429 at once if too many wait, 503 if it took too long.
+        Raises Problem: 422 for words that cannot be used, 429 at once if too many wait (not for a request that was
+        `accepted` before its photograph was encoded), 503 if it took too long.
         """
-        if self._questions >= self._limits.questions:
+        if self._questions >= self._limits.questions and not accepted:
             raise busy(f"{self._questions} questions are waiting already: try again later", 1)
         self._questions += 1
         try:
