@@ -162,7 +162,7 @@ def test_images_are_streamed(run, tmp_path, model_folder, monkeypatch):
         most = max(most, sum(reference() is not None for reference in alive))
         return array
 
-    monkeypatch.setattr(opensan.segmenter, "open_image", watched)
+    monkeypatch.setattr(opensan.segmentation, "open_image", watched)
     code, _, _ = run(
         "segment", tmp_path, "--words", "a", "--model", model_folder, "--out", tmp_path / "o", "--batch", 2
     )

@@ -1,12 +1,16 @@
 """Exported graphs answer as the model does, for sizes and word counts that the export never saw."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import opensan
+from opensan import images
 from opensan.assemble.resize import interpolation_matrix as torch_matrix
 from opensan.model.clip import adaptive_max_pool
 from opensan.runtime.resize import interpolation_matrix
@@ -93,3 +97,87 @@ def test_pooling_for_export_is_adaptive_pooling(monkeypatch, size, grid):
     expected = adaptive_max_pool(maps, grid)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert torch.equal(adaptive_max_pool(maps, grid), expected)
+
+
+@pytest.fixture(scope="module")
+def torch_free(exported):
+    """Runs Python code in a process that can't import torch; `folder` is the exported model there."""
+
+    def run(code: str) -> str:
+        blocked = f"import sys; sys.modules['torch'] = None; folder = {str(exported[0])!r}\n"
+        done = subprocess.run([sys.executable, "-c", blocked + code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_segmenting_without_torch_answers_as_with_it(torch_free, small_model, tmp_path):
+    """Words with synonyms and a background; an encoding made there can be asked here, and confidences agree."""
+    torch_free(f"""if True:
+        import numpy as np, opensan
+        from PIL import Image
+        san = opensan.load(folder + "/image.onnx", text_cache=False, threads=1)
+        found = san.segment({str(check.SCENE)!r}, "road|street,car,sky", background=["tree"])
+        found.save({str(tmp_path)!r}, "without")
+        found.encoding.save({str(tmp_path / "encoding.safetensors")!r})
+        again = opensan.Encoding.load({str(tmp_path / "encoding.safetensors")!r})
+        other = san.segment(again, ["sand", "snow"])
+        assert np.array_equal(other.labels, found.relabel(["sand", "snow"]).labels)
+        np.savez({str(tmp_path / "found.npz")!r}, winners=found.winners, confidence=found.confidence)
+    """)
+    with np.load(tmp_path / "found.npz") as found:
+        winners, confidence = found["winners"], found["confidence"]
+    segmenter = opensan.Segmenter(small_model, text_cache=False)
+    expected = segmenter.segment(check.SCENE, "road|street,car,sky", background=["tree"])
+    clear = winners == expected.winners
+    assert clear.mean() > 0.999
+    np.testing.assert_allclose(confidence[clear], expected.confidence[clear], atol=1e-4)
+    encoding = opensan.Encoding.load(tmp_path / "encoding.safetensors")
+    assert (segmenter.segment(encoding, "road|street,car,sky", background=["tree"]).winners == winners).mean() > 0.999
+    assert (tmp_path / "without.overlay.png").exists() and (tmp_path / "without.segments.json").exists()
+
+
+def test_the_command_segments_without_torch(torch_free, tmp_path):
+    code = "from opensan.cli import main; main({})"
+    arguments = (
+        f"['segment', {str(check.SCENE)!r}, '--words', 'road,sky', '--model', folder, '--out', {str(tmp_path)!r}]"
+    )
+    assert "wrote" in torch_free(code.format(arguments))
+    assert len(list(tmp_path.glob("playground.*"))) == 3
+
+
+def test_other_models_need_torch_and_say_so(torch_free):
+    said = torch_free("""if True:
+        import opensan
+        try:
+            opensan.load("tiny")
+        except ValueError as error:
+            print(error)
+    """)
+    assert "needs torch" in said and said.count("\n") == 1
+
+
+def test_what_was_decided_at_export_can_not_be_chosen(exported):
+    with pytest.raises(ValueError, match="speed can't be chosen"):
+        opensan.load(exported[0], speed="fast")
+
+
+def test_damaged_exports_are_refused_in_one_line(exported, tmp_path):
+    broken = shutil.copytree(exported[0], tmp_path / "broken")
+    (broken / "words.onnx").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"words\.onnx: not a graph"):
+        opensan.load(broken)
+    (broken / "words.onnx").unlink()
+    with pytest.raises(ValueError, match=r"words\.onnx: no such file"):
+        opensan.load(broken)
+    (broken / "export.json").write_text('{"format": "onnx"}')
+    with pytest.raises(ValueError, match=r"export\.json"):
+        opensan.load(broken)
+
+
+def test_pixels_without_torch_are_the_same_pixels(small_config):
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    assert np.array_equal(
+        images.prepare(image, small_config.image).pixels, images.prepare_array(image, small_config.image).pixels
+    )

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "opensan.segmenter",
+    "load": "opensan.loading",
     "Segmenter": "opensan.segmenter",
-    "Encoding": "opensan.segmenter",
-    "Segmentation": "opensan.segmenter",
+    "Encoding": "opensan.segmentation",
+    "Segmentation": "opensan.segmentation",
     "Vocabulary": "opensan.vocabulary",
     "ModelConfig": "opensan.config",
 }
@@ -24,7 +24,9 @@ __all__ = ["Encoding", "ModelConfig", "Segmentation", "Segmenter", "Vocabulary",
 
 if TYPE_CHECKING:
     from opensan.config import ModelConfig
-    from opensan.segmenter import Encoding, Segmentation, Segmenter, load
+    from opensan.loading import load
+    from opensan.segmentation import Encoding, Segmentation
+    from opensan.segmenter import Segmenter
     from opensan.vocabulary import Vocabulary
 
 

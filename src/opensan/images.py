@@ -8,26 +8,29 @@ import io
 import math
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from opensan.config import ImageConfig
 from opensan.structures import ImageSizes
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_PIXELS = 100_000_000
 """Larger photographs are refused unless the caller raises the limit: decoding is paid before anything can be said."""
 
 T = TypeVar("T")
 
-ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+ImageSource = "str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor"
 
 # Raster formats that Pillow decodes itself. Not EPS and its like, which are handed to an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
@@ -55,7 +58,7 @@ class ImageError(ValueError):
 class PreparedImage:
     """A photograph as network input."""
 
-    pixels: torch.Tensor
+    pixels: "torch.Tensor | np.ndarray"
     """[3, H, W] float32, normalised, zero-padded at the bottom and right to `sizes.padded`."""
     sizes: ImageSizes
 
@@ -78,7 +81,8 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarr
     if isinstance(source, Image.Image):
         with _without_pillow_limit():
             return _decode(source, "PIL image", max_pixels)
-    if isinstance(source, torch.Tensor):
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(source, torch.Tensor):
         return _from_array(_channels_last(source), "torch tensor", max_pixels)
     if isinstance(source, np.ndarray):
         return _from_array(source, "numpy array", max_pixels)
@@ -134,6 +138,14 @@ def padded_size(network_size: tuple[int, int], config: ImageConfig) -> tuple[int
 
 
 def prepare(image: np.ndarray, config: ImageConfig, *, resize: bool = True) -> PreparedImage:
+    """`prepare_array`, with the pixels as a torch tensor."""
+    import torch  # everything else here is also used where torch is not installed
+
+    prepared = prepare_array(image, config, resize=resize)
+    return PreparedImage(torch.from_numpy(prepared.pixels), prepared.sizes)
+
+
+def prepare_array(image: np.ndarray, config: ImageConfig, *, resize: bool = True) -> PreparedImage:
     """Turn a photograph, uint8 RGB [H0, W0, 3], into network input.
 
     Resized by Pillow's bilinear filter (the official evaluation's; its demo used another), normalised, zero-padded
@@ -143,12 +155,13 @@ def prepare(image: np.ndarray, config: ImageConfig, *, resize: bool = True) -> P
     image_size = (image.shape[0], image.shape[1])
     height, width = network_size(image_size, config) if resize else image_size
     if (height, width) != image_size:
-        image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     padded = padded_size((height, width), config)
-    pixels = torch.zeros(3, *padded, dtype=torch.float32)
-    mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (config.mean, config.std))
+    pixels = np.zeros((3, *padded), dtype=np.float32)
+    mean, std = (np.array(values, dtype=np.float32).reshape(3, 1, 1) for values in (config.mean, config.std))
     inside = pixels[:, :height, :width]
-    inside.copy_(torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)).sub_(mean).div_(std)
+    np.subtract(image.transpose(2, 0, 1), mean, out=inside)
+    inside /= std
     return PreparedImage(pixels, ImageSizes(image=image_size, network=(height, width), padded=padded))
 
 
@@ -304,11 +317,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return white.convert("RGB")
 
 
-def _channels_last(tensor: torch.Tensor) -> np.ndarray:
+def _channels_last(tensor: "torch.Tensor") -> np.ndarray:
     array = tensor.detach().cpu()
     if array.ndim == 3 and array.shape[0] == 3:
         array = array.permute(1, 2, 0)
-    if array.dtype == torch.bfloat16:  # numpy has none; the refusal below is about any float
+    if str(array.dtype) == "torch.bfloat16":  # numpy has none; the refusal below is about any float
         array = array.float()
     return array.numpy()
 

@@ -105,11 +105,9 @@ def segment(
         raise UsageError(f"--format: {error}") from None
     outputs.check_writable(out)
 
-    from torch import OutOfMemoryError
-
     from opensan.folders import FolderRun, absolute, plan, without_results
     from opensan.images import list_images
-    from opensan.segmenter import load
+    from opensan.loading import load
 
     datasets = [kind for kind in kinds if kind in outputs.DATASETS]
     if datasets and absolute(out) in map(absolute, images):
@@ -123,7 +121,9 @@ def segment(
             _one(segmenter, vocabulary, jobs[0], out, kinds)
         else:
             _many(FolderRun(segmenter, vocabulary, jobs, out, kinds, batch=batch), len(jobs), out)
-    except (MemoryError, OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
+            raise
         raise ValueError(f"out of memory on {device}: try a smaller --batch, or smaller photographs") from None
 
 

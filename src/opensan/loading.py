@@ -1,0 +1,40 @@
+"""`opensan.load`: any model, with torch or, if it was exported, without."""
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from opensan.runtime.folder import exported_folder
+from opensan.segmentation import AnySegmenter
+
+
+def load(source: str | os.PathLike = "san-vit-b16", **options: Any) -> AnySegmenter:
+    """Load a model, ready to segment.
+
+    Args:
+        source: what `opensan.segmenter.load` takes, or what `opensan export` wrote: its folder, or a graph in it
+            ("exported/image.onnx"). That needs no torch.
+        options: as for `opensan.segmenter.load`. Of an exported model, `max_pixels` and `text_cache`, and `threads`
+            (0: the runtime decides); the other ones were decided when it was exported.
+
+    Raises:
+        ValueError: unknown model or option, a damaged file, or a missing library; one line.
+        ConnectionError: the hub did not answer; says what was tried and what works offline.
+    """
+    folder = exported_folder(source)
+    if folder is None:
+        if find_spec("torch") is None:
+            raise ValueError(
+                f"model {os.fspath(source)!r} needs torch (pip install torch); without torch, opensan runs what "
+                "`opensan export` wrote"
+            )
+        from opensan.segmenter import load as load_with_torch
+
+        return load_with_torch(source, **options)
+    from opensan.runtime.segmenter import ExportedSegmenter
+
+    decided = {"device": ("cpu",), "speed": ("exact",), "dtype": (None,), "random_weights": (None,)}
+    for name, allowed in decided.items():
+        if options.pop(name, allowed[0]) not in allowed:
+            raise ValueError(f"{name} can't be chosen for an exported model ({folder}): it runs on the CPU as exported")
+    return ExportedSegmenter(folder, **options)

@@ -1,0 +1,141 @@
+"""An exported model with the API of `opensan.Segmenter`, run by onnxruntime or OpenVINO; needs no torch.
+
+Letters: Q queries, K words, R text rows, D embedding, h w stride-16 grid, H0 W0 the photograph.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from opensan.config import ImageConfig
+from opensan.images import MAX_PIXELS, PreparedImage, prepare_array
+from opensan.prompt_tree import PromptTree
+from opensan.runtime.folder import Manifest, read_folder
+from opensan.runtime.graphs import SUFFIXES, Run, open_graph
+from opensan.runtime.resize import interpolation_matrices
+from opensan.segmentation import AnySegmenter, Encoding, Segmentation, to_array
+from opensan.text_rows import ROWS_IN_MEMORY, Recent, TextRows, Tower
+from opensan.vocabulary import Vocabulary
+
+BAND_FLOATS = 1 << 21
+"""About how many floats a band of the label map may need for its scores and masks (8 MB)."""
+
+
+class ExportedSegmenter(AnySegmenter):
+    """What `opensan export` wrote, ready to be asked; `opensan.load` makes one."""
+
+    def __init__(
+        self, folder: Path, *, max_pixels: int = MAX_PIXELS, text_cache: bool = True, threads: int = 0
+    ) -> None:
+        """`threads` of the runtime; 0 leaves the number to it. Raises ValueError, one line, on a damaged folder."""
+        config, manifest = read_folder(folder)
+        if manifest.format not in SUFFIXES:
+            raise ValueError(
+                f"{folder}: was exported for torch.export.load; export it as onnx or openvino to use it here"
+            )
+        self.config = config
+        self.fingerprint = manifest.model
+        self.max_pixels = max_pixels
+        self.image_config = config.image
+        names = ["image", "words", "labels", *(["text"] if manifest.text else [])]
+        graphs = {name: open_graph(folder / f"{name}{SUFFIXES[manifest.format]}", threads=threads) for name in names}
+        self._image, self._words, self._labels = graphs["image"], graphs["words"], graphs["labels"]
+        clip = config.clip
+        self.text = ExportedText(
+            graphs.get("text"), manifest, clip.text.context_length, clip.embed_dim, disk_cache=text_cache
+        )
+
+    def _prepare(self, image: np.ndarray, config: ImageConfig) -> PreparedImage:
+        return prepare_array(image, config)
+
+    def encode_prepared(
+        self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
+    ) -> list[Encoding]:
+        """What `AnySegmenter.encode_prepared` answers."""
+        masks, embeddings = self._image(pixels=np.stack([to_array(prepared.pixels) for prepared in batch]))
+        return [
+            Encoding(*answer, prepared.sizes, self.fingerprint, array)
+            for *answer, prepared, array in zip(masks, embeddings, batch, arrays or [None] * len(batch), strict=True)
+        ]
+
+    def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
+        """What `AnySegmenter.winners` answers."""
+        return np.concatenate([labels for labels, _ in self._bands(encoding, vocabulary)])
+
+    def confidence(self, segmentation: Segmentation) -> np.ndarray:
+        """What `Segmentation.confidence` answers."""
+        bands = self._bands(segmentation.encoding, segmentation.vocabulary)
+        return np.clip(np.concatenate([scores for _, scores in bands]), 0, 1)
+
+    def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
+        """[Q, K] float32: each proposal's softmax over the words and "no object", without the latter.
+
+        K counts the background words too; they come last.
+        """
+        rows = self.text.classifier(vocabulary)
+        (found,) = self._words(
+            mask_embeddings=to_array(encoding.mask_embeddings), rows=rows, rows_of_word=rows_of_words(vocabulary)
+        )
+        return found
+
+    def _bands(self, encoding: Encoding, vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Labels and scores of a band of rows at a time, so that memory does not grow with words times pixels."""
+        probabilities = self.class_probabilities(encoding, vocabulary)
+        masks = to_array(encoding.mask_logits)
+        down, across = interpolation_matrices(masks.shape[1:], encoding.sizes)
+        rows = max(1, BAND_FLOATS // (sum(probabilities.shape) * len(across)))
+        for top in range(0, len(down), rows):
+            labels, scores = self._labels(
+                probabilities=probabilities, mask_logits=masks, down=down[top : top + rows], across=across
+            )
+            yield labels, scores
+
+
+class ExportedText(TextRows):
+    """The exported text tower, and what it has embedded."""
+
+    def __init__(
+        self, graph: Run | None, manifest: Manifest, context_length: int, dimension: int, *, disk_cache: bool
+    ) -> None:
+        super().__init__(context_length, dimension, disk_cache=disk_cache)
+        self._graph = graph
+        self._manifest = manifest
+        self._tower: Tower | None = None
+        self._found: Recent[np.ndarray] = Recent(ROWS_IN_MEMORY)
+        self._work = threading.Lock()
+
+    def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> np.ndarray:
+        """`TextRows.rows`, remembered; threads may ask together."""
+        with self._work:
+            found = self._found.get(vocabulary)
+            if found is None:
+                found = self.rows(vocabulary, progress=progress)
+                self._found.put(vocabulary, found, len(found))
+        return found
+
+    def _current_tower(self) -> Tower:
+        if self._tower is None:
+            unseen = None
+            if self._manifest.seen_tokens is not None:
+                from opensan.tokenizer import clip_tokenizer
+
+                unseen = np.ones(clip_tokenizer().size, dtype=bool)
+                unseen[list(self._manifest.seen_tokens)] = False
+            self._tower = Tower((), self._manifest.text_tower, unseen)
+        return self._tower
+
+    def _embed_tree(self, tree: PromptTree) -> np.ndarray:
+        if self._graph is None:
+            raise ValueError("this model was exported without its text tower (--no-text): it can't read words")
+        (found,) = self._graph(tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
+        return found
+
+
+def rows_of_words(vocabulary: Vocabulary) -> np.ndarray:
+    """[K, S] int64: the text rows of each word; a word with fewer synonyms than another repeats its first."""
+    counts = np.bincount(vocabulary.row_class)
+    first = np.cumsum(counts) - counts
+    step = np.arange(counts.max())
+    return first[:, None] + np.where(step < counts[:, None], step, 0)
