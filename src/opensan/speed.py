@@ -59,14 +59,14 @@ def narrow_matrices(model: SAN, dtype: torch.dtype) -> None:
 
 
 def _compiled(model: SAN) -> ImageHalf:
-    """`model.propose` with compiled blocks, and bfloat16 in what is left of the matrix products.
+    """`model.propose` with compiled parts, and bfloat16 in what is left of the matrix products.
 
-    The blocks are compiled, not the whole, whose pooling would be compiled anew for every shape: there are four kinds
-    of them, and each is compiled for all shapes. torch keeps what it compiled in the user's temporary folder.
+    The parts are compiled, not the whole, which takes minutes: there are four kinds of block, the fusion and the heads,
+    and each is compiled for all shapes. torch keeps what it compiled in the user's temporary folder.
     """
-    for blocks in (model.clip.visual.transformer.resblocks, model.side_adapter.blocks):
-        for block in blocks:
-            block.compile(dynamic=True)
+    side = model.side_adapter
+    for part in (*model.clip.visual.transformer.resblocks, *side.blocks, *side.fusion.values(), side.head):
+        part.compile(dynamic=True)
 
     def propose(pixels: Tensor) -> Proposals:
         with torch.autocast("cuda", dtype=torch.bfloat16):
