@@ -31,8 +31,14 @@ lint: $(READY) ## Check style and that every module imports only from those belo
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-bench: $(READY) ## Time new words on an encoded image against a full segmentation
-	$(BIN)/python bench/relabel.py
+# Interleaved with the plain computation, in one process each: on a quiet machine, about half an hour.
+bench: $(READY) ## Time everything against the plain computation, into out/bench
+	@mkdir -p out/bench
+	@for model in san-vit-b16 san-vit-l14; do \
+		$(BIN)/python bench/segment.py words --model $$model --out out/bench/words-$$model; done
+	@for what in sizes parts memory; do $(BIN)/python bench/segment.py $$what --out out/bench/$$what; done
+	@for what in label_map text training_step startup; do \
+		$(BIN)/python bench/$$what.py --json out/bench/$$what.json | tee out/bench/$$what.md; done
 
 # Made anew when the dependencies change. A setup cut short leaves no $(READY), so the next command goes on with it.
 $(READY): pyproject.toml
