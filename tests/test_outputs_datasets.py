@@ -20,7 +20,7 @@ from opensan.outputs.datasets import DATASETS, SPECK, Labelled, Member, check_wo
 from opensan.outputs.polygons import one_ring, regions, signed_area, simplified
 
 NAMES = ["road", "café: old", "<sky> & sea", "never"]
-PLACES = ["a", "deep/er/b.c"]
+PLACES = ["a", "deep/images/b.c"]
 
 
 def blobs(seed: int, shape: tuple[int, int] = (120, 160), sigma: float = 4) -> np.ndarray:
@@ -159,7 +159,7 @@ def test_coco(made):
     out, maps = made
     data = COCO(str(out / "coco/annotations/instances_all.json"))
     assert [category["name"] for category in data.loadCats(data.getCatIds())] == NAMES
-    assert [image["file_name"] for image in data.loadImgs(data.getImgIds())] == ["a.jpg", "deep/er/b.c.jpg"]
+    assert [image["file_name"] for image in data.loadImgs(data.getImgIds())] == ["a.jpg", "deep/images/b.c.jpg"]
     for number, labels in enumerate(maps.values(), 1):
         annotations = data.loadAnns(data.getAnnIds(imgIds=[number]))
         assert sorted(one["category_id"] for one in annotations) == (np.unique(labels[labels >= 0]) + 1).tolist()
@@ -192,7 +192,8 @@ def test_yolo(made):
     for name, labels in zip(listed, maps.values(), strict=True):
         height, width = labels.shape
         assert Image.open(root / name).size == (width, height)
-        lines = (root / name.replace("images/", "labels/")).with_suffix(".txt").read_text().splitlines()
+        labels_file = "labels".join(str(root / name).rsplit("images", 1))  # where Ultralytics looks
+        lines = Path(labels_file).with_suffix(".txt").read_text().splitlines()
         wanted = [region for region in regions(labels) if region.pixels >= SPECK]
         assert len(lines) == len(wanted) > 3
         for line, region in zip(lines, wanted, strict=True):

@@ -232,7 +232,8 @@ class FolderRun:
             )
             for dataset in self._datasets():
                 dataset.add(self._out, labelled)
-            files = {path: Stamp.of(self._out / path) for path in self._paths(job)}
+            paths = {path: self._out / path for path in self._paths(job)}
+            files = {path: source if file.is_symlink() else Stamp.of(file) for path, file in paths.items()}
         except OSError as error:
             raise ValueError(f"{self._out}: cannot write there ({error.strerror or error})") from None
         unlabelled = float((segmentation.labels < 0).mean())

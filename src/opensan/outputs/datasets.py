@@ -58,9 +58,12 @@ class Dataset:
     """Writes, to the folder, what is of all the photographs (in their order) and of the words."""
     finished: tuple[str, ...]
     """The files that `finish` writes."""
+    rename: Callable[[str], str] = str
+    """What this kind of data set calls a place."""
 
     def paths(self, place: str, suffix: str) -> tuple[str, str]:
         """Below the results: the photograph's link and its own file."""
+        place = self.rename(place)
         return (
             f"{self.folder}/{self.photographs}/{place}{suffix}",
             f"{self.folder}/{self.pattern.format(place=place)}",
@@ -143,10 +146,16 @@ def _write_yolo(path: Path, labelled: Labelled) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
+def _yolo_place(place: str) -> str:
+    """Training tools look for labels where the last "images" in a photograph's path is "labels" instead."""
+    return "/".join(f"{part}_" if part == "images" else part for part in place.split("/"))
+
+
 def _finish_yolo(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
     import yaml
 
-    write_text(folder / "all.txt", "".join(f"./images/{member.place}{member.suffix}\n" for member in members))
+    photographs = (f"./images/{_yolo_place(member.place)}{member.suffix}\n" for member in members)
+    write_text(folder / "all.txt", "".join(photographs))
     data = {"path": str(folder.absolute()), "train": "all.txt", "val": "all.txt", "names": dict(enumerate(names))}
     write_text(folder / "data.yaml", yaml.safe_dump(data, allow_unicode=True, sort_keys=False))
 
@@ -236,7 +245,11 @@ DATASETS: Mapping[str, Dataset] = {
     "coco": Dataset(
         "coco", "images", "parts/{place}.json", _write_coco, _finish_coco, ("annotations/instances_all.json",)
     ),
-    "yolo": Dataset("yolo", "images", "labels/{place}.txt", _write_yolo, _finish_yolo, ("all.txt", "data.yaml")),
+    "yolo": Dataset(
+        *("yolo", "images", "labels/{place}.txt", _write_yolo, _finish_yolo),
+        ("all.txt", "data.yaml"),
+        rename=_yolo_place,
+    ),
     "voc": Dataset(
         *("voc", "JPEGImages", "SegmentationClass/{place}.png", _write_voc, _finish_voc),
         ("ImageSets/Segmentation/all.txt", "labelmap.txt"),
