@@ -192,7 +192,7 @@ def test_yolo(made):
     for name, labels in zip(listed, maps.values(), strict=True):
         height, width = labels.shape
         assert Image.open(root / name).size == (width, height)
-        labels_file = "labels".join(str(root / name).rsplit("images", 1))  # where Ultralytics looks
+        labels_file = "/labels/".join(str(root / name).rsplit("/images/", 1))  # where Ultralytics looks
         lines = Path(labels_file).with_suffix(".txt").read_text().splitlines()
         wanted = [region for region in regions(labels) if region.pixels >= SPECK]
         assert len(lines) == len(wanted) > 3
