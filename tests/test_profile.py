@@ -31,6 +31,10 @@ def test_multiply_adds_are_those_of_the_formulas(small_config):
         """qkv, output and MLP matrices; attention's two products."""
         return (3 + 1 + 8) * length * channels**2 + 2 * length**2 * channels
 
+    def positions(table: int, h: int, w: int, channels: int) -> int:
+        """A square table resized along one axis, then along the other."""
+        return h * table * table * channels + w * table * h * channels
+
     grid = (height // 16) * (width // 16)
     w, m, hidden, heads = side.width, side.mask_channels, side.mlp_channels, clip.heads
     both = queries + tokens
@@ -39,8 +43,13 @@ def test_multiply_adds_are_those_of_the_formulas(small_config):
     last = (1 + 1 + 8) * queries * c**2 + 2 * both * c**2 + steered
     mlp = w * hidden + hidden * hidden
     expected = {
-        "CLIP, shallow layers": patches * 3 * clip.patch_size**2 * c + 3 * block(tokens, c),
-        "side adapter: patch embedding": grid * 3 * 16**2 * w,
+        "CLIP, shallow layers": patches * 3 * clip.patch_size**2 * c
+        + 3 * block(tokens, c)
+        + positions(
+            clip.image_size // clip.patch_size, height // 2 // clip.patch_size, width // 2 // clip.patch_size, c
+        ),
+        "side adapter: patches and positions": grid * 3 * 16**2 * w
+        + positions(side.image_size // 16, height // 16, width // 16, w),
         "side adapter: blocks": side.depth * block(queries + grid, w),
         "side adapter: fusion": len(side.fusion) * patches * c * w,
         "side adapter: heads": (
@@ -50,7 +59,6 @@ def test_multiply_adds_are_those_of_the_formulas(small_config):
             + heads * queries * m * (hidden + 1)
             + heads * queries * hidden * grid
         ),
-        "side adapter: rest": 0,
         "CLIP, recognition layers": deep + last + queries * c * config.clip.embed_dim,
         "classification": queries * config.clip.embed_dim * (words + 1),
     }

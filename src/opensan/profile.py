@@ -157,8 +157,8 @@ def count_multiply_adds(config: ModelConfig, size: tuple[int, int], words: int) 
     adapter = {part: side.of(f"SideAdapter.{module}") for part, module in _ADAPTER_PARTS.items()}
     return {
         "CLIP, shallow layers": shallow.total,
+        "side adapter: patches and positions": side.total - sum(adapter.values()),
         **adapter,
-        "side adapter: rest": side.total - sum(adapter.values()),
         "CLIP, recognition layers": whole.total - shallow.total - side.total,
         "classification": classification.total,
         LABEL_MAP: _count_label_map(proposals, size, words),
@@ -166,7 +166,6 @@ def count_multiply_adds(config: ModelConfig, size: tuple[int, int], words: int) 
 
 
 _ADAPTER_PARTS = {
-    "side adapter: patch embedding": "patch_embedding",
     "side adapter: blocks": "blocks",
     "side adapter: fusion": "fusion",
     "side adapter: heads": "head",

@@ -36,7 +36,8 @@ def resize_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     if not torch.compiler.is_exporting() and grid == (side, side):
         return table
     down, across = (_bicubic_matrix(side, size, table) for size in grid)
-    return torch.einsum("hy,wx,yxc->hwc", down, across, table.unflatten(0, (side, side))).flatten(0, 1)
+    rows = torch.einsum("hy,yxc->hxc", down, table.unflatten(0, (side, side)))
+    return torch.einsum("wx,hxc->hwc", across, rows).flatten(0, 1)
 
 
 def _bicubic_matrix(side: int, size: int, like: Tensor) -> Tensor:
