@@ -70,7 +70,7 @@ def _operations(found: "Profile") -> "Table":
             continue
         if part == "label map":
             table.add_row("all but the label map", _giga(total), _giga(2 * total))
-            part = "label map (at worst)"
+            part = "label map (random masks)"
         table.add_row(part, _giga(count), _giga(2 * count))
     return table
 
