@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opensan.cli.segment import Dtype, Speed, _vocabulary
+from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
+from opensan.cli.segment import Dtype, Speed
 from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console, progress_bar
 
 if TYPE_CHECKING:
@@ -27,23 +28,11 @@ def segment_raster(
     image: Annotated[
         Path, typer.Argument(metavar="IMAGE", help="A GeoTIFF, PNG, JPEG or JPEG 2000 image.", show_default=False)
     ],
-    words: Annotated[
-        str | None,
-        typer.Option(help='What to look for: "road, car|automobile|taxi, sky" (| joins synonyms).', show_default=False),
-    ] = None,
-    words_file: Annotated[
-        Path | None, typer.Option(help="The words from a file: a word a line, or JSON.", show_default=False)
-    ] = None,
-    words_set: Annotated[
-        str | None, typer.Option(help="A ready label set; `opensan words` lists them.", show_default=False)
-    ] = None,
-    background: Annotated[
-        str, typer.Option(help="Words whose pixels are reported as unlabelled.", show_default=False)
-    ] = "",
-    templates: Annotated[
-        str | None,
-        typer.Option(help="Prompts: vild (the default), single, or a file with one a line.", show_default=False),
-    ] = None,
+    words: Words = None,
+    words_file: WordsFile = None,
+    words_set: WordsSet = None,
+    background: Background = "",
+    templates: Templates = None,
     model: Annotated[str, typer.Option(help="As for `opensan segment`.")] = "san-vit-b16",
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("out"),
     tile: Annotated[
@@ -84,7 +73,7 @@ def segment_raster(
     Writes STEM.labels.tif (a GeoTIFF with the image's coordinates; words in the tag WORDS), STEM.polygons.geojson and
     STEM.preview.png. Stopped in whatever way, the same command goes on where it was. Needs the extra `geo`.
     """
-    vocabulary = _vocabulary(words, words_file, words_set, background, templates)
+    vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
     chosen = _numbers("--bands", bands, int)
     percentiles = _numbers("--stretch", stretch, float)
     if percentiles and not (len(percentiles) == 2 and 0 <= percentiles[0] < percentiles[1] <= 100):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
 from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console, progress_bar
 from opensan.vocabulary import Vocabulary
 
@@ -40,23 +41,11 @@ def segment(
         list[Path],
         typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Photographs, or folders of them.", show_default=False),
     ],
-    words: Annotated[
-        str | None,
-        typer.Option(help='What to look for: "road, car|automobile|taxi, sky" (| joins synonyms).', show_default=False),
-    ] = None,
-    words_file: Annotated[
-        Path | None, typer.Option(help="The words from a file: a word a line, or JSON.", show_default=False)
-    ] = None,
-    words_set: Annotated[
-        str | None, typer.Option(help="A ready label set; `opensan words` lists them.", show_default=False)
-    ] = None,
-    background: Annotated[
-        str, typer.Option(help="Words whose pixels are reported as unlabelled.", show_default=False)
-    ] = "",
-    templates: Annotated[
-        str | None,
-        typer.Option(help="Prompts: vild (the default), single, or a file with one a line.", show_default=False),
-    ] = None,
+    words: Words = None,
+    words_file: WordsFile = None,
+    words_set: WordsSet = None,
+    background: Background = "",
+    templates: Templates = None,
     model: Annotated[
         str,
         typer.Option(
@@ -95,7 +84,7 @@ def segment(
     others; it is listed at the end, and the exit code is 1. Several images are noted in manifest.jsonl: a stopped run
     goes on with the same command, and what is done is not done again.
     """
-    vocabulary = _vocabulary(words, words_file, words_set, background, templates)
+    vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
     from opensan import outputs  # imported only now, like all that --help can do without
 
     kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
@@ -170,19 +159,6 @@ def _many(run: "FolderRun", count: int, out: Path) -> None:
         complain(f"error: {reason}")
     if broken:
         raise typer.Exit(1)
-
-
-def _vocabulary(
-    words: str | None, words_file: Path | None, words_set: str | None, background: str, templates: str | None
-) -> Vocabulary:
-    given = {"--words": words, "--words-file": words_file, "--words-set": words_set}
-    if sum(value is not None for value in given.values()) != 1:
-        raise UsageError(f"give the words by exactly one of {', '.join(given)}")
-    if words_file is not None:
-        return Vocabulary.from_file(words_file, background=background, templates=templates)
-    if words_set is not None:
-        return Vocabulary.ready(words_set, background=background, templates=templates)
-    return Vocabulary.parse(words, background=background, templates=templates)
 
 
 def _table(segmentation: "Segmentation") -> "Table":
