@@ -279,6 +279,19 @@ def test_interrupt_keeps_what_is_done(tmp_path, model_folder):
     assert not [name for name in files_in(out) if "part" in name]
 
 
+@pytest.mark.parametrize("said, line", [((), "interrupted\n"), (("go on so",), "interrupted: go on so\n")])
+@pytest.mark.parametrize("arguments, where", [
+    (["words"], "opensan.vocabulary.Vocabulary.ready"),
+    (["data", "check", "."], "opensan.data.check.FolderCheck"),
+])  # fmt: skip
+def test_an_interruption_is_said_by_every_command(run, monkeypatch, arguments, where, said, line):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt(*said)
+
+    monkeypatch.setattr(where, interrupt)
+    assert run(*arguments) == (130, "", line)
+
+
 def test_help_and_words_import_no_torch():
     code = (
         "import sys\nfrom opensan.cli import main\n"

@@ -18,13 +18,14 @@ from opensan.cli.profile import profile
 from opensan.cli.raster import segment_raster
 from opensan.cli.segment import segment
 from opensan.cli.serve import serve
-from opensan.cli.terminal import reporting_errors
+from opensan.cli.terminal import Commands, reporting_errors
 from opensan.cli.train import train
 from opensan.cli.ui import ui
 from opensan.cli.words import words
 
 app = typer.Typer(
     name="opensan",
+    cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console, progress_bar
+from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 
 if TYPE_CHECKING:
     from opensan.data.canonical import Manifest
@@ -108,8 +108,7 @@ def prepare(
         with progress_bar(output_console(), f"preparing {name}", len(wanted)) as advance:
             manifest = write(opened, name, out, options=values, splits=split, workers=workers, progress=advance)
     except KeyboardInterrupt:
-        complain("interrupted: the same command goes on where it was")
-        raise typer.Exit(INTERRUPTED) from None
+        raise KeyboardInterrupt("the same command goes on where it was") from None
     _report(reader, manifest, out)
     if manifest.left_out:
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.segment import Dtype, Speed
-from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console
+from opensan.cli.terminal import UsageError, complain, note, output_console
 
 if TYPE_CHECKING:
     from opensan.evaluate.predictors import BatchPredictor
@@ -112,8 +112,7 @@ def evaluate(
         try:
             evaluations = [run.one(prepared) for prepared in sets]
         except KeyboardInterrupt:
-            complain("interrupted: the same command goes on where it was")
-            raise typer.Exit(INTERRUPTED) from None
+            raise KeyboardInterrupt("the same command goes on where it was") from None
         except (MemoryError, OutOfMemoryError):
             raise ValueError(f"out of memory on {group.device}: try a smaller --batch") from None
         if is_main():

@@ -8,7 +8,7 @@ import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
 from opensan.cli.segment import Dtype, Speed
-from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console, progress_bar
+from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,10 +158,9 @@ def _label(
     except (MemoryError, OutOfMemoryError):
         raise ValueError("out of memory: try a smaller --batch or --tile") from None
     except KeyboardInterrupt:
-        complain(
-            f"interrupted: {strips.finished} of {len(tiling.strips)} strips done; the same command goes on from there"
-        )
-        raise typer.Exit(INTERRUPTED) from None
+        raise KeyboardInterrupt(
+            f"{strips.finished} of {len(tiling.strips)} strips done; the same command goes on from there"
+        ) from None
 
 
 def _write(

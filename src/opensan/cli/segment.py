@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note, output_console, progress_bar
+from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -148,11 +148,9 @@ def _many(run: "FolderRun", count: int, out: Path) -> None:
                         console.print(f"{result.job.image}: {_summary(result)}", soft_wrap=True)
                     advance(1)
         except KeyboardInterrupt:
-            complain(
-                f"interrupted: {done} of {count} images done, their files are complete in {out}; "
-                "the same command goes on"
-            )
-            raise typer.Exit(INTERRUPTED) from None
+            raise KeyboardInterrupt(
+                f"{done} of {count} images done, their files are complete in {out}; the same command goes on"
+            ) from None
     before = f", {earlier} of them earlier" if earlier else ""
     console.print(f"{done} of {count} images done{before}, results in {out}", soft_wrap=True)
     for reason in broken:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opensan.cli.segment import Speed
-from opensan.cli.terminal import INTERRUPTED, UsageError, complain, note
+from opensan.cli.terminal import UsageError, complain, note
 
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "multipart": "python-multipart",
            "prometheus_client": "prometheus-client", "batched": "batched"}  # fmt: skip
@@ -63,7 +63,7 @@ def serve(
     app = create_app(segmenter, limits=limits, token=token, batch=batch)
     signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.fingerprint} at {url}"))
     if signal_number == signal.SIGINT:
-        raise typer.Exit(INTERRUPTED)
+        raise KeyboardInterrupt
 
 
 def require_serve_extra() -> None:

@@ -4,9 +4,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +20,19 @@ class UsageError(ValueError):
     """The command line contradicts itself: exit code 2."""
 
 
+class Commands(TyperGroup):
+    """Ctrl-C as an Abort, with its text, for `reporting_errors`: typer from 0.29 on would make it a silent exit.
+
+    A command that has something to say about it, as how to go on, raises KeyboardInterrupt("...").
+    """
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise typer.Abort(*interrupt.args) from None
+
+
 @contextmanager
 def reporting_errors() -> Iterator[None]:
     """Turn what users can cause into one line on stderr and an exit code; leave tracebacks to mistakes of ours."""
@@ -29,8 +43,8 @@ def reporting_errors() -> Iterator[None]:
         warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
         try:
             yield
-        except (KeyboardInterrupt, typer.Abort):
-            complain("interrupted")
+        except (KeyboardInterrupt, typer.Abort) as interrupt:
+            complain(": ".join(["interrupted", *map(str, interrupt.args)]))
             sys.exit(INTERRUPTED)
         except (ValueError, ConnectionError) as error:
             complain(f"error: {error}")

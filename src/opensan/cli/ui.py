@@ -9,7 +9,7 @@ import typer
 
 from opensan.cli.segment import Speed
 from opensan.cli.serve import require_serve_extra
-from opensan.cli.terminal import INTERRUPTED, note
+from opensan.cli.terminal import note
 
 HOST = "127.0.0.1"
 
@@ -48,4 +48,4 @@ def ui(
     # A page of another name that resolves to this machine must not reach the photographs.
     app.api.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     if run(app, listener, started) == signal.SIGINT:
-        raise typer.Exit(INTERRUPTED)
+        raise KeyboardInterrupt
