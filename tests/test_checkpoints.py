@@ -9,6 +9,8 @@ import resource
 import signal
 import time
 from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -377,6 +379,33 @@ def test_a_full_disk_leaves_the_old_file(copy, small_config):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value) and "model.safetensors" in str(error.value)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+def test_two_models_are_never_mixed(copy, small_config, monkeypatch):
+    """Whatever rename is the last before a process dies, the folder holds the old model, the new one, or none."""
+    other = small_config.model_copy(update={"clip_scale": 0.25})  # of the same shapes: nothing else would notice
+    old, new = filled(small_config, 1.0), filled(other, 2.0)
+    replace, found = Path.replace, []
+    for renames in (0, 1, 2):
+        save_folder(old, copy)
+
+        def die_after(path, target, left=iter([True] * renames)):
+            if not next(left, False):
+                raise MemoryError
+            return replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", die_after)
+        with suppress(MemoryError):
+            save_folder(new, copy)
+        monkeypatch.undo()
+        try:
+            model = load_folder(copy)
+        except ValueError as error:
+            assert "config.json" in str(error)
+            found.append(None)
+        else:
+            found.append((model.config.clip_scale, model.state_dict()[SMALLEST].item()))
+    assert found == [None, None, (0.25, 2.0)]
 
 
 def test_a_kill_leaves_a_whole_file(tmp_path, small_config):

@@ -1,5 +1,6 @@
 """Writing files so that nothing a user made is ever lost or half-written."""
 
+import filecmp
 import os
 import shutil
 import tempfile
@@ -15,22 +16,45 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
     On any exception (Ctrl-C included) the temporary file is removed and `target` stays as it was.
     The temporary name keeps the suffix of `target`, because image writers choose their format by it.
     """
-    target = Path(target)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=f".part{target.suffix}", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with atomic_paths(target) as (temporary,):
         yield temporary
-        # mkstemp makes files private; give the file what an ordinary open() would have given it.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
+
+
+@contextmanager
+def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
+    """As `atomic_path`, for files of one folder that belong together; last the one that no reader can do without.
+
+    All are on disk before the first is renamed. If the process dies between two renames, the last one is missing,
+    unless it stays as it was: old and new are never taken for one.
+    """
+    paths = [Path(target) for target in targets]
+    temporaries: list[Path] = []
+    try:
+        for path in paths:
+            handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".part{path.suffix}", dir=path.parent)
+            os.close(handle)
+            temporaries.append(Path(name))
+        yield temporaries
+        for temporary in temporaries:
+            # mkstemp makes files private; give the file what an ordinary open() would have given it.
+            temporary.chmod(0o666 & ~umask())
+            with temporary.open("r+b") as written:  # Windows flushes only what is open for writing
+                os.fsync(written.fileno())
+        if len(paths) > 1 and paths[-1].exists() and not filecmp.cmp(paths[-1], temporaries[-1], shallow=False):
+            paths[-1].unlink()
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def umask() -> int:
+    """The permissions that this process denies to what it creates."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def flush_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from opensan.checkpoints.official import check_keys
 from opensan.config import ModelConfig, read_config
-from opensan.files import atomic_path, write_text
+from opensan.files import atomic_paths
 from opensan.model import SAN, build_san
 
 WEIGHTS_NAME = "model.safetensors"
@@ -62,17 +62,19 @@ def load_folder(folder: Path, weights: Path | None = None) -> SAN:
 
 
 def save_folder(model: SAN, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Path:
-    """Write `model` to `folder`, each file all or nothing; the weights stored as `dtype`. Returns the folder.
+    """Write `model` to `folder`, the weights stored as `dtype`. Returns the folder.
 
-    Raises OSError, one line, when a file cannot be written; the old one is then still there.
+    A model that is there already is replaced when the new one is on disk. Of a process that is killed while it does
+    so, there may remain a folder without configuration, never the weights of one model with that of another.
+    Raises OSError, one line, when a file cannot be written; the old ones are then still there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_path(folder / WEIGHTS_NAME) as temporary:
+    with atomic_paths(folder / WEIGHTS_NAME, folder / CONFIG_NAME) as (weights, config):
         try:
-            save_file(state, temporary)
+            save_file(state, weights)
         except SafetensorError as error:
             raise OSError(f"{folder / WEIGHTS_NAME}: cannot be written ({error})") from None
-    write_text(folder / CONFIG_NAME, model.config.model_dump_json(indent=2) + "\n")
+        config.write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return folder

@@ -11,7 +11,7 @@ import torch
 from opensan.export import formats
 from opensan.export.check import Parity, parity
 from opensan.export.graphs import graphs
-from opensan.files import flush_folder, write_text
+from opensan.files import flush_folder, umask, write_text
 from opensan.model import SAN
 from opensan.runtime.folder import CONFIG_NAME, MANIFEST_NAME, Manifest
 from opensan.runtime.graphs import open_graph
@@ -64,7 +64,7 @@ def export(
         found = parity(model, runs, dtype)
         del runs
         if found.passed:
-            temporary.chmod(0o777 & ~_umask())
+            temporary.chmod(0o777 & ~umask())
             flush_folder(temporary)
             temporary.replace(folder)
     except OSError as error:  # the disk is full
@@ -99,9 +99,3 @@ def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool) -> 
     )
     write_text(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")
     write_text(folder / CONFIG_NAME, model.config.model_dump_json(indent=2) + "\n")
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
