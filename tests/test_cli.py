@@ -21,6 +21,7 @@ from opensan.checkpoints import load_folder, save_folder
 from opensan.checkpoints.official import to_official
 from opensan.cli import main
 from opensan.folders import Job, plan
+from opensan.text_cache import TextCache
 
 from .conftest import GOLDENS
 
@@ -290,6 +291,18 @@ def test_an_interruption_is_said_by_every_command(run, monkeypatch, arguments, w
 
     monkeypatch.setattr(where, interrupt)
     assert run(*arguments) == (130, "", line)
+
+
+def test_the_cache_is_shown_and_cleared(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENSAN_CACHE", str(tmp_path))
+    assert run("cache") == (0, f"{tmp_path / 'text'}: 0.0 MiB, limit 512 MiB\n", "")
+    cache = TextCache(tmp_path / "text", "tower", 512)
+    cache.write({bytes([n]): np.ones(512, np.float32) for n in range(100)})
+    (tmp_path / "text" / "mine.sqlite").touch()
+    shown = f"{cache.path.stat().st_size / 2**20:.1f} MiB"
+    assert run("cache") == (0, f"{tmp_path / 'text'}: {shown}, limit 512 MiB\n", "")
+    assert run("cache", "--clear") == (0, f"removed {shown} from {tmp_path / 'text'}\n", "")
+    assert [path.name for path in (tmp_path / "text").iterdir()] == ["mine.sqlite"]
 
 
 def test_help_and_words_import_no_torch():

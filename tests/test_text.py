@@ -310,8 +310,10 @@ WRITER = """
 import sys, warnings
 from pathlib import Path
 import numpy as np
+from opensan import text_cache
 from opensan.text_cache import TextCache
 warnings.simplefilter("error")
+text_cache.MAX_BYTES = int(sys.argv[3])
 cache = TextCache(Path(sys.argv[1]), "tower", 64)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -325,8 +327,8 @@ for batch in range(int(sys.argv[2])):
 """
 
 
-def start_writer(folder: Path, batches: int) -> subprocess.Popen:
-    arguments = [sys.executable, "-c", WRITER, folder, str(batches)]
+def start_writer(folder: Path, batches: int, limit: int = 2**30) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", WRITER, folder, str(batches), str(limit)]
     writer = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert writer.stdout.readline() == "ready\n"
     return writer
@@ -349,6 +351,49 @@ def test_two_processes_write_the_same_cache_at_once(tmp_path):
     assert len(found) == len(keys)
     expect = np.random.default_rng(list(keys[-1])).normal(size=64).astype(np.float32)
     np.testing.assert_array_equal(found[keys[-1]], expect)
+
+
+def test_processes_that_share_a_full_cache(tmp_path):
+    limit = 60_000
+    writers = [start_writer(tmp_path, 60, limit) for _ in range(2)]
+    for writer in writers:
+        go(writer)
+    for writer in writers:
+        writer.communicate()
+        assert writer.returncode == 0
+    keys = [f"{batch:05d} {n:026d}".encode() for batch in range(60) for n in range(16)]
+    assert 16 <= len(TextCache(tmp_path, "tower", 64).read(keys)) < len(keys) / 2
+    assert cache_file(tmp_path).stat().st_size < 1.5 * limit
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("opensan.text_cache.MAX_BYTES", 60_000)
+    days = [[f"{day} {n}".encode() for n in range(16)] for day in range(40)]
+    row = np.ones(64, np.float32)
+    cache = TextCache(tmp_path, "tower", 64)
+    for day, keys in enumerate(days):
+        monkeypatch.setattr("opensan.text_cache._today", lambda day=day: day)
+        cache.write(dict.fromkeys(keys, row))
+        assert len(cache.read(days[0])) == 16
+        assert len(cache.read(keys)) == 16
+    kept = [len(cache.read(keys)) for keys in days]
+    assert kept[1:] == sorted(kept[1:]) and kept[1] == 0 and sum(kept) > 60
+    assert cache.path.stat().st_size < 80_000
+
+
+def test_the_tower_used_longest_ago_goes_first(tmp_path, monkeypatch):
+    row = np.ones(1024, np.float32)
+    caches = [TextCache(tmp_path, name, 1024) for name in ("a", "b", "c")]
+    for hours, cache in zip((2, 3, 1), caches, strict=True):
+        cache.write({bytes([n]): row for n in range(4)})
+        os.utime(cache.path, (time.time() - 3600 * hours,) * 2)
+    (tmp_path / "mine.sqlite").write_bytes(bytes(100_000))
+    limit = sum(cache.path.stat().st_size for cache in caches)
+    monkeypatch.setattr("opensan.text_cache.MAX_BYTES", limit)
+    fourth = TextCache(tmp_path, "d", 1024)
+    fourth.write({b"": row})
+    assert [cache.path.exists() for cache in [*caches, fourth]] == [True, False, True, True]
+    assert (tmp_path / "mine.sqlite").exists()
 
 
 def test_a_writer_killed_midway_leaves_a_sound_cache(tmp_path):

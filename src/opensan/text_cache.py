@@ -2,23 +2,35 @@
 
 One SQLite file for each text tower; a row is one mean embedding. SQLite does the locking and the transactions.
 A checksum over key and content stands beside every row, so whatever happens to the file, the worst is a row
-that is computed again.
+that is computed again. When all files together grow beyond MAX_BYTES, what was used longest ago goes first.
 """
 
 import hashlib
 import os
 import sqlite3
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import platformdirs
 
+MAX_BYTES = 512 * 2**20
+"""About 200,000 embeddings of ViT-B/16."""
+
+_SUFFIX = ".text-rows.sqlite"
 _KEYS_PER_QUERY = 500
 _SECONDS_TO_WAIT = 30.0
-_TABLE = "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, row BLOB NOT NULL, checksum BLOB NOT NULL)"
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS embeddings "
+    "(key BLOB PRIMARY KEY, row BLOB NOT NULL, checksum BLOB NOT NULL, day INTEGER NOT NULL)"
+)
+_KEEP_NEWEST = (
+    "DELETE FROM embeddings WHERE rowid NOT IN (SELECT rowid FROM embeddings ORDER BY day DESC, rowid DESC LIMIT ?)"
+)
+_PAGES = ("page_size", "page_count", "freelist_count")
 # Not a database, a broken one, cut short, or another table under our name. All else (locked, full, no permission)
 # is the machine's state, not the file's.
 _DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_NOTADB}
@@ -32,6 +44,22 @@ def default_folder() -> Path:
     return Path(base) / "text"
 
 
+def cache_files(folder: Path) -> dict[Path, int]:
+    """The files of a cache and their bytes, the one used longest ago first."""
+    found = []
+    for path in folder.glob(f"*{_SUFFIX}"):
+        with suppress(OSError):  # another process removed it
+            state = path.stat()
+            found.append((state.st_mtime, path, state.st_size))
+    return {path: size for _, path, size in sorted(found)}
+
+
+def remove(path: Path) -> None:
+    """Remove a file of a cache. Who has it open loses what it adds, which is computed again then."""
+    path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
 class _CutShort(sqlite3.DatabaseError):
     pass
 
@@ -41,7 +69,7 @@ class TextCache:
 
     def __init__(self, folder: Path, tower: str, dimension: int) -> None:
         """`tower` is the hexadecimal fingerprint of the text tower, `dimension` the length D of its embeddings."""
-        self.path = folder / f"{tower[:32]}.sqlite"
+        self.path = folder / f"{tower[:32]}{_SUFFIX}"
         self._dimension = dimension
         self._warned = False
 
@@ -53,30 +81,37 @@ class TextCache:
         except OSError:
             return {}
         found: dict[bytes, np.ndarray] = {}
-        damaged = 0
+        damaged, today = 0, _today()
+        used: list[bytes] = []
         try:
-            for key, row, checksum in self._select(keys):
+            for key, row, checksum, day in self._select(keys):
                 values = self._checked(key, row, checksum)
                 if values is None:
                     damaged += 1
-                else:
-                    found[key] = values
+                    continue
+                found[key] = values
+                if day != today:
+                    used.append(key)
         except _ERRORS as error:
             self._complain(error)
+        if used:
+            self._mark_used(used, today)
         if damaged:
             _warn(f"text cache {self.path}: {damaged:,} damaged rows are computed again")
         return found
 
     def write(self, rows: Mapping[bytes, np.ndarray]) -> None:
         """Add float32 rows [D]. What can't be written is a warning, once."""
+        today = _today()
         entries = [
-            (key, data := row.astype("<f4").tobytes(), _checksum(key, data))
+            (key, data := row.astype("<f4").tobytes(), _checksum(key, data), today)
             for key, row in rows.items()
             if np.isfinite(row).all()
         ]
         for _ in range(2):  # a second time if the first found, and removed, a damaged file
             try:
                 self._insert(entries)
+                self._make_room()
                 return
             except _ERRORS as error:
                 if not self._complain(error):
@@ -91,7 +126,8 @@ class TextCache:
             for start in range(0, len(keys), _KEYS_PER_QUERY):
                 part = keys[start : start + _KEYS_PER_QUERY]
                 marks = ",".join("?" * len(part))
-                yield from database.execute(f"SELECT key, row, checksum FROM embeddings WHERE key IN ({marks})", part)
+                columns = "key, row, checksum, day"
+                yield from database.execute(f"SELECT {columns} FROM embeddings WHERE key IN ({marks})", part)
 
     def _insert(self, entries: list[tuple[bytes, bytes, bytes]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,13 +136,34 @@ class TextCache:
             database.execute("PRAGMA synchronous = OFF")
             database.execute("BEGIN IMMEDIATE")
             database.execute(_TABLE)
-            database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?)", entries)
+            database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?)", entries)
+            page, pages, free = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in _PAGES)
+            if (pages - free) * page > MAX_BYTES:  # the file stays so large, and new rows take the place of old ones
+                count = database.execute("SELECT count(*) FROM embeddings").fetchone()[0]
+                database.execute(_KEEP_NEWEST, (count * 3 // 4,))
             database.execute("COMMIT")
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
+    def _mark_used(self, keys: list[bytes], day: int) -> None:
+        """Once a day for a row. Where it can't be written, the row only looks older than it is."""
+        with suppress(*_ERRORS), closing(self._connect("rw", seconds_to_wait=1.0)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany("UPDATE embeddings SET day = ? WHERE key = ?", [(day, key) for key in keys])
+            database.execute("COMMIT")
+
+    def _make_room(self) -> None:
+        """Remove other towers' files, the one used longest ago first."""
+        files = cache_files(self.path.parent)
+        excess = sum(files.values()) - MAX_BYTES
+        for path, size in files.items():
+            if excess > 0 and path != self.path:
+                with suppress(OSError):  # Windows keeps what a process has open
+                    remove(path)
+                    excess -= size
+
+    def _connect(self, mode: str, seconds_to_wait: float = _SECONDS_TO_WAIT) -> sqlite3.Connection:
         # No write-ahead log: it needs shared memory, which home folders on network file systems don't have.
         uri = f"{self.path.absolute().as_uri()}?mode={mode}"
-        database = sqlite3.connect(uri, uri=True, timeout=_SECONDS_TO_WAIT, isolation_level=None)
+        database = sqlite3.connect(uri, uri=True, timeout=seconds_to_wait, isolation_level=None)
         database.text_factory = bytes
         return database
 
@@ -123,8 +180,7 @@ class TextCache:
         if code & 0xFF in _DAMAGE or code in _DAMAGE_EXTENDED or isinstance(error, _CutShort | UnicodeDecodeError):
             _warn(f"text cache {self.path} is damaged ({error}) and is built anew")
             try:
-                self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
-                self.path.unlink(missing_ok=True)
+                remove(self.path)
                 return True
             except OSError as why:
                 error = why
@@ -132,6 +188,10 @@ class TextCache:
             self._warned = True
             _warn(f"text cache {self.path} can't be used ({error}): text embeddings are computed again each time")
         return False
+
+
+def _today() -> int:
+    return int(time.time() // 86_400)
 
 
 def _checksum(key: bytes, row: bytes) -> bytes:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from opensan import __version__
+from opensan.cli.cache import cache
 from opensan.cli.data import data
 from opensan.cli.evaluate import evaluate
 from opensan.cli.export import export
@@ -35,6 +36,7 @@ app.command()(segment)
 app.command()(segment_raster)
 app.command("eval")(evaluate)
 app.command()(words)
+app.command()(cache)
 app.command()(convert)
 app.command()(export)
 app.command()(parity)
