@@ -465,21 +465,3 @@ def test_eval_errors_are_one_line(command, folder, tmp_path):
     for arguments, (code, message) in cases.items():
         found, out, err = command(*arguments)
         assert (found, out) == (code, "") and message in err and err.count("\n") == 1, err
-
-
-def test_the_documented_commands_run(command, tmp_path):
-    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
-    commands = [line for line in lines if not line.startswith("torchrun")]
-    assert len(commands) == 4 and lines[1].startswith("torchrun --nproc-per-node 2 -m opensan eval")
-    make_folder(tmp_path / "sets" / "street")
-    (tmp_path / "sets" / "street" / "classes.txt").write_text("red square\nblue circle\nbrick\ngreen heart\n")
-    put_manifest(tmp_path / "sets" / "street", "val", None)
-    for line in commands:
-        program, name, *arguments = line.split()
-        code, out, err = command(*arguments)
-        assert (program, name, code) == ("opensan", "eval", 0), err
-        assert "7 photographs" in out
-    results = ("results", "table", "results-saved", "recomputed")
-    figures = [json.loads(Path(name, "street", "metrics.json").read_text())["metrics"] for name in results]
-    assert all(same(one, figures[0]) for one in figures)

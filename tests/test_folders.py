@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
-import shlex
 import shutil
 import time
 from pathlib import Path
@@ -17,7 +15,6 @@ from PIL import Image
 
 import opensan
 from opensan.checkpoints import save_folder
-from opensan.cli import main
 from opensan.folders import Broken, FolderRun, Written, plan, without_results
 from opensan.images import list_images
 from opensan.outputs import DATASETS, FORMATS
@@ -229,25 +226,3 @@ def test_killed_at_any_moment_each_output_comes_once(model_folder, segmenter, tm
     assert len(records(out)) == 40
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert not [path for path in out.rglob("*") if ".part" in path.name]
-
-
-def test_the_page_about_folders_is_right(tmp_path, monkeypatch, capsys):
-    """docs/folders.md: its commands run (with the model that needs no download), and so does its Python."""
-    page = (Path(__file__).parents[1] / "docs" / "folders.md").read_text(encoding="utf-8")
-    scenes = Path(opensan.__file__).parent / "assets" / "scenes"
-    shutil.copytree(scenes, tmp_path / "photographs" / "scenes", ignore=lambda _, names: set(names) - {"court.png"})
-    monkeypatch.chdir(tmp_path)
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines()]
-    assert len(commands) == 4
-    for command in commands:
-        arguments = shlex.split(command)[1:]
-        with pytest.raises(SystemExit) as caught:
-            main([*arguments, "--model", "tiny"] if arguments[0] == "segment" else arguments)
-        assert not caught.value.code, command
-    for name in set(re.findall(r"`((?:coco|yolo|voc|labelstudio)/[^`]*)`", page)):
-        assert list(Path("results").glob(name.replace("NAME", "**/court"))), name
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
-    shutil.rmtree("results")
-    capsys.readouterr()
-    exec(compile(code, "docs/folders.md", "exec"), {})
-    assert "court.png {'night sky'" in capsys.readouterr().out

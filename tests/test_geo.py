@@ -2,11 +2,8 @@
 
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +15,6 @@ from rasterio.enums import ColorInterp  # noqa: E402
 from rasterio.transform import from_origin  # noqa: E402
 
 from opensan import geo  # noqa: E402
-from opensan.checkpoints import save_folder  # noqa: E402
 from opensan.cli import main  # noqa: E402
 from opensan.lab.scenes import make_scene  # noqa: E402
 from opensan.strips import StripFile  # noqa: E402
@@ -282,12 +278,6 @@ def test_mistakes_are_told_in_a_line(tmp_path, scene, capsys, option, code, mess
     assert told.count("\n") == 1
 
 
-def documented():
-    text = (Path(__file__).parents[1] / "docs" / "huge-images.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
-
-
 def test_a_full_disk_is_told_in_a_line_and_loses_nothing(tmp_path, scene, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -310,13 +300,3 @@ def test_damage_in_the_middle_is_told_in_a_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {path}: damaged")
     assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("command", documented(), ids=" ".join)
-def test_documented_commands_run(tmp_path, monkeypatch, small_model, command):
-    write(tmp_path / "orthophoto.tif", noise(3, 120, 150), **PLACE)
-    write(tmp_path / "satellite.tif", noise(4, 120, 150, dtype=np.uint16), **PLACE)
-    model = save_folder(small_model, tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    assert not run(*command[1:], "--model", model)
-    assert len(list(Path("out").iterdir())) == 3

@@ -3,8 +3,6 @@
 import collections
 import json
 import pickle
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,6 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from opensan.cli import main
 from opensan.data.canonical import Manifest, read_manifest
 from opensan.data.prepare import READERS, full_ade
 from opensan.data.prepare.engine import prepare
@@ -244,32 +241,6 @@ def test_ade20k_847_reads_colours_and_the_index(tmp_path, protocol):
     assert labels(tmp_path / "out", "train") == [[846, -1, -1], [0, 1, 2]]
     assert stored(tmp_path / "out", "ADE_val_00000001") == (np.uint16, [[0, 1, 2], [846, 65535, 65535]])
     assert (tmp_path / "out" / "images" / "ADE_val_00000001.jpg").is_symlink()
-
-
-def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
-    """On small downloads of all six."""
-    root, row = tmp_path / "downloads", [[1, 2, 3], [0, 5, 6]]
-    photograph(root / "coco" / "val2017" / "a.jpg")
-    label_png(root / "coco" / "stuffthingmaps" / "val2017" / "a.png", row)
-    for year in ("2010", "2012"):
-        photograph(root / "VOCdevkit" / f"VOC{year}" / "JPEGImages" / "2008_000002.jpg")
-    label_png(root / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2008_000002.png", row, palette=True)
-    text(root / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt", "2008_000002")
-    label_mat(root / "VOCdevkit" / "VOC2010" / "trainval" / "2008_000002.mat", row)
-    text(root / "VOCdevkit" / "VOC2010" / "val.txt", "2008_000002")
-    photograph(root / "ADEChallengeData2016" / "images" / "validation" / "a.jpg")
-    label_png(root / "ADEChallengeData2016" / "annotations" / "validation" / "a.png", row)
-    full_ade_folder(root / "ADE20K_2021_17_01", {"ADE_val_00000001": np.array(row)})
-    monkeypatch.chdir(tmp_path)
-    documentation = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```sh\n(.*?)^```", documentation, flags=re.MULTILINE | re.DOTALL)
-    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    assert sum(command[2] == "prepare" for command in commands) == 6
-    for command in commands:
-        with pytest.raises(SystemExit) as caught:
-            main(command[1:])
-        assert not caught.value.code, capsys.readouterr().err
-    assert {path.name for path in Path("data").iterdir()} == {n for n, reader in READERS.items() if reader.expected}
 
 
 def test_ade20k_847_scales_short_sides_above_512(tmp_path):

@@ -2,11 +2,8 @@
 
 import csv
 import json
-import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,26 +287,3 @@ def test_torchrun(tmp_path, recipe_file):
 def test_the_whole_configuration_survives_its_own_print(recipe_file):
     recipe = read_recipe(str(recipe_file), ["loggers=[mlflow, tensorboard]", "loop.clip_norm=null"])
     assert parse_config(RecipeConfig, yaml.safe_load(to_yaml(recipe)), "printed") == recipe
-
-
-# The documentation
-
-ROOT = Path(__file__).parents[1]
-
-
-def test_what_the_documentation_says_is_a_configuration(tmp_path, capsys):
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    [example] = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    (tmp_path / "street.yaml").write_text(example)
-    assert run("train", "--show", tmp_path / "street.yaml") == 0
-    lines = [
-        line
-        for block in re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-        for line in block.splitlines()
-    ]
-    trainings = [shlex.split(line, comments=True) for line in lines if " train " in line]
-    assert len(trainings) == 5
-    for words in trainings:
-        arguments = words[words.index("train") + 1 :]
-        arguments = [str(tmp_path / word) if word == "street.yaml" else word for word in arguments if word != "--show"]
-        assert run("train", "--show", *arguments) == 0

@@ -1,16 +1,12 @@
-"""docs/own-data.md is run; and one map of labels, given in every form, comes out of each the same."""
+"""One map of labels, given in every form, comes out of each the same."""
 
-import io
 import json
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from opensan.cli import main
 from opensan.data.prepare import READERS
 from opensan.data.prepare.engine import prepare
 from opensan.data.segmentation_folder import SegmentationFolder
@@ -18,7 +14,6 @@ from opensan.outputs.coco import run_lengths
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-PAGE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
 
 
 class OneMap:
@@ -106,51 +101,3 @@ def test_every_form_gives_the_same_labels(tmp_path, form):
         prepared = SegmentationFolder(tmp_path / f"out{index}", next(iter(manifest.splits)))
         assert prepared.vocabulary.names == data.vocabulary.names
         assert np.array_equal(prepared[0][1], labels) and np.array_equal(prepared[0][0], data[index][0])
-
-
-def commands() -> list[list[str]]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines() if line]
-
-
-@pytest.fixture
-def desk(tmp_path, monkeypatch) -> Path:
-    """A folder with what the page's reader is supposed to have."""
-    buffer = io.BytesIO()
-    Image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 20).convert("RGB").save(buffer, "JPEG")
-    labels = np.arange(48 * 64).reshape(48, 64) % 5 // 2 - 1
-    given = OneMap(buffer.getvalue(), labels, ["background", "car"])
-    for write, name in ((given.folder, "streets"), (given.word_masks, "parts"), (given.coco_instances, "shop")):
-        write(tmp_path / name)
-    given.coco_panoptic(tmp_path / "scenes", "labels/mine")
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "download").mkdir()
-    OneMap(given.image, labels, ["unlabeled", "car"]).huggingface(tmp_path / "saved")
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda repo, local_dir, **_: given.huggingface(local_dir, image="photo", mask="label"),
-    )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_the_page_s_commands_run(desk, capsys):
-    """In their order: a check is of what was prepared before."""
-    assert {command[3] for command in commands() if command[2] == "prepare"} == set(FORMS)
-    for program, *arguments in commands():
-        assert program == "opensan"
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-        output = capsys.readouterr()
-        assert ((caught.value.code or 0), output.err) == (0, ""), arguments
-        assert output.out
-    splits = {"streets": "all", "parts": "all", "shop": "val", "scenes": "mine", "saved": "val", "download": "val"}
-    for name, split in splits.items():
-        assert len(SegmentationFolder(desk / "prepared" / name, split)) == 1
-    for name in ("streets-without-background", "saved"):
-        assert SegmentationFolder(desk / "prepared" / name, splits.get(name, "all")).vocabulary.names == ["car"]
-
-
-def test_the_page_s_options_exist_and_are_all_told():
-    told = set(re.findall(r"\b([a-z]+)=[A-Z\d]", PAGE))
-    assert told == {option for form in FORMS for option in READERS[form].options}

@@ -1,0 +1,143 @@
+"""What the reader of a page is supposed to have: small stand-ins, in one folder, under the names that the page uses."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opensan.checkpoints import clip_weights, hub
+from opensan.checkpoints.official import to_official
+from opensan.config import PRESETS
+from opensan.data.prepare import READERS
+from opensan.data.prepare.engine import prepare
+from opensan.model import SAN
+
+from .documentation import ROOT
+from .test_prepare_benchmarks import full_ade_folder, label_mat, label_png, text
+from .test_prepare_own_forms import OneMap
+
+LABELS = np.arange(48 * 64).reshape(48, 64) % 5 // 2 - 1
+"""[48, 64] of -1, 0, 1."""
+
+
+def photograph(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 20).convert("RGB").save(path)
+
+
+def image_bytes() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 20).convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def one_map(names: list[str] | None = None) -> OneMap:
+    return OneMap(image_bytes(), LABELS, names or ["road", "sky"])
+
+
+def lay_out(page: str, desk: Path, model: SAN, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `desk` the current folder, with what `page` needs; `model` stands in for the official weights."""
+    for name in (
+        "street.jpg",
+        "a.jpg",
+        "b.jpg",
+        "photo.jpg",
+        "photos/one.jpg",
+        "photos/deep/two.png",
+        "more/street.jpg",
+    ):
+        photograph(desk / name)
+    for name in ("tests", "src"):
+        (desk / name).symlink_to(ROOT / name)
+    instead_of_official_weights(desk / "san_vit_b_16.pth", model, monkeypatch)
+    for add in MORE.get(page, ()):
+        add(desk, monkeypatch)
+    monkeypatch.chdir(desk)
+
+
+def instead_of_official_weights(file: Path, model: SAN, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The presets are `model`'s architecture for now, and their file on the hub is `file`, with its weights."""
+    for name in ("san-vit-b16", "san-vit-l14"):
+        monkeypatch.setitem(PRESETS, name, model.config.model_copy(update={"name": name}))
+    torch.save({"model": to_official(model.state_dict(), model.config)}, file)
+    monkeypatch.setattr(hub, "download", lambda *_: file)
+    monkeypatch.setattr(clip_weights, "download", lambda *_: pytest.fail("CLIP's weights are not here"))
+
+
+def street_photographs(desk: Path, _: object) -> None:
+    one_map().folder(desk / "street-photographs")
+    for split in ("train", "val"):
+        (desk / "street-photographs" / f"{split}.txt").write_text("1\n")
+
+
+def prepared_sets(desk: Path, _: object) -> None:
+    street_photographs(desk, _)
+    for name in ("street", "rooms"):
+        prepare(READERS["folder"].open(desk / "street-photographs"), "folder", desk / "sets" / name)
+
+
+def benchmarks(desk: Path, _: object) -> None:
+    """Small downloads of all six."""
+    root, row = desk / "downloads", [[1, 2, 3], [0, 5, 6]]
+
+    def tiny_photograph(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 2), (200, 100, 50)).save(path)
+
+    tiny_photograph(root / "coco" / "val2017" / "a.jpg")
+    label_png(root / "coco" / "stuffthingmaps" / "val2017" / "a.png", row)
+    for year in ("2010", "2012"):
+        tiny_photograph(root / "VOCdevkit" / f"VOC{year}" / "JPEGImages" / "2008_000002.jpg")
+    label_png(root / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2008_000002.png", row, palette=True)
+    text(root / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt", "2008_000002")
+    label_mat(root / "VOCdevkit" / "VOC2010" / "trainval" / "2008_000002.mat", row)
+    text(root / "VOCdevkit" / "VOC2010" / "val.txt", "2008_000002")
+    tiny_photograph(root / "ADEChallengeData2016" / "images" / "validation" / "a.jpg")
+    label_png(root / "ADEChallengeData2016" / "annotations" / "validation" / "a.png", row)
+    full_ade_folder(root / "ADE20K_2021_17_01", {"ADE_val_00000001": np.array(row)})
+
+
+def own_forms(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One map of labels in each form; what is downloaded has other column names."""
+    given = one_map(["background", "car"])
+    for write, name in ((given.folder, "streets"), (given.word_masks, "parts"), (given.coco_instances, "shop")):
+        write(desk / name)
+    given.coco_panoptic(desk / "scenes", "labels/mine")
+    (desk / "saved").mkdir()
+    (desk / "download").mkdir()
+    one_map(["unlabeled", "car"]).huggingface(desk / "saved")
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda repo, local_dir, **_: given.huggingface(local_dir, image="photo", mask="label"),
+    )
+
+
+def scenes(desk: Path, _: object) -> None:
+    (desk / "photographs" / "scenes").mkdir(parents=True)
+    with Image.open(ROOT / "src" / "opensan" / "assets" / "scenes" / "court.png") as scene:
+        scene.resize((160, 120)).save(desk / "photographs" / "scenes" / "court.png")
+
+
+def rasters(desk: Path, _: object) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    values = np.random.default_rng(3).integers(0, 256, (4, 120, 150))
+    for name, count, dtype in (("orthophoto", 3, np.uint8), ("satellite", 4, np.uint16)):
+        place = {"crs": "EPSG:32632", "transform": rasterio.transform.from_origin(500_000, 5_400_000, 0.5, 0.5)}
+        size = {"width": 150, "height": 120, "count": count, "dtype": dtype}
+        with rasterio.open(desk / f"{name}.tif", "w", driver="GTiff", **size, **place) as file:
+            file.write(values[:count].astype(dtype))
+
+
+MORE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], ...]] = {
+    "README.md": (street_photographs,),
+    "docs/data.md": (benchmarks,),
+    "docs/own-data.md": (own_forms,),
+    "docs/training.md": (prepared_sets,),
+    "docs/evaluation.md": (prepared_sets,),
+    "docs/folders.md": (scenes,),
+    "docs/huge-images.md": (rasters,),
+}

@@ -1,0 +1,143 @@
+"""The README and every page of docs/ are followed: each block is run in order, on small stand-ins, or checked."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from opensan.cli import app
+from opensan.data.prepare import READERS
+from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.vocabulary import ready_sets
+
+from .desks import lay_out
+from .documentation import PAGES, Reader, blocks, read_page
+
+SLOW = {"docs/reliability.md"}
+
+
+def after_readme() -> None:
+    told = re.findall(r"^\| `(street\.\S+)` \|", read_page("README.md"), re.MULTILINE)
+    assert sorted(told) == sorted(path.name for path in Path("out").glob("street.*"))
+
+
+def after_evaluation() -> None:
+    """Labelled, labelled for the table, saved, and computed from what was saved: the same figures."""
+    results = ("results", "table", "results-saved", "recomputed")
+    figures = [repr(json.loads(Path(name, "street", "metrics.json").read_text())["metrics"]) for name in results]
+    assert len(set(figures)) == 1
+    for name in re.findall(r"^\| `([a-z.]+)`", read_page("docs/evaluation.md"), re.MULTILINE):
+        assert Path("results", "street", name).exists(), name
+
+
+def after_folders() -> None:
+    names = set(re.findall(r"`((?:coco|yolo|voc|labelstudio)/[^`]*)`", read_page("docs/folders.md")))
+    assert names
+    for name in names:
+        assert list(Path("results").glob(name.replace("NAME", "**/court"))), name
+
+
+def after_data() -> None:
+    assert {path.name for path in Path("data").iterdir()} == {n for n, reader in READERS.items() if reader.expected}
+
+
+def after_own_data() -> None:
+    splits = {"streets": "all", "parts": "all", "shop": "val", "scenes": "mine", "saved": "val", "download": "val"}
+    for name, split in splits.items():
+        assert len(SegmentationFolder(Path("prepared", name), split)) == 1
+    for name in ("streets-without-background", "saved"):
+        folder = SegmentationFolder(Path("prepared", name), splits.get(name, "all"))
+        assert folder.vocabulary.names == ["car"]
+
+
+def after_training() -> None:
+    for name in ("model/config.json", "log.csv", "validation.csv", "curves.png", "recipe.yaml", "checkpoints"):
+        assert Path("runs", "street", name).exists(), name
+
+
+def after_huge_images() -> None:
+    for name in ("orthophoto", "satellite"):
+        told = ("labels.tif", "polygons.geojson", "preview.png")
+        assert {path.name for path in Path("out").glob(f"{name}.*")} == {f"{name}.{end}" for end in told}
+
+
+def after_serving() -> None:
+    for name in ("street.json", "point.json"):
+        assert isinstance(json.loads(Path(name).read_text()), dict)
+    assert "opensan_requests_total" in Path("metrics.txt").read_text()
+
+
+AFTER: dict[str, Callable[[], None]] = {
+    "README.md": after_readme,
+    "docs/evaluation.md": after_evaluation,
+    "docs/folders.md": after_folders,
+    "docs/data.md": after_data,
+    "docs/own-data.md": after_own_data,
+    "docs/training.md": after_training,
+    "docs/huge-images.md": after_huge_images,
+    "docs/serving.md": after_serving,
+}
+"""What must be true when a page has been followed, besides that everything on it worked."""
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES])
+def test_page_can_be_followed(page, tmp_path, small_model, capsys, monkeypatch):
+    lay_out(page, tmp_path, small_model, monkeypatch)
+    reader = Reader(capsys, monkeypatch)
+    try:
+        for block in blocks(page):
+            print(f"{page}:{block.line}")
+            reader.follow(block)
+        AFTER.get(page, lambda: None)()
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_command_hides_in_indented_text(page):
+    assert not re.findall(r"^    +(?:opensan|python|pytest|pip|make|curl) .*", read_page(page), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_in_the_text_exist(page):
+    """Of whatever command: an option that no command has is a mistake."""
+    commands = list(typer.main.get_command(app).commands.values())
+    commands += [one for group in commands for one in getattr(group, "commands", {}).values()]
+    known = {option for command in commands for parameter in command.params for option in parameter.opts}
+    known |= {option for command in commands for parameter in command.params for option in parameter.secondary_opts}
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "".join(re.findall(r"`[^`\n]+`", read_page(page)))))
+    assert shown <= known | ELSEWHERE
+
+
+ELSEWHERE = {"--tta", "--pairs", "--no-flickr", "--build"}
+"""Options of scripts in bench/ and of other programs that texts name."""
+
+
+def anchor(heading: str) -> str:
+    """As the site and code hosts make them."""
+    return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.strip().lower()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read_page(page)):
+        if "://" in target:
+            continue
+        path, _, place = target.partition("#")
+        file = (PAGES[page].parent / path).resolve() if path else PAGES[page]
+        assert file.exists(), target
+        if place:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert place in map(anchor, headings), target
+
+
+def test_the_page_about_own_data_tells_every_option():
+    told = set(re.findall(r"\b([a-z]+)=[A-Z\d]", read_page("docs/own-data.md")))
+    assert told == {option for reader in READERS.values() if not reader.classes for option in reader.options}
+
+
+def test_number_of_label_sets():
+    assert len(ready_sets()) == 6 and "Six label sets" in read_page("README.md")
