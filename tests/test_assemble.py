@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from opensan.assemble import label_map, label_scores, labels, score_maps, scores
 from opensan.assemble.bounds import first_maximum, mask_errors
 from opensan.assemble.labels import label_map_by_bands
-from opensan.assemble.resize import interpolation_matrix, linear_pieces
+from opensan.assemble.resize import linear_pieces
+from opensan.interpolation import interpolation_matrix
 from opensan.structures import ImageSizes
 
 CLEAR_MARGIN = 1e-4
@@ -115,12 +116,24 @@ def test_blocks_decide_as_every_pixel_would(rows, columns, cell, queries, words,
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(axis=axes(), cell=st.sampled_from([8, 16]))
+def test_matrices_are_what_torch_resizes_with(axis, cell):
+    """To the last bit where torch multiplies and adds at once; a processor may do otherwise."""
+    image, network, padded = axis
+    identity = torch.eye(padded // cell).unsqueeze(0)
+    at_padded = F.interpolate(identity, size=padded, mode="linear", align_corners=False)
+    expected = F.interpolate(at_padded[..., :network], size=image, mode="linear", align_corners=False)[0].T
+    found = torch.from_numpy(interpolation_matrix(padded // cell, padded, network, image))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(axis=axes(), cell=st.sampled_from([8, 16]))
 def test_pieces_cover_an_axis_and_are_linear(axis, cell):
     image, network, padded = axis
     first, last = linear_pieces(padded // cell, padded, network, image)
     pixels = [torch.arange(a, b + 1) for a, b in zip(first, last, strict=True)]
     assert torch.equal(torch.cat(pixels), torch.arange(image))
-    rows = interpolation_matrix(padded // cell, padded, network, image, torch.empty(0))
+    rows = torch.from_numpy(interpolation_matrix(padded // cell, padded, network, image))
     for a, b in zip(first.tolist(), last.tolist(), strict=True):
         between = torch.linspace(0, 1, b - a + 1)[:, None]
         torch.testing.assert_close(rows[a : b + 1], torch.lerp(rows[a], rows[b], between), atol=1e-4, rtol=0)

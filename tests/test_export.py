@@ -11,9 +11,7 @@ import torch.nn.functional as F
 
 import opensan
 from opensan import images
-from opensan.assemble.resize import interpolation_matrix as torch_matrix
 from opensan.model.clip import adaptive_max_pool
-from opensan.runtime.resize import interpolation_matrix
 from opensan.structures import TextClassifier
 
 pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
@@ -80,15 +78,6 @@ def test_a_failed_check_leaves_nothing_behind(exported, small_model, tmp_path, m
 def test_an_existing_folder_is_refused(small_model, tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         export(small_model, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "axis", [(6, 96, 80, 333), (40, 640, 640, 640), (2, 32, 31, 7), (7, 112, 100, 1), (1, 16, 9, 40)]
-)
-def test_matrices_are_those_of_torch(axis):
-    grid, padded, network, image = axis
-    expected = torch_matrix(grid, padded, network, image, torch.empty(0))
-    torch.testing.assert_close(torch.from_numpy(interpolation_matrix(*axis)), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((40, 53), (32, 42)), ((6, 4), (3, 2)), ((4, 5), (4, 5)), ((3, 4), (2, 3))])

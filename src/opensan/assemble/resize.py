@@ -1,38 +1,23 @@
-"""The official way from mask logits at stride 16 to the photograph's pixels, one axis at a time.
+"""From mask logits at stride 16 to the photograph's pixels, one axis at a time.
 
 Letters: Q queries, h w stride-16 grid, H W the padded network image, H0 W0 the answer.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from opensan import interpolation
 from opensan.structures import ImageSizes
 
 
-def interpolation_matrix(grid: int, padded: int, network: int, image: int, like: Tensor) -> Tensor:
-    """One axis of "bilinear to the padded size, crop, bilinear to the answer's size" as a matrix [image, grid].
-
-    Bilinear resizing is linear and separable, so the official sequence of two resizes and a crop is one product
-    from each side; interpolating the identity gives exactly the weights that the resize itself would use.
-    """
-    identity = torch.eye(grid, dtype=like.dtype, device=like.device).unsqueeze(0)
-    at_padded = F.interpolate(identity, size=padded, mode="linear", align_corners=False)
-    at_image = F.interpolate(at_padded[..., :network], size=image, mode="linear", align_corners=False)
-    return at_image.squeeze(0).T.contiguous()
-
-
 def interpolation_matrices(mask_logits: Tensor, sizes: ImageSizes) -> tuple[Tensor, Tensor]:
-    """`interpolation_matrix` of both axes: [H0, h] and [W0, w]."""
-    down, across = (
-        interpolation_matrix(grid, padded, network, image, mask_logits)
-        for grid, padded, network, image in zip(
-            mask_logits.shape[-2:], sizes.padded, sizes.network, sizes.image, strict=True
-        )
-    )
-    return down, across
+    """`opensan.interpolation.interpolation_matrices` where the mask logits [Q, h, w] lie: [H0, h] and [W0, w]."""
+    height, width = mask_logits.shape[-2:]
+    down, across = interpolation.interpolation_matrices((height, width), sizes)
+    return torch.from_numpy(down).to(mask_logits.device), torch.from_numpy(across).to(mask_logits.device)
 
 
 def linear_pieces(grid: int, padded: int, network: int, image: int) -> tuple[Tensor, Tensor]:
@@ -42,9 +27,9 @@ def linear_pieces(grid: int, padded: int, network: int, image: int) -> tuple[Ten
     that a resized value lies on the line between those at the piece's ends. Pieces neither overlap nor leave gaps.
     When a photograph is much smaller than the network image, a piece may be as short as one pixel.
     """
-    rows = interpolation_matrix(grid, padded, network, image, torch.empty(0, dtype=torch.float64))
-    second_difference = (rows[2:] - 2 * rows[1:-1] + rows[:-2]).abs().sum(dim=1)
-    bends = [*((second_difference > 1e-9).nonzero().flatten() + 1).tolist(), image - 1]
+    rows = interpolation.interpolation_matrix(grid, padded, network, image, np.float64)
+    second_difference = np.abs(rows[2:] - 2 * rows[1:-1] + rows[:-2]).sum(axis=1)
+    bends = [*(np.flatnonzero(second_difference > 1e-9) + 1).tolist(), image - 1]
     first, last = [], []
     start = 0
     for bend in bends:

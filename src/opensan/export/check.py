@@ -15,10 +15,10 @@ from PIL import Image
 from opensan.assemble import label_map
 from opensan.config import ModelConfig
 from opensan.images import PreparedImage, prepare
+from opensan.interpolation import interpolation_matrices
 from opensan.model import SAN
 from opensan.prompt_tree import PromptTree, prompt_trees
 from opensan.runtime.graphs import Run
-from opensan.runtime.resize import interpolation_matrices
 from opensan.structures import Proposals, TextClassifier
 from opensan.text import tokenize
 from opensan.vocabulary import Vocabulary

@@ -11,10 +11,10 @@ import numpy as np
 
 from opensan.config import ImageConfig
 from opensan.images import MAX_PIXELS, PreparedImage, prepare_array
+from opensan.interpolation import interpolation_matrices
 from opensan.prompt_tree import PromptTree
 from opensan.runtime.folder import Manifest, read_folder
 from opensan.runtime.graphs import SUFFIXES, Run, open_graph
-from opensan.runtime.resize import interpolation_matrices
 from opensan.segmentation import AnySegmenter, Encoding, Segmentation, to_array
 from opensan.text_rows import ROWS_IN_MEMORY, Recent, TextRows, Tower
 from opensan.vocabulary import Vocabulary

@@ -1,0 +1,50 @@
+"""The official way from mask logits at stride 16 to the photograph's pixels, as matrices; needs no torch.
+
+Letters: h w stride-16 grid, H0 W0 the answer.
+"""
+
+import numpy as np
+
+from opensan.structures import ImageSizes
+
+
+def interpolation_matrix(
+    grid: int, padded: int, network: int, image: int, dtype: type[np.floating] = np.float32
+) -> np.ndarray:
+    """One axis of "bilinear to the padded size, crop, bilinear to the answer's size" as a matrix [image, grid].
+
+    Bilinear resizing is linear and separable, so the official sequence of two resizes and a crop is one product
+    from each side. In float32, the numbers are those that torch's resize of the identity gives, to the last bit.
+    """
+    first, second, below, above = _neighbours(grid, padded, dtype)
+    at_padded = np.zeros((padded, grid), dtype)
+    rows = np.arange(padded)
+    at_padded[rows, first] = below
+    at_padded[rows, second] += above
+    first, second, below, above = _neighbours(network, image, dtype)
+    return _fused(at_padded[first], below[:, None], at_padded[second] * above[:, None])
+
+
+def interpolation_matrices(grid: tuple[int, int], sizes: ImageSizes) -> tuple[np.ndarray, np.ndarray]:
+    """`interpolation_matrix` of both axes: [H0, h] and [W0, w], float32."""
+    down, across = (
+        interpolation_matrix(*axis) for axis in zip(grid, sizes.padded, sizes.network, sizes.image, strict=True)
+    )
+    return down, across
+
+
+def _neighbours(size: int, wanted: int, dtype: type[np.floating]) -> tuple[np.ndarray, ...]:
+    """The two pixels of `size` that each of `wanted` lies between, and how much of each it takes, all [wanted].
+
+    Pixel centres stand at halves, and the outermost pixels go on to the border (`align_corners=False`).
+    """
+    centres = np.arange(wanted, dtype=dtype) + dtype(0.5)
+    place = np.maximum(_fused(centres, dtype(size) / dtype(wanted), dtype(-0.5)), dtype(0))
+    first = np.minimum(place.astype(np.int64), size - 1)
+    above = np.clip(place - first.astype(dtype), dtype(0), dtype(1))
+    return first, np.minimum(first + 1, size - 1), dtype(1) - above, above
+
+
+def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a b + c, rounded once as processors' fused multiply-add does, for float32; float64 is rounded twice."""
+    return (a.astype(np.float64) * b + c).astype(a.dtype)
