@@ -2,15 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from faster_coco_eval import mask as coco_mask
-from PIL import Image
+from PIL import Image, ImageFont
 
 from opensan import outputs
+from opensan.outputs import fonts
 from opensan.outputs.coco import decode_mask, run_lengths
 from opensan.outputs.colours import UNLABELLED_COLOUR
 from opensan.outputs.drawing import OPACITY, blend
@@ -257,10 +259,42 @@ def test_overlay_survives_any_name(name):
 
 
 def test_overlay_without_any_system_font(monkeypatch):
-    monkeypatch.setattr("opensan.outputs.drawing._FONTS", ("no such font.ttf",))
+    monkeypatch.setattr("opensan.outputs.fonts._FONTS", ("no such font.ttf",))
+    monkeypatch.setattr("opensan.outputs.fonts._installed", list)
     labels = np.zeros((50, 80), dtype=np.int32)
     picture = outputs.overlay(np.zeros((50, 80, 3), dtype=np.uint8), labels, ["café 树"], {"café 树": 1.0})
     assert (np.asarray(picture)[:, 80:] < 100).any()
+
+
+def test_what_no_font_can_draw_is_described(monkeypatch):
+    monkeypatch.setattr("opensan.outputs.fonts._FONTS", ())
+    monkeypatch.setattr("opensan.outputs.fonts._installed", list)
+    found = {name: fonts.readable(name) for name in ("a\tb", "café", "路面", "red 🚗", "❤️", "नि")}
+    assert found == {
+        "a\tb": "a b",
+        "café": "cafe",
+        "路面": "U+8DEF U+9762",
+        "red 🚗": "red automobile",
+        "❤️": "heavy black heart",
+        "नि": "U+0928 U+093F",
+    }
+    labels = np.zeros((50, 80), dtype=np.int32)
+    word, described = (outputs.overlay(None, labels, [name], {name: 1.0}) for name in ("路面", "U+8DEF U+9762"))
+    assert word.tobytes() == described.tobytes()
+
+
+def test_a_word_is_drawn_with_an_installed_font_that_has_it(tmp_path, monkeypatch):
+    try:
+        file = ImageFont.truetype("DejaVuSans.ttf").path
+    except OSError:
+        pytest.skip("DejaVu Sans is not installed")
+    shutil.copy(file, tmp_path / "another.ttf")
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    monkeypatch.setattr("opensan.outputs.fonts._FONTS", ())
+    monkeypatch.setattr("opensan.outputs.fonts._folders", lambda: [tmp_path, tmp_path / "none"])
+    monkeypatch.setattr("opensan.outputs.fonts._installed", fonts._installed.__wrapped__)
+    assert fonts.readable("дорога 路") == "дорога U+8DEF"
+    assert fonts.font_for("дорога", 15).path == str(tmp_path / "another.ttf")
 
 
 def test_save_names_files_by_stem_and_replaces_old_ones(tmp_path, labels):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from opensan.outputs.colours import palette
-from opensan.outputs.drawing import FAINT_COLOUR, TEXT_COLOUR, font_for
+from opensan.outputs.drawing import FAINT_COLOUR, TEXT_COLOUR
+from opensan.outputs.fonts import font_for
 
 WIDTH, HEIGHT = 560, 340
 """Of one chart, in pixels."""

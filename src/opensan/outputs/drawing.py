@@ -1,14 +1,14 @@
 """The picture for human eyes: colours over the photograph, and a legend beside it that never covers it."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from opensan.outputs.colours import palette
+from opensan.outputs.fonts import font_for, readable, shortened, text_width
 
 OPACITY = 0.55
 """Of the colours over the photograph."""
@@ -24,18 +24,6 @@ FAINT_COLOUR = (120, 120, 120)
 
 _STRIP_PIXELS = 1 << 20
 """The photograph is coloured in strips of about this many pixels, so that a huge one needs no huge temporaries."""
-
-# The first is looked for everywhere; the others only when a word has characters that the earlier ones lack.
-_FONTS = (
-    "DejaVuSans.ttf",
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "wqy-microhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "Arial Unicode.ttf",
-    "PingFang.ttc",
-    "msyh.ttc",
-)
 
 
 def overlay(
@@ -167,11 +155,12 @@ class _Layout:
 
 
 def with_legend(picture: Image.Image, words: list[Entry], rest: list[Entry]) -> Image.Image:
+    words = [replace(entry, name=readable(entry.name)) for entry in words]
     entries = words + rest
     width, height = picture.size
     letters = min(max(13, round(0.016 * math.sqrt(width * height))), 120)
-    widest = math.ceil(max(_text_width(entry.name, letters) for entry in entries))
-    share_width = math.ceil(max(_text_width(entry.share, letters) for entry in entries))
+    widest = math.ceil(max(text_width(entry.name, letters) for entry in entries))
+    share_width = math.ceil(max(text_width(entry.share, letters) for entry in entries))
     layout = _Layout(letters, min(max(widest, 7 * letters), 16 * letters), share_width)
     if height > width or width < layout.width_of(2):
         most_rows = max(12, layout.rows_in(height))
@@ -210,60 +199,8 @@ def _draw_entries(
         box = (left, middle - layout.letters // 2, left + layout.letters, middle + (layout.letters + 1) // 2)
         if entry.swatch:
             draw.rectangle(box, fill=entry.colour, outline=FAINT_COLOUR if entry.colour is None else TEXT_COLOUR)
-        name = shortened(" ".join(entry.name.split()), layout.name_width, layout.letters)
+        name = shortened(entry.name, layout.name_width, layout.letters)
         text_left = left + layout.letters + layout.gap
         draw.text((text_left, middle), name, TEXT_COLOUR, font_for(name, layout.letters), anchor="lm")
         share_font = font_for(entry.share, layout.letters)
         draw.text((left + layout.column, middle), entry.share, FAINT_COLOUR, share_font, anchor="rm")
-
-
-def shortened(text: str, width: int, letters: int) -> str:
-    """`text`, or as much of it as fits into `width` pixels, with an ellipsis."""
-    if _text_width(text, letters) <= width:
-        return text
-    fits, too_long = 0, len(text)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if _text_width(text[:middle] + "…", letters) <= width:
-            fits = middle
-        else:
-            too_long = middle
-    return text[:fits].rstrip() + "…"
-
-
-def _text_width(text: str, letters: int) -> float:
-    return font_for(text, letters).getlength(text)
-
-
-def font_for(text: str, letters: int) -> ImageFont.FreeTypeFont:
-    """The first font on this machine that has all characters of `text`; a missing one is drawn as a box."""
-    for name in _FONTS:
-        font = _font(name, letters)
-        if font is not None and all(_has(name, letters, character) for character in set(text)):
-            return font
-        if text.isascii():
-            break
-    return _font(_FONTS[0], letters) or _built_in_font(letters)
-
-
-@functools.cache
-def _font(name: str, letters: int) -> ImageFont.FreeTypeFont | None:
-    try:
-        return ImageFont.truetype(name, letters)
-    except OSError:
-        return None
-
-
-@functools.cache
-def _built_in_font(letters: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, which knows little more than ASCII and Latin-1."""
-    return ImageFont.load_default(letters)
-
-
-@functools.cache
-def _has(name: str, letters: int, character: str) -> bool:
-    """Whether the font draws `character` otherwise than a character that no font has."""
-    font = _font(name, letters)
-    assert font is not None
-    drawn, missing = font.getmask(character), font.getmask("\U0010ffff")
-    return drawn.size != missing.size or bytes(drawn) != bytes(missing)

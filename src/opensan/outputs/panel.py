@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from opensan.outputs.colours import palette
-from opensan.outputs.drawing import TEXT_COLOUR, Entry, blend, font_for, shortened, with_legend
+from opensan.outputs.drawing import TEXT_COLOUR, Entry, blend, with_legend
+from opensan.outputs.fonts import font_for, readable, shortened
 
 TILE = 380
 """No picture is wider or higher, in pixels."""
@@ -51,7 +52,7 @@ def panel(rows: Sequence[PanelRow], names: Sequence[str]) -> Image.Image:
         for left, picture in zip(lefts, pictures, strict=True):
             canvas.paste(picture, (left, top))
         top += pictures[0].height
-        name = shortened(row.name, width, LETTERS)
+        name = shortened(readable(row.name), width, LETTERS)
         draw.text((lefts[0], top + LINE // 2), name, TEXT_COLOUR, font_for(name, LETTERS), anchor="lm")
         top += LINE + GAP
     unlabelled = any((labels < 0).any() for row in rows for labels in (row.truth, row.predicted))
