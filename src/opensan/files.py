@@ -2,8 +2,8 @@
 
 import filecmp
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,13 +31,11 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     temporaries: list[Path] = []
     try:
         for path in paths:
-            handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".part{path.suffix}", dir=path.parent)
-            os.close(handle)
-            temporaries.append(Path(name))
+            temporary = temporary_path(path)
+            temporary.touch(exist_ok=False)
+            temporaries.append(temporary)
         yield temporaries
         for temporary in temporaries:
-            # mkstemp makes files private; give the file what an ordinary open() would have given it.
-            temporary.chmod(0o666 & ~umask())
             with temporary.open("r+b") as written:  # Windows flushes only what is open for writing
                 os.fsync(written.fileno())
         if len(paths) > 1 and paths[-1].exists() and not filecmp.cmp(paths[-1], temporaries[-1], shallow=False):
@@ -50,11 +48,13 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
         raise
 
 
-def umask() -> int:
-    """The permissions that this process denies to what it creates."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def temporary_path(target: Path) -> Path:
+    """A name beside `target` for what will be renamed to it.
+
+    Not the standard library's, which makes private files: to give them the usual permissions, one must know the umask,
+    which can only be read by changing it, for all threads.
+    """
+    return target.with_name(f".{target.stem}.{secrets.token_hex(4)}.part{target.suffix}")
 
 
 def flush_folder(folder: Path) -> None:
@@ -70,7 +70,7 @@ def flush_folder(folder: Path) -> None:
 
 def link(source: Path, target: Path) -> None:
     """Link `target` to `source`; where links can't be made, hard links or copies are."""
-    temporary = target.with_name(f".{target.name}.part")  # not atomic_path's, which would chmod what it links to
+    temporary = target.with_name(f".{target.name}.part")  # not atomic_path's, which makes a file first
     for make in (os.symlink, os.link, shutil.copyfile):
         try:
             make(source.absolute(), temporary)

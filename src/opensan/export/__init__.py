@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from opensan.export import formats
 from opensan.export.check import Parity, parity
 from opensan.export.graphs import graphs
-from opensan.files import flush_folder, umask, write_text
+from opensan.files import flush_folder, temporary_path, write_text
 from opensan.model import SAN
 from opensan.runtime.folder import CONFIG_NAME, MANIFEST_NAME, Manifest
 from opensan.runtime.graphs import open_graph
@@ -51,7 +50,8 @@ def export(
     model = model.eval().requires_grad_(False)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+        temporary = temporary_path(folder)
+        temporary.mkdir()
     except OSError as error:
         raise ValueError(f"{folder}: cannot write there ({error.strerror or error})") from None
     try:
@@ -64,7 +64,6 @@ def export(
         found = parity(model, runs, dtype)
         del runs
         if found.passed:
-            temporary.chmod(0o777 & ~umask())
             flush_folder(temporary)
             temporary.replace(folder)
     except OSError as error:  # the disk is full
