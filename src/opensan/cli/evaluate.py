@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensan.cli.segment import Dtype, Speed
+from opensan.cli.computing import Device, ImageDtype, Speed
 from opensan.cli.terminal import UsageError, complain, note, output_console
 
 if TYPE_CHECKING:
@@ -43,13 +43,11 @@ def evaluate(
         typer.Option(help="The list of photographs. Default: the data set's own for this, or val.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("evaluation"),
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: Device = "cpu",
     speed: Annotated[
         Speed, typer.Option(help="exact is the benchmarks' protocol; fast gives nearly the same labels sooner.")
     ] = Speed.exact,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the image half's matrices; --speed chooses it if not given.")
-    ] = None,
+    dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Photographs of one shape that are computed together.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read photographs and count pixels.")] = 4,
     tta: Annotated[

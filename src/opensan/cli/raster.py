@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.segment import Dtype, Speed
+from opensan.cli.computing import Device, ImageDtype, Speed, SpeedAsForSegment
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
+from opensan.cli.word_table import word_table
 
 if TYPE_CHECKING:
-    import numpy as np
-    from rich.table import Table
-
     from opensan.geo import GeoRaster
     from opensan.segmenter import Segmenter
     from opensan.strips import StripFile
@@ -61,11 +59,9 @@ def segment_raster(
     ] = None,
     polygons: Annotated[bool, typer.Option(help="Also write the regions as GeoJSON.")] = True,
     min_pixels: Annotated[int, typer.Option(min=1, help="Regions smaller than this get no polygon.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    speed: Annotated[Speed, typer.Option(help="As for `opensan segment`.")] = Speed.exact,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the image half's matrices; --speed chooses it if not given.")
-    ] = None,
+    device: Device = "cpu",
+    speed: SpeedAsForSegment = Speed.exact,
+    dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Tiles that go through the model together.")] = 1,
 ) -> None:
     """Label an image of any size, by overlapping tiles, in little memory.
@@ -190,35 +186,13 @@ def _write(
         path = out / f"{stem}.polygons.geojson"
         count = geo.write_polygons(path, label_path, names, min_pixels=min_pixels)
         written.append(f"wrote {path} ({count:,} polygons)")
-    console.print(_table(names, pixels, total, geo.square_metres(raster.crs, raster.transform)))
+    metres = geo.square_metres(raster.crs, raster.transform)
+    table = word_table(
+        areas,
+        (total - int(pixels.sum())) / total,
+        None if metres is None else "hectares",
+        lambda _, share: f"{share * total * metres / 10_000:,.2f}",
+    )
+    console.print(table)
     for line in written:
         console.print(line, soft_wrap=True)
-
-
-def _table(names: Sequence[str], pixels: "np.ndarray", total: int, metres: float | None) -> "Table":
-    """The words that occur, largest first."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from opensan.cli.segment import TABLE_ROWS
-    from opensan.outputs import format_share
-
-    table = Table(box=box.SIMPLE)
-    table.add_column("word")
-    table.add_column("area", justify="right")
-    if metres is not None:
-        table.add_column("hectares", justify="right")
-
-    def add(name: str, count: int) -> None:
-        hectares = [] if metres is None else [f"{count * metres / 10_000:,.2f}"]
-        table.add_row(Text(name), format_share(count / total), *hectares)
-
-    found = sorted(((int(count), name) for name, count in zip(names, pixels, strict=True) if count), reverse=True)
-    for count, name in found[:TABLE_ROWS]:
-        add(name, count)
-    if len(found) > TABLE_ROWS:
-        add(f"and {len(found) - TABLE_ROWS} more", sum(count for count, _ in found[TABLE_ROWS:]))
-    if unlabelled := total - int(pixels.sum()):
-        add("unlabelled", unlabelled)
-    return table

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
+from opensan.cli.computing import Device, ImageDtype, Speed
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
+from opensan.cli.word_table import word_table
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -17,23 +18,6 @@ if TYPE_CHECKING:
 
     from opensan.folders import FolderRun, Job, Written
     from opensan.segmenter import Segmentation, Segmenter
-
-TABLE_ROWS = 25
-"""A longer table scrolls away what it was asked for; the JSON has the rest."""
-
-
-class Speed(StrEnum):
-    """How the image half is computed."""
-
-    exact = "exact"
-    fast = "fast"
-
-
-class Dtype(StrEnum):
-    """What the image half computes with."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 def segment(
@@ -63,13 +47,11 @@ def segment(
             "labelstudio.",
         ),
     ] = "png,overlay,json",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: Device = "cpu",
     speed: Annotated[
         Speed, typer.Option(help="fast: about twice as fast where the processor has bfloat16, nearly the same labels.")
     ] = Speed.exact,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the image half's matrices; --speed chooses it if not given.")
-    ] = None,
+    dtype: ImageDtype = None,
     batch: Annotated[
         int, typer.Option(min=1, help="Images computed together, if their shapes agree; more than 1 helps on a GPU.")
     ] = 1,
@@ -160,32 +142,17 @@ def _many(run: "FolderRun", count: int, out: Path) -> None:
 
 
 def _table(segmentation: "Segmentation") -> "Table":
-    """The words that occur, largest first."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    """The words that occur, with how sure their pixels are."""
+    from opensan.outputs import mean_confidence
 
-    from opensan import outputs
-
-    confidences = outputs.mean_confidence(segmentation.labels, segmentation.confidence, len(segmentation.names))
-    found = [
-        (name, area, confidence)
-        for (name, area), confidence in zip(segmentation.areas.items(), confidences, strict=True)
-        if confidence is not None
-    ]
-    found.sort(key=lambda row: -row[1])
-    table = Table(box=box.SIMPLE)
-    table.add_column("word")
-    table.add_column("area", justify="right")
-    table.add_column("confidence", justify="right")
-    for name, area, confidence in found[:TABLE_ROWS]:
-        table.add_row(Text(name), outputs.format_share(area), f"{confidence:.2f}")
-    if len(found) > TABLE_ROWS:
-        rest = sum(area for _, area, _ in found[TABLE_ROWS:])
-        table.add_row(f"and {len(found) - TABLE_ROWS} more", outputs.format_share(rest), "")
-    if unlabelled := float((segmentation.labels < 0).mean()):
-        table.add_row("unlabelled", outputs.format_share(unlabelled), "")
-    return table
+    names, labels = segmentation.names, segmentation.labels
+    confidence = dict(zip(names, mean_confidence(labels, segmentation.confidence, len(names)), strict=True))
+    return word_table(
+        segmentation.areas,
+        float((labels < 0).mean()),
+        "confidence",
+        lambda name, _: f"{confidence[name]:.2f}" if name in confidence else "",
+    )
 
 
 def _summary(written: "Written") -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opensan.cli.segment import Speed
+from opensan.cli.computing import Device, Speed, SpeedAsForSegment
 from opensan.cli.terminal import UsageError, complain, note
 
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "multipart": "python-multipart",
@@ -19,8 +19,8 @@ def serve(
     ] = "san-vit-b16",
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8000,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    speed: Annotated[Speed, typer.Option(help="As for `opensan segment`.")] = Speed.exact,
+    device: Device = "cpu",
+    speed: SpeedAsForSegment = Speed.exact,
     batch: Annotated[int, typer.Option(min=1, help="Photographs of one shape encoded together; more help a GPU.")] = 4,
     token: Annotated[
         str | None,

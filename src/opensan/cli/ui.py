@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opensan.cli.segment import Speed
+from opensan.cli.computing import Device, Speed, SpeedAsForSegment
 from opensan.cli.serve import require_serve_extra
 from opensan.cli.terminal import note
 
@@ -20,8 +20,8 @@ def ui(
     ] = "san-vit-b16",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8321,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in your browser.")] = True,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    speed: Annotated[Speed, typer.Option(help="As for `opensan segment`.")] = Speed.exact,
+    device: Device = "cpu",
+    speed: SpeedAsForSegment = Speed.exact,
 ) -> None:
     """Open a page where words act at once: a photograph is encoded once, and every keystroke is answered.
 
