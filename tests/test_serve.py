@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from opensan.assemble import label_scores, masks_at, score_maps
+from opensan.assemble import label_scores, score_maps
+from opensan.interpolation import masks_at, resized_masks
 from opensan.outputs.coco import decode_mask
 from opensan.segmenter import Segmenter
 from opensan.serve import Limits, create_app
@@ -244,7 +245,9 @@ def test_masks_at_a_pixel_are_those_of_the_whole(segmenter):
     encoding = segmenter.encode(photograph())
     identity = torch.eye(len(encoding.mask_logits))
     whole = score_maps(encoding.mask_logits, identity, encoding.sizes)
-    torch.testing.assert_close(masks_at(encoding.mask_logits, encoding.sizes, 44, 7), whole[:, 44, 7])
+    masks = encoding.mask_logits.numpy()
+    np.testing.assert_allclose(masks_at(masks, encoding.sizes, 44, 7), whole[:, 44, 7], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(resized_masks(masks, encoding.sizes), whole, rtol=1e-4, atol=1e-6)
     zeros = torch.zeros(45, 60, dtype=torch.int32)
     torch.testing.assert_close(label_scores(encoding.mask_logits, identity, encoding.sizes, zeros), whole[0])
 

@@ -17,6 +17,11 @@ LayerCount = Annotated[int, Field(gt=0, le=1_024)]
 LayerNumber = Annotated[int, Field(ge=0, le=1_024)]
 Ratio = Annotated[float, Field(gt=0, le=64)]
 
+CONFIG_NAME = "config.json"
+"""Of a model's folder."""
+EXPORT_NAME = "export.json"
+"""What only an exported model's folder has."""
+
 
 class Config(BaseModel):
     """Base of all configuration: immutable, and an unknown key is an error. The strings below fields describe them."""

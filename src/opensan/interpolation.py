@@ -1,6 +1,6 @@
 """The official way from mask logits at stride 16 to the photograph's pixels, as matrices; needs no torch.
 
-Letters: h w stride-16 grid, H0 W0 the answer.
+Letters: Q queries, h w stride-16 grid, H0 W0 the answer.
 """
 
 import numpy as np
@@ -31,6 +31,22 @@ def interpolation_matrices(grid: tuple[int, int], sizes: ImageSizes) -> tuple[np
         interpolation_matrix(*axis) for axis in zip(grid, sizes.padded, sizes.network, sizes.image, strict=True)
     )
     return down, across
+
+
+def resized_masks(mask_logits: np.ndarray, sizes: ImageSizes) -> np.ndarray:
+    """Mask probabilities [Q, H0, W0] of mask logits [Q, h, w]."""
+    down, across = interpolation_matrices((mask_logits.shape[1], mask_logits.shape[2]), sizes)
+    return _sigmoid(down @ mask_logits @ across.T)
+
+
+def masks_at(mask_logits: np.ndarray, sizes: ImageSizes, row: int, column: int) -> np.ndarray:
+    """Mask probabilities [Q] at one pixel of the answer; mask_logits is [Q, h, w]."""
+    down, across = interpolation_matrices((mask_logits.shape[1], mask_logits.shape[2]), sizes)
+    return _sigmoid(down[row] @ mask_logits @ across[column])
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -x))
 
 
 def _neighbours(size: int, wanted: int, dtype: type[np.floating]) -> tuple[np.ndarray, ...]:

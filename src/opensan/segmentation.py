@@ -23,6 +23,7 @@ from opensan.config import ImageConfig
 from opensan.files import atomic_path
 from opensan.images import PreparedImage, open_image
 from opensan.structures import ImageSizes
+from opensan.text_rows import TextRows
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 if TYPE_CHECKING:
@@ -177,15 +178,29 @@ class AnySegmenter:
     """Larger photographs are refused."""
     image_config: ImageConfig
     """How a photograph becomes network input."""
+    device: "torch.device | str"
+    speed: str
+    """One of those of `opensan.load`, or the format of an exported model."""
+    dtype: "torch.dtype | str"
+    """Of the image half's matrices."""
+    text: TextRows
+    """What knows words."""
 
-    def _prepare(self, image: np.ndarray, config: ImageConfig) -> PreparedImage:
-        """Network input in the form that `encode_prepared` takes."""
+    def prepare(self, image: np.ndarray) -> ReadImage:
+        """A photograph, [H0, W0, 3] uint8 RGB, with its network input in the form that `encode_prepared` takes."""
         raise NotImplementedError
 
     def encode_prepared(
         self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
     ) -> list[Encoding]:
         """Images of one padded shape through the network; `arrays` are the photographs that the encodings keep."""
+        raise NotImplementedError
+
+    def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> "torch.Tensor | np.ndarray":
+        """[Q, K] float32: each proposal's softmax over the words and "no object", without the latter.
+
+        K counts the background words too; they come last.
+        """
         raise NotImplementedError
 
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
@@ -223,8 +238,7 @@ class AnySegmenter:
 
         Raises ImageError (a ValueError), one line naming the image that cannot be read.
         """
-        array = open_image(image, max_pixels=self.max_pixels)
-        return ReadImage(array, self._prepare(array, self.image_config))
+        return self.prepare(open_image(image, max_pixels=self.max_pixels))
 
     def encode_read(self, images: Sequence[ReadImage], *, batch_size: int = 4) -> list[Encoding]:
         """What `encode` does after reading; see there."""

@@ -17,7 +17,6 @@ import torch
 
 from opensan.assemble import label_map, label_scores
 from opensan.checkpoints import load_model, preset_config
-from opensan.config import ImageConfig
 from opensan.images import MAX_PIXELS, PreparedImage, prepare
 from opensan.model import SAN, build_san
 from opensan.segmentation import AnySegmenter, Encoding, ReadImage, Segmentation
@@ -85,8 +84,9 @@ class Segmenter(AnySegmenter):
     def _masks(self, encoding: Encoding) -> torch.Tensor:
         return torch.as_tensor(encoding.mask_logits, device=self.device)
 
-    def _prepare(self, image: np.ndarray, config: ImageConfig) -> PreparedImage:
-        return prepare(image, config)
+    def prepare(self, image: np.ndarray) -> ReadImage:
+        """What `AnySegmenter.prepare` answers."""
+        return ReadImage(image, prepare(image, self.image_config))
 
     @torch.inference_mode()
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
@@ -99,10 +99,7 @@ class Segmenter(AnySegmenter):
 
     @torch.inference_mode()
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> torch.Tensor:
-        """[Q, K] float32: each proposal's softmax over the words and "no object", without the latter.
-
-        K counts the background words too; they come last.
-        """
+        """What `AnySegmenter.class_probabilities` answers."""
         text = self.text.classifier(vocabulary)
         masks, embeddings = self._masks(encoding), torch.as_tensor(encoding.mask_embeddings, device=self.device)
         proposals = Proposals(mask_logits=masks.unsqueeze(0), mask_embeddings=embeddings.unsqueeze(0))

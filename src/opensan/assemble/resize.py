@@ -46,9 +46,3 @@ def mask_bands(mask_logits: Tensor, sizes: ImageSizes, rows: int) -> Iterator[tu
     down, across = interpolation_matrices(mask_logits, sizes)
     for top in range(0, sizes.image[0], rows):
         yield top, (down[top : top + rows] @ mask_logits @ across.T).sigmoid_()
-
-
-def masks_at(mask_logits: Tensor, sizes: ImageSizes, row: int, column: int) -> Tensor:
-    """Mask probabilities [Q] at one pixel of the answer; mask_logits is [Q, h, w]."""
-    down, across = interpolation_matrices(mask_logits, sizes)
-    return (down[row] @ mask_logits @ across[column]).sigmoid_()

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from opensan.checkpoints.official import check_keys
-from opensan.config import ModelConfig, read_config
+from opensan.config import CONFIG_NAME, EXPORT_NAME, ModelConfig, read_config
 from opensan.files import atomic_paths
 from opensan.model import SAN, build_san
 
 WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
 
 
 class _LeftEmpty(TorchFunctionMode):
@@ -52,6 +51,11 @@ def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
 
 def load_folder(folder: Path, weights: Path | None = None) -> SAN:
     """Load `folder`/config.json with `weights` (default: `folder`/model.safetensors). Raises ValueError, one line."""
+    if weights is None and (folder / EXPORT_NAME).exists():
+        raise ValueError(
+            f"{folder}: an exported model, which `opensan segment`, `serve`, `ui` and opensan.load run; "
+            "this needs the model that it was made from"
+        )
     config = read_config(folder / CONFIG_NAME)
     weights = weights or folder / WEIGHTS_NAME
     try:

@@ -4,9 +4,9 @@ import os
 import re
 from pathlib import Path
 
-from opensan.checkpoints.folder import CONFIG_NAME, WEIGHTS_NAME, load_folder
+from opensan.checkpoints.folder import WEIGHTS_NAME, load_folder
 from opensan.checkpoints.pickles import first_line, load_official
-from opensan.config import PRESETS, ModelConfig, read_config
+from opensan.config import CONFIG_NAME, PRESETS, ModelConfig, read_config
 from opensan.model import SAN
 
 OFFICIAL_REPOSITORY = "Mendel192/san"

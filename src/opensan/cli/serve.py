@@ -52,7 +52,7 @@ def serve(
         cache_entries=keep,
         cache_seconds=keep_seconds,
     )
-    from opensan.segmenter import load
+    from opensan.loading import load
     from opensan.serve import create_app
     from opensan.serve.server import bind, run
 

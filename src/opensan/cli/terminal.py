@@ -49,6 +49,12 @@ def reporting_errors() -> Iterator[None]:
         except (ValueError, ConnectionError) as error:
             complain(f"error: {error}")
             sys.exit(2 if isinstance(error, UsageError) else 1)
+        except ModuleNotFoundError as error:
+            package = (error.name or "opensan").partition(".")[0]
+            if package == "opensan":
+                raise
+            complain(f"error: this needs {package}, which is not installed: pip install {package}")
+            sys.exit(1)
         except Exception as error:
             # typer has carried click inside itself since 0.26 and used the real one before: known by what it can do.
             if not hasattr(error, "format_message"):

@@ -30,7 +30,7 @@ def ui(
     require_serve_extra()
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from opensan.segmenter import load
+    from opensan.loading import load
     from opensan.serve import Limits, create_app
     from opensan.serve.server import bind, run
 

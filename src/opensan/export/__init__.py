@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
+from opensan.config import CONFIG_NAME, EXPORT_NAME
 from opensan.export import formats
 from opensan.export.check import Parity, parity
 from opensan.export.graphs import graphs
 from opensan.files import flush_folder, temporary_path, write_text
 from opensan.model import SAN
-from opensan.runtime.folder import CONFIG_NAME, MANIFEST_NAME, Manifest
+from opensan.runtime.folder import Manifest
 from opensan.runtime.graphs import open_graph
 from opensan.segmenter import fingerprint
 from opensan.text import TextEncoder
@@ -96,5 +97,5 @@ def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool) -> 
         text_tower=f"{tower} {format} {dtype}",
         seen_tokens=None if unseen is None else tuple((~unseen).nonzero()[0].tolist()),
     )
-    write_text(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")
+    write_text(folder / EXPORT_NAME, manifest.model_dump_json(indent=1) + "\n")
     write_text(folder / CONFIG_NAME, model.config.model_dump_json(indent=2) + "\n")

@@ -10,8 +10,7 @@ from PIL.Image import Image
 
 from opensan.checkpoints import load_model, preset_config, save_folder
 from opensan.checkpoints.clip_weights import san_around_clip
-from opensan.checkpoints.folder import CONFIG_NAME
-from opensan.config import ModelConfig, read_config
+from opensan.config import CONFIG_NAME, ModelConfig, read_config
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.distributed import is_main, on_main, process_group

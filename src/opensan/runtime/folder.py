@@ -4,10 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from opensan.config import Config, ModelConfig, parse_config, read_config
-
-MANIFEST_NAME = "export.json"
-CONFIG_NAME = "config.json"
+from opensan.config import CONFIG_NAME, EXPORT_NAME, Config, ModelConfig, parse_config, read_config
 
 
 class Manifest(Config):
@@ -33,12 +30,12 @@ def exported_folder(source: object) -> Path | None:
         return None
     path = Path(source).expanduser()
     folder = path.parent if path.suffix in (".onnx", ".xml", ".pt2") else path
-    return folder if (folder / MANIFEST_NAME).is_file() else None
+    return folder if (folder / EXPORT_NAME).is_file() else None
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, Manifest]:
     """Raises ValueError, one line, when either file is damaged."""
-    path = folder / MANIFEST_NAME
+    path = folder / EXPORT_NAME
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from opensan.config import ImageConfig
 from opensan.images import MAX_PIXELS, PreparedImage, prepare_array
 from opensan.interpolation import interpolation_matrices
 from opensan.prompt_tree import PromptTree
 from opensan.runtime.folder import Manifest, read_folder
 from opensan.runtime.graphs import SUFFIXES, Run, open_graph
-from opensan.segmentation import AnySegmenter, Encoding, Segmentation, to_array
+from opensan.segmentation import AnySegmenter, Encoding, ReadImage, Segmentation, to_array
 from opensan.text_rows import ROWS_IN_MEMORY, Recent, TextRows, Tower
 from opensan.vocabulary import Vocabulary
 
@@ -33,12 +32,15 @@ class ExportedSegmenter(AnySegmenter):
         config, manifest = read_folder(folder)
         if manifest.format not in SUFFIXES:
             raise ValueError(
-                f"{folder}: was exported for torch.export.load; export it as onnx or openvino to use it here"
+                f"{folder}: holds .pt2 files, for torch.export.load, which runs whatever such a file says; "
+                "export the model as onnx or openvino to use it here"
             )
         self.config = config
         self.fingerprint = manifest.model
         self.max_pixels = max_pixels
         self.image_config = config.image
+        self.device = "cpu"
+        self.speed, self.dtype = manifest.format, manifest.dtype
         names = ["image", "words", "labels", *(["text"] if manifest.text else [])]
         graphs = {name: open_graph(folder / f"{name}{SUFFIXES[manifest.format]}", threads=threads) for name in names}
         self._image, self._words, self._labels = graphs["image"], graphs["words"], graphs["labels"]
@@ -47,8 +49,9 @@ class ExportedSegmenter(AnySegmenter):
             graphs.get("text"), manifest, clip.text.context_length, clip.embed_dim, disk_cache=text_cache
         )
 
-    def _prepare(self, image: np.ndarray, config: ImageConfig) -> PreparedImage:
-        return prepare_array(image, config)
+    def prepare(self, image: np.ndarray) -> ReadImage:
+        """What `AnySegmenter.prepare` answers."""
+        return ReadImage(image, prepare_array(image, self.image_config))
 
     def encode_prepared(
         self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
@@ -70,10 +73,7 @@ class ExportedSegmenter(AnySegmenter):
         return np.clip(np.concatenate([scores for _, scores in bands]), 0, 1)
 
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
-        """[Q, K] float32: each proposal's softmax over the words and "no object", without the latter.
-
-        K counts the background words too; they come last.
-        """
+        """What `AnySegmenter.class_probabilities` answers."""
         rows = self.text.classifier(vocabulary)
         (found,) = self._words(
             mask_embeddings=to_array(encoding.mask_embeddings), rows=rows, rows_of_word=rows_of_words(vocabulary)

@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from opensan import outputs
-from opensan.assemble import mask_bands, masks_at
-from opensan.segmenter import Encoding, Segmentation, Segmenter
+from opensan.interpolation import masks_at, resized_masks
+from opensan.segmentation import AnySegmenter, Encoding, Segmentation, to_array
 from opensan.serve.limits import Problem
 from opensan.serve.schemas import Format, PointAnswer, PointProposal, PointWord
 from opensan.vocabulary import Vocabulary
@@ -45,7 +44,7 @@ class Picture:
 
 
 def answer(
-    segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, form: Format, confidence: bool = True
+    segmenter: AnySegmenter, encoding: Encoding, vocabulary: Vocabulary, form: Format, confidence: bool = True
 ) -> Picture:
     """Segment and write down; without `confidence`, a map is labels only.
 
@@ -121,23 +120,22 @@ def _map(segmentation: Segmentation, with_confidence: bool) -> bytes:
     )
 
 
-@torch.inference_mode()
-def point(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, x: int, y: int) -> PointAnswer:
+def point(segmenter: AnySegmenter, encoding: Encoding, vocabulary: Vocabulary, x: int, y: int) -> PointAnswer:
     """What decides the pixel in column `x` and row `y`. Raises Problem (422) if the photograph has no such pixel."""
     height, width = encoding.sizes.image
     if x >= width or y >= height:
         raise Problem(422, f"pixel ({x}, {y}) is outside the photograph of {width} x {height}")
-    probabilities = segmenter.class_probabilities(encoding, vocabulary)
-    mask_logits = encoding.mask_logits.to(probabilities.device)
+    probabilities = to_array(segmenter.class_probabilities(encoding, vocabulary))
+    mask_logits = to_array(encoding.mask_logits)
     masks = masks_at(mask_logits, encoding.sizes, y, x)
-    contributions = probabilities * masks.unsqueeze(1)
-    scores = contributions.sum(dim=0)
+    contributions = probabilities * masks[:, None]
+    scores = contributions.sum(axis=0)
     winner = int(scores.argmax())
-    shares = contributions[:, winner] / scores[winner].clamp(min=torch.finfo(scores.dtype).tiny)
-    leading = shares.argsort(descending=True)[:_MOST_PROPOSALS]
+    shares = contributions[:, winner] / max(scores[winner], np.finfo(scores.dtype).tiny)
+    leading = (-shares).argsort(kind="stable")[:_MOST_PROPOSALS]
     pictures = _mask_pictures(mask_logits[leading], encoding)
     words = vocabulary.words
-    best = scores.argsort(descending=True, stable=True)[:_MOST_WORDS].tolist()
+    best = (-scores).argsort(kind="stable")[:_MOST_WORDS].tolist()
     return PointAnswer(
         x=x,
         y=y,
@@ -156,7 +154,7 @@ def point(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, x: i
     )
 
 
-def _mask_pictures(mask_logits: torch.Tensor, encoding: Encoding) -> list[Image.Image]:
+def _mask_pictures(mask_logits: np.ndarray, encoding: Encoding) -> list[Image.Image]:
     """Masks [q, h, w] as grey pictures of about as many pixels, without the padding: stretched, they fit the image."""
     grid = [
         max(1, round(cells * network / padded))
@@ -165,8 +163,8 @@ def _mask_pictures(mask_logits: torch.Tensor, encoding: Encoding) -> list[Image.
         )
     ]
     sizes = replace(encoding.sizes, image=(grid[0], grid[1]))
-    ((_, masks),) = mask_bands(mask_logits, sizes, grid[0])
-    return [Image.fromarray(mask) for mask in (masks * 255).round().byte().cpu().numpy()]
+    masks = resized_masks(mask_logits, sizes)
+    return [Image.fromarray(mask) for mask in (masks * 255).round().astype(np.uint8)]
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from opensan import __version__
-from opensan.segmenter import Encoding, Segmenter
+from opensan.segmentation import AnySegmenter, Encoding
 from opensan.serve import answers
 from opensan.serve.cache import EncodingCache
 from opensan.serve.engine import Engine
@@ -105,7 +105,7 @@ _ALWAYS = (400, 401, 408, 413, 422, 429, 503)
 class Service:
     """What the routes share."""
 
-    def __init__(self, segmenter: Segmenter, limits: Limits, batch: int) -> None:
+    def __init__(self, segmenter: AnySegmenter, limits: Limits, batch: int) -> None:
         self.segmenter = segmenter
         self.limits = limits
         self.batch = batch
@@ -157,7 +157,7 @@ class Service:
 
 
 def create_app(
-    segmenter: Segmenter,
+    segmenter: AnySegmenter,
     *,
     limits: Limits | None = None,
     token: str | None = None,

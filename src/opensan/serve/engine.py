@@ -11,14 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 from batched.aio import AsyncBatchProcessor
 
-from opensan.images import ImageError, PreparedImage, open_image, prepare
-from opensan.segmenter import Encoding, Segmenter
+from opensan.images import ImageError, open_image
+from opensan.segmentation import AnySegmenter, Encoding, ReadImage
 from opensan.serve.limits import Limits, Problem, busy
 from opensan.serve.metrics import Metrics
 
@@ -31,24 +29,17 @@ LABELLERS = 2
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True)
-class _Photograph:
-    array: np.ndarray
-    """[H0, W0, 3] uint8 RGB."""
-    prepared: PreparedImage
-
-
 class Engine:
     """One model, its threads, and the bounds on what waits for them. Its coroutines belong to one event loop."""
 
-    def __init__(self, segmenter: Segmenter, limits: Limits, metrics: Metrics, batch: int = 4) -> None:
+    def __init__(self, segmenter: AnySegmenter, limits: Limits, metrics: Metrics, batch: int = 4) -> None:
         self.segmenter = segmenter
         self._limits = limits
         self._metrics = metrics
         self._network = ThreadPoolExecutor(1, "encode")
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
         self._labellers = ThreadPoolExecutor(LABELLERS, "label")
-        self._batches: AsyncBatchProcessor[_Photograph, Encoding] = AsyncBatchProcessor(
+        self._batches: AsyncBatchProcessor[ReadImage, Encoding] = AsyncBatchProcessor(
             self._encode_batch, batch_size=batch, timeout_ms=GATHER_MS
         )
         # Those that wait beyond the next batch wait as files: decoded, a photograph is many times as large.
@@ -108,14 +99,13 @@ class Engine:
         finally:
             self._questions -= 1
 
-    def _read(self, data: bytes) -> _Photograph:
-        array = open_image(data, max_pixels=self._limits.pixels)
-        return _Photograph(array, prepare(array, self.segmenter.model.config.image))
+    def _read(self, data: bytes) -> ReadImage:
+        return self.segmenter.prepare(open_image(data, max_pixels=self._limits.pixels))
 
-    async def _encode_batch(self, photographs: list[_Photograph]) -> list[Encoding]:
+    async def _encode_batch(self, photographs: list[ReadImage]) -> list[Encoding]:
         return await _on(self._network, lambda: self._encode(photographs))
 
-    def _encode(self, photographs: list[_Photograph]) -> list[Encoding]:
+    def _encode(self, photographs: list[ReadImage]) -> list[Encoding]:
         """Photographs of one padded shape go through the network together."""
         started = time.monotonic()
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
