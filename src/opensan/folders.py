@@ -200,7 +200,7 @@ class FolderRun:
                 return Broken(job, f"{job.image}: can't be read ({error.strerror or error})")
 
         waiting: dict[tuple[int, int], list[_Read]] = {}
-        for found in _ahead(readers, read, self.pending, self._batch):
+        for found in ahead(readers, read, self.pending, self._batch):
             if isinstance(found, Broken):
                 yield found
                 continue
@@ -301,7 +301,7 @@ class FolderRun:
             dataset.complete(self._out, members, self._vocabulary.names)
 
 
-def _ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
+def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
     """`function` of each item, in their order; while one is in use, the next `count` are made."""
     made: deque[Future[R]] = deque()
     for item in items:

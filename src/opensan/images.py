@@ -101,7 +101,7 @@ def stored_size(
     """
 
     def size_and_turn(image: Image.Image, name: str) -> tuple[tuple[int, int], Image.Transpose | None]:
-        _check_size(image.height, image.width, name, max_pixels)
+        check_size(image.height, image.width, name, max_pixels)
         size = (image.height, image.width)
         if image.format == "TIFF":  # Pillow turns these itself and may give the turned size
             size = (image.tag_v2[_TIFF_HEIGHT], image.tag_v2[_TIFF_WIDTH])
@@ -270,7 +270,7 @@ def _read_open_file(file: io.BufferedIOBase, name: str, read: Callable[[Image.Im
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
-    _check_size(image.height, image.width, name, max_pixels)
+    check_size(image.height, image.width, name, max_pixels)
     try:
         image.load()
         upright = _UPRIGHT.get(_orientation(image))
@@ -280,7 +280,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
         raise ImageError(f"{name}: {_reason(error)}") from None
 
 
-def _check_size(height: int, width: int, name: str, max_pixels: int) -> None:
+def check_size(height: int, width: int, name: str, max_pixels: int) -> None:
     pixels = height * width
     if pixels == 0:
         raise ImageError(f"{name}: no pixels ({width} x {height})")
@@ -335,7 +335,7 @@ def _from_array(array: np.ndarray, name: str, max_pixels: int) -> np.ndarray:
         hint = "; numpy images have channels last" if array.ndim == 3 and array.shape[0] in (3, 4) else ""
         hint = "; for a batch give a list of images" if array.ndim == 4 else hint
         raise ImageError(f"{name}: the shape must be HxW, HxWx3 or HxWx4{hint}")
-    _check_size(array.shape[0], array.shape[1], name, max_pixels)
+    check_size(array.shape[0], array.shape[1], name, max_pixels)
     if array.ndim == 3 and array.shape[2] == 3:
         return np.array(array, order="C")  # a copy: the caller may reuse the buffer for the next frame
     return np.array(_to_rgb(Image.fromarray(array)))

@@ -22,6 +22,7 @@ from opensan.cli.serve import serve
 from opensan.cli.terminal import Commands, reporting_errors
 from opensan.cli.train import train
 from opensan.cli.ui import ui
+from opensan.cli.video import segment_video
 from opensan.cli.words import words
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(segment)
 app.command()(segment_raster)
+app.command()(segment_video)
 app.command("eval")(evaluate)
 app.command()(words)
 app.command()(cache)

@@ -83,17 +83,27 @@ def output_console() -> "Console":
 
 
 @contextmanager
-def progress_bar(output: "Console", what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    output: "Console", what: str, total: int | None, *, speed_of: str | None = None
+) -> Iterator[Callable[[int], None]]:
     """Yield a function that counts what is done; a bar shows on a terminal, for more than one thing to do.
 
-    It goes among the output if that is on a terminal, else to stderr, so that neither overwrites the other.
+    It goes among the output if that is on a terminal, else to stderr, so that neither overwrites the other. A `total`
+    of None is one that nobody knows. `speed_of` "frames" has it show how many frames a second are done.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class SpeedColumn(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.1f} {speed_of}/s")
 
     console = output if output.is_terminal else Console(stderr=True)
     bar = Progress(
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *([SpeedColumn()] if speed_of else []),
+        TimeRemainingColumn(),
         console=console,
         transient=True,
         redirect_stdout=False,

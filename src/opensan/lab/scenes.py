@@ -223,19 +223,19 @@ def make_scene(
     """
     rng = np.random.default_rng([seed, index])
     height, width = size
-    image, index_map, regions = _paint_grounds(rng, height, width, split)
+    image, index_map, regions = paint_grounds(rng, height, width, split)
     light = rng.uniform(0, 2 * np.pi)
-    for new in _place_objects(rng, height, width, split, int(rng.integers(objects[0], objects[1] + 1)), radius):
-        _paint_object(rng, image, index_map, new, len(regions), light)
+    for new in place_objects(rng, height, width, split, int(rng.integers(objects[0], objects[1] + 1)), radius):
+        paint_object(rng, image, index_map, new, len(regions), light)
         regions.append(new)
-    return Scene(_develop(rng, image, light), index_map, tuple(regions))
+    return Scene(develop(rng, image, light), index_map, tuple(regions))
 
 
 def _draw(rng: np.random.Generator, words: Sequence[str]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def _paint_grounds(
+def paint_grounds(
     rng: np.random.Generator, height: int, width: int, split: Split
 ) -> tuple[np.ndarray, np.ndarray, list[Region]]:
     """One ground, or (one scene in four) two that meet at a curved horizon. Float RGB in 0..255."""
@@ -259,7 +259,7 @@ def _paint_grounds(
     return image, index_map, [Region(ground=near), Region(ground=far)]
 
 
-def _place_objects(
+def place_objects(
     rng: np.random.Generator, height: int, width: int, split: Split, count: int, radius: tuple[float, float]
 ) -> list[Region]:
     """Objects that may touch and overlap a little, but never hide one another."""
@@ -285,7 +285,7 @@ def _place_objects(
     return sorted(placed, key=lambda region: region.centre[0])
 
 
-def _paint_object(
+def paint_object(
     rng: np.random.Generator, image: np.ndarray, index_map: np.ndarray, what: Region, number: int, light: float
 ) -> None:
     """Paint `what` and its shadow into `image` and its pixels into `index_map`, in place."""
@@ -359,7 +359,7 @@ def _relief(
     return (1 + depth * np.clip(towards, -1, 1) * (0.35 + 0.65 * rim) - 0.16 * rim).astype(np.float32)
 
 
-def _develop(rng: np.random.Generator, image: np.ndarray, light: float) -> np.ndarray:
+def develop(rng: np.random.Generator, image: np.ndarray, light: float) -> np.ndarray:
     """Camera and weather: uneven light, colour cast, exposure and grain; to uint8."""
     height, width, _ = image.shape
     down = np.linspace(-1, 1, height, dtype=np.float32)[:, None]

@@ -154,28 +154,52 @@ class _Layout:
         return rows * self.row + 2 * self.margin
 
 
+@dataclass(frozen=True)
+class Legend:
+    """A legend's place beside a picture: below it or, beside narrow and upright ones, at its right."""
+
+    canvas: tuple[int, int]
+    """(width, height) of both together."""
+    corner: tuple[int, int]
+    rows: int
+    columns: int
+    layout: _Layout
+
+    @classmethod
+    def beside(cls, size: tuple[int, int], names: Sequence[str], shares: Sequence[str], entries: int) -> "Legend":
+        """Room for so many `entries`, or for as many as look well, beside a picture of `size` (width, height).
+
+        `names` and `shares` are the texts that may stand in it.
+        """
+        width, height = size
+        letters = min(max(13, round(0.016 * math.sqrt(width * height))), 120)
+        widest = math.ceil(max(text_width(name, letters) for name in names))
+        share_width = math.ceil(max(text_width(share, letters) for share in shares))
+        layout = _Layout(letters, min(max(widest, 7 * letters), 16 * letters), share_width)
+        if height > width or width < layout.width_of(2):
+            most_rows = max(12, layout.rows_in(height))
+            columns = min(math.ceil(entries / most_rows), layout.columns_in(round(0.8 * width)))
+            rows = min(math.ceil(entries / columns), most_rows)
+            canvas = (width + layout.width_of(columns), max(height, layout.height_of(rows)))
+            return cls(canvas, (width, 0), rows, columns, layout)
+        columns = min(layout.columns_in(width), entries)
+        rows = min(math.ceil(entries / columns), max(5, layout.rows_in(height)))
+        return cls((width, height + layout.height_of(rows)), (0, height), rows, columns, layout)
+
+    def draw(self, picture: Image.Image, words: list[Entry], rest: list[Entry]) -> Image.Image:
+        """The picture, and beside it what fits of `words`, and `rest`."""
+        canvas = Image.new("RGB", self.canvas, "white")
+        canvas.paste(picture, (0, 0))
+        entries = _that_fit(words, self.rows * self.columns - len(rest)) + rest
+        _draw_entries(ImageDraw.Draw(canvas), entries, self.corner, self.rows, self.layout)
+        return canvas
+
+
 def with_legend(picture: Image.Image, words: list[Entry], rest: list[Entry]) -> Image.Image:
     words = [replace(entry, name=readable(entry.name)) for entry in words]
     entries = words + rest
-    width, height = picture.size
-    letters = min(max(13, round(0.016 * math.sqrt(width * height))), 120)
-    widest = math.ceil(max(text_width(entry.name, letters) for entry in entries))
-    share_width = math.ceil(max(text_width(entry.share, letters) for entry in entries))
-    layout = _Layout(letters, min(max(widest, 7 * letters), 16 * letters), share_width)
-    if height > width or width < layout.width_of(2):
-        most_rows = max(12, layout.rows_in(height))
-        columns = min(math.ceil(len(entries) / most_rows), layout.columns_in(round(0.8 * width)))
-        rows = min(math.ceil(len(entries) / columns), most_rows)
-        canvas = Image.new("RGB", (width + layout.width_of(columns), max(height, layout.height_of(rows))), "white")
-        corner = (width, 0)
-    else:
-        columns = min(layout.columns_in(width), len(entries))
-        rows = min(math.ceil(len(entries) / columns), max(5, layout.rows_in(height)))
-        canvas = Image.new("RGB", (width, height + layout.height_of(rows)), "white")
-        corner = (0, height)
-    canvas.paste(picture, (0, 0))
-    _draw_entries(ImageDraw.Draw(canvas), _that_fit(words, rows * columns - len(rest)) + rest, corner, rows, layout)
-    return canvas
+    names, shares = [entry.name for entry in entries], [entry.share for entry in entries]
+    return Legend.beside(picture.size, names, shares, len(entries)).draw(picture, words, rest)
 
 
 def _that_fit(entries: list[Entry], places: int) -> list[Entry]:

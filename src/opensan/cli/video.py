@@ -1,0 +1,93 @@
+"""`opensan segment-video`: a video and words in; an overlay video, label frames and a table out."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
+from opensan.cli.segment import Dtype, Speed
+from opensan.cli.terminal import complain, note, output_console, progress_bar
+
+if TYPE_CHECKING:
+    from opensan.video import VideoRun
+
+
+def segment_video(
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="MP4, MOV, MKV, WebM, AVI...", show_default=False)],
+    words: Words = None,
+    words_file: WordsFile = None,
+    words_set: WordsSet = None,
+    background: Background = "",
+    templates: Templates = None,
+    model: Annotated[str, typer.Option(help="As for `opensan segment`.")] = "san-vit-b16",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("out"),
+    every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Take every Nth frame only, in the overlay video too.")
+    ] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    speed: Annotated[Speed, typer.Option(help="As for `opensan segment`.")] = Speed.exact,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the image half's matrices; --speed chooses it if not given.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Frames that go through the model together.")] = 1,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Videos with larger frames are refused before they are decoded.")
+    ] = 100_000_000,
+) -> None:
+    """Label every pixel of a video with words, in memory that does not grow with its length.
+
+    Writes STEM.overlay.mp4 (the video under its words' colours, with a legend and the sound), STEM.labels/000000.png (a
+    label map a frame) and STEM.frames.csv (time and area of each word, a frame a line). Stopped in whatever way, the
+    same command goes on where it was. Needs the extra `video`.
+    """
+    vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
+    from opensan import outputs
+
+    outputs.check_writable(out)
+    from opensan.video import Clip, VideoRun
+
+    Clip(video, max_pixels=max_pixels).close()  # before the model, which takes longer to load
+    note(f"loading {model}")
+    from opensan.loading import load
+
+    segmenter = load(model, device=device, speed=speed.value, dtype=dtype and dtype.value, max_pixels=max_pixels)
+    segmenter.text.classifier(vocabulary)  # before the work: it finds words that do not fit
+    try:
+        with VideoRun(segmenter, vocabulary, video, out, every=every, batch=batch) as run:
+            _run(run, vocabulary.names)
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
+            raise
+        raise ValueError(f"out of memory on {device}: try a smaller --batch") from None
+
+
+def _run(run: "VideoRun", names: list[str]) -> None:
+    import numpy as np
+
+    from opensan.cli.raster import area_table
+
+    if run.finished:
+        complain(f"going on after {run.finished} frames")
+    console = output_console()
+    done = total = 0
+    pixels = np.zeros(len(names), dtype=np.int64)
+    try:
+        with (
+            progress_bar(console, "segmenting", run.count, speed_of="frames") as advance,
+            closing(run.results()) as results,
+        ):
+            for frame in results:
+                done += 1
+                pixels += frame.pixels
+                total += frame.total
+                advance(1)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{done} frames done; the same command goes on from there") from None
+    console.print(area_table(names, pixels, total))
+    for line in run.notes:
+        complain(f"warning: {line}")
+    overlay, labels, table = run.paths
+    for path, what in ((overlay, ""), (labels, f" ({done} label frames)"), (table, "")):
+        console.print(f"wrote {path}{what}", soft_wrap=True)

@@ -1,0 +1,436 @@
+"""Videos: what is read and refused, what is written, and going on after a stop."""
+
+import csv
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import struct
+import time
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opensan import outputs
+from opensan.checkpoints.folder import load_folder, save_folder
+from opensan.cli import main
+from opensan.images import ImageError
+from opensan.lab.films import make_film
+from opensan.lab.scenes import label_map
+from opensan.segmenter import Segmenter
+from opensan.video import Clip, VideoRun, film
+from opensan.vocabulary import Vocabulary
+
+av = pytest.importorskip("av", reason="videos need PyAV (the extra `video`)")
+
+WORDS = Vocabulary.parse("one, two, three", background="four")
+TIMES = [0, 40, 80, 200, 210, 290, 300, 320]
+"""Milliseconds: frames as a telephone takes them."""
+
+
+@pytest.fixture(scope="module")
+def small(small_model):
+    return Segmenter(small_model, text_cache=False)
+
+
+def pictures(count=len(TIMES), size=(48, 66)):
+    return [frame.scene.image for frame in make_film(1, 0, count, size)]
+
+
+def write_clip(path, images=None, times=TIMES, *, sound=None, codec="libx264", options=None):
+    """A small video; `sound` is a codec for half a second of a tone."""
+    images = pictures() if images is None else images
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"g": "4", **(options or {})})
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        tone = container.add_stream(sound, rate=16_000) if sound else None
+        for image, milliseconds in zip(images, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = milliseconds, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if tone:
+            wave = np.sin(np.arange(8_000) / 8).astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16_000, 0
+            container.mux(tone.encode(frame))
+            container.mux(tone.encode())
+    return path
+
+
+def run(segmenter, path, out, **options):
+    with VideoRun(segmenter, WORDS, path, out, **options) as video:
+        return list(video.results()), video
+
+
+def contents(out):
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def frames_of(path):
+    with Clip(path) as clip:
+        return list(clip.frames())
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def test_frames_have_the_times_and_colours_of_the_file(tmp_path):
+    images = pictures()
+    frames = frames_of(write_clip(tmp_path / "clip.mp4", images, options={"crf": "1"}))
+    assert [round(1000 * frame.seconds) for frame in frames] == TIMES
+    assert [frame.number for frame in frames] == list(range(len(TIMES)))
+    for frame, image in zip(frames, images, strict=True):
+        assert frame.image.shape == image.shape and frame.image.dtype == np.uint8
+        assert np.abs(frame.image.astype(int) - image).mean() < 8  # colour is stored at half the resolution
+
+
+@pytest.mark.parametrize(("angle", "turns"), [(90, 3), (180, 2), (270, 1)])
+def test_a_rotated_clip_is_read_upright(tmp_path, angle, turns):
+    """MP4 says in a matrix by how much a player is to turn the picture clockwise."""
+    path = write_clip(tmp_path / "clip.mp4")
+    plain = frames_of(path)
+    content = path.read_bytes()
+    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[angle]
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30)
+    track = content.index(b"tkhd")
+    path.write_bytes(content[:track] + content[track:].replace(upright, turned, 1))
+    for before, now in zip(plain, frames_of(path), strict=True):
+        np.testing.assert_array_equal(now.image, np.rot90(before.image, turns))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("mkv", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4"), ("ts", "libx264")]
+)
+def test_any_container(tmp_path, suffix, codec):
+    frames = frames_of(write_clip(tmp_path / f"clip.{suffix}", codec=codec, times=range(0, 40 * len(TIMES), 40)))
+    assert [round(1000 * frame.seconds) for frame in frames] == list(range(0, 40 * len(TIMES), 40))
+
+
+def test_what_is_no_video_is_refused_in_a_line(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "truncated.mp4").write_bytes(clip.read_bytes()[:2000])  # the table of frames stands at the end
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\n{clip}\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {clip}\n")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        tone = container.add_stream("aac", rate=16_000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4_000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        container.mux(tone.encode(frame))
+        container.mux(tone.encode())
+    reasons = {
+        "empty.mp4": "not a video that can be read",
+        "text.mp4": "not a video that can be read",
+        "truncated.mp4": "not a video that can be read",
+        "list.m3u8": "not a video that can be read",
+        "list.mp4": "not a video that can be read",
+        "sound.mp4": "has no video in it",
+        "missing.mp4": "does not exist",
+        ".": "not a file",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ImageError, match=rf"{re.escape(str(tmp_path / name))}: {reason}") as caught:
+            frames_of(tmp_path / name)
+        assert "\n" not in str(caught.value), name
+
+
+def test_large_frames_are_refused_before_they_are_decoded(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4")
+    with pytest.raises(ImageError, match="66 x 48 is 3,168 pixels, more than the limit of 3,000"):
+        Clip(path, max_pixels=3_000)
+    with Clip(path, max_pixels=3_168) as clip:
+        assert len(list(clip.frames())) == len(TIMES)
+
+
+def test_of_a_clip_that_was_cut_off_the_beginning_is_read(tmp_path):
+    path = write_clip(tmp_path / "clip.mkv", pictures(40), range(0, 1600, 40))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with Clip(path) as clip:
+        found = len(list(clip.frames()))
+        assert 5 < found < 35
+        assert clip.ends_early == f"the pictures end after {(found - 1) / 25:.1f} s, the file promises 1.6 s"
+    path.write_bytes(content[:1000])
+    with pytest.raises(ImageError, match="no frame of it can be decoded"):
+        frames_of(path)
+
+
+def test_damaged_places_are_counted_and_left_out(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", pictures(40), range(0, 1600, 40))
+    content = bytearray(path.read_bytes())
+    content[4000:4200] = bytes(200)
+    path.write_bytes(content)
+    with Clip(path) as clip:
+        assert 5 < len(list(clip.frames())) < 40
+        assert clip.damaged > 0
+
+
+def test_a_clip_whose_size_changes_is_refused(tmp_path):
+    """MPEG-TS streams may be joined end to end."""
+    first = write_clip(tmp_path / "a.ts", times=range(0, 320, 40)).read_bytes()
+    other = pictures(size=(96, 64))
+    second = write_clip(tmp_path / "b.ts", other, times=range(320, 640, 40)).read_bytes()
+    (tmp_path / "both.ts").write_bytes(first + second)
+    with pytest.raises(ImageError, match=r"frame \d+ is 64 x 96 pixels, those before are 66 x 48: cut the video"):
+        frames_of(tmp_path / "both.ts")
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+@pytest.fixture(scope="module")
+def done(small, tmp_path_factory):
+    """A clip with sound and its results, which an odd height and width make no easier."""
+    folder = tmp_path_factory.mktemp("video")
+    path = write_clip(folder / "clip.mkv", sound="aac")
+    found, video = run(small, path, folder / "out")
+    return path, folder / "out", found, video
+
+
+def test_every_frame_is_labelled_as_if_it_were_a_photograph(small, done):
+    path, out, found, _ = done
+    frames = frames_of(path)
+    assert [one.number for one in found] == list(range(len(TIMES)))
+    assert sorted(file.name for file in (out / "clip.labels").iterdir()) == [f"{i:06}.png" for i in range(len(TIMES))]
+    for frame, one in zip(frames, found, strict=True):
+        expected = small.segment(frame.image, WORDS).labels
+        np.testing.assert_array_equal(outputs.read_label_map(out / f"clip.labels/{frame.number:06}.png"), expected)
+        np.testing.assert_array_equal(one.pixels, [(expected == word).sum() for word in range(3)])
+        assert one.total == expected.size
+
+
+def test_the_table_has_times_and_areas(done):
+    _, out, found, _ = done
+    with (out / "clip.frames.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["frame", "seconds", "one", "two", "three", "unlabelled"]
+    assert [round(1000 * float(row["seconds"])) for row in rows] == TIMES
+    for row, one in zip(rows, found, strict=True):
+        shares = [float(row[name]) for name in ("one", "two", "three")]
+        np.testing.assert_allclose(shares, one.pixels / one.total, atol=1e-5)
+        assert sum(shares) + float(row["unlabelled"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_overlay_video_keeps_times_and_sound(done):
+    path, out, _, video = done
+    assert not video.notes
+    overlay = frames_of(out / "clip.overlay.mp4")
+    assert [round(1000 * frame.seconds) for frame in overlay] == TIMES
+    height, width = overlay[0].image.shape[:2]
+    assert width % 2 == height % 2 == 0
+    with av.open(str(path)) as before, av.open(str(out / "clip.overlay.mp4")) as after:
+        assert after.streams.video[0].codec_context.name == "h264"
+        assert after.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        sounds = [[bytes(packet) for packet in one.demux(audio=0) if packet.size] for one in (before, after)]
+    assert sounds[0] == sounds[1] and sounds[0]
+
+
+def test_the_overlay_video_shows_the_labels_and_a_legend_that_stays(done):
+    path, out, _, _ = done
+    legends = []
+    for frame, shown in zip(frames_of(path), frames_of(out / "clip.overlay.mp4"), strict=True):
+        labels = outputs.read_label_map(out / f"clip.labels/{frame.number:06}.png")
+        expected = outputs.overlay(frame.image, labels, list(WORDS.names), dict.fromkeys(WORDS.names, 0.5))
+        height, width = labels.shape
+        expected = np.asarray(expected)[:height, :width].astype(int)
+        assert np.abs(shown.image[:height, :width] - expected).mean() < 16  # compressed, colour at half the resolution
+        legends.append(shown.image[:, width + 2 :].astype(int))
+    assert legends[0].size
+    assert all(np.abs(legend - legends[0]).mean() < 2 for legend in legends)
+    assert np.unique(legends[0].reshape(-1, 3) // 64, axis=0).shape[0] > 5  # colours, and letters on white
+
+
+def test_every_third_frame(small, tmp_path):
+    path = write_clip(tmp_path / "clip.mp4")
+    found, _ = run(small, path, tmp_path / "out", every=3, batch=2)
+    assert [one.number for one in found] == [0, 3, 6]
+    assert sorted(file.name for file in (tmp_path / "out/clip.labels").iterdir()) == [
+        "000000.png",
+        "000003.png",
+        "000006.png",
+    ]
+    overlay = frames_of(tmp_path / "out/clip.overlay.mp4")
+    assert [round(1000 * frame.seconds) for frame in overlay] == [0, 200, 300]
+
+
+def test_without_h264_the_overlay_video_is_mpeg4(small, tmp_path, monkeypatch):
+    encoders = {"libnothing": {}, "mpeg4": film.ENCODERS["mpeg4"]}
+    monkeypatch.setattr(film, "ENCODERS", encoders)
+    path = write_clip(tmp_path / "clip.ts", times=range(0, 320, 40))  # its unit of time is finer than MPEG-4's
+    _, video = run(small, path, tmp_path / "out")
+    assert video.notes == ["this PyAV has no H.264 encoder: the overlay video is MPEG-4, which browsers do not show"]
+    overlay = frames_of(tmp_path / "out/clip.overlay.mp4")
+    assert [round(1000 * frame.seconds) for frame in overlay] == list(range(0, 320, 40))
+
+
+def test_sound_that_mp4_cannot_hold_is_left_out(small, tmp_path):
+    path = write_clip(tmp_path / "clip.mkv", sound="pcm_u8")
+    _, video = run(small, path, tmp_path / "out")
+    assert video.notes == ["MP4 can't hold sound as pcm_u8: the overlay video is silent"]
+    assert len(frames_of(tmp_path / "out/clip.overlay.mp4")) == len(TIMES)
+
+
+# ------------------------------------------------------------------------------------------------------------ legend
+
+
+def test_with_many_words_each_takes_a_place_when_it_is_seen_and_keeps_it(monkeypatch):
+    monkeypatch.setattr(film, "MOST_WORDS", 3)
+    legend = film.LegendOverTime([f"word {i}" for i in range(9)], background=False)
+    picture = np.zeros((60, 80, 3), dtype=np.uint8)
+
+    def places(*seen):
+        pixels = np.zeros(9, dtype=int)
+        pixels[list(seen)] = 1000
+        canvas = legend.beside(picture, pixels)
+        return legend._places, canvas.shape
+
+    first, shape = places(5)
+    assert first == [5, None, None]
+    assert places(2, 5) == ([5, 2, None], shape)
+    assert places(2, 7) == ([5, 2, 7], shape)
+    assert places(7, 8) == ([8, 2, 7], shape)  # 5 was not seen for longest
+    assert places(1, 2, 3, 4, 8)[0][1:] == [2, 3] or places(1, 2, 3, 4, 8)[1] == shape
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+
+class Stops(Segmenter):
+    """Stops in the middle, as if something had gone wrong."""
+
+    left = 20
+
+    def encode_prepared(self, batch, arrays=None):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().encode_prepared(batch, arrays)
+
+
+def test_a_run_that_was_stopped_goes_on_and_leaves_nothing_half_done(small, small_model, tmp_path):
+    images = pictures(40)
+    path = write_clip(tmp_path / "clip.mp4", images, range(0, 1600, 40))
+    run(small, path, tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(Stops(small_model, text_cache=False), path, out)
+    assert [file.name for file in out.iterdir()] == [".clip.part"]
+    with VideoRun(small, WORDS, path, out) as video:
+        assert video.finished == 17
+        with pytest.raises(ValueError, match="another run is writing it"), VideoRun(small, WORDS, path, out):
+            pass
+    going_on = Stops(small_model, text_cache=False)
+    going_on.left = 40 - 17
+    assert len(run(going_on, path, out)[0]) == 40
+    assert going_on.left == 0
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_other_words_begin_anew_and_replace_the_results(small, small_model, tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", pictures(30), range(0, 1200, 40))
+    out = tmp_path / "out"
+    run(small, path, out)
+    (out / "clip.labels" / "notes.txt").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        run(Stops(small_model, text_cache=False), path, out)
+    assert len(list((out / "clip.labels").iterdir())) == 31  # what is there stays until the new one is complete
+    with VideoRun(small, Vocabulary.parse("five, six"), path, out, every=10) as video:
+        assert video.finished == 0
+        list(video.results())
+    assert {file.name for file in out.iterdir()} == {"clip.labels", "clip.frames.csv", "clip.overlay.mp4"}
+    assert {file.name for file in (out / "clip.labels").iterdir()} == {
+        "000000.png",
+        "000010.png",
+        "000020.png",
+        "notes.txt",
+    }
+
+
+def _run_of_its_own(model, path, out):
+    run(Segmenter(load_folder(model), text_cache=False), path, out)
+
+
+def test_killed_at_any_time_the_results_are_the_same(small, small_model, tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", pictures(60), range(0, 2400, 40))
+    out = tmp_path / "out"
+    arguments = (save_folder(small_model, tmp_path / "model"), path, out)
+    process = multiprocessing.get_context("spawn").Process(target=_run_of_its_own, args=arguments)
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (out / ".clip.part" / "labels" / "000018.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -9
+    assert [file.name for file in out.iterdir()] == [".clip.part"]
+    with VideoRun(small, WORDS, path, out) as video:
+        assert 1 <= video.finished < 60
+        assert len(list(video.results())) == 60
+    run(small, path, tmp_path / "undisturbed")
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def test_the_page_about_videos_is_right(tmp_path, monkeypatch, capsys):
+    """docs/video.md: its commands run (with the model that needs no download), and so does its Python."""
+    page = (Path(__file__).parents[1] / "docs" / "video.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    write_clip(Path("street.mp4"), sound="aac")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines()]
+    assert len(commands) >= 2
+    for command in commands:
+        with pytest.raises(SystemExit) as caught:
+            main([*shlex.split(command)[1:], "--model", "tiny"])
+        assert not caught.value.code, command
+    assert "wrote out/street.overlay.mp4" in capsys.readouterr().out
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(code, "docs/video.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["missing.mp4", "--words", "sky"], 1, "missing.mp4: does not exist"),
+        (["broken.mp4", "--words", "sky"], 1, "broken.mp4: not a video that can be read"),
+        (["clip.mp4"], 2, "give the words by exactly one of"),
+        (["clip.mp4", "--words", "sky", "--max-pixels", "100"], 1, "more than the limit of 100"),
+        (["clip.mp4", "--words", "sky", "--every", "0"], 2, "--every"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    write_clip(Path("clip.mp4"))
+    Path("broken.mp4").write_bytes(Path("clip.mp4").read_bytes()[:500])
+    with pytest.raises(SystemExit) as caught:
+        main(["segment-video", *arguments, "--model", "tiny"])
+    assert caught.value.code == code
+    found = capsys.readouterr()
+    assert message in found.err and found.err.count("\n") == 1
+    assert not found.out
+
+
+# ------------------------------------------------------------------------------------------------------- drawn films
+
+
+def test_a_drawn_film_knows_where_its_points_were():
+    """Without grain, a point that is seen in two frames looks the same in both; its word is the same in any case."""
+    frames = list(make_film(2, 1, 4, (90, 120), speed=0.03, grain=0))
+    for before, now in pairwise(frames):
+        found = now.before[..., 0] >= 0
+        assert 0.8 < found.mean() < 1
+        row, column = now.before[found].T
+        difference = np.abs(before.scene.image[row, column].astype(int) - now.scene.image[found]).mean()
+        unmoved = np.abs(before.scene.image.astype(int) - now.scene.image).mean()
+        assert difference < 0.7 * unmoved
+        np.testing.assert_array_equal(label_map(before.scene)[row, column], label_map(now.scene)[found])
