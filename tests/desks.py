@@ -132,6 +132,13 @@ def rasters(desk: Path, _: object) -> None:
             file.write(values[:count].astype(dtype))
 
 
+def clips(desk: Path, _: object) -> None:
+    pytest.importorskip("av", reason="videos need PyAV (the extra `video`)")
+    from .test_video import write_clip
+
+    write_clip(desk / "street.mp4", sound="aac")
+
+
 MORE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], ...]] = {
     "README.md": (street_photographs,),
     "docs/data.md": (benchmarks,),
@@ -140,4 +147,5 @@ MORE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], ...]] = {
     "docs/evaluation.md": (prepared_sets,),
     "docs/folders.md": (scenes,),
     "docs/huge-images.md": (rasters,),
+    "docs/video.md": (clips,),
 }

@@ -64,6 +64,12 @@ def after_huge_images() -> None:
         assert {path.name for path in Path("out").glob(f"{name}.*")} == {f"{name}.{end}" for end in told}
 
 
+def after_video() -> None:
+    for folder in ("out", "every5", "results"):
+        told = set(re.findall(r"^\| `(street\.[a-z]+)", read_page("docs/video.md"), re.MULTILINE))
+        assert {path.name.removesuffix(".mp4").removesuffix(".csv") for path in Path(folder).iterdir()} == told
+
+
 def after_serving() -> None:
     for name in ("street.json", "point.json"):
         assert isinstance(json.loads(Path(name).read_text()), dict)
@@ -78,6 +84,7 @@ AFTER: dict[str, Callable[[], None]] = {
     "docs/own-data.md": after_own_data,
     "docs/training.md": after_training,
     "docs/huge-images.md": after_huge_images,
+    "docs/video.md": after_video,
     "docs/serving.md": after_serving,
 }
 """What must be true when a page has been followed, besides that everything on it worked."""
