@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.segment import Dtype, Speed
+from opensan.cli.computing import Device, ImageDtype, Speed, SpeedAsForSegment
 from opensan.cli.terminal import complain, note, output_console, progress_bar
+from opensan.cli.word_table import word_table
 
 if TYPE_CHECKING:
     from opensan.video import VideoRun
@@ -26,11 +27,9 @@ def segment_video(
     every: Annotated[
         int, typer.Option(min=1, metavar="N", help="Take every Nth frame only, in the overlay video too.")
     ] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    speed: Annotated[Speed, typer.Option(help="As for `opensan segment`.")] = Speed.exact,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the image half's matrices; --speed chooses it if not given.")
-    ] = None,
+    device: Device = "cpu",
+    speed: SpeedAsForSegment = Speed.exact,
+    dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Frames that go through the model together.")] = 1,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Videos with larger frames are refused before they are decoded.")
@@ -66,8 +65,6 @@ def segment_video(
 def _run(run: "VideoRun", names: list[str]) -> None:
     import numpy as np
 
-    from opensan.cli.raster import area_table
-
     if run.finished:
         complain(f"going on after {run.finished} frames")
     console = output_console()
@@ -85,7 +82,8 @@ def _run(run: "VideoRun", names: list[str]) -> None:
                 advance(1)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{done} frames done; the same command goes on from there") from None
-    console.print(area_table(names, pixels, total))
+    areas = {name: int(count) / total for name, count in zip(names, pixels, strict=True)}
+    console.print(word_table(areas, (total - int(pixels.sum())) / total))
     for line in run.notes:
         complain(f"warning: {line}")
     overlay, labels, table = run.paths
