@@ -250,6 +250,10 @@ def test_non_finite_steps_are_named_and_skipped_and_three_in_a_row_stop(tmp_path
     assert torch.equal(run.task.weight.detach(), Line().weight.detach())
     assert [path.name[:13] for path in (tmp_path / "all" / "checkpoints").iterdir()] == ["step-00000003"]
 
+    with pytest.raises(RuntimeError, match="in a row had no finite losses"):  # continued, it fares no better
+        trainer(tmp_path / "all", Line(bad=frozenset(range(20))), steps=14, save_every=100).run()
+    trainer(tmp_path / "all", Line(), steps=14, save_every=100).run()
+
 
 def test_a_broken_sample_is_named_and_replaced(tmp_path, capsys):
     assert trainer(tmp_path, source=Numbers(broken=13), steps=20).run().finished

@@ -303,7 +303,7 @@ class Trainer:
         names = [name for found, _ in everyone for name in found] or [name for _, all_ in everyone for name in all_]
         shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
         progress.say(f"step {self.step} skipped: {wrong}, with {shown}")
-        if self._bad_steps == MOST_BAD_STEPS:
+        if self._bad_steps >= MOST_BAD_STEPS:  # more in a run that was stopped by this before, and continued
             self.step += 1
             self.save()
             raise Diverged(
