@@ -103,6 +103,12 @@ def test_json_round_trip_is_exact(names, data):
     assert hash(again) == hash(vocabulary)
 
 
+def test_words_made_of_lists_are_as_those_made_of_tuples():
+    lists = Vocabulary([Word("car", ["car", "taxi"], ["a car on a road"])], ["{}", "a {}"])
+    tuples = Vocabulary((Word("car", ("car", "taxi"), ("a car on a road",)),), ("{}", "a {}"))
+    assert lists == tuples and hash(lists) == hash(tuples)
+
+
 def test_a_name_with_a_bar_survives_the_round_trip():
     vocabulary = Vocabulary((Word("a|b"),))
     assert Vocabulary.parse(vocabulary.to_dict()) == vocabulary

@@ -67,6 +67,7 @@ class Word:
 
     def __post_init__(self):
         object.__setattr__(self, "synonyms", tuple(self.synonyms) or (self.name,))
+        object.__setattr__(self, "prompts", self.prompts and tuple(self.prompts))
 
 
 @dataclass(frozen=True)
