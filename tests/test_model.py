@@ -213,3 +213,12 @@ def test_training_mode_leaves_clip_frozen(small_model):
         assert small_model.side_adapter.training and not small_model.clip.training
     finally:
         small_model.eval()
+
+
+def test_autocast_on_a_cpu_answers_nearly_the_same_with_and_without_gradients(small_model):
+    pixels = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    plain = small_model.propose(pixels).mask_embeddings
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype=torch.bfloat16):
+            found = small_model.propose(pixels).mask_embeddings
+        assert 0 < (found.float() - plain).abs().max() < 0.05

@@ -149,6 +149,28 @@ def test_threads_share_one_object(san):
         assert (one != other).mean() < 1e-3
 
 
+def test_an_encoding_keeps_no_more_than_its_own_part_of_a_batch(san):
+    for encoding in san.encode([picture(64, 96, seed) for seed in range(3)], batch_size=3):
+        for tensor in (encoding.mask_logits, encoding.mask_embeddings):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_number_formats_that_the_caller_has_set_change_nothing(san):
+    image = picture(64, 96)
+    expected = san.segment(image, WORDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = san.segment(image, WORDS)
+        assert np.array_equal(found.confidence, expected.confidence)
+    assert np.array_equal(found.labels, expected.labels)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = san.segment(image, WORDS)
+        assert np.array_equal(found.confidence, expected.confidence)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(found.labels, expected.labels)
+
+
 def test_bfloat16_answers_nearly_the_same(folder, san):
     narrow = opensan.load(folder, dtype="bfloat16", text_cache=False)
     image = picture(96, 96)

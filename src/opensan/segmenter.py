@@ -10,7 +10,9 @@ Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the photogra
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,17 @@ from opensan.text import TextEncoder
 from opensan.vocabulary import Vocabulary
 
 __all__ = ["Encoding", "ReadImage", "Segmentation", "Segmenter", "checked_device", "fingerprint", "load"]
+
+
+def _undisturbed(method: Callable) -> Callable:
+    """For methods of `Segmenter`: without gradients, and float32 is float32 even where the caller has autocast on."""
+
+    @wraps(method)
+    def call(self: "Segmenter", *arguments: Any, **named: Any) -> Any:
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return method(self, *arguments, **named)
+
+    return call
 
 
 class Segmenter(AnySegmenter):
@@ -57,15 +70,16 @@ class Segmenter(AnySegmenter):
         self._propose = prepare_image_half(self.model, self.device, speed, self.dtype)
         self.text = TextEncoder(self.model, disk_cache=text_cache)
 
-    @torch.inference_mode()
+    @_undisturbed
     def encode_prepared(
         self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
     ) -> list[Encoding]:
         """Images of one padded shape through the network; `arrays` are the photographs that the encodings keep."""
         pixels = torch.stack([prepared.pixels for prepared in batch]).to(self.device)
         proposals = self._propose(pixels)
+        # Copies: a part of the batch's tensors would keep all of them in memory for as long as it is kept.
         return [
-            Encoding(masks, embeddings, prepared.sizes, self.fingerprint, array)
+            Encoding(masks.clone(), embeddings.clone(), prepared.sizes, self.fingerprint, array)
             for masks, embeddings, prepared, array in zip(
                 proposals.mask_logits.float(),
                 proposals.mask_embeddings.float(),
@@ -75,7 +89,7 @@ class Segmenter(AnySegmenter):
             )
         ]
 
-    @torch.inference_mode()
+    @_undisturbed
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
         """What `AnySegmenter.winners` answers."""
         probabilities = self.class_probabilities(encoding, vocabulary)
@@ -88,7 +102,7 @@ class Segmenter(AnySegmenter):
         """What `AnySegmenter.prepare` answers."""
         return ReadImage(image, prepare(image, self.image_config))
 
-    @torch.inference_mode()
+    @_undisturbed
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
         """What `Segmentation.confidence` answers."""
         encoding = segmentation.encoding
@@ -97,7 +111,7 @@ class Segmenter(AnySegmenter):
         scores = label_scores(self._masks(encoding), probabilities, encoding.sizes, labels)
         return scores.clamp_(0, 1).cpu().numpy()
 
-    @torch.inference_mode()
+    @_undisturbed
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> torch.Tensor:
         """What `AnySegmenter.class_probabilities` answers."""
         text = self.text.classifier(vocabulary)

@@ -123,7 +123,7 @@ class _Blocks:
 
     def logits(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Mask logits [n, a, b, Q] at offsets [n, a] and [n, b]."""
-        (down, across), step = (rows, columns), self.span.clamp(min=1)
+        (down, across), step = (rows, columns), self.span.clamp(min=1).to(self.corners.dtype)
         down, across = (down / step[:, :1])[..., None, None], (across / step[:, 1:])[:, None, :, None]
         left, right = self.corners[:, :, :1], self.corners[:, :, 1:]
         top, bottom = torch.addcmul(left, right - left, across).split(1, dim=1)
@@ -239,7 +239,8 @@ class _Labeller:
         cuts = blocks.span.unsqueeze(2) * torch.arange(parts + 1) // parts  # [n, 2, parts + 1]
         logits = blocks.logits(*cuts.unbind(1))
         masks = logits.sigmoid()
-        errors = mask_errors(masks, blocks.steps(cuts.diff(dim=2).amax(dim=2) / blocks.span.clamp(min=1)))
+        share = cuts.diff(dim=2).amax(dim=2) / blocks.span.clamp(min=1).to(masks.dtype)
+        errors = mask_errors(masks, blocks.steps(share))
         weights, magnitudes = (
             (each[None] if candidates is None else each[candidates]) for each in (self.weights, self.magnitudes)
         )

@@ -149,6 +149,7 @@ def _multiplied_by_onednn(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")  # whose number formats it does not know
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
     )

@@ -58,9 +58,12 @@ class ExportedSegmenter(AnySegmenter):
     ) -> list[Encoding]:
         """What `AnySegmenter.encode_prepared` answers."""
         masks, embeddings = self._image(pixels=np.stack([to_array(prepared.pixels) for prepared in batch]))
+        # Copies: a part of the batch's arrays would keep all of them in memory for as long as it is kept.
         return [
-            Encoding(*answer, prepared.sizes, self.fingerprint, array)
-            for *answer, prepared, array in zip(masks, embeddings, batch, arrays or [None] * len(batch), strict=True)
+            Encoding(mask.copy(), embedding.copy(), prepared.sizes, self.fingerprint, array)
+            for mask, embedding, prepared, array in zip(
+                masks, embeddings, batch, arrays or [None] * len(batch), strict=True
+            )
         ]
 
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
