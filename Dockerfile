@@ -7,7 +7,9 @@ FROM python:3.12-slim AS build
 RUN python -m venv /opt/opensan
 ENV PATH=/opt/opensan/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # torch alone first, from where it is built without CUDA: a change of opensan leaves this layer as it is.
-RUN pip install --index-url https://download.pytorch.org/whl/cpu "torch>=2.8"
+# Another index: docker build --build-arg TORCH_INDEX=https://mirror.example/simple .
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --index-url "$TORCH_INDEX" "torch>=2.8"
 COPY pyproject.toml README.md LICENSE /source/
 COPY src /source/src
 RUN pip install "/source[serve]"

@@ -16,6 +16,8 @@ import regex
 
 _MERGES = Path(__file__).parent / "assets" / "tokenizer" / "merges.txt.gz"
 _WORD_END = "</w>"
+_LONGEST_REMEMBERED = 64
+"""Characters: what is longer is no word, and would fill the memory that is meant for words."""
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
 # The special tokens, English endings, words, single digits, and runs of anything else that is not white space.
 _PIECES = regex.compile(
@@ -46,13 +48,16 @@ class Tokenizer:
         self._number = {token: number for number, token in enumerate(tokens)}
         self.size = len(tokens)
         self.start, self.end = (self._number[token] for token in _SPECIAL)
-        self._encode_piece = functools.lru_cache(maxsize=65_536)(self._merge)
+        self._remembered = functools.lru_cache(maxsize=65_536)(self._merge)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, repaired, unescaped (HTML), lower-cased, white space collapsed; no start and end."""
         clean = html.unescape(html.unescape(ftfy.fix_text(text)))
         pieces = _PIECES.findall(" ".join(clean.split()).lower())
         return [token for piece in pieces for token in self._encode_piece(piece)]
+
+    def _encode_piece(self, piece: str) -> tuple[int, ...]:
+        return self._remembered(piece) if len(piece) <= _LONGEST_REMEMBERED else self._merge(piece)
 
     def _merge(self, piece: str) -> tuple[int, ...]:
         """Start with bytes; join the neighbours whose merge is the most frequent one, until none is known."""

@@ -1,6 +1,7 @@
 """The HTTP service: photographs are encoded once, and asked any words by their encoding's id.
 
 limits       what clients may ask, and the gate that holds them to it
+photographs  from what a client sent to pixels, at a bounded cost
 cache        the encodings that are kept
 engine       the model's work, batched and off the event loop
 answers      segmentations as JSON, PNG, or what a page draws

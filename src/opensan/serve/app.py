@@ -1,8 +1,9 @@
 """The routes: what is asked, and in which form it is answered."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -31,8 +32,10 @@ from opensan.serve.schemas import (
     ServiceInfo,
     one_line,
     question_from_form,
+    text_parts,
 )
 from opensan.serve.site import add_page
+from opensan.vocabulary import Vocabulary
 
 SWEEP_SECONDS = 5.0
 """Encodings that have expired are let go this often."""
@@ -138,6 +141,10 @@ class Service:
             raise _gone()
         return encoding
 
+    def reading(self, vocabulary: Vocabulary) -> list[Callable[[], Any]]:
+        """What makes the text rows of a long vocabulary, a part at a time. They are remembered, also for later."""
+        return [partial(self.segmenter.text.classifier, part) for part in text_parts(vocabulary)]
+
     async def segmented(
         self,
         request: Request,
@@ -150,7 +157,9 @@ class Service:
     ) -> Response:
         vocabulary = question.vocabulary(self.limits)
         work = self.engine.ask(
-            lambda: answers.answer(self.segmenter, encoding, vocabulary, form, confidence), accepted=accepted
+            lambda: answers.answer(self.segmenter, encoding, vocabulary, form, confidence),
+            before=self.reading(vocabulary),
+            accepted=accepted,
         )
         picture = await _while_there(request, work)
         return Response(picture.content, media_type=picture.media_type)
@@ -218,6 +227,8 @@ def _add_service_routes(app: FastAPI, api: APIRouter, service: Service) -> None:
         """New requests are accepted."""
         if app.state.gate.closing:
             raise stopping()
+        if service.engine.hangs:
+            raise Problem(503, f"nothing was finished for {service.limits.queue_seconds:g} s", {"Retry-After": "5"})
         return {"status": "ready"}
 
     @api.get("/metrics", tags=["service"], response_class=Response, responses={
@@ -299,7 +310,8 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
         """What decides one pixel: its best words, and the proposals that speak for the winner."""
         encoding, vocabulary = service.kept(id), question.vocabulary(service.limits)
         work = service.engine.ask(
-            lambda: answers.point(service.segmenter, encoding, vocabulary, question.x, question.y)
+            lambda: answers.point(service.segmenter, encoding, vocabulary, question.x, question.y),
+            before=service.reading(vocabulary),
         )
         return await _while_there(request, work)
 
@@ -315,7 +327,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return problem_response(500, "a mistake of the service; its log says more")  # uvicorn logs the traceback
+        # uvicorn logs the traceback, and closes the connection: a client that knows sends nothing more over it.
+        return problem_response(500, "a mistake of the service; its log says more", {"Connection": "close"})
 
     # The schema of answers that no route returns itself.
     original = app.openapi

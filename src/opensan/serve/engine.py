@@ -8,17 +8,19 @@ milliseconds, whatever photographs wait.
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from batched.aio import AsyncBatchProcessor
 
-from opensan.images import ImageError, open_image
+from opensan.images import ImageError
 from opensan.segmentation import AnySegmenter, Encoding, ReadImage
 from opensan.serve.limits import Limits, Problem, busy
 from opensan.serve.metrics import Metrics
+from opensan.serve.photographs import decode
 
 GATHER_MS = 2.0
 """How long an idle model waits for a second photograph."""
@@ -27,6 +29,37 @@ DECODERS = 2
 LABELLERS = 2
 
 Answer = TypeVar("Answer")
+
+
+@dataclass
+class _Place:
+    """In the queue, which forgets nobody before their turn; the photographs of those who left are let go at once."""
+
+    photograph: ReadImage | None = None
+    left: bool = False
+
+
+class Pulse:
+    """Tells whether work gets done: it hangs if somebody waited in vain, and nothing was finished meanwhile."""
+
+    def __init__(self) -> None:
+        self.hangs = False
+        self._finished = 0
+
+    def beat(self) -> None:
+        """Something was finished; from any thread."""
+        self._finished += 1
+        self.hangs = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around work that may end in a TimeoutError."""
+        finished = self._finished
+        try:
+            yield
+        except TimeoutError:
+            self.hangs = self.hangs or finished == self._finished
+            raise
 
 
 class Engine:
@@ -39,7 +72,7 @@ class Engine:
         self._network = ThreadPoolExecutor(1, "encode")
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
         self._labellers = ThreadPoolExecutor(LABELLERS, "label")
-        self._batches: AsyncBatchProcessor[ReadImage, Encoding] = AsyncBatchProcessor(
+        self._batches: AsyncBatchProcessor[_Place, Encoding | Exception] = AsyncBatchProcessor(
             self._encode_batch, batch_size=batch, timeout_ms=GATHER_MS
         )
         # Those that wait beyond the next batch wait as files: decoded, a photograph is many times as large.
@@ -47,6 +80,7 @@ class Engine:
         self._waiting = 0
         self._questions = 0
         self._seconds_an_image = 0.1
+        self._encoded, self._answered = Pulse(), Pulse()
         metrics.waiting.set_function(lambda: self._waiting)
         metrics.questions.set_function(lambda: self._questions)
 
@@ -54,6 +88,11 @@ class Engine:
         """Let the threads end; nothing may be asked any more."""
         for pool in (self._network, self._decoders, self._labellers):
             pool.shutdown(cancel_futures=True)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the last to give up waiting saw nothing finished, of photographs or of questions."""
+        return self._encoded.hangs or self._answered.hangs
 
     def check_room(self) -> None:
         """Raise Problem (429) if no photograph would be accepted now."""
@@ -71,19 +110,27 @@ class Engine:
         """
         self.check_room()
         self._waiting += 1
+        place = _Place()
         try:
-            with self._time_limit():
+            with self._time_limit(), self._encoded.watching():
                 async with asyncio.timeout(self._limits.queue_seconds), self._decoded:
-                    photograph = await _on(self._decoders, lambda: self._read(data))
-                    return await self._batches(photograph)
+                    place.photograph = await _on(self._decoders, lambda: self._read(data, place))
+                    found = await self._batches(place)
         except ImageError as error:
             raise Problem(422, str(error)) from None
         finally:
+            place.photograph, place.left = None, True
             self._waiting -= 1
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    async def ask(self, work: Callable[[], Answer], *, accepted: bool = False) -> Answer:
-        """Run `work`, which asks an encoding words, on a thread.
+    async def ask(
+        self, work: Callable[[], Answer], *, before: Sequence[Callable[[], Any]] = (), accepted: bool = False
+    ) -> Answer:
+        """Run `work`, which asks an encoding words, on a thread; before it what it needs, a part at a time.
 
+        Others take turns between the parts, and the parts of somebody who left are not run.
         Raises Problem: 422 for words that cannot be used, 429 at once if too many wait (not for a request that was
         `accepted` before its photograph was encoded), 503 if it took too long.
         """
@@ -91,38 +138,66 @@ class Engine:
             raise busy(f"{self._questions} questions are waiting already: try again later", 1)
         self._questions += 1
         try:
-            with self._time_limit():
+            with self._time_limit(), self._answered.watching():
                 async with asyncio.timeout(self._limits.queue_seconds):
-                    return await _on(self._labellers, work)
+                    for part in before:
+                        await _on(self._labellers, self._counted(part))
+                    return await _on(self._labellers, self._counted(work))
         except ValueError as error:
             raise Problem(422, str(error)) from None
         finally:
             self._questions -= 1
 
-    def _read(self, data: bytes) -> ReadImage:
-        return self.segmenter.prepare(open_image(data, max_pixels=self._limits.pixels))
+    def _counted(self, work: Callable[[], Answer]) -> Callable[[], Answer]:
+        def counted() -> Answer:
+            try:
+                return work()
+            finally:
+                self._answered.beat()
 
-    async def _encode_batch(self, photographs: list[ReadImage]) -> list[Encoding]:
-        return await _on(self._network, lambda: self._encode(photographs))
+        return counted
 
-    def _encode(self, photographs: list[ReadImage]) -> list[Encoding]:
+    def _read(self, data: bytes, place: _Place) -> ReadImage:
+        try:
+            return self.segmenter.prepare(decode(data, self._limits))
+        finally:
+            if place.left:  # it took so long that it looked like hanging
+                self._encoded.beat()
+
+    async def _encode_batch(self, places: list[_Place]) -> list[Encoding | Exception]:
+        photographs = [place.photograph for place in places if place.photograph is not None]
+        assert len(photographs) == len(places)  # `batched` has just left out those whose clients left
+        try:
+            return await _on(self._network, lambda: self._encode(photographs))
+        finally:
+            self._encoded.beat()
+
+    def _encode(self, photographs: list[ReadImage]) -> list[Encoding | Exception]:
         """Photographs of one padded shape go through the network together."""
         started = time.monotonic()
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, photograph in enumerate(photographs):
             groups[photograph.prepared.sizes.padded].append(index)
-        encodings: dict[int, Encoding] = {}
+        encodings: dict[int, Encoding | Exception] = {}
         for indices in groups.values():
-            group = [photographs[index] for index in indices]
-            found = self.segmenter.encode_prepared(
-                [photograph.prepared for photograph in group], [photograph.array for photograph in group]
-            )
+            found = self._encode_group([photographs[index] for index in indices])
             encodings.update(zip(indices, found, strict=True))
-            self._metrics.batch.observe(len(group))
+            self._metrics.batch.observe(len(indices))
         seconds = time.monotonic() - started
         self._metrics.encode.observe(seconds)
         self._seconds_an_image += 0.2 * (seconds / len(photographs) - self._seconds_an_image)
         return [encodings[index] for index in range(len(photographs))]
+
+    def _encode_group(self, group: list[ReadImage]) -> list[Encoding | Exception]:
+        """Photographs of one padded shape; those of a batch that fails are tried one by one."""
+        try:
+            return self.segmenter.encode_prepared(
+                [photograph.prepared for photograph in group], [photograph.array for photograph in group]
+            )
+        except Exception as error:
+            if len(group) == 1:
+                return [error]
+            return [one for photograph in group for one in self._encode_group([photograph])]
 
     @contextmanager
     def _time_limit(self) -> Iterator[None]:

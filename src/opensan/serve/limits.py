@@ -31,6 +31,8 @@ class Limits:
     """Of all request bodies that are held at a time."""
     pixels: int = 25_000_000
     """Of a photograph, known before it is decoded."""
+    side: int = 65_535
+    """Pixels of its longer side: as many as JPEG can have. What is computed for each column or row is large."""
     words: int = 512
     """Of a question; synonyms and background words count."""
     characters: int = 20_000
@@ -133,6 +135,8 @@ class Gate:
             if scheme.lower() != b"bearer" or not right:
                 raise Problem(401, "this service needs a bearer token", {"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"")
+        if length and b"transfer-encoding" in headers:  # a proxy may have read it the other way (RFC 9112, section 6.1)
+            raise Problem(400, "Content-Length and Transfer-Encoding contradict each other", {"Connection": "close"})
         if length.isdigit() and int(length) > self._allowed(scope):
             raise _too_long(self._allowed(scope))
 

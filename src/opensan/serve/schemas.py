@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opensan.serve.limits import Limits, Problem
-from opensan.vocabulary import Vocabulary
+from opensan.vocabulary import Vocabulary, Word
+
+PROMPTS_AT_ONCE = 256
+"""Embedded while other questions wait: about a second of B/16 on a CPU."""
 
 
 class _Strict(BaseModel):
@@ -148,6 +151,23 @@ def question_from_form(fields: dict[str, Any]) -> Question:
         return Question.model_validate(values)
     except ValidationError as error:
         raise Problem(422, one_line(error.errors())) from None
+
+
+def text_parts(vocabulary: Vocabulary) -> list[Vocabulary]:
+    """The text rows of a long vocabulary as vocabularies of few prompts; none if it is short itself."""
+    rows = vocabulary.prompts()
+    if sum(map(len, rows)) <= 2 * PROMPTS_AT_ONCE:
+        return []
+    texts = [text for word in vocabulary.words for text in word.synonyms]
+    parts: list[list[Word]] = [[]]
+    size = 0
+    for text, prompts in zip(texts, rows, strict=True):
+        if parts[-1] and size + len(prompts) > PROMPTS_AT_ONCE:
+            parts.append([])
+            size = 0
+        parts[-1].append(Word(text, prompts=tuple(prompts)))
+        size += len(prompts)
+    return [Vocabulary(tuple(words)) for words in parts]
 
 
 def one_line(errors: Any) -> str:

@@ -23,6 +23,7 @@ def run(app: Application, listener: socket.socket, started: Callable[[str], None
     server = Server(app, lambda: started(url_of(listener)))
     # A word that the model has never seen is the asker's business, not the log's.
     warnings.filterwarnings("ignore", message="the model has never seen")
+    warnings.filterwarnings("ignore", module="PIL")  # nor is what is odd about a photograph
     server.run(sockets=[listener])
     return server.stopped_by
 

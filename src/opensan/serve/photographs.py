@@ -1,0 +1,45 @@
+"""From what a client sent to pixels, at a bounded cost: a small file may ask for any amount of memory or time."""
+
+import re
+
+import numpy as np
+
+from opensan.images import ImageError, open_image
+from opensan.serve.limits import Limits
+
+MOST_SCANS = 64
+"""Of a JPEG file; 10 are usual. Each costs a pass over the whole photograph, and takes a few bytes of the file."""
+
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+
+
+def decode(data: bytes, limits: Limits) -> np.ndarray:
+    """The photograph in an image file as uint8 RGB [H0, W0, 3].
+
+    Raises ImageError, one line, for what is not a photograph or asks for more than `limits` allow.
+    """
+    if more_scans(data, MOST_SCANS):
+        raise ImageError(f"this JPEG has more than {MOST_SCANS} scans: save it anew")
+    array = open_image(data, max_pixels=limits.pixels)
+    height, width, _ = array.shape
+    if max(height, width) > limits.side:
+        raise ImageError(f"{width:,} x {height:,} pixels: a side may have at most {limits.side:,}")
+    return array
+
+
+def more_scans(data: bytes, most: int) -> bool:
+    """Whether `data` is a JPEG file (ITU-T T.81, annex B) of more than `most` scans. What follows its end is not read.
+
+    Segments are skipped by their length, and compressed data by looking for the next marker.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return False
+    scans, place = 0, 2
+    while scans <= most and (marker := _MARKER.search(data, place)):
+        kind, place = data[marker.end() - 1], marker.end()
+        if kind == _END_OF_IMAGE:
+            return False
+        scans += kind == _START_OF_SCAN
+        place += int.from_bytes(data[place : place + 2])
+    return scans > most
