@@ -14,7 +14,7 @@ SCENE := src/opensan/assets/scenes/playground.png
 WORDS ?= night sky,brick,green heart,white heart,orange circle,orange cross,red square
 export WORDS
 
-.PHONY: help demo test lint bench
+.PHONY: help demo test lint docs bench
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ lint: $(READY) ## Check style and that every module imports only from those belo
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+docs: $(READY) ## Build the documentation's site, into out/site
+	$(BIN)/zensical build --strict
 
 # Interleaved with the plain computation, in one process each: on a quiet machine, about half an hour.
 bench: $(READY) ## Time everything against the plain computation, into out/bench

@@ -140,7 +140,6 @@ def clips(desk: Path, _: object) -> None:
 
 
 MORE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], ...]] = {
-    "README.md": (street_photographs,),
     "docs/data.md": (benchmarks,),
     "docs/own-data.md": (own_forms,),
     "docs/training.md": (prepared_sets,),

@@ -1,7 +1,11 @@
-"""The README and every page of docs/ are followed: each block is run in order, on small stand-ins, or checked."""
+"""The README, the notebook and every page of docs/ are followed: their blocks are run in order, or checked."""
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +18,14 @@ from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.vocabulary import ready_sets
 
 from .desks import lay_out
-from .documentation import PAGES, Reader, blocks, read_page
+from .documentation import PAGES, ROOT, Reader, blocks, read_page
 
 SLOW = {"docs/reliability.md"}
 
 
-def after_readme() -> None:
-    told = re.findall(r"^\| `(street\.\S+)` \|", read_page("README.md"), re.MULTILINE)
-    assert sorted(told) == sorted(path.name for path in Path("out").glob("street.*"))
+def after_first_photograph() -> None:
+    told = re.findall(r"^\| `(street\.\S+)` \|", read_page("docs/first-photograph.md"), re.MULTILINE)
+    assert len(told) == 3 and set(told) <= {path.name for path in Path("out").iterdir()}
 
 
 def after_evaluation() -> None:
@@ -77,7 +81,7 @@ def after_serving() -> None:
 
 
 AFTER: dict[str, Callable[[], None]] = {
-    "README.md": after_readme,
+    "docs/first-photograph.md": after_first_photograph,
     "docs/evaluation.md": after_evaluation,
     "docs/folders.md": after_folders,
     "docs/data.md": after_data,
@@ -146,5 +150,39 @@ def test_the_page_about_own_data_tells_every_option():
     assert told == {option for reader in READERS.values() if not reader.classes for option in reader.options}
 
 
-def test_number_of_label_sets():
-    assert len(ready_sets()) == 6 and "Six label sets" in read_page("README.md")
+def test_the_pages_tell_every_extra_and_label_set():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    told = re.findall(r"`([a-z]+)`", "".join(re.findall(r"^\| `.*? \|", read_page("docs/install.md"), re.MULTILINE)))
+    assert project["optional-dependencies"].keys() <= set(told)
+    assert len(ready_sets()) == 6 and "Six label sets" in read_page("docs/words.md")
+
+
+def test_the_site_builds_and_its_navigation_has_every_page(tmp_path):
+    """Strictly: a link to a page or place, or a name in the reference, that does not exist is an error."""
+    pytest.importorskip("zensical", reason="the extra `docs` is not installed")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    named = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    for page in named:
+        place = Path(page).stem.replace("index", "")
+        assert (tmp_path / "out" / "site" / place / "index.html").exists(), page
+
+
+def test_the_notebook_runs_and_shows_what_it_gives(tmp_path, monkeypatch, capsys):
+    """Made anew by `jupyter nbconvert --to notebook --execute --inplace`. Figures may differ by the machine."""
+    path = ROOT / "docs" / "notebooks" / "first-photograph.ipynb"
+    assert path.stat().st_size < 300_000
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        exec(compile("".join(cell["source"]), path.name, "exec"), names)
+        recorded = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+        assert re.sub(r"[\d.]+", "#", capsys.readouterr().out) == re.sub(r"[\d.]+", "#", recorded)
+        assert {output["output_type"] for output in cell["outputs"]} <= {"stream", "execute_result"}

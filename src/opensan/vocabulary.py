@@ -113,12 +113,20 @@ class Vocabulary:
     def parse(cls, spec: object, *, background: object = (), templates: Templates | None = None) -> "Vocabulary":
         """A vocabulary from whatever a user may give.
 
-        `spec` is one of: a Vocabulary; a string "road, car|automobile|taxi, sky" (commas separate words, `|` separates
-        synonyms, the first of which is the display name); a list of such names, in which a comma is part of the name
-        ("road, route"); a list of dicts {"name", "text", "synonyms", "prompts", "background"}, of which "text" is what
-        prompts say instead of the name; a dict as `to_dict` makes it; the path (os.PathLike) of a file (`from_file`).
-        `background` is a string or a list of absorbing words.
-        `templates` is "vild" (the default), "single", a file with a template a line, or a list.
+        Args:
+            spec: one of
+
+                - a string `"road, car|automobile|taxi, sky"`: commas separate words, `|` separates synonyms, the first
+                  of which is the display name;
+                - a list of such names, in which a comma is part of the name: `["road, route", "car|taxi"]`;
+                - a list of dicts with `"name"` and, if wanted, `"text"` (what prompts say instead of the name),
+                  `"synonyms"`, `"prompts"`, `"background"`;
+                - a dict as `to_dict` makes it, the path (os.PathLike) of a file (`from_file`), or a Vocabulary.
+            background: absorbing words: a string or a list.
+            templates: "vild" (the default), "single", a file with a template a line, or a list.
+
+        Raises:
+            ValueError: one line naming the word.
         """
         if isinstance(spec, os.PathLike):
             return cls.from_file(spec, background=background, templates=templates)
@@ -137,11 +145,18 @@ class Vocabulary:
     def from_file(
         cls, path: str | os.PathLike, *, background: object = (), templates: Templates | None = None
     ) -> "Vocabulary":
-        """Read a word file (UTF-8, at most 32 MiB). Raises ValueError, one line, naming the file and the place.
+        """Read a word file (UTF-8, at most 32 MiB).
 
-        `.json`: a list as in `parse`, {"names": [...]} like the ready sets, or {"words", "background", "templates"}.
-        Anything else is text, a word a line: `|` separates synonyms, commas belong to the name, blank lines are
-        skipped, and `#` at the start of a line or after white space begins a comment.
+        Args:
+            path: `.json` holds a list as in `parse`, `{"names": [...]}` like the ready sets, or an object with "words",
+                "background" and "templates". Anything else is text, a word a line: `|` separates synonyms, commas
+                belong to the name, blank lines are skipped, and `#` at the start of a line or after white space begins
+                a comment.
+            background: as in `parse`.
+            templates: as in `parse`.
+
+        Raises:
+            ValueError: one line naming the file and the place.
         """
         path = Path(path)
         text = _read(path)
