@@ -3,6 +3,7 @@
 import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, get_overloads
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 import opensan
 from opensan.checkpoints import save_folder
+from opensan.segmentation import AnySegmenter, Segmentation
 from opensan.segmenter import Encoding, Segmenter
 from opensan.vocabulary import UNLABELLED
 
@@ -55,6 +57,13 @@ def test_every_kind_of_input_gives_the_same_answer(san, tmp_path):
     expected = san.segment(image, WORDS).labels
     for source in (file, str(file), content.getvalue(), Image.fromarray(image), torch.from_numpy(image.copy())):
         assert np.array_equal(san.segment(source, WORDS).labels, expected)
+
+
+def test_type_checkers_know_that_one_image_gives_one_answer():
+    for method, answer in ((AnySegmenter.encode, Encoding), (AnySegmenter.segment, Segmentation)):
+        of_many, of_one = [overload.__annotations__ for overload in get_overloads(method)]
+        assert (of_one["return"], of_many["return"]) == (answer, list[answer])
+        assert of_many["images"] == list[Any] | tuple[Any, ...]  # first: without torch, ImageSource may be anything
 
 
 def test_relabel_runs_neither_vit(san):

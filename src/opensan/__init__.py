@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "opensan.loading",
+    "AnySegmenter": "opensan.segmentation",
     "Segmenter": "opensan.segmenter",
     "Encoding": "opensan.segmentation",
     "Segmentation": "opensan.segmentation",
@@ -20,12 +21,12 @@ _HOME = {
     "ModelConfig": "opensan.config",
 }
 
-__all__ = ["Encoding", "ModelConfig", "Segmentation", "Segmenter", "Vocabulary", "__version__", "load"]
+__all__ = ["AnySegmenter", "Encoding", "ModelConfig", "Segmentation", "Segmenter", "Vocabulary", "__version__", "load"]
 
 if TYPE_CHECKING:
     from opensan.config import ModelConfig
     from opensan.loading import load
-    from opensan.segmentation import Encoding, Segmentation
+    from opensan.segmentation import AnySegmenter, Encoding, Segmentation
     from opensan.segmenter import Segmenter
     from opensan.vocabulary import Vocabulary
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -30,7 +30,7 @@ MAX_PIXELS = 100_000_000
 
 T = TypeVar("T")
 
-ImageSource = "str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor"
+ImageSource: TypeAlias = "str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor"
 
 # Raster formats that Pillow decodes itself. Not EPS and its like, which are handed to an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")

@@ -2,13 +2,28 @@
 
 import os
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from opensan.runtime.folder import exported_folder
 from opensan.segmentation import AnySegmenter
 
+if TYPE_CHECKING:
+    import torch
 
-def load(source: str | os.PathLike = "san-vit-b16", **options: Any) -> AnySegmenter:
+
+class LoadOptions(TypedDict, total=False):
+    """The options of `load`, for editors and type checkers; `opensan.segmenter.load` says what they mean."""
+
+    device: "str | torch.device"
+    speed: Literal["exact", "fast"]
+    dtype: Literal["float32", "bfloat16"] | None
+    random_weights: int | None
+    max_pixels: int
+    text_cache: bool
+    threads: int
+
+
+def load(source: str | os.PathLike = "san-vit-b16", **options: Unpack[LoadOptions]) -> AnySegmenter:
     """Load a model, ready to segment.
 
     Args:
@@ -21,6 +36,7 @@ def load(source: str | os.PathLike = "san-vit-b16", **options: Any) -> AnySegmen
         ValueError: unknown model or option, a damaged file, or a missing library; one line.
         ConnectionError: the hub did not answer; says what was tried and what works offline.
     """
+    asked: dict[str, Any] = {**options}
     folder = exported_folder(source)
     if folder is None:
         if find_spec("torch") is None:
@@ -30,11 +46,11 @@ def load(source: str | os.PathLike = "san-vit-b16", **options: Any) -> AnySegmen
             )
         from opensan.segmenter import load as load_with_torch
 
-        return load_with_torch(source, **options)
+        return load_with_torch(source, **asked)
     from opensan.runtime.segmenter import ExportedSegmenter
 
     decided = {"device": ("cpu",), "speed": ("exact",), "dtype": (None,), "random_weights": (None,)}
     for name, allowed in decided.items():
-        if options.pop(name, allowed[0]) not in allowed:
+        if asked.pop(name, allowed[0]) not in allowed:
             raise ValueError(f"{name} can't be chosen for an exported model ({folder}): it runs on the CPU as exported")
-    return ExportedSegmenter(folder, **options)
+    return ExportedSegmenter(folder, **asked)

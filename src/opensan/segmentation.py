@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from PIL import Image
@@ -21,10 +21,10 @@ from safetensors.numpy import save_file
 from opensan import outputs
 from opensan.config import ImageConfig
 from opensan.files import atomic_path
-from opensan.images import PreparedImage, open_image
+from opensan.images import ImageSource, PreparedImage, open_image
 from opensan.structures import ImageSizes
 from opensan.text_rows import TextRows
-from opensan.vocabulary import UNLABELLED, Vocabulary
+from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +128,9 @@ class Segmentation:
         counts = np.bincount(self.labels.ravel() - UNLABELLED, minlength=len(self.names) + 1)[1:]
         return {name: int(count) / self.labels.size for name, count in zip(self.names, counts, strict=True)}
 
-    def relabel(self, words: Any, *, background: Iterable[str] = (), templates: Any = None) -> "Segmentation":
+    def relabel(
+        self, words: Any, *, background: Iterable[Any] = (), templates: Templates | None = None
+    ) -> "Segmentation":
         """The same image asked with other words; neither ViT runs. Arguments as for `Segmenter.segment`."""
         return self.segmenter.segment(self.encoding, words, background=background, templates=templates)
 
@@ -211,6 +213,10 @@ class AnySegmenter:
         """What `Segmentation.confidence` answers."""
         raise NotImplementedError
 
+    @overload
+    def encode(self, images: list[Any] | tuple[Any, ...], *, batch_size: int = 4) -> list[Encoding]: ...
+    @overload
+    def encode(self, images: ImageSource, *, batch_size: int = 4) -> Encoding: ...
     def encode(self, images: Any, *, batch_size: int = 4) -> Encoding | list[Encoding]:
         """Run the image half of the model.
 
@@ -254,13 +260,33 @@ class AnySegmenter:
                 encodings.update(zip(indices, found, strict=True))
         return [encodings[index] for index in range(len(images))]
 
+    @overload
+    def segment(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        words: Any,
+        *,
+        background: Iterable[Any] = (),
+        templates: Templates | None = None,
+        batch_size: int = 4,
+    ) -> list[Segmentation]: ...
+    @overload
+    def segment(
+        self,
+        images: "ImageSource | Encoding",
+        words: Any,
+        *,
+        background: Iterable[Any] = (),
+        templates: Templates | None = None,
+        batch_size: int = 4,
+    ) -> Segmentation: ...
     def segment(
         self,
         images: Any,
         words: Any,
         *,
-        background: Iterable[str] = (),
-        templates: Any = None,
+        background: Iterable[Any] = (),
+        templates: Templates | None = None,
         batch_size: int = 4,
     ) -> Segmentation | list[Segmentation]:
         """Label every pixel with one of `words`.
