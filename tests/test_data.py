@@ -1,5 +1,7 @@
 """Label folders and training augmentation."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,15 @@ def test_missing_and_damaged_files_are_named(folder):
     with pytest.raises(ValueError, match=r"street.png: not a readable label PNG"):
         SegmentationFolder(folder, "train")[0]
     (folder / "labels" / "street.png").unlink()
+    with pytest.raises(ValueError, match=r"street.png: not a readable label PNG"):
+        SegmentationFolder(folder, "train")[0]
+
+
+def test_labels_that_claim_to_be_enormous_are_named(folder):
+    file = folder / "labels" / "street.png"
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0), b"IDAT" + zlib.compress(b"\0")]
+    framed = (struct.pack(">I", len(one) - 4) + one + struct.pack(">I", zlib.crc32(one)) for one in chunks)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
     with pytest.raises(ValueError, match=r"street.png: not a readable label PNG"):
         SegmentationFolder(folder, "train")[0]
 

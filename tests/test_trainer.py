@@ -1,6 +1,7 @@
 """The trainer: same numbers after any interruption, and no silent loss."""
 
 import csv
+import math
 import multiprocessing
 import os
 import random
@@ -284,6 +285,14 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     kept = sorted(path.name[:13] for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["best-00000006", "step-00000012"]
     assert (tmp_path / "validation.csv").read_text().splitlines()[:2] == ["step,score", "2,-4.0"]
+
+
+def test_a_score_is_better_than_none(tmp_path):
+    """A validation that could count nothing (its folder was out of reach) answers nan, which nothing is larger than."""
+    run = trainer(tmp_path, steps=6, validate_every=2)
+    run.validate, run.best_by = lambda step: {"score": {2: math.nan, 4: 0.3, 6: math.nan}[step]}, "score"
+    assert run.run().best == 0.3
+    assert [path.name[:13] for path in (tmp_path / "checkpoints").glob("best-*")] == ["best-00000004"]
 
 
 class Notes:

@@ -139,7 +139,7 @@ def read_index_png(path: Path) -> np.ndarray:
             if file.mode not in ("L", "P", "I;16", "I;16B", "I"):
                 raise ValueError(f"{path}: an image of mode {file.mode}, not an index PNG of 8 or 16 bits")
             values = np.asarray(file)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable label PNG ({error})") from None
     return values if values.dtype == np.uint8 else values.astype(np.uint16)
 

@@ -350,7 +350,7 @@ class Trainer:
             if pictures:
                 logger.pictures(self.step, pictures)
         progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        if self.best_by and (self.best is None or figures[self.best_by] > self.best):
+        if self.best_by and (self.best is None or math.isnan(self.best) or figures[self.best_by] > self.best):
             self.best = figures[self.best_by]
             self.save(kind="best")
 
