@@ -177,7 +177,7 @@ def test_a_file_that_is_not_there(capsys):
     assert "san-vit-l14" in capsys.readouterr().err
 
 
-def test_what_is_missing_is_told_before_anything_is_trained(tmp_path, recipe_file, squares, capsys):
+def test_what_is_missing_is_told_before_anything_is_trained(tmp_path, recipe_file, squares, capsys, monkeypatch):
     def refused(*overrides) -> str:
         assert run("train", recipe_file, *overrides) == 1
         return capsys.readouterr().err.splitlines()[-1]
@@ -191,6 +191,9 @@ def test_what_is_missing_is_told_before_anything_is_trained(tmp_path, recipe_fil
     assert "start.model: no preset 'san'" in refused("start.model=san")
     assert "OpenAI has no CLIP" in refused("start.clip=openai")
     assert "cannot be used here" in refused("device=warp")
+    with monkeypatch.context() as patch:
+        patch.setattr("opensan.recipe.run.checked_device", torch.device)
+        assert "train on cuda" in refused("device=mps")
     (tmp_path / "file").touch()
     assert "cannot write there" in refused(f"out={tmp_path}/file/run")
     assert not (tmp_path / "run" / "log.csv").exists()

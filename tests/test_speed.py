@@ -1,6 +1,8 @@
 """What `speed` changes, and what it leaves alone."""
 
+import copy
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 import opensan
+from opensan import speed
 from opensan.model import transformer
 
 SCENE = Path(opensan.__file__).parent / "assets" / "scenes" / "playground.png"
@@ -67,6 +70,23 @@ def test_fast_is_exact_where_nothing_is_faster_and_says_so(float32_cpu):
         fast = load_tiny(speed="fast")
     assert fast.dtype == torch.float32
     assert np.array_equal(fast.segment(SCENE, WORDS).labels, load_tiny().segment(SCENE, WORDS).labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cuda_too_a_dtype_given_decides(small_model, monkeypatch, dtype):
+    entered = []
+
+    def autocast(device, **options):
+        entered.append((device, options))
+        return nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    monkeypatch.setattr(speed, "CudaGraphs", lambda function: function)
+    propose = speed.prepare_image_half(copy.deepcopy(small_model), torch.device("cuda"), "fast", dtype)
+    with torch.no_grad():
+        propose(torch.zeros(1, 3, 96, 96))
+    assert entered == [("cuda", {"dtype": torch.bfloat16, "enabled": dtype is torch.bfloat16})]
 
 
 def test_a_dtype_given_decides(bfloat16_cpu):

@@ -43,7 +43,7 @@ def prepare_image_half(model: SAN, device: torch.device, speed: str, dtype: torc
     """
     narrow_matrices(model, dtype)
     if device.type == "cuda" and speed == "fast":
-        return CudaGraphs(_compiled(model))
+        return CudaGraphs(_compiled(model, dtype))
     return model.propose
 
 
@@ -58,8 +58,8 @@ def narrow_matrices(model: SAN, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def _compiled(model: SAN) -> ImageHalf:
-    """`model.propose` with compiled parts, and bfloat16 in what is left of the matrix products.
+def _compiled(model: SAN, dtype: torch.dtype) -> ImageHalf:
+    """`model.propose` with compiled parts; with bfloat16 for `dtype`, also in what is left of the matrix products.
 
     The parts are compiled, not the whole, which takes minutes: there are four kinds of block, the fusion and the heads,
     and each is compiled for all shapes. torch keeps what it compiled in the user's temporary folder.
@@ -69,7 +69,7 @@ def _compiled(model: SAN) -> ImageHalf:
         part.compile(dynamic=True)
 
     def propose(pixels: Tensor) -> Proposals:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             return model.propose(pixels)
 
     return propose

@@ -80,9 +80,10 @@ WIDEST_WINDOW = 3
 def adaptive_max_pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """`F.adaptive_max_pool2d`; when exported, in operations that other runtimes have for any size of map and grid."""
     if not torch.compiler.is_exporting():
-        if maps.shape[-2] % grid[0] or maps.shape[-1] % grid[1]:
+        if maps.shape[-2] % grid[0] == 0 == maps.shape[-1] % grid[1]:
+            return F.max_pool2d(maps, (maps.shape[-2] // grid[0], maps.shape[-1] // grid[1]))
+        if maps.device.type != "mps":  # Apple's GPUs have it only for the sizes above
             return F.adaptive_max_pool2d(maps, grid)
-        return F.max_pool2d(maps, (maps.shape[-2] // grid[0], maps.shape[-1] // grid[1]))
     for dim, size in zip((-2, -1), grid, strict=True):
         whole, place = maps.shape[dim], torch.arange(size, device=maps.device)
         first, last = place * whole // size, ((place + 1) * whole + size - 1) // size - 1

@@ -69,7 +69,7 @@ class RecipeConfig(SanTrainingConfig, _Sources):
     project: str = "opensan"
     """The project's name in wandb, trackio and mlflow."""
     device: str = "auto"
-    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps."""
+    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1."""
     out: Path
     """The run's folder; one that holds this run already is continued."""
 
