@@ -12,6 +12,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class Manifest:
         self.settings: dict[str, Settings] = {}
         self.records: dict[str, Record] = {}
         """By place."""
-        self._handle: int | None = None
+        self._file: FileIO | None = None
         if self._path.exists():
             self._read()
 
@@ -147,7 +148,7 @@ class Manifest:
             self.settings[key] = Settings(**data)
             return
         stamps = {path: Stamp(*map(int, stamp)) for path, stamp in data["files"].items()}
-        if any(path.startswith("/") or ".." in Path(path).parts for path in stamps):
+        if any(Path(path).anchor or ".." in Path(path).parts for path in stamps):
             raise ValueError("a path that leads out of the results")
         source = Stamp(*map(int, data["source"]))
         self.records[data["place"]] = Record(data["place"], data["image"], source, data["settings"], stamps)
@@ -162,20 +163,20 @@ class Manifest:
                     file.write(_line({"settings_key": key, **asdict(one)}))
             for record in self.records.values():
                 file.write(_record_line(record))
-        self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        self._file = self._path.open("ab", buffering=0)
 
     def append(self, record: Record) -> None:
         """Say that a photograph's files are complete."""
         self.records[record.place] = record
         line = _record_line(record)
-        if os.write(self._handle, line) < len(line):
+        if self._file.write(line) < len(line):
             raise ValueError(f"{self._path}: cannot write there (the disk is full)")
 
     def close(self) -> None:
         """Leave it to the next run."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         self._lock.release()
 
 

@@ -1,6 +1,7 @@
 """uvicorn, with what it lacks: clients that stall are let go, and a stop finishes what was accepted."""
 
 import asyncio
+import os
 import signal
 import socket
 import warnings
@@ -36,7 +37,8 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # elsewhere it would let two services have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         raise ValueError(f"cannot listen at {host} port {port} ({error.strerror or error})") from None

@@ -49,7 +49,7 @@ class CheckpointFolder:
                 return _read(path), messages
             except (OSError, ValueError) as error:
                 messages.append(f"{error}; falling back to the checkpoint before")
-                path.rename(path.with_suffix(".damaged"))
+                path.replace(path.with_suffix(".damaged"))
         return None, messages
 
     def load_best(self) -> dict[str, Any] | None:

@@ -144,7 +144,7 @@ def fail(problem: str) -> NoReturn:
 def below(folder: Path, name: str, place: str) -> Path:
     """`folder / name`. Raises ValueError, beginning with `place`, if that would lead out of the folder."""
     path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+    if not path.parts or Path(name).anchor or ".." in path.parts or "\\" in name or "\0" in name:
         raise ValueError(f"{place}: {name[:80]!r} is no path below the folder")
     return folder / path
 
