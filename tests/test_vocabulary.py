@@ -141,6 +141,9 @@ def test_a_name_with_a_bar_survives_the_round_trip():
         ({"road", "sky"}, "not set"),
         (None, "not NoneType"),
         (["road\x1b[2J"], "control character"),
+        (["road\n", "sky\n"], "word 1 ('road\\n') has a line break"),
+        ("road\tstreet", "control character"),
+        ([{"name": "road", "synonyms": ["high\u2028street"]}], "a synonym"),
         (["\udcff"], "not valid text"),
         (
             [str(number) for number in range(MAX_WORDS + 1)],

@@ -48,8 +48,9 @@ Templates = str | os.PathLike | Sequence[str]
 _CLASSES = Path(__file__).parent / "assets" / "classes"
 _WORD_KEYS = {"name", "text", "synonyms", "prompts", "background"}
 _VOCABULARY_KEYS = {"words", "background", "templates"}
-# Control characters would reach the terminal; lone surrogates (undecodable bytes of a command line) can't be written.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
+# Control characters would reach the terminal; a line break would make two words of one where words stand a line each;
+# lone surrogates (undecodable bytes of a command line) can't be written.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,7 @@ def _check_text(text: object, place: str) -> None:
     if not text.strip():
         raise ValueError(f"{place} is blank")
     if _UNPRINTABLE.search(text):
-        raise ValueError(f"{place} ({_short(text)}) has a control character or is not valid text")
+        raise ValueError(f"{place} ({_short(text)}) has a line break or control character, or is not valid text")
 
 
 def _key(text: str) -> str:
