@@ -367,3 +367,13 @@ def test_a_name_the_terminal_cannot_show(tmp_path, model_folder):
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
     assert json.loads((tmp_path / "x.segments.json").read_text(encoding="utf-8"))["words"][0]["name"] == "树"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_output_that_cannot_be_written_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "opensan", "words", "pascal_voc_20"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")

@@ -458,6 +458,8 @@ def test_eval_errors_are_one_line(command, folder, tmp_path):
         ("--data", folder, "--model", "tiny"): (1, f"{folder}: has no list val.txt; there are test: choose one with"),
         ("--data", folder, folder, "--split", "test", "--model", "tiny"): (2, "two data sets are called 'shore'"),
         ("--data", tmp_path / "none"): (1, "no such folder"),
+        ("--data", tmp_path): (1, f"{tmp_path}: not a data set, it has no lists"),
+        ("--data", folder, "--from-predictions", "x.json", "--tta"): (2, "--from-predictions has no model"),
         ("--table", "--root", tmp_path / "none"): (1, "holds no prepared data sets"),
         ("--data", folder, folder, "--from-predictions", "x.json"): (2, "--from-predictions is about one data set"),
         ("--data", folder, "--split", "test", "--from-predictions", "x.json"): (1, "x.json: no such file or folder"),

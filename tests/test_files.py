@@ -28,3 +28,9 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
         raise error
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_missing_folder_is_named_and_not_the_temporary_file(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        write_text(tmp_path / "nowhere" / "a.txt", "x")
+    assert error.value.filename == str(tmp_path / "nowhere")

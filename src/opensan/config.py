@@ -177,6 +177,8 @@ def read_config(path: Path) -> ModelConfig:
     """Read a checkpoint's config.json. Raises ValueError, one line, on anything but a valid one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: does not exist; a model is weights with their {path.name} beside them") from None
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, an endless number, endless nesting
         raise ValueError(f"{path}: not a readable model configuration ({error})") from None
     return parse_config(ModelConfig, data, str(path))

@@ -1,5 +1,6 @@
 """Writing files so that nothing a user made is ever lost or half-written."""
 
+import errno
 import filecmp
 import os
 import secrets
@@ -29,6 +30,8 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     """
     paths = [Path(target) for target in targets]
     temporaries: list[Path] = []
+    if not paths[0].parent.is_dir():  # said of the folder, not of the temporary file
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(paths[0].parent))
     try:
         for path in paths:
             temporary = temporary_path(path)

@@ -88,6 +88,8 @@ def evaluate(
         raise UsageError("name the data sets: --data DIR..." + (", or --root DIR" if table else ""))
     if from_predictions is not None and len(folders) != 1:
         raise UsageError("--from-predictions is about one data set: give exactly one --data")
+    if from_predictions is not None and tta:
+        raise UsageError("--tta is about how a model predicts; --from-predictions has no model")
     from torch import OutOfMemoryError
 
     from opensan.distributed import is_main, process_group

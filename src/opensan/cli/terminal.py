@@ -55,6 +55,9 @@ def reporting_errors() -> Iterator[None]:
                 raise
             complain(f"error: this needs {package}, which is not installed: pip install {package}")
             sys.exit(1)
+        except OSError as error:  # of the machine: a full disk, a file that may not be read
+            complain(f"error: {error.filename + ': ' if error.filename else ''}{error.strerror or error}")
+            sys.exit(1)
         except Exception as error:
             # typer has carried click inside itself since 0.26 and used the real one before: known by what it can do.
             if not hasattr(error, "format_message"):

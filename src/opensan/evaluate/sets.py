@@ -40,8 +40,9 @@ def open_set(root: Path, split: str | None = None) -> PreparedSet:
     split = split or (manifest and manifest.evaluation_split) or "val"
     lists = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
     if split not in lists:
-        there = f"there are {', '.join(lists)}: choose one with --split" if lists else "there is none"
-        raise ValueError(f"{root}: has no list {split}.txt; {there}")
+        if not lists:
+            raise ValueError(f"{root}: not a data set, it has no lists; one is made by `opensan data prepare`")
+        raise ValueError(f"{root}: has no list {split}.txt; there are {', '.join(lists)}: choose one with --split")
     name = root.resolve().name
     return PreparedSet(name, manifest.label_set if manifest else None, SegmentationFolder(root, split))
 
