@@ -1,8 +1,10 @@
 """The object a user holds: inputs, batches, relabelling, saved encodings, threads."""
 
 import io
+import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, get_overloads
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 import opensan
 from opensan.checkpoints import save_folder
 from opensan.segmentation import AnySegmenter, Segmentation
-from opensan.segmenter import Encoding, Segmenter
+from opensan.segmenter import Encoding, Segmenter, checked_device
 from opensan.vocabulary import UNLABELLED
 
 WORDS = ["sea", "hair drier", "zebra crossing", "bookcase"]
@@ -64,6 +66,38 @@ def test_type_checkers_know_that_one_image_gives_one_answer():
         of_many, of_one = [overload.__annotations__ for overload in get_overloads(method)]
         assert (of_one["return"], of_many["return"]) == (answer, list[answer])
         assert of_many["images"] == list[Any] | tuple[Any, ...]  # first: without torch, ImageSource may be anything
+
+
+def test_a_result_shows_itself_in_a_line_and_in_a_notebook(san):
+    seg = san.segment(np.full((40, 60, 3), 128, np.uint8), ["road", "sky"])
+    first = max(seg.areas, key=seg.areas.get)
+    assert repr(seg).startswith(f"<Segmentation of 60x40: {first} ") and len(repr(seg)) < 80
+    assert repr(seg.encoding) == f"<Encoding of a photograph of 60x40 by {san.fingerprint}>"
+    with Image.open(io.BytesIO(seg._repr_png_())) as shown:
+        assert np.array_equal(np.asarray(shown), np.asarray(seg.overlay()))
+
+
+def test_results_are_compared_by_identity(san):
+    """Comparing arrays has no one answer, so that `in` a list of results would raise."""
+    first, second = san.segment([picture(40, 60), picture(40, 60)], WORDS)
+    assert second in [first, second] and first not in [second] and len({first, second, first}) == 2
+
+
+def test_a_pickled_result_is_complete_but_for_the_model(san, tmp_path):
+    image = picture(60, 80)
+    seg = san.segment(image, WORDS, background=["other"])
+    data = pickle.dumps(seg)
+    assert len(data) < 40 * image.size  # the model stays behind
+    copy = pickle.loads(data)
+    assert np.array_equal(copy.labels, seg.labels) and np.array_equal(copy.confidence, seg.confidence)
+    assert copy.names == seg.names and copy.areas == seg.areas and copy.vocabulary == seg.vocabulary
+    written, expected = copy.save(tmp_path / "copy"), seg.save(tmp_path / "original")
+    assert {kind: path.read_bytes() for kind, path in written.items()} == {
+        kind: path.read_bytes() for kind, path in expected.items()
+    }
+    with pytest.raises(ValueError, match="no model: ask one with"):
+        copy.relabel(["road"])
+    assert np.array_equal(san.segment(copy.encoding, ["road", "sky"]).labels, seg.relabel(["road", "sky"]).labels)
 
 
 def test_relabel_runs_neither_vit(san):
@@ -207,9 +241,30 @@ def test_random_weights_warn_and_repeat():
         ({"device": "abacus"}, "device 'abacus'"),
         ({"dtype": "int4"}, "dtype 'int4'"),
         ({"speed": "warp"}, "speed 'warp'"),
+        (
+            {"source": Path(__file__).parent},
+            "tests.config.json: does not exist; a model is weights with their config.json",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(folder, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         opensan.load(**{"source": folder, **arguments})
     assert "\n" not in str(error.value)
+
+
+def test_a_device_that_is_not_there_is_named_in_a_short_line(san, monkeypatch):
+    def without(*_, **__):
+        raise NotImplementedError("Could not run it with the 'MPS' backend. This could be because [ten more lines]")
+
+    monkeypatch.setattr(torch, "empty", without)
+    with pytest.raises(ValueError) as error:
+        checked_device("mps")
+    assert str(error.value) == "device 'mps' cannot be used here (Could not run it with the 'MPS' backend)"
+
+
+def test_calls_that_cannot_be_meant_are_one_line(san, tmp_path):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        san.segment([picture(40, 60)], WORDS, batch_size=0)
+    with pytest.raises(ValueError, match=r"formats must be a list, such as \['png', 'json'\], not 'png'"):
+        san.segment(picture(40, 60), WORDS).save(tmp_path, formats="png")

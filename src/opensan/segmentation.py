@@ -3,11 +3,12 @@
 Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the photograph.
 """
 
+import io
 import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,7 @@ def to_array(tensor: "torch.Tensor | np.ndarray") -> np.ndarray:
     return np.ascontiguousarray(tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Encoding:
     """An image after both ViTs, before any word: all that `Segmenter.segment` needs to answer any vocabulary.
 
@@ -51,6 +52,10 @@ class Encoding:
     """Fingerprint of the model that made it; another model cannot read it."""
     image: np.ndarray | None = None
     """The photograph, [H0, W0, 3] uint8 RGB, for overlays; None if it was not kept."""
+
+    def __repr__(self) -> str:
+        height, width = self.sizes.image
+        return f"<Encoding of a photograph of {width}x{height} by {self.model}>"
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write to `path` (a safetensors file), all or nothing."""
@@ -95,19 +100,38 @@ class Encoding:
             raise ValueError(f"{source}: not a saved encoding (its tensors and sizes contradict each other)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
-    """The answer: a word for every pixel."""
+    """The answer: a word for every pixel.
+
+    A pickle of it is complete, confidence included, but for the model: it can be shown and saved, not relabelled.
+    """
 
     labels: np.ndarray
     """[H0, W0] int32: index into `names`, or -1 where a background word won."""
     names: list[str]
     """Display names in the vocabulary's order, background words left out."""
-    winners: np.ndarray = field(repr=False)
+    winners: np.ndarray
     """[H0, W0] int32: index into `vocabulary.words`, background words included; `labels` itself if there are none."""
     vocabulary: Vocabulary
-    encoding: Encoding = field(repr=False)
-    segmenter: "AnySegmenter" = field(repr=False)
+    encoding: Encoding
+    segmenter: "AnySegmenter | None"
+    """What answered; None in one that was unpickled."""
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        shares = sorted(self.areas.items(), key=lambda item: -item[1])
+        found = [f"{name} {outputs.format_share(area)}" for name, area in shares[:5] if area]
+        return f"<Segmentation of {width}x{height}: {', '.join(found) or 'unlabelled'}>"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        content = io.BytesIO()
+        self.overlay().save(content, "PNG")
+        return content.getvalue()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"confidence": self.confidence, "segmenter": None}
 
     @cached_property
     def confidence(self) -> np.ndarray:
@@ -115,6 +139,7 @@ class Segmentation:
 
         Computed when first asked for; labels do not need it.
         """
+        assert self.segmenter is not None  # a pickle holds the confidence
         return self.segmenter.confidence(self)
 
     @property
@@ -132,6 +157,10 @@ class Segmentation:
         self, words: Any, *, background: Iterable[Any] = (), templates: Templates | None = None
     ) -> "Segmentation":
         """The same image asked with other words; neither ViT runs. Arguments as for `Segmenter.segment`."""
+        if self.segmenter is None:
+            raise ValueError(
+                "an unpickled segmentation has no model: ask one with segment(segmentation.encoding, words)"
+            )
         return self.segmenter.segment(self.encoding, words, background=background, templates=templates)
 
     def overlay(self) -> Image.Image:
@@ -248,6 +277,8 @@ class AnySegmenter:
 
     def encode_read(self, images: Sequence[ReadImage], *, batch_size: int = 4) -> list[Encoding]:
         """What `encode` does after reading; see there."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         by_shape = defaultdict(list)
         for index, image in enumerate(images):
             by_shape[image.prepared.sizes.padded].append(index)

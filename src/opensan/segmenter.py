@@ -165,7 +165,8 @@ def checked_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on for a page about what it is built of
+        raise ValueError(f"device {str(device)!r} cannot be used here ({reason})") from None
     return found
 
 

@@ -46,6 +46,8 @@ _OVERLAY_COMPRESSION = 3
 
 def check_formats(formats: Sequence[str]) -> None:
     """Raise ValueError, one line, unless all `formats` are known and there is at least one."""
+    if isinstance(formats, str):
+        raise ValueError(f"formats must be a list, such as ['png', 'json'], not {formats!r}")
     for name in formats:
         if name not in FORMATS:
             raise ValueError(f"unknown output format {name!r}: choose from {', '.join(FORMATS)}")
