@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +378,17 @@ def test_the_table_has_measured_and_official_figures(folder, tmp_path):
     assert sum("official" in row for row in table(measured, "tiny")) == 4
     assert missing(measured) == ["COCO-Stuff", "VOC-20", "PC-59", "PC-459", "ADE-847"]
     assert f"| mIoU (ground truth) | – | – | – | {miou:.2f} | – | – | {miou:.2f} |" in as_markdown(rows)
+
+
+def test_every_measured_set_has_a_column_of_its_own(folder, tmp_path):
+    """Also a second one of a benchmark's classes, and one whose folder is called as a benchmark is."""
+    whole, half = an_evaluation(folder, tmp_path / "out"), replace(an_evaluation(folder, tmp_path / "out"), images=2)
+    measured = [Measured("ade", "ade20k_150", whole), Measured("part", "ade20k_150", half)]
+    measured += [Measured("pascal_voc_20", None, half), Measured("PC-59", None, half)]
+    rows = table(measured, "san-vit-b16")
+    found = {title: count for title, count in rows["photographs"].items() if count is not None}
+    assert found == {"ADE-150": whole.images, "part": 2, "pascal_voc_20": 2, "PC-59 (own)": 2}
+    assert rows["official SAN B/16"]["pascal_voc_20"] is rows["official SAN B/16"]["part"] is None
 
 
 # The command

@@ -44,15 +44,21 @@ class Measured:
 def table(measured: list[Measured], model: str) -> dict[str, Mapping[str, float | int | None]]:
     """Row -> column -> figure in percent (photographs: their number), None where there is none.
 
-    The columns are the benchmarks, measured or not, then the other data sets. `model`: its configuration's name; the
-    official rows are those of the same architecture, or all if it is none of SAN's.
+    The columns are the benchmarks, measured or not, then the other data sets, by the names of their folders; so is a
+    second one of a benchmark's classes. `model`: its configuration's name; the official rows are those of the same
+    architecture, or all if it is none of SAN's.
     """
-    by_column = {one.label_set if one.label_set in BENCHMARKS else one.name: one for one in measured}
-    columns = {**BENCHMARKS, **{key: one.name for key, one in by_column.items() if key not in BENCHMARKS}}
+    columns: dict[str, tuple[str | None, Measured | None]] = {title: (key, None) for key, title in BENCHMARKS.items()}
+    for one in measured:
+        title = BENCHMARKS.get(one.label_set)
+        if title is not None and columns[title][1] is None:
+            columns[title] = (one.label_set, one)
+        else:
+            columns[one.name if one.name not in columns else f"{one.name} (own)"] = (None, one)
     rows = {}
 
     def add(name: str, figure) -> None:
-        found = {title: figure(key, by_column.get(key)) for key, title in columns.items()}
+        found = {title: figure(key, one) for title, (key, one) in columns.items()}
         rows[name] = {title: None if value != value else value for title, value in found.items()}  # nan is no JSON
 
     def measured_row(name: str, attribute: str) -> None:
