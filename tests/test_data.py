@@ -61,7 +61,7 @@ def test_sixteen_bits_and_palettes(folder):
 
 
 def test_lists_may_name_files_and_missing_photographs_are_left_out_by_name(folder):
-    (folder / "train.txt").write_text("street.png\n\nimg-10.21op9.png\nlost\n")
+    (folder / "train.txt").write_text("street.png\n\nimg-10.21op9.png\nlost\n", encoding="utf-8-sig")
     with pytest.warns(UserWarning, match=r"1 of 3 listed photographs .* left out: lost"):
         data = SegmentationFolder(folder, "train")
     assert [data.name(index) for index in range(len(data))] == ["street", "img-10.21op9"]

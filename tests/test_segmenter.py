@@ -4,6 +4,7 @@ import io
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_overloads
 
@@ -173,6 +174,10 @@ def test_a_foreign_or_damaged_encoding_is_refused(san, small_model, tmp_path):
     stranger = Encoding(encoding.mask_logits, encoding.mask_embeddings, encoding.sizes, "other-model")
     with pytest.raises(ValueError, match="made by model other-model"):
         san.segment(stranger, WORDS)
+    enormous = replace(encoding.sizes, image=(1_000_000, 1_000_000))
+    path = replace(encoding, sizes=enormous, image=None).save(tmp_path / "enormous.encoding")
+    with pytest.raises(ValueError, match="contradict each other"):
+        Encoding.load(path)
     path = encoding.save(tmp_path / "x.encoding")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a saved encoding"):

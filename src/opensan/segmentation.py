@@ -5,6 +5,7 @@ Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the photogra
 
 import io
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,10 @@ from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
 
 if TYPE_CHECKING:
     import torch
+
+
+MOST_ANSWERED_PIXELS = 2**30
+"""An encoding from a file may say that its photograph was no larger (4 GiB of labels), and no more can be checked."""
 
 
 def to_array(tensor: "torch.Tensor | np.ndarray") -> np.ndarray:
@@ -93,7 +98,8 @@ class Encoding:
             and str(masks.dtype) == str(embeddings.dtype) in ("float32", "torch.float32")
             and all(0 < network <= padded for network, padded in zip(sizes.network, sizes.padded, strict=True))
             and all(padded <= 256 * grid for padded, grid in zip(sizes.padded, masks.shape[1:], strict=True))
-            and all(0 < side <= 1_000_000 for side in sizes.image)
+            and min(sizes.image) > 0
+            and math.prod(sizes.image) <= MOST_ANSWERED_PIXELS
             and (self.image is None or self.image.shape == (*sizes.image, 3))
         )
         if not fits:

@@ -87,7 +87,8 @@ class SegmentationFolder:
 def find_listed(root: Path, split: str) -> tuple[list[Path], list[str]]:
     """The photographs that a list names, in its order, and the names that no file in images/ has."""
     path = _existing(root / f"{split}.txt")
-    listed = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8-sig")  # Windows' editors mark UTF-8 at the start
+    listed = [line.strip() for line in text.splitlines() if line.strip()]
     # Stems may contain dots, so a listed name is looked up as a whole before it is taken for a stem.
     by_name = {file.name: file for file in _existing(root / "images").iterdir()}
     by_stem = {file.stem: file for file in by_name.values()}

@@ -26,7 +26,7 @@ def stems(folder: Path, suffix: str) -> set[str]:
 def read_list(path: Path) -> list[str]:
     """The lines of a split list, each once, without white space around them."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors mark UTF-8 at the start
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable list ({error})") from None
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
