@@ -167,6 +167,7 @@ def test_two_runs_do_not_share_a_folder(segmenter, tmp_path):
 def test_left_over_files_go_and_others_stay(segmenter, tmp_path):
     folder, out = photographs(tmp_path / "in", 1), tmp_path / "out"
     left = ["0/.000.labels.abcd_123.part.png", "voc/JPEGImages/0/.000.png.part", "voc/.labelmap.abcdefgh.part.txt"]
+    left += ["0/.opensan.abcd_123.part", ".opensan.abcd_123.part"]
     others = ["0/.other.labels.abcd_123.part.png", "0/.000.labels.part.png", "0/000.labels.abcd_123.part.png"]
     for name in (*left, *others):
         (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+TRIAL = "opensan"
+"""The file that is begun, and never finished, to see whether a folder can be written to."""
+
 
 @contextmanager
 def atomic_path(target: str | os.PathLike) -> Iterator[Path]:

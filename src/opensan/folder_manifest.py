@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from opensan.files import atomic_path
+from opensan.files import TRIAL, atomic_path
 
 NAME = "manifest.jsonl"
 
@@ -207,7 +207,7 @@ _TEMPORARY_LINK = re.compile(r"\.(?P<name>.+)\.part")
 
 
 def remove_left_over(out: Path, paths: Iterable[str]) -> None:
-    """Remove temporary files that a killed run left beside `paths` (below `out`), and the manifest's own."""
+    """Remove temporary files that a killed run left beside `paths` (below `out`): theirs, the manifest's, trials."""
     targets: dict[Path, set[str]] = defaultdict(set)
     targets[out].add(NAME)
     for path in paths:
@@ -215,7 +215,7 @@ def remove_left_over(out: Path, paths: Iterable[str]) -> None:
     for folder, names in targets.items():
         if folder.is_dir():
             for entry in os.scandir(folder):
-                if _target_of(entry.name) & names:
+                if _target_of(entry.name) & (names | {TRIAL}):
                     Path(entry.path).unlink(missing_ok=True)
 
 

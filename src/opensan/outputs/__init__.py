@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from opensan.files import atomic_path, write_text
+from opensan.files import TRIAL, atomic_path, write_text
 from opensan.outputs.coco import mean_confidence, record
 from opensan.outputs.colours import UNLABELLED_COLOUR, palette
 from opensan.outputs.datasets import DATASETS, check_words
@@ -75,7 +75,7 @@ def check_writable(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "opensan") as temporary:
+        with atomic_path(folder / TRIAL) as temporary:
             temporary.write_bytes(b"opensan")
             raise _EnoughProof
     except _EnoughProof:
