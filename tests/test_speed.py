@@ -2,15 +2,16 @@
 
 import copy
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import opensan
-from opensan import speed
+from opensan import segmenter, speed
 from opensan.model import transformer
 
 SCENE = Path(opensan.__file__).parent / "assets" / "scenes" / "playground.png"
@@ -70,6 +71,23 @@ def test_fast_is_exact_where_nothing_is_faster_and_says_so(float32_cpu):
         fast = load_tiny(speed="fast")
     assert fast.dtype == torch.float32
     assert np.array_equal(fast.segment(SCENE, WORDS).labels, load_tiny().segment(SCENE, WORDS).labels)
+
+
+def test_a_segmenters_own_gpu_is_the_current_one_while_it_works(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def current(device):
+        entered.append(device)
+        yield
+        entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    device = torch.device("cuda:1")
+    work = segmenter._undisturbed(lambda self: list(entered))
+    assert work(SimpleNamespace(device=device)) == [device]
+    assert entered == [device, None]
+    assert work(SimpleNamespace(device=torch.device("cpu"))) == entered
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -31,11 +32,15 @@ __all__ = ["Encoding", "ReadImage", "Segmentation", "Segmenter", "checked_device
 
 
 def _undisturbed(method: Callable) -> Callable:
-    """For methods of `Segmenter`: without gradients, and float32 is float32 even where the caller has autocast on."""
+    """For methods of `Segmenter`: without gradients, and float32 is float32 even where the caller has autocast on.
+
+    Streams, CUDA graphs and Triton's kernels belong to the current device, whatever device their tensors are on.
+    """
 
     @wraps(method)
     def call(self: "Segmenter", *arguments: Any, **named: Any) -> Any:
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with current, torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             return method(self, *arguments, **named)
 
     return call

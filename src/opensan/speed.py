@@ -116,6 +116,7 @@ class _Recorded:
                 function(pixels)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may go on: the mode that is usual forbids them to take memory as long as this one records.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             proposals = function(pixels)
         return cls(graph, pixels, proposals)
