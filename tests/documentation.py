@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -207,17 +208,33 @@ def check_extras(packages: list[str]) -> None:
 
 def check_opensan(arguments: list[str]) -> None:
     """The command exists and takes these options; a training's settings exist too."""
-    command = typer.main.get_command(app)
-    rest = list(arguments)
-    while hasattr(command, "commands"):
-        name, *rest = rest
-        command = command.commands[name]
-    command.make_context(name, list(rest))
-    if name == "train":
+    command, rest = find_command(arguments)
+    command.make_context(command.name, list(rest))
+    if command.name == "train":
         from opensan.recipe.config import read_recipe
 
         config, *overrides = [word for word in rest if not word.startswith("-")]
         read_recipe(config, overrides)
+
+
+def find_command(arguments: list[str]) -> tuple[Any, list[str]]:
+    """The command that these words name, and the words after it. Raises KeyError if there is none."""
+    command, rest = typer.main.get_command(app), list(arguments)
+    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+        command = command.commands[rest.pop(0)]
+    return command, rest
+
+
+def commands() -> list[Any]:
+    """`opensan`, all its commands, and theirs."""
+    found = [typer.main.get_command(app)]
+    for command in found:
+        found += getattr(command, "commands", {}).values()
+    return found
+
+
+def options_of(command: Any) -> set[str]:
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
 class _Parsed(Exception):

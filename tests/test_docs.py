@@ -6,19 +6,17 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-import typer.main
 
-from opensan.cli import app
 from opensan.data.prepare import READERS
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.vocabulary import ready_sets
 
 from .desks import lay_out
-from .documentation import PAGES, ROOT, Reader, blocks, read_page
+from .documentation import PAGES, ROOT, Reader, blocks, commands, find_command, options_of, read_page
 
 SLOW = {"docs/reliability.md"}
 
@@ -113,17 +111,22 @@ def test_no_command_hides_in_indented_text(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_options_in_the_text_exist(page):
-    """Of whatever command: an option that no command has is a mistake."""
-    commands = list(typer.main.get_command(app).commands.values())
-    commands += [one for group in commands for one in getattr(group, "commands", {}).values()]
-    known = {option for command in commands for parameter in command.params for option in parameter.opts}
-    known |= {option for command in commands for parameter in command.params for option in parameter.secondary_opts}
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "".join(re.findall(r"`[^`\n]+`", read_page(page)))))
-    assert shown <= known | ELSEWHERE
+def test_commands_and_options_in_the_text_exist(page):
+    """Options that stand alone may be any command's."""
+    inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", read_page(page))
+    for code in inline:
+        if code.startswith("opensan "):
+            command, rest = find_command(code.split()[1:])
+            assert options(rest) <= options_of(command), code
+    known = set().union(*map(options_of, commands()))
+    assert options(inline) <= known | ELSEWHERE
 
 
-ELSEWHERE = {"--tta", "--pairs", "--no-flickr", "--build"}
+def options(words: Iterable[str]) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(words)))
+
+
+ELSEWHERE = {"--pairs", "--no-flickr", "--build"}
 """Options of scripts in bench/ and of other programs that texts name."""
 
 
