@@ -30,6 +30,7 @@ from opensan.serve.schemas import (
     ProblemInfo,
     Question,
     ServiceInfo,
+    comma_string,
     one_line,
     question_from_form,
     text_parts,
@@ -68,6 +69,11 @@ _UPLOADED = {
         }
     },
 }
+_JSON_LIST = {
+    "type": "string",
+    "contentMediaType": "application/json",
+    "pattern": r"^\s*\[",
+}
 _FORM = {
     "multipart/form-data": {
         "schema": {
@@ -76,9 +82,18 @@ _FORM = {
             "additionalProperties": False,
             "properties": {
                 "image": {"type": "string", "format": "binary"},
-                "words": {"type": "string", "description": "Comma string, or a JSON list."},
-                "background": {"type": "string", "description": "As words."},
-                "templates": {"type": "string", "description": '"vild", "single", or a JSON list of texts.'},
+                "words": {
+                    "anyOf": [comma_string(without=r"\["), _JSON_LIST],
+                    "description": "Comma string, or a JSON list.",
+                },
+                "background": {
+                    "anyOf": [comma_string(without=r"\[", or_blank=True), _JSON_LIST],
+                    "description": "As words; may be blank.",
+                },
+                "templates": {
+                    "anyOf": [{"enum": ["vild", "single"]}, _JSON_LIST],
+                    "description": '"vild", "single", or a JSON list of texts.',
+                },
             },
         }
     }

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from opensan.serve.limits import Limits, Problem
 from opensan.vocabulary import Vocabulary, Word
@@ -17,17 +17,44 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+# What the description says of texts, as far as patterns can; `Vocabulary` checks it, and tells in words what is wrong.
+_CONTROL = r"\x00-\x08\x0e-\x1b\x7f"
+
+
+def _some(without: str) -> str:
+    """The pattern of a text that is not blank, of no control characters and none of `without`."""
+    return rf"[^{_CONTROL}{without}]*[^{_CONTROL}{without}\s][^{_CONTROL}{without}]*"
+
+
+def _text(pattern: str) -> dict[str, Any]:
+    return {"type": "string", "pattern": f"^{pattern}$"}
+
+
+def comma_string(without: str = "", *, or_blank: bool = False) -> dict[str, Any]:
+    """The schema of "road, car|automobile, sky"."""
+    word = _some(rf",|{without}")
+    return _text(rf"({word}([,|]{word})*{r'|[ ]*' if or_blank else ''})")
+
+
+_TEMPLATE = rf"([^{_CONTROL}{{]|\{{(?!\}}))*\{{\}}([^{_CONTROL}{{]|\{{(?!\}}))*"
+_Text = Annotated[str, WithJsonSchema(_text(_some("")))]
+_Synonyms = Annotated[str, WithJsonSchema(_text(rf"{_some('|')}(\|{_some('|')})*"))]
+_CommaString = Annotated[str, WithJsonSchema(comma_string())]
+_Template = Annotated[str, WithJsonSchema(_text(_TEMPLATE))]
+
+
 class WordSpec(_Strict):
     """A word told in full."""
 
-    name: str = Field(description="What answers call it.")
-    text: str | None = Field(None, description="What prompts say instead of the name.")
-    synonyms: list[str] = Field([], description="Other texts for it; the best of all is its score.")
-    prompts: list[str] = Field([], description="Full sentences instead of the templates.")
+    name: _Text = Field(description="What answers call it.")
+    text: _Text | None = Field(None, description="What prompts say instead of the name.")
+    synonyms: list[_Text] = Field([], description="Other texts for it; the best of all is its score.")
+    prompts: list[_Text] = Field([], description="Full sentences instead of the templates.")
     background: bool = Field(False, description="It takes pixels, and they are answered as unlabelled.")
 
 
-Words = str | list[str | WordSpec]
+Words = _CommaString | Annotated[list[_Synonyms | WordSpec], Field(json_schema_extra={"minItems": 1})]
+Background = Annotated[str, WithJsonSchema(comma_string(or_blank=True))] | list[_Synonyms | WordSpec]
 
 
 class Question(_Strict):
@@ -38,10 +65,12 @@ class Question(_Strict):
     )
 
     words: Words = Field(description='"road, car|automobile, sky", or a list; | joins synonyms.')
-    background: Words = Field([], description="Words whose pixels are answered as unlabelled.")
-    templates: Literal["vild", "single"] | list[str] | None = Field(
-        None, description='The prompts: a set\'s name, or texts with one "{}" each.'
-    )
+    background: Background = Field([], description="Words whose pixels are answered as unlabelled.")
+    templates: (
+        Literal["vild", "single"]
+        | Annotated[list[_Template], Field(json_schema_extra={"minItems": 1, "uniqueItems": True})]
+        | None
+    ) = Field(None, description='The prompts: a set\'s name, or texts with one "{}" each.')
 
     def vocabulary(self, limits: Limits) -> Vocabulary:
         """Raises Problem (422), one line, if it is more than `limits` allow or cannot be used."""

@@ -55,6 +55,7 @@ export class Inspect {
     );
     element("proposals").replaceChildren(...masks.map((mask, index) => this.#proposal(proposals[index], mask)));
     this.root.hidden = false;
+    this.root.scrollIntoView({ block: "nearest" }); // on a phone it stands below the words
     this.app.speak(
       `${words[0].name}. Next best: ${words.slice(1, 3).map((word) => word.name).join(", ") || "none"}. ` +
         `${masks.length} proposals shown.`,
