@@ -17,6 +17,7 @@ from rasterio.transform import from_origin  # noqa: E402
 from opensan import geo  # noqa: E402
 from opensan.cli import main  # noqa: E402
 from opensan.lab.scenes import make_scene  # noqa: E402
+from opensan.outputs.polygons import signed_area  # noqa: E402
 from opensan.strips import StripFile  # noqa: E402
 
 PLACE = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_300_000, 2, 2)}
@@ -187,11 +188,27 @@ def test_polygons_are_the_regions_and_lie_where_the_image_lies(tmp_path):
     assert by_word["roof"]["properties"] == {"word": "roof", "index": 0, "pixels": 1000, "square_metres": 4000}
     assert by_word["pond"]["properties"]["pixels"] == 200
     outer, hole = (np.array(ring) for ring in by_word["roof"]["geometry"]["coordinates"])
-    assert geo.signed_area(outer) > 0 > geo.signed_area(hole)
+    assert signed_area(outer[:-1]) > 0 > signed_area(hole[:-1])
     # The columns 20 and 60 lie 40 and 120 m east of 9 degrees; there a degree is some 74.8 km.
     assert (outer[:, 0].min() - 9) * 74_800 == pytest.approx(40, rel=0.01)
     assert (outer[:, 0].max() - 9) * 74_800 == pytest.approx(120, rel=0.01)
     assert 47 < outer[:, 1].min() < outer[:, 1].max() < 48
+
+
+def test_polygons_are_those_of_gdal(tmp_path):
+    from rasterio.features import shapes
+
+    labels = np.random.default_rng(0).integers(-1, 3, (50, 40)).repeat(2, axis=0).repeat(3, axis=1).astype(np.int32)
+    path, _ = results(tmp_path, labels, ["a", "b", "c"])
+    geo.write_polygons(tmp_path / "x.geojson", path, ["a", "b", "c"])
+    features = json.loads((tmp_path / "x.geojson").read_text())["features"]
+
+    def plain(label, rings):  # GDAL begins rings elsewhere
+        return label, sorted(sorted(map(tuple, ring[:-1])) for ring in rings)
+
+    found = [plain(one["properties"]["index"], one["geometry"]["coordinates"]) for one in features]
+    other = shapes(labels, mask=labels >= 0, connectivity=4)
+    assert sorted(found) == sorted(plain(int(label), shape["coordinates"]) for shape, label in other)
 
 
 def test_without_coordinates_polygons_count_pixels(tmp_path):

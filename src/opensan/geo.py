@@ -18,11 +18,13 @@ import numpy as np
 
 from opensan.files import atomic_path
 from opensan.outputs import UNLABELLED_COLOUR, palette
+from opensan.outputs.polygons import Region, regions_of_strips, signed_area
 from opensan.strips import StripFile, label_dtype
 
 if TYPE_CHECKING:
     from affine import Affine
     from rasterio.crs import CRS
+    from rasterio.io import DatasetReader
 
 BEGINNINGS = {
     b"II*\0": "GTiff",
@@ -50,6 +52,9 @@ LONGITUDE_LATITUDE = "EPSG:4326"
 
 POLYGONS_AT_ONCE = 2000
 """So many are transformed and written together."""
+
+STRIP_PIXELS = 2**22
+"""So many labels are looked at together while regions are outlined."""
 
 
 @contextmanager
@@ -295,13 +300,12 @@ def write_polygons(
     `min_pixels` pixels are left out. Coordinates are longitude and latitude; of an image without a coordinate reference
     system they are columns and rows, which GeoJSON has no word for.
 
-    Memory grows with the corners of all polygons, not with the image.
+    Memory grows with the corners of all polygons, some 100 bytes each, and with the image's width, not its height.
 
     Returns:
         How many polygons there are.
     """
     import rasterio
-    from rasterio.features import shapes
 
     written = 0
     with (
@@ -310,14 +314,13 @@ def write_polygons(
         rasterio.open(labels) as file,
     ):
         metres = square_metres(file.crs, file.transform)
-        pixel = abs(file.transform.determinant)
-        found = _regions(shapes(rasterio.band(file, 1), connectivity=4), pixel, len(names), min_pixels)
+        found = (region for region in regions_of_strips(_label_strips(file)) if region.pixels >= min_pixels)
         out.write('{"type": "FeatureCollection", "features": [')
         while some := list(islice(found, POLYGONS_AT_ONCE)):
-            for (index, pixels, _), rings in zip(some, _placed([rings for *_, rings in some], file.crs), strict=True):
-                properties = {"word": names[index], "index": index, "pixels": pixels}
+            for region, rings in zip(some, _placed(some, file.crs, file.transform), strict=True):
+                properties = {"word": names[region.label], "index": region.label, "pixels": region.pixels}
                 if metres is not None:
-                    properties["square_metres"] = round(pixels * metres, 3)
+                    properties["square_metres"] = round(region.pixels * metres, 3)
                 geometry = {"type": "Polygon", "coordinates": [ring.tolist() for ring in rings]}
                 feature = {"type": "Feature", "properties": properties, "geometry": geometry}
                 out.write((",\n" if written else "\n") + json.dumps(feature, ensure_ascii=False))
@@ -326,29 +329,28 @@ def write_polygons(
     return written
 
 
-def _regions(
-    found: Iterator[tuple[dict[str, Any], float]], pixel: float, count: int, min_pixels: int
-) -> Iterator[tuple[int, int, list[np.ndarray]]]:
-    """Label, pixels and rings [corners, 2] of each region of one of `count` words; a pixel's area is `pixel`."""
-    for geometry, value in found:
-        if value >= count:  # unlabelled
-            continue
-        rings = [np.array(ring, dtype=np.float64) for ring in geometry["coordinates"]]
-        outer, *holes = (abs(signed_area(ring)) for ring in rings)
-        pixels = round((outer - sum(holes)) / pixel)
-        if pixels >= min_pixels:
-            yield int(value), pixels, rings
+def _label_strips(file: "DatasetReader") -> Iterator[np.ndarray]:
+    """A label raster from the top, [rows, W] int32 with -1 for unlabelled."""
+    from rasterio.windows import Window
+
+    at_once = max(1, STRIP_PIXELS // file.width)
+    for top in range(0, file.height, at_once):
+        window = Window(0, top, file.width, min(at_once, file.height - top))
+        labels = file.read(1, window=window).astype(np.int32)
+        yield np.where(labels == file.nodata, np.int32(-1), labels)
 
 
-def _placed(polygons: list[list[np.ndarray]], crs: "CRS | None") -> Iterator[list[np.ndarray]]:
-    """Polygons' rings in longitude and latitude, all transformed in one go (each call has its price)."""
-    from rasterio.warp import transform
+def _placed(some: list[Region], crs: "CRS | None", transform: "Affine") -> Iterator[list[np.ndarray]]:
+    """Closed rings [corners + 1, 2] of each region, as GeoJSON has them; all transformed by one call."""
+    polygons = [[ring[[*range(len(ring)), 0]] for ring in (region.outline, *region.holes)] for region in some]
+    columns, rows = np.concatenate([ring for rings in polygons for ring in rings]).T.astype(np.float64)
+    right, right_by_row, left, down_by_column, down, top = tuple(transform)[:6]
+    x, y = right * columns + right_by_row * rows + left, down_by_column * columns + down * rows + top
+    if crs is not None:
+        from rasterio.warp import transform as between
 
-    if crs is None:
-        yield from polygons
-        return
-    corners = np.concatenate([ring for rings in polygons for ring in rings])
-    placed = np.stack(transform(crs, LONGITUDE_LATITUDE, *corners.T), axis=1).round(8)  # a millimetre
+        x, y = np.round(between(crs, LONGITUDE_LATITUDE, x, y), 8)  # a millimetre
+    placed = np.stack([x, y], axis=1)
     start = 0
     for rings in polygons:
         moved = []
@@ -356,11 +358,5 @@ def _placed(polygons: list[list[np.ndarray]], crs: "CRS | None") -> Iterator[lis
             part = placed[start : start + len(ring)]
             start += len(ring)
             # RFC 7946: the outer ring counter-clockwise, holes clockwise.
-            moved.append(part if (signed_area(part) > 0) == (number == 0) else part[::-1])
+            moved.append(part if (signed_area(part[:-1]) > 0) == (number == 0) else part[::-1])
         yield moved
-
-
-def signed_area(ring: np.ndarray) -> float:
-    """Of a closed ring [corners, 2] of x and y, positive if it turns from x towards y."""
-    x, y = (ring - ring[0]).T
-    return float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2)

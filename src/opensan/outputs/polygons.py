@@ -7,9 +7,12 @@ and would be the heaviest dependency.
 Coordinates are (x, y) in pixels from the picture's upper left corner: pixel (0, 0) is the square from 0 to 1.
 """
 
+import dataclasses
+from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, groupby
 
 import numpy as np
 
@@ -41,24 +44,24 @@ class Region:
 
 
 def regions(labels: np.ndarray) -> Iterator[Region]:
-    """The regions of a label map [H, W] int (-1: unlabelled, no region), by label."""
-    from scipy import ndimage
+    """The regions of a label map [H, W] int (-1: unlabelled, no region), by label, then from the top."""
+    return regions_of_strips([labels])
 
-    for label, box in enumerate(ndimage.find_objects(labels + 1)):
-        if box is None:
-            continue
-        components, _ = ndimage.label(labels[box] == label)
-        offset = (box[1].start, box[0].start)
-        sizes = np.bincount(components.ravel())
-        outlines: dict[int, np.ndarray] = {}
-        holes: dict[int, list[np.ndarray]] = defaultdict(list)
-        for component, ring in _rings(components):
-            if signed_area(ring) > 0:
-                outlines[component] = ring + offset
-            else:
-                holes[component].append(ring + offset)
-        for component, outline in sorted(outlines.items()):
-            yield Region(label, int(sizes[component]), outline, tuple(holes[component]))
+
+def regions_of_strips(strips: Iterable[np.ndarray]) -> Iterator[Region]:
+    """The same of a label map that comes in strips of rows, [rows, W] each.
+
+    All strips are read before the first region is there. Memory grows with the number of corners, some 100 bytes each,
+    and of parts of regions in a strip, but not with the map: only one strip is held at a time.
+    """
+    corners, labels, pixels = _traced(strips)
+    rings, owners, ends = _rings(corners)
+    begins = np.concatenate([[0], ends[:-1]])
+    # Stable: a region's outline, which begins at its uppermost corner, stays before its holes.
+    in_order = np.lexsort([owners, labels[owners]])
+    for owner, group in groupby(in_order.tolist(), key=lambda ring: int(owners[ring])):
+        outline, *holes = (rings[begins[ring] : ends[ring]].astype(np.int64) for ring in group)
+        yield Region(int(labels[owner]), int(pixels[owner]), outline, tuple(holes))
 
 
 def signed_area(ring: np.ndarray) -> float:
@@ -67,52 +70,127 @@ def signed_area(ring: np.ndarray) -> float:
     return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
 
 
-def _rings(components: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Closed outlines, corner by corner, with the component each belongs to, of components [H, W] (0: none)."""
-    places, owners, arrives, leaves = _corners(components)
-    follower = np.empty(len(places), dtype=np.int64)
-    for direction in range(4):
-        # A side ends at the next corner in its row or column that is arrived at in its direction; so, in the order of
-        # rows or columns, the sides' beginnings and ends pair up one to one.
-        along = (1, 0) if direction in (_RIGHT, _LEFT) else (0, 1)
-        starts, ends = (np.flatnonzero(which == direction) for which in (leaves, arrives))
-        starts, ends = (which[np.lexsort(places[which][:, [1 - along[0], 1 - along[1]]].T)] for which in (starts, ends))
-        follower[starts] = ends
-    following = follower.tolist()
-    seen = bytearray(len(following))
-    for first in range(len(following)):
-        if seen[first]:
-            continue
-        ring, corner = [], first
-        while not seen[corner]:
-            seen[corner] = 1
-            ring.append(corner)
-            corner = following[corner]
-        yield int(owners[first]), places[ring]
+@dataclass(frozen=True)
+class _Corners:
+    """Corners of outlines, C of them. Where two of a region's pixels touch by a corner only, there are two."""
+
+    places: np.ndarray
+    """[C, 2] int32: x, y."""
+    owners: np.ndarray
+    """[C] int64: the region that each belongs to."""
+    arrives: np.ndarray
+    """[C] int8: in which direction the outline comes."""
+    leaves: np.ndarray
+    """[C] int8: in which it goes on."""
+
+    @classmethod
+    def joined(cls, parts: "list[_Corners]") -> "_Corners":
+        return cls(
+            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls))
+        )
 
 
-def _corners(components: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All corners of all outlines: (x, y) [C, 2], component [C], direction in [C], direction out [C].
+def _traced(strips: Iterable[np.ndarray]) -> tuple[_Corners, np.ndarray, np.ndarray]:
+    """All corners, by rows; and each region's label and number of pixels, [N] each."""
+    strips = iter(strips)
+    uppermost = next(strips)
+    nothing = np.full_like(uppermost[:1], -1)
+    above, above_parts = nothing, np.zeros(nothing.shape, dtype=np.int64)
+    corners, labels, pixels, joins = [], [], [], []
+    top = count = 0
+    for strip in chain([uppermost], strips, [nothing]):  # the last row's lower sides are above a row of nothing
+        parts, strip_labels = _parts(strip)
+        pixels.append(np.bincount(parts.ravel(), minlength=len(strip_labels)))
+        labels.append(strip_labels)
+        parts = parts + count
+        count += len(strip_labels)
+        joined = (above[0] == strip[0]) & (strip[0] >= 0)
+        joins.append(np.unique(np.stack([above_parts[0][joined], parts[0][joined]]), axis=1))
+        corners += _corners(np.concatenate([above, strip]), np.concatenate([above_parts, parts]), top)
+        above, above_parts = strip[-1:], parts[-1:]
+        top += len(strip)
+    region_of_part = _connected(np.concatenate(joins, axis=1), count)
+    found = _Corners.joined(corners)
+    found = dataclasses.replace(found, owners=region_of_part[found.owners])
+    region_labels = np.empty(region_of_part.max() + 1, dtype=np.int64)
+    region_labels[region_of_part] = np.concatenate(labels)
+    return found, region_labels, np.bincount(region_of_part, weights=np.concatenate(pixels)).astype(np.int64)
 
-    Where two of a component's pixels touch by a corner only, there are two: an outline keeps to its pixel.
+
+def _parts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which part of one label each pixel belongs to, [H, W] int64 from 0, unlabelled ones too; each part's label [N].
+
+    Found by connecting the runs of one label in each row, so that many labels cost no more than few.
     """
-    height, width = components.shape
-    padded = np.pad(components, 1)
-    four = {(y, x): padded[y : height + 1 + y, x : width + 1 + x] for y in (0, 1) for x in (0, 1)}
+    begins = np.ones(labels.shape, dtype=bool)
+    begins[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    runs = begins.cumsum(dtype=np.int32).reshape(labels.shape) - 1
+    touches = (labels[1:] == labels[:-1]) & (begins[1:] | begins[:-1])  # further to the right, the same two runs do
+    part_of_run = _connected(np.stack([runs[:-1][touches], runs[1:][touches]]), int(runs[-1, -1]) + 1)
+    part_labels = np.empty(part_of_run.max() + 1, dtype=labels.dtype)
+    part_labels[part_of_run] = labels[begins]
+    return part_of_run[runs], part_labels
+
+
+def _connected(pairs: np.ndarray, count: int) -> np.ndarray:
+    """The group, [count] int64 from 0, of each of `count` things of which `pairs` [2, P] belong together."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(pairs.shape[1], dtype=bool), tuple(pairs)), shape=(count, count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _corners(labels: np.ndarray, parts: np.ndarray, top: int) -> list[_Corners]:
+    """Those between two of the rows [H + 1, W], the first of which lies above the map's row `top`.
+
+    Pixels side by side belong to one part if their labels are equal; pixels across a corner are never asked about.
+    """
+    height, width = labels.shape
+    labels = np.pad(labels, ((0, 0), (1, 1)), constant_values=-1)
+    four = {(y, x): labels[y : height - 1 + y, x : width + 1 + x] for y in (0, 1) for x in (0, 1)}
     found = []
     for table, convex in ((_CONVEX, True), (_CONCAVE, False)):
         for (y, x), arrive, leave in table:
             odd, across = four[y, x], four[1 - y, 1 - x]
             beside, below = four[y, 1 - x], four[1 - y, x]
             if convex:
-                is_corner, owner = (odd > 0) & (beside != odd) & (below != odd), odd
+                is_corner, at = (odd >= 0) & (beside != odd) & (below != odd), (y, x)
             else:
-                is_corner, owner = (across > 0) & (odd != across) & (beside == across) & (below == across), across
+                is_corner = (across >= 0) & (odd != across) & (beside == across) & (below == across)
+                at = (1 - y, 1 - x)
             rows, columns = np.nonzero(is_corner)
-            places = np.stack([columns, rows], axis=1)
-            count = len(places)
-            found.append((places, owner[rows, columns], np.full(count, arrive), np.full(count, leave)))
-    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+            places = np.stack([columns, rows + top], axis=1).astype(np.int32)
+            directions = (np.full(len(places), direction, dtype=np.int8) for direction in (arrive, leave))
+            found.append(_Corners(places, parts[rows + at[0], columns + at[1] - 1], *directions))
+    return found
+
+
+def _rings(corners: _Corners) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Corners [C, 2] in the order of closed outlines, from the top; each one's owner, and where it ends, [R] each."""
+    places, count = corners.places, len(corners.places)
+    follower = np.empty(count, dtype=np.int64)
+    for direction in range(4):
+        # A side ends at the next corner in its row or column that is arrived at in its direction; so, in the order of
+        # rows or columns, the sides' beginnings and ends pair up one to one.
+        along, across = (0, 1) if direction in (_RIGHT, _LEFT) else (1, 0)
+        starts, ends = (np.flatnonzero(which == direction) for which in (corners.leaves, corners.arrives))
+        starts, ends = (which[np.lexsort([places[which, along], places[which, across]])] for which in (starts, ends))
+        follower[starts] = ends
+    following = array("q", follower.tobytes())
+    seen = bytearray(count)
+    order, ends = array("q"), array("q")
+    for first in np.lexsort(places.T).tolist():
+        if seen[first]:
+            continue
+        corner = first
+        while not seen[corner]:
+            seen[corner] = 1
+            order.append(corner)
+            corner = following[corner]
+        ends.append(len(order))
+    order, ends = (np.frombuffer(found, dtype=np.int64) for found in (order, ends))
+    return places[order], corners.owners[order[ends - 1]] if count else order, ends
 
 
 def simplified(ring: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
