@@ -193,6 +193,20 @@ def test_results_below_the_photographs_are_left_out(tmp_path):
     assert without_results(list_images([folder]), [folder], folder / "out") == images
 
 
+def test_results_of_other_runs_are_no_photographs(tmp_path):
+    folder = photographs(tmp_path, 3)
+    images = list_images([folder])
+    (folder / "earlier").mkdir()
+    ours = [folder / "earlier" / f"000{suffix}" for suffix in (".labels.png", ".overlay.png")]
+    for path in ours:
+        shutil.copy(images[0], path)
+    assert without_results(list_images([folder]), [folder], tmp_path / "out") == images
+    assert without_results(list_images([folder]), [folder], folder) == images
+    assert without_results([ours[0]], [ours[0]], tmp_path / "out") == [ours[0]]  # who names one means it
+    with pytest.raises(ValueError, match="no images but the results of earlier runs"):
+        without_results(ours, [folder / "earlier"], tmp_path / "out")
+
+
 def _work(model: Path, folder: Path, out: Path) -> None:
     """In a process that is going to be killed."""
     run_folder(opensan.load(model), folder, out, ALL, batch=2)

@@ -82,18 +82,21 @@ def plan(images: Sequence[Path], arguments: Sequence[Path]) -> list[Job]:
 
 
 def without_results(images: Sequence[Path], arguments: Sequence[Path], out: Path) -> list[Path]:
-    """Leaves out an earlier run's pictures, which lie among the images when `out` lies in a folder to segment.
+    """Leaves out the pictures of earlier runs, which lie among the images when results lie in a folder to segment.
 
+    They are known by their names, and by lying in `out`, unless this is itself a folder to segment.
     Raises ValueError, one line, if nothing else is left.
     """
     named = {absolute(path) for path in arguments}
     inside = absolute(out)
-    if inside in named:  # the results go among the photographs themselves
-        ours = tuple(outputs.FORMATS.values())
-        return [image for image in images if not image.name.endswith(ours) or absolute(image) in named]
-    kept = [image for image in images if absolute(image) in named or not absolute(image).is_relative_to(inside)]
+    names = tuple(outputs.FORMATS.values())
+
+    def ours(image: Path) -> bool:
+        return image.name.endswith(names) or (inside not in named and absolute(image).is_relative_to(inside))
+
+    kept = [image for image in images if absolute(image) in named or not ours(image)]
     if not kept:
-        raise ValueError(f"no images but the results of an earlier run, in {out}")
+        raise ValueError(f"no images but the results of earlier runs, in {', '.join(map(str, arguments))}")
     return kept
 
 
