@@ -228,6 +228,8 @@ def test_scribbled_bytes_give_an_image_or_one_line(scribble, kind, where):
 def test_what_is_not_an_image(tmp_path):
     (tmp_path / "empty.jpg").touch()
     assert error_of(lambda: open_image(tmp_path / "empty.jpg")) == f"{tmp_path / 'empty.jpg'}: the file is empty"
+    (tmp_path / "bands.TIF").write_bytes(b"of a kind that Pillow does not know")
+    assert "damaged at the start; `opensan segment-raster`" in error_of(lambda: open_image(tmp_path / "bands.TIF"))
     (tmp_path / "text.jpg").write_text("hello\n")
     assert "text.jpg: not an image" in error_of(lambda: open_image(tmp_path / "text.jpg"))
     assert "Is a directory" in error_of(lambda: open_image(tmp_path))

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -119,6 +119,8 @@ def read_golden(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz, no pickles among them. Raises ValueError, one line, when it is not one."""
     try:
+        if path.exists() and not is_zipfile(path):  # numpy would take it for a pickle, and advise to trust it
+            raise ValueError("not a .npz file")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, KeyError, EOFError, AttributeError, BadZipFile) as error:

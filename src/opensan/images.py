@@ -262,6 +262,8 @@ def _read_open_file(file: io.BufferedIOBase, name: str, read: Callable[[Image.Im
         except UnidentifiedImageError:
             file.seek(0)
             what = "not an image in a known format, or damaged at the start" if file.read(1) else "the file is empty"
+            if file.tell() and name.lower().endswith((".tif", ".tiff")):
+                what += "; `opensan segment-raster` reads TIFFs of any bands and values"
             raise ImageError(f"{name}: {what}") from None
         except Exception as error:  # Pillow's readers raise whatever their parsing trips over
             raise ImageError(f"{name}: {_reason(error)}") from None
