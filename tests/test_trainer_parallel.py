@@ -249,7 +249,7 @@ def test_short_number_formats_train_nearly_the_same(tmp_path, fresh_model, preci
     exact, short = rows(tmp_path / "float32"), rows(tmp_path / precision)
     assert short["loss"] == pytest.approx(exact["loss"], rel=0.05) and short["loss"] != exact["loss"]
     assert short["gradient_norm"] == pytest.approx(exact["gradient_norm"], rel=0.1)
-    assert short.get("loss_scale") == ([256.0] * 3 if precision == "float16" else None)
+    assert short["gradient_scale"] == [256.0 if precision == "float16" else 1.0] * 3
 
 
 class Steep(nn.Module):
@@ -269,10 +269,10 @@ class Steep(nn.Module):
         return {"loss_steep": 10 * weight.sum()}
 
 
-def steep(out: Path, limit: float, steps: int = 10) -> Trainer:
+def steep(out: Path, limit: float, steps: int = 10, precision: str = "float16") -> Trainer:
     task = Steep()
     task.LIMIT = limit
-    config = LoopConfig(steps=steps, batch_size=1, log_every=1, save_every=2, precision="float16", clip_norm=None)
+    config = LoopConfig(steps=steps, batch_size=1, log_every=1, save_every=2, precision=precision, clip_norm=None)
     return Trainer(task, Numbers(), [ParameterGroup(("weight",), (task.weight,), 0.1, 0.0)], config, out)
 
 
@@ -280,7 +280,7 @@ def test_overflowing_float16_gradients_lower_the_scale_and_do_not_stop_the_run(t
     run = steep(tmp_path / "whole", limit=3e4)
     assert run.run().finished
     # 10 * 65536 must be halved until it is below the limit: 5 times.
-    scales = rows(tmp_path / "whole")["loss_scale"]
+    scales = rows(tmp_path / "whole")["gradient_scale"]
     assert scales == [65_536, 32_768, 16_384, 8_192, 4_096, *[2_048] * 5]
     assert capsys.readouterr().err.count("float16 gradients overflow") == 5
     assert run.task.weight.item() < 1
@@ -292,10 +292,26 @@ def test_overflowing_float16_gradients_lower_the_scale_and_do_not_stop_the_run(t
     assert rows(tmp_path / "part") == rows(tmp_path / "whole")
 
 
+def test_a_run_goes_on_where_auto_means_another_number_format(tmp_path, monkeypatch):
+    """From a GPU without bfloat16 to one that has it, and back."""
+
+    def until(step: int, dtype: torch.dtype | None) -> None:
+        monkeypatch.setattr("opensan.train.loop.autocast_dtype", lambda precision, device: dtype)
+        run = steep(tmp_path, limit=1e6, precision="auto")
+        run.task.prepare = lambda batches: os.kill(os.getpid(), signal.SIGTERM) if run.step == step - 1 else None
+        assert run.run().step == step
+
+    for step, dtype in ((2, torch.float16), (5, None), (10, torch.float16)):
+        until(step, dtype)
+    found = rows(tmp_path)
+    assert found["gradient_scale"] == [65_536.0] * 2 + [1.0] * 3 + [65_536.0] * 5
+    assert found["gradient_norm"] == [10.0] * 10
+
+
 def test_gradients_that_overflow_at_every_scale_stop_the_run(tmp_path):
     with pytest.raises(RuntimeError, match=r"3 steps in a row had no finite losses.*gradient_norm inf"):
         steep(tmp_path, limit=1, steps=40).run()
-    assert rows(tmp_path)["loss_scale"][-1] == LossScale.FLOOR
+    assert rows(tmp_path)["gradient_scale"][-1] == LossScale.FLOOR
     assert newest_step(tmp_path) == 19  # 16 halvings, then three in a row
 
 

@@ -240,10 +240,11 @@ class Trainer:
         figures["gradient_norm"] = norm
         if new_broken:
             self._report_broken(broken, progress)
-        scale = {"loss_scale": self._scale.value} if self._scale.enabled else {}
+        # In every run, since one may go on where another number format is used. Not called a loss: those are summed up.
+        others = {"gradient_scale": self._scale.value, "broken_samples": self.broken}
         self._update(figures, losses, loaded, progress)
         rate = self.optimizer.param_groups[0]["lr"]
-        return {"learning_rate": rate, **figures, **scale, "broken_samples": self.broken}, bool(stop)
+        return {"learning_rate": rate, **figures, **others}, bool(stop)
 
     def _backward(self, loaded: Sequence[LoadedBatch]) -> tuple[list[str], Tensor]:
         """Gradients of the mean over all micro-batches of all processes; this one's losses, [micro-batches, names]."""

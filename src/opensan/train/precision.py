@@ -60,8 +60,10 @@ class LossScale:
         self.value, self._good_steps = self.value / 2, 0
         return True
 
-    def state(self) -> dict[str, float]:
-        return {"value": self.value, "good_steps": self._good_steps}
+    def state(self) -> dict[str, float] | None:
+        return {"value": self.value, "good_steps": self._good_steps} if self.enabled else None
 
-    def load(self, state: dict[str, float]) -> None:
-        self.value, self._good_steps = state["value"], int(state["good_steps"])
+    def load(self, state: dict[str, float] | None) -> None:
+        """Go on from `state`, unless the run had none, or needs none here: `auto` is what the device does best."""
+        if self.enabled and state is not None:
+            self.value, self._good_steps = state["value"], int(state["good_steps"])
