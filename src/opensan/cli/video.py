@@ -27,6 +27,13 @@ def segment_video(
     every: Annotated[
         int, typer.Option(min=1, metavar="N", help="Take every Nth frame only, in the overlay video too.")
     ] = 1,
+    steady: Annotated[
+        bool,
+        typer.Option(
+            help="Keep regions from flickering, by what was seen in the frames before. Without it, a frame is labelled "
+            "as `opensan segment` would label it."
+        ),
+    ] = True,
     device: Device = "cpu",
     speed: SpeedAsForSegment = Speed.exact,
     dtype: ImageDtype = None,
@@ -54,7 +61,7 @@ def segment_video(
     segmenter = load(model, device=device, speed=speed.value, dtype=dtype and dtype.value, max_pixels=max_pixels)
     segmenter.text.classifier(vocabulary)  # before the work: it finds words that do not fit
     try:
-        with VideoRun(segmenter, vocabulary, video, out, every=every, batch=batch) as run:
+        with VideoRun(segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch) as run:
             _run(run, vocabulary.names)
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's

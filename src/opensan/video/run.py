@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from opensan import outputs
-from opensan.files import write_text
+from opensan.files import atomic_path
 from opensan.folders import ahead
 from opensan.outputs.colours import palette
 from opensan.outputs.drawing import blend
 from opensan.video.clip import Clip, Frame, pyav, reason
 from opensan.video.film import Film
+from opensan.video.steady import Past, Steadier
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -63,10 +66,21 @@ class _Read:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _Labelled:
     frame: Frame
+    labels: np.ndarray | None
+    """[H0, W0] int32; None if they are on disk."""
+    past: Past | None = None
+    """What the steadier remembers after this frame."""
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    labelled: _Labelled
     picture: np.ndarray
+    """[H0, W0, 3] uint8 RGB: the frame under its words' colours."""
     pixels: np.ndarray
+    """[K] int."""
 
 
 class VideoRun:
@@ -89,18 +103,25 @@ class VideoRun:
         out: Path,
         *,
         every: int = 1,
+        steady: bool = True,
         batch: int = 1,
     ) -> None:
-        """Only each `every`-th frame is labelled, and in the overlay video; `batch` of them are computed together."""
+        """Only each `every`-th frame is labelled, and in the overlay video; `batch` of them are computed together.
+
+        With `steady`, regions are kept from flickering; without, a frame's labels are those that it would get as a
+        photograph.
+        """
         self._segmenter = segmenter
         self._vocabulary = vocabulary
         self._names = vocabulary.names
         self._path = path
         self._out = out
         self._every = every
+        self._steadier = Steadier() if steady else None
         self._batch = batch
         self._part = out / f".{path.stem}.part"
         self._labels = self._part / "labels"
+        self._note = self._part / "note.safetensors"
         self.finished = 0
         """Frames whose labels are known from an earlier run, once this one is open: all with a lower number."""
         self.notes: list[str] = []
@@ -135,7 +156,7 @@ class VideoRun:
     def __exit__(self, *_: object) -> None:
         self._clip.close()
         self._lock.release()
-        if not (self._part / "work.json").exists():  # all is published, or nothing was done
+        if not self._note.exists():  # all is published, or nothing was done
             shutil.rmtree(self._part, ignore_errors=True)
 
     def results(self) -> Iterator[Done]:
@@ -174,14 +195,14 @@ class VideoRun:
             drawn = drawing.popleft().result()
             if len(encoding) > AHEAD:
                 encoding.popleft().result()
-            encoding.append(encoder.submit(film.add, drawn.frame, drawn.picture, drawn.pixels))
+            encoding.append(encoder.submit(film.add, drawn.labelled.frame, drawn.picture, drawn.pixels))
             return self._noted(drawn, table)
 
         try:
-            for frame, labels in self._labelled(reader):
+            for labelled in self._labelled(reader):
                 if len(drawing) > AHEAD:
                     yield finish()
-                drawing.append(drawers.submit(self._draw, frame, labels))
+                drawing.append(drawers.submit(self._draw, labelled))
             while drawing:
                 yield finish()
             for future in encoding:
@@ -190,8 +211,8 @@ class VideoRun:
             for pool in threads:
                 pool.shutdown(cancel_futures=True)
 
-    def _labelled(self, reader: ThreadPoolExecutor) -> Iterator[tuple[Frame, np.ndarray | None]]:
-        """Every frame and its labels [H0, W0]; None if they are on disk."""
+    def _labelled(self, reader: ThreadPoolExecutor) -> Iterator[_Labelled]:
+        """Every frame and its labels."""
         frames = self._clip.frames(self._every)
 
         def read(_: int) -> _Read | None:
@@ -204,7 +225,7 @@ class VideoRun:
         found = itertools.takewhile(lambda one: one is not None, ahead(reader, read, itertools.count(), self._batch))
         for one in found:
             if one.image is None:
-                yield one.frame, None
+                yield _Labelled(one.frame, None)
                 continue
             group.append(one)
             if len(group) == self._batch:
@@ -212,12 +233,17 @@ class VideoRun:
                 group = []
         yield from self._segmented(group)
 
-    def _segmented(self, group: list[_Read]) -> Iterator[tuple[Frame, np.ndarray]]:
+    def _segmented(self, group: list[_Read]) -> Iterator[_Labelled]:
         encodings = self._segmenter.encode_read([one.image for one in group], batch_size=self._batch)
         for one, encoding in zip(group, encodings, strict=True):
-            yield one.frame, self._segmenter.segment(encoding, self._vocabulary).labels
+            past = None
+            if self._steadier is not None:
+                encoding = self._steadier.steadied(encoding, one.image.prepared.pixels)
+                past = self._steadier.past
+            yield _Labelled(one.frame, self._segmenter.segment(encoding, self._vocabulary).labels, past)
 
-    def _draw(self, frame: Frame, labels: np.ndarray | None) -> _Drawn:
+    def _draw(self, labelled: _Labelled) -> _Drawn:
+        frame, labels = labelled.frame, labelled.labels
         path = self._labels / label_name(frame.number)
         if labels is None:
             labels = outputs.read_label_map(path)
@@ -226,21 +252,18 @@ class VideoRun:
         else:
             outputs.save_label_map(path, labels, len(self._names))
         pixels = np.bincount(labels.ravel() + 1, minlength=len(self._names) + 1)[1:]
-        return _Drawn(frame, blend(frame.image, labels, palette(len(self._names))), pixels)
+        return _Drawn(labelled, blend(frame.image, labels, palette(len(self._names))), pixels)
 
     def _noted(self, drawn: _Drawn, table: Any) -> Done:
         """A frame's labels are on disk: say so in the table and, now and then, for a later run."""
-        frame, pixels, total = drawn.frame, drawn.pixels, drawn.picture.shape[0] * drawn.picture.shape[1]
+        frame, pixels, total = drawn.labelled.frame, drawn.pixels, drawn.picture.shape[0] * drawn.picture.shape[1]
         shares = [f"{count / total:.6g}" for count in (*pixels, total - pixels.sum())]
         table.writerow([frame.number, f"{frame.seconds:.6f}", *shares])
         if frame.number >= self.finished and frame.number // self._every % FRAMES_BETWEEN_NOTES == 0:
-            self._note(frame.number + 1)
+            Note(frame.number + 1, drawn.labelled.past).save(self._note, self._work())
         return Done(frame.number, frame.seconds, pixels, total)
 
     # What an earlier run leaves
-
-    def _note(self, finished: int) -> None:
-        write_text(self._part / "work.json", json.dumps({"finished": finished, "work": self._work()}))
 
     def _work(self) -> dict[str, Any]:
         """All that the labels depend on: unfinished work is gone on with only if none of it has changed."""
@@ -249,6 +272,7 @@ class VideoRun:
             "opensan": 1,
             "video": [str(self._path.absolute()), state.st_size, state.st_mtime_ns],
             "every": self._every,
+            "steady": self._steadier is not None,
             "model": [
                 self._segmenter.fingerprint,
                 *(str(getattr(self._segmenter, name, "")) for name in ("speed", "dtype")),
@@ -257,22 +281,16 @@ class VideoRun:
         }
 
     def _look_at_earlier_work(self) -> None:
-        self.finished = self._finished_before()
+        note = Note.load(self._note, self._work())
+        numbers = range(0, note.finished, self._every) if note is not None else ()
+        if note is not None and all((self._labels / label_name(number)).exists() for number in numbers):
+            self.finished = note.finished
+            if self._steadier is not None:
+                self._steadier = Steadier(note.past)
         for file in self._labels.iterdir():
             number = label_number(file)
             if number is None or number >= self.finished:
                 file.unlink()
-
-    def _finished_before(self) -> int:
-        try:
-            noted = json.loads((self._part / "work.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return 0
-        if noted["work"] != self._work():
-            return 0
-        numbers = range(0, noted["finished"], self._every)
-        complete = all((self._labels / label_name(number)).exists() for number in numbers)
-        return noted["finished"] if complete else 0
 
     def _publish(self) -> None:
         """Give the results their names; earlier ones are replaced."""
@@ -289,7 +307,36 @@ class VideoRun:
             with (self._part / file).open("rb") as written:
                 os.fsync(written.fileno())
             (self._part / file).replace(target)
-        (self._part / "work.json").unlink(missing_ok=True)
+        self._note.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Note:
+    """How far a run has come."""
+
+    finished: int
+    """The labels of all frames with a lower number are on disk."""
+    past: Past | None
+    """What the steadier remembers after them; None without one."""
+
+    def save(self, path: Path, work: Mapping[str, Any]) -> None:
+        """All or nothing; `work` is what must be the same for it to be of use."""
+        arrays = {} if self.past is None else {name: np.ascontiguousarray(one) for name, one in vars(self.past).items()}
+        with atomic_path(path) as temporary:
+            save_file(arrays, temporary, metadata={"finished": str(self.finished), "work": json.dumps(work)})
+
+    @classmethod
+    def load(cls, path: Path, work: Mapping[str, Any]) -> "Note | None":
+        """What was saved there of the same work, if anything."""
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata()
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (OSError, SafetensorError):
+            return None
+        if metadata["work"] != json.dumps(work):
+            return None
+        return cls(int(metadata["finished"]), Past(**arrays) if arrays else None)
 
 
 def label_name(number: int) -> str:
