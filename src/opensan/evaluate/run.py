@@ -3,6 +3,7 @@
 `opensan.evaluate.measure` does the same for whole benchmarks.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -108,6 +109,17 @@ def evaluate(
 def validation(
     model: SAN, dataset: SegmentationDataset, *, limit: int | None = None
 ) -> Callable[[int], Mapping[str, float]]:
-    """For `opensan.train`: measures the model, as it is then, after so many steps."""
+    """For `opensan.train`: measures the model, as it is then, after so many steps. Warns of unreadable photographs."""
     predict = dataset_predictor(model, dataset)
-    return lambda _step: evaluate(predict, dataset, limit=limit, progress=False).metrics.summary()
+
+    def measure(_step: int) -> Mapping[str, float]:
+        found = evaluate(predict, dataset, limit=limit, progress=False)
+        if found.broken:
+            warnings.warn(
+                f"validation leaves out photographs that can't be read ({len(found.broken)} of "
+                f"{found.images + len(found.broken)}), the first is {found.broken[0]}",
+                stacklevel=2,
+            )
+        return found.metrics.summary()
+
+    return measure
