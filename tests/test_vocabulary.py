@@ -126,6 +126,7 @@ def test_a_name_with_a_bar_survives_the_round_trip():
         ("road,car||taxi", "word 2 ('car||taxi'): synonym 2 is blank"),
         ("road,sky,ROAD", "word 3 'ROAD' repeats word 1 'road'"),
         (["dining  table", "sky", "Dining Table "], "word 3 'Dining Table ' repeats word 1 'dining  table'"),
+        (["caf\u00e9", "Cafe\u0301"], "word 2 'Cafe\u0301' repeats word 1 'caf\u00e9'"),
         ("road,car|Road", "word 2 'car' (synonym 'Road') repeats word 1 'road'"),
         ("car|auto|car", "word 1 ('car'): synonym 'car' stands there twice"),
         ([{"name": "x", "text": "road"}, "road"], "word 2 'road' repeats word 1 'x'"),
@@ -153,6 +154,10 @@ def test_a_name_with_a_bar_survives_the_round_trip():
 )
 def test_bad_words_get_one_line(spec, says):
     assert says in error_of(lambda: Vocabulary.parse(spec))
+
+
+def test_words_that_tokens_tell_apart_are_no_repetition():
+    assert Vocabulary.parse("Maße, Masse").names == ["Maße", "Masse"]
 
 
 def test_background_that_repeats_a_word_is_an_error():

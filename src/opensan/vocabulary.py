@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,8 +338,8 @@ def _check_text(text: object, place: str) -> None:
 
 
 def _key(text: str) -> str:
-    """Two texts with the same key are the same word."""
-    return " ".join(text.casefold().split())
+    """Two texts with the same key are the same word: case, spacing and how accents are written reach no token."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
 
 
 def _templates(spec: Templates) -> tuple[str, ...]:
