@@ -24,7 +24,8 @@ def train(
     """Train a model as a configuration says.
 
     A run that was stopped in any way goes on when the same command is given again. Presets are the official recipes:
-    san-vit-b16 and san-vit-l14. Several processes: torchrun --nproc-per-node 8 -m opensan train CONFIG
+    san-vit-b16 and san-vit-l14, at 32 photographs a step: loop.batch_size * loop.accumulate * processes. Several
+    processes: torchrun --nproc-per-node 8 -m opensan train san-vit-b16 loop.batch_size=4
     """
     from opensan.recipe.config import RECIPES, read_recipe
 

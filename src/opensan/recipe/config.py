@@ -165,4 +165,4 @@ def _first_line(error: Exception) -> str:
 
 
 RECIPES = {name: _coco_stuff(name) for name in ("san-vit-b16", "san-vit-l14")}
-"""The official recipes, on COCO-Stuff 171. A step takes 32 photographs: batch_size * accumulate * processes."""
+"""The official recipes, on COCO-Stuff 171, for one process; with n, batch_size=32/n keeps 32 photographs a step."""
