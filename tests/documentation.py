@@ -30,6 +30,7 @@ NOT_RUN = {
     r"pip install .*": "changes the environment",
     r"make .*": "sets up an environment",
     r"docker .*": "needs Docker",
+    r"pytest .*": "runs with the other tests",
     r"torchrun .*": "starts processes: tests/test_trainer_parallel.py and tests/test_evaluate.py have several",
     r"python bench/.*": "takes minutes",
     r"python -m opensan\.lab\..*": "takes hours",

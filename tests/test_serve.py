@@ -591,6 +591,12 @@ def test_a_stop_finishes_what_was_accepted_and_refuses_the_rest(segmenter, held)
     stalled.close()
 
 
+BAD_FORM = (
+    b"POST /v1/encodings HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    b"Content-Length: 20\r\n\r\n--x\r\nA\rgarbage\r\n\r\n--"
+)
+
+
 def test_the_command_serves_and_stops(tmp_path):
     command = [sys.executable, "-m", "opensan", "serve", "--model", "tiny", "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -603,8 +609,12 @@ def test_the_command_serves_and_stops(tmp_path):
         second = subprocess.run([*command[:-1], port], capture_output=True, text=True)
         assert second.returncode == 1 and "cannot listen at 127.0.0.1" in second.stderr
         assert len(second.stderr.splitlines()) == 1
+        for garbage in (b"\xff\0garbage\r\n\r\n", BAD_FORM):
+            with socket.create_connection(("127.0.0.1", int(port)), timeout=30) as connection:
+                connection.sendall(garbage)
+                assert connection.recv(100).startswith(b"HTTP/1.1 4")
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert process.stderr.read() == ""
+        assert process.stderr.read() == ""  # strangers write no log
     finally:
         process.kill()

@@ -253,6 +253,25 @@ def test_a_request_of_two_lengths_is_refused_and_its_connection_closed(segmenter
             assert connection.recv(100).startswith(b"HTTP/1.1 400")
 
 
+def test_more_connections_than_allowed_are_closed_at_once(segmenter):
+    """Without a bound, the files that a process may have run out, and every attempt to accept one more is logged."""
+    with serving(segmenter, limits=Limits(connections=3)) as running:
+        first = [running.raw(b"") for _ in range(3)]
+        with running.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n") as fourth, pytest.raises(ConnectionError):
+            if fourth.recv(100) == b"":
+                raise ConnectionError
+        for connection in first:
+            connection.close()
+
+        def answers() -> bool:
+            try:
+                return running.client.get("/healthz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        until(answers)
+
+
 def test_an_answer_tells_a_question_that_fails_and_the_next_one_is_answered(segmenter, monkeypatch):
     with serving(segmenter) as running:
         name = running.encode()

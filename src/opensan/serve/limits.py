@@ -47,6 +47,8 @@ class Limits:
     """Longest time from the acceptance of a photograph or a question to its answer."""
     client_seconds: float = 20.0
     """Longest time for a client to send a request, and to read what it was sent."""
+    connections: int = 512
+    """Open at a time; more are closed at once. A process may often have 1,024 files, sockets among them."""
     cache_entries: int = 64
     """Encodings kept."""
     cache_bytes: int = 1 << 30

@@ -1,6 +1,7 @@
 """uvicorn, with what it lacks: clients that stall are let go, and a stop finishes what was accepted."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from opensan.serve.app import Application
+from opensan.serve.limits import Limits
+
+BACKLOG = 64
+"""Connections that the event loop takes in one go, before any of them is counted."""
 
 
 def run(app: Application, listener: socket.socket, started: Callable[[str], None]) -> int:
@@ -24,7 +29,9 @@ def run(app: Application, listener: socket.socket, started: Callable[[str], None
     server = Server(app, lambda: started(url_of(listener)))
     # A word that the model has never seen is the asker's business, not the log's.
     warnings.filterwarnings("ignore", message="the model has never seen")
-    warnings.filterwarnings("ignore", module="PIL")  # nor is what is odd about a photograph
+    # Nor is what is odd about a photograph or a form, or the log would grow as fast as a stranger likes.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     server.run(sockets=[listener])
     return server.stopped_by
 
@@ -54,12 +61,12 @@ class Server(uvicorn.Server):
     """On a signal, new requests are refused with 503 until those accepted are answered; then it ends."""
 
     def __init__(self, app: Application, ready: Callable[[], None]) -> None:
-        seconds = app.service.limits.client_seconds
         config = uvicorn.Config(
             app,
-            http=_protocol(seconds),
+            http=_protocol(app.service.limits),
+            backlog=BACKLOG,
             ws="none",
-            log_level="warning",
+            log_level="error",
             access_log=False,
             server_header=False,
             timeout_keep_alive=15,
@@ -86,7 +93,10 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def _protocol(seconds: float) -> type[H11Protocol]:
+def _protocol(limits: Limits) -> type[H11Protocol]:
+    seconds = limits.client_seconds
+    connections = 0
+
     class Impatient(H11Protocol):
         """Lets go of a client that for `seconds` does not say what it wants or does not read what it gets.
 
@@ -98,7 +108,11 @@ def _protocol(seconds: float) -> type[H11Protocol]:
         _answer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
+            nonlocal connections
+            connections += 1
             super().connection_made(transport)
+            if connections > limits.connections:
+                transport.abort()
             self._request = self.loop.call_later(seconds, transport.abort)
 
         def data_received(self, data: bytes) -> None:
@@ -120,6 +134,8 @@ def _protocol(seconds: float) -> type[H11Protocol]:
             self._cancel(self._answer)
 
         def connection_lost(self, exc: Exception | None) -> None:
+            nonlocal connections
+            connections -= 1
             super().connection_lost(exc)
             self._cancel(self._request)
             self._cancel(self._answer)
