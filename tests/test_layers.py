@@ -41,7 +41,17 @@ def test_importing_a_light_module_leaves_torch_alone(module):
 
 def test_segmenting_imports_no_more_than_it_needs():
     """Each of these takes longer to import than a photograph to be labelled; torch reaches for some on its own."""
-    heavy = {"torchvision", "open_clip", "timm", "transformers", "scipy", "sympy", "torch._dynamo", "matplotlib"}
+    heavy = {
+        "torchvision",
+        "open_clip",
+        "timm",
+        "transformers",
+        "scipy",
+        "sympy",
+        "torch._dynamo",
+        "matplotlib",
+        "ftfy",
+    }
     code = f"""if True:
         import sys, warnings
         import numpy as np

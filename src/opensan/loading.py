@@ -1,6 +1,9 @@
 """`opensan.load`: any model, with torch or, if it was exported, without."""
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
@@ -44,7 +47,8 @@ def load(source: str | os.PathLike = "san-vit-b16", **options: Unpack[LoadOption
                 f"model {os.fspath(source)!r} needs torch (pip install torch); without torch, opensan runs what "
                 "`opensan export` wrote"
             )
-        from opensan.segmenter import load as load_with_torch
+        with _uncollected():
+            from opensan.segmenter import load as load_with_torch
 
         return load_with_torch(source, **asked)
     from opensan.runtime.segmenter import ExportedSegmenter
@@ -54,3 +58,15 @@ def load(source: str | os.PathLike = "san-vit-b16", **options: Unpack[LoadOption
         if asked.pop(name, allowed[0]) not in allowed:
             raise ValueError(f"{name} can't be chosen for an exported model ({folder}): it runs on the CPU as exported")
     return ExportedSegmenter(folder, **asked)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for garbage meanwhile: in what an import makes there is none, and it takes an eighth of torch's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -11,7 +11,6 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-import ftfy
 import regex
 
 _MERGES = Path(__file__).parent / "assets" / "tokenizer" / "merges.txt.gz"
@@ -52,8 +51,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, repaired, unescaped (HTML), lower-cased, white space collapsed; no start and end."""
-        clean = html.unescape(html.unescape(ftfy.fix_text(text)))
-        pieces = _PIECES.findall(" ".join(clean.split()).lower())
+        pieces = _PIECES.findall(" ".join(_repaired(text).split()).lower())
         return [token for piece in pieces for token in self._encode_piece(piece)]
 
     def _encode_piece(self, piece: str) -> tuple[int, ...]:
@@ -77,6 +75,15 @@ class Tokenizer:
                     joined.append(part)
             parts = joined
         return tuple(self._number[part] for part in parts)
+
+
+def _repaired(text: str) -> str:
+    """`text` without wrong encodings, control characters and HTML entities."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text  # there is nothing to repair; importing ftfy takes longer than all that is done with a few words
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 Nothing here imports torch before a command needs it, so that `--help` answers at once.
 """
 
+import atexit
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -69,5 +71,6 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line (default: this process's) and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    atexit.register(gc.freeze)  # so that the interpreter does not look for garbage in all of torch before it ends
     with reporting_errors():
         sys.exit(app(arguments, prog_name="opensan", standalone_mode=False))

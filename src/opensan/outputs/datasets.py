@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from PIL import Image
@@ -211,6 +210,8 @@ def _write_label_studio(path: Path, labelled: Labelled) -> None:
 
 
 def _finish_label_studio(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
+    from xml.sax.saxutils import quoteattr  # half of the network code of Python comes with it
+
     with atomic_path(folder / "tasks.json") as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("[")
         _write_separated(file.write, (_json(task) for tasks in _parts(folder, members) for task in tasks))
