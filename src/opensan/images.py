@@ -30,7 +30,7 @@ MAX_PIXELS = 100_000_000
 
 T = TypeVar("T")
 
-ImageSource: TypeAlias = "str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor"
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray | torch.Tensor"
 
 # Raster formats that Pillow decodes itself. Not EPS and its like, which are handed to an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
@@ -92,7 +92,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarr
 
 
 def stored_size(
-    source: str | os.PathLike | bytes, *, max_pixels: int = MAX_PIXELS
+    source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS
 ) -> tuple[tuple[int, int], Image.Transpose | None]:
     """Height and width of an image file's pixels as they are stored, and what `open_image` does to put them upright.
 
@@ -110,7 +110,7 @@ def stored_size(
     return _read_file(source, size_and_turn)
 
 
-def image_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
+def image_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
     """(H0, W0) of the array that `open_image` makes of a file, known without decoding it; errors as there."""
     (height, width), turn = stored_size(source)
     return (width, height) if turn in _SIDEWAYS else (height, width)
@@ -165,7 +165,7 @@ def prepare_array(image: np.ndarray, config: ImageConfig, *, resize: bool = True
     return PreparedImage(pixels, ImageSizes(image=image_size, network=(height, width), padded=padded))
 
 
-def list_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
+def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """The image files that `paths` stand for, each once.
 
     A file is taken whatever its name; a folder gives the images in it and below it, by suffix, sorted, without hidden
@@ -239,7 +239,7 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _read_file(source: str | os.PathLike | bytes, read: Callable[[Image.Image, str], T]) -> T:
+def _read_file(source: str | os.PathLike[str] | bytes, read: Callable[[Image.Image, str], T]) -> T:
     """What `read` finds in an image file (a path, or its content), given the opened image and the name for messages."""
     if not isinstance(source, str | os.PathLike):
         return _read_open_file(io.BytesIO(source), "image bytes", read)

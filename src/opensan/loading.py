@@ -26,7 +26,7 @@ class LoadOptions(TypedDict, total=False):
     threads: int
 
 
-def load(source: str | os.PathLike = "san-vit-b16", **options: Unpack[LoadOptions]) -> AnySegmenter:
+def load(source: str | os.PathLike[str] = "san-vit-b16", **options: Unpack[LoadOptions]) -> AnySegmenter:
     """Load a model, ready to segment.
 
     Args:

@@ -62,7 +62,7 @@ class Encoding:
         height, width = self.sizes.image
         return f"<Encoding of a photograph of {width}x{height} by {self.model}>"
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` (a safetensors file), all or nothing."""
         path = Path(path)
         tensors = {"mask_logits": to_array(self.mask_logits), "mask_embeddings": to_array(self.mask_embeddings)}
@@ -74,7 +74,7 @@ class Encoding:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Encoding":
+    def load(cls, path: str | os.PathLike[str]) -> "Encoding":
         """Read what `save` wrote. Raises ValueError, one line, on anything else."""
         try:
             with safe_open(path, framework="pt" if find_spec("torch") else "np") as file:
@@ -175,7 +175,7 @@ class Segmentation:
 
     def save(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         stem: str = "segmentation",
         formats: Sequence[str] = ("png", "overlay", "json"),
     ) -> dict[str, Path]:

@@ -43,7 +43,7 @@ TEMPLATE_SETS = {
     ),
 }
 
-Templates = str | os.PathLike | Sequence[str]
+Templates = str | os.PathLike[str] | Sequence[str]
 """The name of a template set, a text file with one template a line, or the templates themselves."""
 
 _CLASSES = Path(__file__).parent / "assets" / "classes"
@@ -145,7 +145,7 @@ class Vocabulary:
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike, *, background: object = (), templates: Templates | None = None
+        cls, path: str | os.PathLike[str], *, background: object = (), templates: Templates | None = None
     ) -> "Vocabulary":
         """Read a word file (UTF-8, at most 32 MiB).
 
