@@ -48,15 +48,20 @@ def small_config() -> ModelConfig:
     )
 
 
-@pytest.fixture(scope="session")
-def small_model(small_config):
-    """`small_config` with seeded weights, lively enough that proposals and words differ. Not to be changed."""
+def lively_model(config: ModelConfig):
+    """A SAN with seeded weights, lively enough that proposals and words differ."""
     from opensan.model import build_san
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build_san(small_config)
+        model = build_san(config)
         for name, parameter in model.named_parameters():
             if name.startswith("side_adapter") and parameter.ndim > 1:
                 parameter.data.normal_(std=parameter[0].numel() ** -0.5)
     return model
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config):
+    """A lively model of `small_config`. Not to be changed."""
+    return lively_model(small_config)

@@ -1,83 +1,186 @@
 """Exported graphs answer as the model does, for sizes and word counts that the export never saw."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 
 import opensan
 from opensan import images
+from opensan.checkpoints import load_model
+from opensan.config import ModelConfig
 from opensan.model.clip import adaptive_max_pool
+from opensan.runtime import requirements
 from opensan.structures import TextClassifier
+from opensan.text import TextEncoder
+from opensan.vocabulary import Vocabulary
+
+from .conftest import lively_model
 
 pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
 from opensan import export as exporting
 from opensan.export import check, export, formats
+from opensan.runtime.folder import Manifest
 from opensan.runtime.graphs import open_graph
+from opensan.runtime.text import EmbeddedWords
+
+KNOWN = Vocabulary.parse("road|street,car,sky")
 
 
-@pytest.fixture(scope="module")
-def exported(small_model, tmp_path_factory):
-    """The small model as ONNX, and what the export's own check found."""
-    return export(small_model, tmp_path_factory.mktemp("export") / "small")
+@pytest.fixture(scope="session")
+def model(small_config):
+    """Of as few blocks as a SAN may have: an export takes seconds for each."""
+    vision = small_config.clip.vision.model_copy(update={"layers": 3})
+    text = small_config.clip.text.model_copy(update={"layers": 1})
+    clip = small_config.clip.model_copy(update={"vision": vision, "text": text})
+    adapter = small_config.side_adapter.model_copy(
+        update={"depth": 2, "fusion": {0: 0, 1: 2}, "supervised_blocks": (2,)}
+    )
+    config = small_config.model_copy(update={"clip": clip, "side_adapter": adapter, "recognition_layer": 2})
+    return lively_model(ModelConfig.model_validate(config.model_dump()))
 
 
-def test_the_check_passes_and_compares_every_tensor(exported):
-    folder, found = exported
+@pytest.fixture(scope="session")
+def exported(model, tmp_path_factory):
+    """The model as ONNX, with a few words; made once for all processes that test."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "exported"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            assert export(model, folder, words=KNOWN)[1].passed
+    return folder
+
+
+@pytest.fixture
+def converted(exported, tmp_path):
+    """Makes the exported model's folder in another format or dtype, but for the check."""
+
+    def convert(format: str, dtype: str) -> Path:
+        folder = shutil.copytree(exported, tmp_path / f"{format}-{dtype}")
+        for path in folder.glob("*.onnx"):
+            formats.convert(path, format, dtype)
+        manifest = Manifest.model_validate_json((folder / "export.json").read_text())
+        manifest = manifest.model_copy(update={"format": format, "dtype": dtype})
+        (folder / "export.json").write_text(manifest.model_dump_json())
+        return folder
+
+    return convert
+
+
+def test_the_check_compares_every_tensor(exported, model):
+    graphs = {name: open_graph(exported / f"{name}.onnx") for name in ("image", "words", "labels", "text")}
+    found = check.parity(model, graphs, "float32")
     assert found.passed
     assert set(found.differences) == {"text embeddings", "mask logits", "mask embeddings", "class probabilities"}
     names = {"image.onnx", "words.onnx", "labels.onnx", "text.onnx", "config.json", "export.json"}
-    assert {file.name for file in folder.iterdir()} == names
+    names |= {"words.safetensors", "requirements.txt"}
+    assert {file.name for file in exported.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "difference", "size"),
+    [
+        ("onnx", "float16", 1e-2, 0.6),
+        ("onnx", "int8", 0.3, 0.5),
+        ("openvino", "float32", 1e-4, 1),
+        ("openvino", "float16", 1e-2, 0.6),
+        ("openvino", "bfloat16", 0.3, 0.6),
+        ("openvino", "int8", 0.3, 0.5),
+    ],
+)
+def test_smaller_files_answer_alike(converted, exported, model, format, dtype, difference, size):
+    if format == "openvino":
+        pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+    folder = converted(format, dtype)
+    segmenters = [opensan.load(one, threads=1) for one in (exported, folder)]
+    expected, found = (segmenter.segment(check.SCENE, KNOWN, background=["tree"]) for segmenter in segmenters)
+    for name in ("mask_logits", "mask_embeddings"):
+        truth = getattr(expected.encoding, name)
+        assert np.abs(getattr(found.encoding, name) - truth).max() < difference * np.abs(truth).max()
+    assert (found.labels == expected.labels).mean() > 1 - difference
+    weights = [sum(path.stat().st_size for path in one.glob("image.[ob]*[nx]")) for one in (folder, exported)]
+    assert weights[0] < size * weights[1] + 200_000  # what is no weight takes as much in any
+
+
+def test_known_words_need_no_text_tower(exported, tmp_path):
+    whole = opensan.load(exported, text_cache=False)
+    folder = shutil.copytree(exported, tmp_path / "without")
+    (folder / "text.onnx").unlink()
+    manifest = json.loads((folder / "export.json").read_text()) | {"text": False}
+    (folder / "export.json").write_text(json.dumps(manifest))
+    san = opensan.load(folder, text_cache=False)
+    assert np.array_equal(
+        san.segment(check.SCENE, "sky,street", background="car").labels,
+        whole.segment(check.SCENE, "sky,street", background="car").labels,
+    )
+    with pytest.raises(ValueError, match=r"word 'dog': .* knows only road, street, car, sky"):
+        san.segment(check.SCENE, "sky,dog")
+    (folder / "words.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"words\.safetensors: not embedded words"):
+        opensan.load(folder)
+    (folder / "words.safetensors").unlink()
+    with pytest.raises(ValueError, match="without text tower and words"):
+        opensan.load(folder, text_cache=False).segment(check.SCENE, "sky")
+
+
+def test_words_embedded_at_export_are_those_of_the_model(exported, model):
+    embedded = EmbeddedWords.load(exported / "words.safetensors", 24)
+    rows = TextEncoder(model, disk_cache=False).rows(KNOWN)
+    assert embedded.names == ("road", "street", "car", "sky")
+    assert np.array_equal(np.stack(list(embedded.rows.values())), rows)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 3, 96, 96), (3, 3, 64, 160)])
-def test_images_of_any_size(exported, small_model, shape):
+def test_images_of_any_size(exported, model, shape):
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    masks, embeddings = open_graph(exported[0] / "image.onnx", threads=1)(pixels=pixels.numpy())
-    proposals = small_model.propose(pixels)
+    masks, embeddings = open_graph(exported / "image.onnx", threads=1)(pixels=pixels.numpy())
+    proposals = model.propose(pixels)
     torch.testing.assert_close(torch.from_numpy(masks), proposals.mask_logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.from_numpy(embeddings), proposals.mask_embeddings, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_word_is_as_good_as_its_best_synonym(exported, small_model):
+def test_a_word_is_as_good_as_its_best_synonym(exported, model):
     generator = torch.Generator().manual_seed(0)
     embeddings, rows = (F.normalize(torch.randn(n, 24, generator=generator), dim=1) for n in (10, 4))
     proposals = check.Proposals(embeddings, embeddings.unsqueeze(0))
     text = TextClassifier(rows, torch.tensor([0, 1, 1, 2]), 3)
-    expected = small_model.classify(proposals, text)[0].softmax(dim=1)[:, :-1]
-    (found,) = open_graph(exported[0] / "words.onnx", threads=1)(
+    expected = model.classify(proposals, text)[0].softmax(dim=1)[:, :-1]
+    (found,) = open_graph(exported / "words.onnx", threads=1)(
         mask_embeddings=embeddings.numpy(), rows=rows.numpy(), rows_of_word=np.array([[0, 0], [1, 2], [3, 3]])
     )
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-6)
 
 
-def test_a_failed_check_leaves_nothing_behind(exported, small_model, tmp_path, monkeypatch):
+def test_a_failed_check_leaves_nothing_behind(exported, model, tmp_path, monkeypatch):
     """The graphs are those exported before; the model has changed."""
-    folder, _ = exported
+    folder = exported
     monkeypatch.setattr(
         formats, "write", lambda name, graph, where, *_: shutil.copy(folder / f"{name}.onnx", where / f"{name}.onnx")
     )
-    assert export(small_model, tmp_path / "same")[1].passed
-    changed = exporting.SAN(
-        small_model.config, clip=small_model.clip, side_adapter=small_model.side_adapter
-    )  # another "no object"
-    changed.no_object_embedding.data = -small_model.no_object_embedding.data
+    assert export(model, tmp_path / "same")[1].passed
+    changed = exporting.SAN(model.config, clip=model.clip, side_adapter=model.side_adapter)  # another "no object"
+    changed.no_object_embedding.data = -model.no_object_embedding.data
     _, found = export(changed, tmp_path / "changed")
     assert not found.passed
     assert [one.name for one in tmp_path.iterdir() if one.name != "text-cache"] == ["same"]
 
 
-def test_an_existing_folder_is_refused(small_model, tmp_path):
+def test_an_existing_folder_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="exists already"):
-        export(small_model, tmp_path)
+        export(model, tmp_path)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((40, 53), (32, 42)), ((6, 4), (3, 2)), ((4, 5), (4, 5)), ((3, 4), (2, 3))])
@@ -88,20 +191,50 @@ def test_pooling_for_export_is_adaptive_pooling(monkeypatch, size, grid):
     assert torch.equal(adaptive_max_pool(maps, grid), expected)
 
 
-@pytest.fixture(scope="module")
-def torch_free(exported):
-    """Runs Python code in a process that can't import torch; `folder` is the exported model there."""
+MINIMAL = """
+import importlib.abc, importlib.metadata, re, sys
 
-    def run(code: str) -> str:
-        blocked = f"import sys; sys.modules['torch'] = None; folder = {str(exported[0])!r}\n"
-        done = subprocess.run([sys.executable, "-c", blocked + code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+class OnlyRequired(importlib.abc.MetaPathFinder):
+    def __init__(self, requirements):
+        self.allowed, waiting = {"opensan"}, requirements
+        while waiting:
+            name = re.match(r"[\\w.-]+", waiting.pop())[0].lower().replace("_", "-")
+            if name not in self.allowed:
+                self.allowed.add(name)
+                # What only other systems or extras need has a marker.
+                waiting += [one for one in importlib.metadata.requires(name) or () if ";" not in one]
+        self.owners = importlib.metadata.packages_distributions()
+
+    def find_spec(self, module, path=None, target=None):
+        owners = self.owners.get(module)  # of a package's modules, its own finder decides
+        if owners and not self.allowed & {owner.lower().replace("_", "-") for owner in owners}:
+            raise ModuleNotFoundError(f"{module} is not required", name=module)
+"""
+
+
+@pytest.fixture
+def torch_free(exported):
+    """Runs Python code where nothing is installed but what the exported model, `folder` there, asks for."""
+
+    def run(code: str, returncode: int = 0) -> str:
+        wanted = [line for line in (exported / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+        prepare = f"{MINIMAL}\nsys.meta_path.insert(0, OnlyRequired({wanted}))\nfolder = {str(exported)!r}\n"
+        done = subprocess.run([sys.executable, "-c", prepare + code], capture_output=True, text=True)
+        assert done.returncode == returncode, done.stderr
+        return done.stderr if returncode else done.stdout
 
     return run
 
 
-def test_segmenting_without_torch_answers_as_with_it(torch_free, small_model, tmp_path):
+def test_requirements_are_ranges_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert set(requirements.COMMON) < set(project["dependencies"])
+    for format, needed in requirements.RUNTIME.items():
+        assert needed in extras[format]
+
+
+def test_segmenting_without_torch_answers_as_with_it(torch_free, model, tmp_path):
     """Words with synonyms and a background; an encoding made there can be asked here, and confidences agree."""
     torch_free(f"""if True:
         import numpy as np, opensan
@@ -117,7 +250,7 @@ def test_segmenting_without_torch_answers_as_with_it(torch_free, small_model, tm
     """)
     with np.load(tmp_path / "found.npz") as found:
         winners, confidence = found["winners"], found["confidence"]
-    segmenter = opensan.Segmenter(small_model, text_cache=False)
+    segmenter = opensan.Segmenter(model, text_cache=False)
     expected = segmenter.segment(check.SCENE, "road|street,car,sky", background=["tree"])
     clear = winners == expected.winners
     assert clear.mean() > 0.999
@@ -127,13 +260,31 @@ def test_segmenting_without_torch_answers_as_with_it(torch_free, small_model, tm
     assert (tmp_path / "without.overlay.png").exists() and (tmp_path / "without.segments.json").exists()
 
 
-def test_the_command_segments_without_torch(torch_free, tmp_path):
-    code = "from opensan.cli import main; main({})"
-    arguments = (
-        f"['segment', {str(check.SCENE)!r}, '--words', 'road,sky', '--model', folder, '--out', {str(tmp_path)!r}]"
-    )
-    assert "wrote" in torch_free(code.format(arguments))
-    assert len(list(tmp_path.glob("playground.*"))) == 3
+COMMAND = "from opensan.cli import main; main([{}])"
+
+
+@pytest.mark.parametrize("formats", ["png,overlay,json", "png,coco,yolo,voc,labelstudio"])
+def test_the_command_segments_without_torch(torch_free, tmp_path, formats):
+    arguments = f"'segment', {str(check.SCENE)!r}, '--words', 'road,sky', '--format', {formats!r}, '--model', folder"
+    said = torch_free(COMMAND.format(f"{arguments}, '--out', {str(tmp_path / 'out')!r}"))
+    assert "wrote" in said or "1 of 1 images done" in said
+    assert list((tmp_path / "out").glob("playground.labels.png"))
+
+
+@pytest.mark.parametrize("command", ["segment-raster", "eval", "profile"])
+def test_what_needs_torch_says_so(torch_free, tmp_path, command):
+    arguments = {
+        "segment-raster": "'segment-raster', 'a.png', '--words', 'sky', '--model', folder",
+        "eval": "'eval', '--model', folder, '--data', 'data', '--out', 'out'",
+        "profile": "'profile', folder",
+    }
+    said = torch_free(f"import os; os.chdir({str(tmp_path)!r}); " + COMMAND.format(arguments[command]), returncode=1)
+    assert said.startswith("error: ") and said.count("\n") == 1 and "pip install" in said
+
+
+def test_an_exported_model_is_no_checkpoint(exported):
+    with pytest.raises(ValueError, match=r"an exported model, which `opensan segment`"):
+        load_model(exported)
 
 
 def test_other_models_need_torch_and_say_so(torch_free):
@@ -149,11 +300,11 @@ def test_other_models_need_torch_and_say_so(torch_free):
 
 def test_what_was_decided_at_export_can_not_be_chosen(exported):
     with pytest.raises(ValueError, match="speed can't be chosen"):
-        opensan.load(exported[0], speed="fast")
+        opensan.load(exported, speed="fast")
 
 
 def test_damaged_exports_are_refused_in_one_line(exported, tmp_path):
-    broken = shutil.copytree(exported[0], tmp_path / "broken")
+    broken = shutil.copytree(exported, tmp_path / "broken")
     (broken / "words.onnx").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"words\.onnx: not a graph"):
         opensan.load(broken)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from opensan.assemble import label_map
-from opensan.checkpoints import build_empty, load_model, preset_config
+from opensan.checkpoints import build_empty, load_model, random_model
 from opensan.config import PRESETS, ModelConfig
-from opensan.model import SAN, build_san
+from opensan.model import SAN
 from opensan.segmenter import Segmenter
 from opensan.structures import ImageSizes, Proposals, TextClassifier
 from opensan.train.log import peak_memory_mib
@@ -101,7 +101,7 @@ def profile(source: str, *, size: tuple[int, int] = OFFICIAL_SIZE, words: int = 
     Raises:
         ValueError: an unknown model or device; one line.
     """
-    model = _random(preset_config(source)) if source in PRESETS else load_model(source)
+    model = random_model(source, 0) if source in PRESETS else load_model(source)
     config = model.config
     divisor = config.image.size_divisor
     size = tuple(-(-side // divisor) * divisor for side in size)
@@ -113,12 +113,6 @@ def profile(source: str, *, size: tuple[int, int] = OFFICIAL_SIZE, words: int = 
         multiply_adds=count_multiply_adds(config, size, words),
         speed=measure_speed(model, size, words, device),
     )
-
-
-def _random(config: ModelConfig) -> SAN:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build_san(config)
 
 
 def count_parameters(model: SAN) -> dict[str, Parameters]:

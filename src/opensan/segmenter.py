@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from opensan.assemble import label_map, label_scores
-from opensan.checkpoints import load_model, preset_config
+from opensan.checkpoints import load_model, random_model
 from opensan.images import MAX_PIXELS, PreparedImage, prepare
-from opensan.model import SAN, build_san
+from opensan.model import SAN
 from opensan.segmentation import AnySegmenter, Encoding, ReadImage, Segmentation
 from opensan.speed import DTYPES, SPEEDS, fastest_dtype, prepare_image_half
 from opensan.structures import Proposals
@@ -156,10 +156,7 @@ def load(
     if random_weights is None:
         model = load_model(source)
     else:
-        config = preset_config(os.fspath(source))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random_weights)
-            model = build_san(config)
+        model = random_model(os.fspath(source), random_weights)
         warnings.warn(f"{source} has random weights (seed {random_weights}): its answers mean nothing", stacklevel=2)
     return Segmenter(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, text_cache=text_cache)
 

@@ -58,6 +58,11 @@ class Tower:
     """[vocabulary] bool: tokens whose embedding is exactly zero; None if there is no such token."""
 
 
+def row_key(tower: str, prompts: Sequence[str]) -> bytes:
+    """What the mean embedding of `prompts` is kept under; `tower` is the fingerprint of what embeds them."""
+    return hashlib.sha256("\0".join([tower, *prompts]).encode()).digest()
+
+
 class TextRows:
     """Text rows of any vocabulary, remembered. A subclass runs the tower: `_current_tower` and `_embed_tree`."""
 
@@ -96,7 +101,7 @@ class TextRows:
             self._disk_of = tower.fingerprint
         rows = vocabulary.prompts()
         names = [vocabulary.words[index].name for index in vocabulary.row_class]
-        keys = [hashlib.sha256("\0".join([tower.fingerprint, *row]).encode()).digest() for row in rows]
+        keys = [row_key(tower.fingerprint, row) for row in rows]
         embeddings = self._remembered(keys)
         missing = [index for index, key in enumerate(keys) if key not in embeddings]
         missing = list({keys[index]: index for index in missing}.values())

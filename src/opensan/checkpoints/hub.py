@@ -4,10 +4,12 @@ import os
 import re
 from pathlib import Path
 
+import torch
+
 from opensan.checkpoints.folder import WEIGHTS_NAME, load_folder
 from opensan.checkpoints.pickles import first_line, load_official
 from opensan.config import CONFIG_NAME, PRESETS, ModelConfig, read_config
-from opensan.model import SAN
+from opensan.model import SAN, build_san
 
 OFFICIAL_REPOSITORY = "Mendel192/san"
 OFFICIAL_FILES = {"san-vit-b16": "san_vit_b_16.pth", "san-vit-l14": "san_vit_large_14.pth"}
@@ -51,6 +53,14 @@ def preset_config(name: str) -> ModelConfig:
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}: known are tiny, {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def random_model(name: str, seed: int) -> SAN:
+    """The model of a preset with random weights, for what does not depend on them. Raises as `preset_config`."""
+    config = preset_config(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_san(config)
 
 
 def _load_path(path: Path) -> SAN:

@@ -14,9 +14,12 @@ from opensan.export.graphs import graphs
 from opensan.files import flush_folder, temporary_path, write_text
 from opensan.model import SAN
 from opensan.runtime.folder import Manifest
-from opensan.runtime.graphs import open_graph
+from opensan.runtime.graphs import Run, open_graph
+from opensan.runtime.requirements import REQUIREMENTS_NAME, RUNTIME, requirements
+from opensan.runtime.text import WORDS_NAME, EmbeddedWords
 from opensan.segmenter import fingerprint
 from opensan.text import TextEncoder
+from opensan.vocabulary import Vocabulary
 
 __all__ = ["Parity", "export"]
 
@@ -28,14 +31,17 @@ def export(
     format: str = "onnx",
     dtype: str = "float32",
     text: bool = True,
+    words: Vocabulary | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> tuple[Path, Parity]:
     """Write `model` to a new `folder`, all or nothing, after checking that the files answer as the model does.
 
     Args:
         format: "onnx", "openvino", or "torch" (torch.export's .pt2).
-        dtype: of the weights: "float32", "float16" (stored so, computed with in float32), "int8".
-        text: also write the text tower; without it, a reader must bring text embeddings of its own.
+        dtype: of the weights: "float32", "float16" (stored so, computed with in float32), "bfloat16" (OpenVINO only:
+            stored as float16, the image graph computed with bfloat16 where the processor can), "int8".
+        text: also write the text tower; without it, the folder answers `words` only.
+        words: embedded now, and written beside the graphs.
         note: told what is being done.
 
     Returns:
@@ -59,8 +65,9 @@ def export(
         runs = {}
         for name, graph in graphs(model, text=text).items():
             note(f"exporting {name}")
-            runs[name] = _opened(formats.write(name, graph, temporary, format, dtype))
-        _describe(model, temporary, format, dtype, text)
+            path = formats.write(name, graph, temporary, format, dtype)
+            runs[name] = _opened(path, narrow=name == "image" and dtype == "bfloat16")
+        _describe(model, temporary, format, dtype, text, words)
         note("checking")
         found = parity(model, runs, dtype)
         del runs
@@ -74,9 +81,9 @@ def export(
     return folder, found
 
 
-def _opened(path: Path):
+def _opened(path: Path, *, narrow: bool) -> Run:
     if path.suffix != ".pt2":
-        return open_graph(path)
+        return open_graph(path, narrow=narrow)
     module = torch.export.load(path).module()
 
     def run(**inputs):
@@ -86,8 +93,10 @@ def _opened(path: Path):
     return run
 
 
-def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool) -> None:
-    tower, unseen = TextEncoder(model, disk_cache=False).tower()
+def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool, words: Vocabulary | None) -> None:
+    """Write all that stands beside the graphs."""
+    encoder = TextEncoder(model, disk_cache=False)
+    tower, unseen = encoder.tower()
     suffix = "" if dtype == "float32" else f"-{dtype}"
     manifest = Manifest(
         format=format,
@@ -97,5 +106,9 @@ def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool) -> 
         text_tower=f"{tower} {format} {dtype}",
         seen_tokens=None if unseen is None else tuple((~unseen).nonzero()[0].tolist()),
     )
+    if words is not None:
+        EmbeddedWords.of(words, encoder.rows(words), manifest.text_tower).save(folder / WORDS_NAME)
+    if format in RUNTIME:
+        write_text(folder / REQUIREMENTS_NAME, requirements(format))
     write_text(folder / EXPORT_NAME, manifest.model_dump_json(indent=1) + "\n")
     write_text(folder / CONFIG_NAME, model.config.model_dump_json(indent=2) + "\n")

@@ -42,8 +42,13 @@ class Limits:
     """Least share of equal labels."""
 
 
-LIMITS = {"float32": Limits(1e-4, 0.999), "float16": Limits(0.02, 0.98), "int8": Limits(0.5, 0.9)}
-"""By the weights' dtype. int8 is judged by its labels; its tensors only must be of the right size."""
+LIMITS = {
+    "float32": Limits(1e-4, 0.999),
+    "float16": Limits(0.02, 0.98),
+    "bfloat16": Limits(0.5, 0.9),
+    "int8": Limits(0.5, 0.9),
+}
+"""By dtype. bfloat16 and int8 are judged by their labels; their tensors only must be of the right size."""
 
 
 @dataclass(frozen=True)

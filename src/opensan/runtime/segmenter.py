@@ -3,7 +3,6 @@
 Letters: Q queries, K words, R text rows, D embedding, h w stride-16 grid, H0 W0 the photograph.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,11 +10,10 @@ import numpy as np
 
 from opensan.images import MAX_PIXELS, PreparedImage, prepare_array
 from opensan.interpolation import interpolation_matrices
-from opensan.prompt_tree import PromptTree
-from opensan.runtime.folder import Manifest, read_folder
+from opensan.runtime.folder import read_folder
 from opensan.runtime.graphs import SUFFIXES, Run, open_graph
+from opensan.runtime.text import WORDS_NAME, EmbeddedWords, ExportedText
 from opensan.segmentation import AnySegmenter, Encoding, ReadImage, Segmentation, to_array
-from opensan.text_rows import ROWS_IN_MEMORY, Recent, TextRows, Tower
 from opensan.vocabulary import Vocabulary
 
 BAND_FLOATS = 1 << 21
@@ -41,12 +39,21 @@ class ExportedSegmenter(AnySegmenter):
         self.image_config = config.image
         self.device = "cpu"
         self.speed, self.dtype = manifest.format, manifest.dtype
-        names = ["image", "words", "labels", *(["text"] if manifest.text else [])]
-        graphs = {name: open_graph(folder / f"{name}{SUFFIXES[manifest.format]}", threads=threads) for name in names}
-        self._image, self._words, self._labels = graphs["image"], graphs["words"], graphs["labels"]
+
+        def graph(name: str, *, narrow: bool = False) -> Run:
+            return open_graph(folder / f"{name}{SUFFIXES[manifest.format]}", threads=threads, narrow=narrow)
+
+        # Words are computed with float32, whatever the image half has: they cost little there.
+        self._image = graph("image", narrow=manifest.dtype == "bfloat16")
+        self._words, self._labels = graph("words"), graph("labels")
         clip = config.clip
         self.text = ExportedText(
-            graphs.get("text"), manifest, clip.text.context_length, clip.embed_dim, disk_cache=text_cache
+            graph("text") if manifest.text else None,
+            EmbeddedWords.load(folder / WORDS_NAME, clip.embed_dim),
+            manifest,
+            clip.text.context_length,
+            clip.embed_dim,
+            disk_cache=text_cache,
         )
 
     def prepare(self, image: np.ndarray) -> ReadImage:
@@ -94,46 +101,6 @@ class ExportedSegmenter(AnySegmenter):
                 probabilities=probabilities, mask_logits=masks, down=down[top : top + rows], across=across
             )
             yield labels, scores
-
-
-class ExportedText(TextRows):
-    """The exported text tower, and what it has embedded."""
-
-    def __init__(
-        self, graph: Run | None, manifest: Manifest, context_length: int, dimension: int, *, disk_cache: bool
-    ) -> None:
-        super().__init__(context_length, dimension, disk_cache=disk_cache)
-        self._graph = graph
-        self._manifest = manifest
-        self._tower: Tower | None = None
-        self._found: Recent[np.ndarray] = Recent(ROWS_IN_MEMORY)
-        self._work = threading.Lock()
-
-    def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> np.ndarray:
-        """`TextRows.rows`, remembered; threads may ask together."""
-        with self._work:
-            found = self._found.get(vocabulary)
-            if found is None:
-                found = self.rows(vocabulary, progress=progress)
-                self._found.put(vocabulary, found, len(found))
-        return found
-
-    def _current_tower(self) -> Tower:
-        if self._tower is None:
-            unseen = None
-            if self._manifest.seen_tokens is not None:
-                from opensan.tokenizer import clip_tokenizer
-
-                unseen = np.ones(clip_tokenizer().size, dtype=bool)
-                unseen[list(self._manifest.seen_tokens)] = False
-            self._tower = Tower((), self._manifest.text_tower, unseen)
-        return self._tower
-
-    def _embed_tree(self, tree: PromptTree) -> np.ndarray:
-        if self._graph is None:
-            raise ValueError("this model was exported without its text tower (--no-text): it can't read words")
-        (found,) = self._graph(tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
-        return found
 
 
 def rows_of_words(vocabulary: Vocabulary) -> np.ndarray:

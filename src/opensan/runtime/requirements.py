@@ -1,0 +1,24 @@
+"""What a machine without torch needs to run an exported model: the folder carries it as requirements.txt."""
+
+REQUIREMENTS_NAME = "requirements.txt"
+
+COMMON = (
+    "numpy>=2.0",
+    "pillow>=11",
+    "safetensors>=0.5",
+    "pydantic>=2.7",
+    "faster-coco-eval>=1.6",
+    "filelock>=3.13",
+    "platformdirs>=4.0",
+    "rich>=13.7",
+    "typer>=0.15",
+    "ftfy>=6.1",
+    "regex>=2024.5",
+)
+RUNTIME = {"onnx": "onnxruntime>=1.20", "openvino": "openvino>=2025.0"}
+
+
+def requirements(format: str) -> str:
+    """The content of requirements.txt: ranges as in opensan's own metadata, without torch."""
+    lines = ["# Without torch: pip install --no-deps opensan && pip install -r requirements.txt"]
+    return "\n".join([*lines, *COMMON, RUNTIME[format]]) + "\n"
