@@ -192,23 +192,22 @@ def test_pooling_for_export_is_adaptive_pooling(monkeypatch, size, grid):
 
 
 MINIMAL = """
-import importlib.abc, importlib.metadata, re, sys
+import importlib.metadata, re, sys
 
-class OnlyRequired(importlib.abc.MetaPathFinder):
-    def __init__(self, requirements):
-        self.allowed, waiting = {"opensan"}, requirements
-        while waiting:
-            name = re.match(r"[\\w.-]+", waiting.pop())[0].lower().replace("_", "-")
-            if name not in self.allowed:
-                self.allowed.add(name)
-                # What only other systems or extras need has a marker.
-                waiting += [one for one in importlib.metadata.requires(name) or () if ";" not in one]
-        self.owners = importlib.metadata.packages_distributions()
+def named(distribution):
+    return re.match(r"[\\w.-]+", distribution)[0].lower().replace("_", "-")
 
-    def find_spec(self, module, path=None, target=None):
-        owners = self.owners.get(module)  # of a package's modules, its own finder decides
-        if owners and not self.allowed & {owner.lower().replace("_", "-") for owner in owners}:
-            raise ModuleNotFoundError(f"{module} is not required", name=module)
+def keep_only(waiting):
+    kept = {"opensan"}
+    while waiting:
+        name = named(waiting.pop())
+        if name not in kept:
+            kept.add(name)
+            # What only other systems or extras need has a marker.
+            waiting += [one for one in importlib.metadata.requires(name) or () if ";" not in one]
+    for module, owners in importlib.metadata.packages_distributions().items():
+        if not kept & set(map(named, owners)):
+            sys.modules[module] = None
 """
 
 
@@ -218,7 +217,7 @@ def torch_free(exported):
 
     def run(code: str, returncode: int = 0) -> str:
         wanted = [line for line in (exported / "requirements.txt").read_text().splitlines() if line[0] != "#"]
-        prepare = f"{MINIMAL}\nsys.meta_path.insert(0, OnlyRequired({wanted}))\nfolder = {str(exported)!r}\n"
+        prepare = f"{MINIMAL}\nkeep_only({wanted})\nfolder = {str(exported)!r}\n"
         done = subprocess.run([sys.executable, "-c", prepare + code], capture_output=True, text=True)
         assert done.returncode == returncode, done.stderr
         return done.stderr if returncode else done.stdout

@@ -50,10 +50,9 @@ def reporting_errors() -> Iterator[None]:
             complain(f"error: {error}")
             sys.exit(2 if isinstance(error, UsageError) else 1)
         except ModuleNotFoundError as error:
-            package = (error.name or "opensan").partition(".")[0]
-            if package == "opensan":
+            if error.name is None or error.name.partition(".")[0] == "opensan":
                 raise
-            complain(f"error: this needs {package}, which is not installed: pip install {package}")
+            complain(f"error: this needs {error.name}, which is not installed; pip install opensan brings all it needs")
             sys.exit(1)
         except OSError as error:  # of the machine: a full disk, a file that may not be read
             complain(f"error: {error.filename + ': ' if error.filename else ''}{error.strerror or error}")

@@ -4,9 +4,11 @@ REQUIREMENTS_NAME = "requirements.txt"
 
 COMMON = (
     "numpy>=2.0",
+    "scipy>=1.13",
     "pillow>=11",
     "safetensors>=0.5",
     "pydantic>=2.7",
+    "pyyaml>=6.0",
     "faster-coco-eval>=1.6",
     "filelock>=3.13",
     "platformdirs>=4.0",
