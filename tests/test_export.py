@@ -93,8 +93,8 @@ def test_the_check_compares_every_tensor(exported, model):
     [
         ("onnx", "float16", 1e-2, 0.6),
         ("onnx", "int8", 0.3, 0.5),
-        ("openvino", "float32", 1e-4, 1),
-        ("openvino", "float16", 1e-2, 0.6),
+        pytest.param(*("openvino", "float32", 1e-4, 1), marks=pytest.mark.slow),
+        pytest.param(*("openvino", "float16", 1e-2, 0.6), marks=pytest.mark.slow),
         ("openvino", "bfloat16", 0.3, 0.6),
         ("openvino", "int8", 0.3, 0.5),
     ],

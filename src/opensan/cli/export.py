@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.terminal import note
+from opensan.cli.terminal import complain, note
 
 
 class Format(StrEnum):
@@ -79,3 +79,5 @@ def export(
         )
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     print(f"wrote {folder} ({size:.0f} MiB)")
+    if not text and known is None:
+        complain(f"warning: {folder} can be asked no words: without text tower, give it some by --words")
