@@ -169,14 +169,14 @@ def test_large_frames_are_refused_before_they_are_decoded(tmp_path):
         assert len(list(clip.frames())) == len(TIMES)
 
 
-def test_of_a_clip_that_was_cut_off_the_beginning_is_read(tmp_path):
+def test_of_a_clip_that_was_cut_off_the_beginning_is_read(small, tmp_path):
     path = write_clip(tmp_path / "clip.mkv", pictures(40), range(0, 1600, 40))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with Clip(path) as clip:
-        found = len(list(clip.frames()))
-        assert 5 < found < 35
-        assert clip.ends_early == f"the pictures end after {(found - 1) / 25:.1f} s, the file promises 1.6 s"
+    found, video = run(small, path, tmp_path / "out")
+    assert 5 < len(found) < 35
+    ends = (len(found) - 1) / 25
+    assert video.notes == [f"{path}: the pictures end after {ends:.1f} s, the file promises 1.6 s"]
     path.write_bytes(content[:1000])
     with pytest.raises(ImageError, match="no frame of it can be decoded"):
         frames_of(path)
@@ -404,11 +404,12 @@ def test_a_run_that_was_stopped_goes_on_and_leaves_nothing_half_done(small, smal
         run(Stops(small_model, text_cache=False), path, out)
     assert [file.name for file in out.iterdir()] == [".clip.part"]
     with VideoRun(small, WORDS, path, out) as video:
-        assert video.finished == 17
+        finished = video.finished
+        assert 15 <= finished <= 20  # of the 20 frames that were computed, those that were drawn too
         with pytest.raises(ValueError, match="another run is writing it"), VideoRun(small, WORDS, path, out):
             pass
     going_on = Stops(small_model, text_cache=False)
-    going_on.left = 40 - 17
+    going_on.left = 40 - finished
     assert len(run(going_on, path, out)[0]) == 40
     assert going_on.left == 0
     assert_same_results(out, tmp_path / "undisturbed")
@@ -439,7 +440,7 @@ def _run_of_its_own(model, path, out):
 
 
 def test_killed_at_any_time_the_results_are_the_same(small, small_model, tmp_path):
-    path = write_clip(tmp_path / "clip.mp4", pictures(60), range(0, 2400, 40))
+    path = write_clip(tmp_path / "clip.mp4", pictures(36), range(0, 1440, 40))
     out = tmp_path / "out"
     arguments = (save_folder(small_model, tmp_path / "model"), path, out)
     process = multiprocessing.get_context("spawn").Process(target=_run_of_its_own, args=arguments)
@@ -452,8 +453,8 @@ def test_killed_at_any_time_the_results_are_the_same(small, small_model, tmp_pat
     assert process.exitcode == -9
     assert [file.name for file in out.iterdir()] == [".clip.part"]
     with VideoRun(small, WORDS, path, out) as video:
-        assert 1 <= video.finished < 60
-        assert len(list(video.results())) == 60
+        assert 1 <= video.finished < 36
+        assert len(list(video.results())) == 36
     run(small, path, tmp_path / "undisturbed")
     assert_same_results(out, tmp_path / "undisturbed")
 

@@ -73,7 +73,7 @@ def _run(run: "VideoRun", names: list[str]) -> None:
     import numpy as np
 
     if run.finished:
-        complain(f"going on after {run.finished} frames")
+        complain(f"going on at frame {run.finished}")
     console = output_console()
     done = total = 0
     pixels = np.zeros(len(names), dtype=np.int64)

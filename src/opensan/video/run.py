@@ -41,7 +41,7 @@ DRAWERS = 2
 """Threads that draw."""
 
 FRAMES_BETWEEN_NOTES = 16
-"""After so many frames it is noted how far the work has come; as many are done again at most."""
+"""After so many frames it is noted how far the work has come; as many are done again if a run is killed."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,8 @@ class VideoRun:
         self._part = out / f".{path.stem}.part"
         self._labels = self._part / "labels"
         self._note = self._part / "note.safetensors"
+        self._latest: Note | None = None
+        """How far this run has come."""
         self.finished = 0
         """Frames whose labels are known from an earlier run, once this one is open: all with a lower number."""
         self.notes: list[str] = []
@@ -179,6 +181,8 @@ class VideoRun:
             self.notes.append(
                 f"{self._path}: damaged in {self._clip.damaged} places; what can't be decoded is left out"
             )
+        if self._clip.ends_early:
+            self.notes.append(f"{self._path}: {self._clip.ends_early}")
 
     @property
     def _has_background(self) -> bool:
@@ -190,17 +194,18 @@ class VideoRun:
         encoding: deque[Future[None]] = deque()
         threads = [ThreadPoolExecutor(count) for count in (1, DRAWERS, 1)]
         reader, drawers, encoder = threads
+        most_waiting = max(AHEAD, self._batch)  # so that a batch is drawn while the next one is computed
 
         def finish() -> Done:
             drawn = drawing.popleft().result()
-            if len(encoding) > AHEAD:
+            if len(encoding) > most_waiting:
                 encoding.popleft().result()
             encoding.append(encoder.submit(film.add, drawn.labelled.frame, drawn.picture, drawn.pixels))
             return self._noted(drawn, table)
 
         try:
             for labelled in self._labelled(reader):
-                if len(drawing) > AHEAD:
+                if len(drawing) > most_waiting:
                     yield finish()
                 drawing.append(drawers.submit(self._draw, labelled))
             while drawing:
@@ -210,6 +215,8 @@ class VideoRun:
         finally:
             for pool in threads:
                 pool.shutdown(cancel_futures=True)
+            if self._latest is not None:
+                self._latest.save(self._note, self._work())
 
     def _labelled(self, reader: ThreadPoolExecutor) -> Iterator[_Labelled]:
         """Every frame and its labels."""
@@ -259,8 +266,10 @@ class VideoRun:
         frame, pixels, total = drawn.labelled.frame, drawn.pixels, drawn.picture.shape[0] * drawn.picture.shape[1]
         shares = [f"{count / total:.6g}" for count in (*pixels, total - pixels.sum())]
         table.writerow([frame.number, f"{frame.seconds:.6f}", *shares])
-        if frame.number >= self.finished and frame.number // self._every % FRAMES_BETWEEN_NOTES == 0:
-            Note(frame.number + 1, drawn.labelled.past).save(self._note, self._work())
+        if frame.number >= self.finished:
+            self._latest = Note(frame.number + 1, drawn.labelled.past)
+            if frame.number // self._every % FRAMES_BETWEEN_NOTES == 0:
+                self._latest.save(self._note, self._work())
         return Done(frame.number, frame.seconds, pixels, total)
 
     # What an earlier run leaves
