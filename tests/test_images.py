@@ -341,6 +341,16 @@ def test_list_images_says_what_is_wrong(tmp_path):
     assert "URLs" in error_of(lambda: list_images(["http://example.org/a.jpg"]))
 
 
+def test_photographs_of_other_programs_are_not_passed_over_in_silence(tmp_path):
+    Image.fromarray(PHOTO).save(tmp_path / "a.png")
+    for name in ("IMG_1.HEIC", "b.dng", "c.heic", "d.heic", "notes.txt", ".hidden.heic"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning) as caught:
+        assert list_images([tmp_path]) == [tmp_path / "a.png"]
+    says = f"{tmp_path}: left out, as their format can't be read: IMG_1.HEIC, b.dng, c.heic and 1 more"
+    assert [str(warning.message) for warning in caught] == [says]
+
+
 def test_an_unreadable_folder_is_an_error(tmp_path):
     (tmp_path / "locked").mkdir(mode=0)
     (tmp_path / "photo.png").touch()

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndar
 
 # Raster formats that Pillow decodes itself. Not EPS and its like, which are handed to an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
+# Photographs of other programs: whoever has them in a folder takes them for segmented, unless told otherwise.
+_FOREIGN_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"})
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 # EXIF orientation -> the transposition that puts the photograph upright.
 _UPRIGHT = {
@@ -169,8 +172,9 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """The image files that `paths` stand for, each once.
 
     A file is taken whatever its name; a folder gives the images in it and below it, by suffix, sorted, without hidden
-    ones and without following links to folders. Raises ImageError, one line, on a path that does not exist, a folder
-    that can't be listed, and a folder without images.
+    ones and without following links to folders. Warns of photographs in formats that can't be read (.heic, .dng).
+    Raises ImageError, one line, on a path that does not exist, a folder that can't be listed, and a folder without
+    images.
     """
     found: dict[str, Path] = {}
     for path in paths:
@@ -194,14 +198,22 @@ def _images_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise ImageError(f"{error.filename}: the folder can't be listed ({error.strerror})") from None
 
-    images = []
+    images, foreign = [], []
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names = (name for name in files if not name.startswith("."))
-        images += [Path(parent, name) for name in names if Path(name).suffix.lower() in known_suffixes()]
+        paths = [Path(parent, name) for name in files if not name.startswith(".")]
+        images += [path for path in paths if path.suffix.lower() in known_suffixes()]
+        foreign += [path for path in paths if path.suffix.lower() in _FOREIGN_SUFFIXES]
+    if foreign:
+        warnings.warn(f"{folder}: left out, as their format can't be read: {_first_names(foreign)}", stacklevel=3)
     if not images:
         raise ImageError(f"{folder}: no images in this folder (known are {', '.join(sorted(known_suffixes()))})")
     return sorted(images)
+
+
+def _first_names(paths: list[Path]) -> str:
+    names = [path.name for path in sorted(paths)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager
