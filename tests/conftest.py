@@ -65,3 +65,39 @@ def lively_model(config: ModelConfig):
 def small_model(small_config):
     """A lively model of `small_config`. Not to be changed."""
     return lively_model(small_config)
+
+
+@pytest.fixture(scope="session")
+def model_folder(small_model, tmp_path_factory) -> Path:
+    """`small_model` on disk. Not to be changed."""
+    from opensan.checkpoints import save_folder
+
+    return save_folder(small_model, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def fresh_model(small_config):
+    """Makes `small_config` with the same seeded weights each time."""
+    from opensan.model import build_san
+
+    def build():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return build_san(small_config)
+
+    return build
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    from opensan.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return int(caught.value.code or 0), output.out, output.err
+
+    return run

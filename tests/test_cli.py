@@ -17,33 +17,14 @@ from PIL import Image
 
 import opensan
 import opensan.segmenter
-from opensan.checkpoints import load_folder, save_folder
+from opensan.checkpoints import load_folder
 from opensan.checkpoints.official import to_official
-from opensan.cli import main
 from opensan.folders import Job, plan
 from opensan.text_cache import TextCache
 
 from .conftest import GOLDENS
 
 WORDS = "road, car|automobile, [red]sky, café"
-
-
-@pytest.fixture(scope="session")
-def model_folder(small_model, tmp_path_factory) -> Path:
-    return save_folder(small_model, tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
-
-    return run
 
 
 def photograph(path: Path, seed: int = 0, size: tuple[int, int] = (60, 45)) -> Path:

@@ -18,7 +18,6 @@ from filelock import FileLock
 from PIL import Image
 
 from opensan.assemble import score_maps
-from opensan.cli import main
 from opensan.data.canonical import Manifest, Request, write_manifest
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.distributed import process_group
@@ -395,24 +394,11 @@ def test_every_measured_set_has_a_column_of_its_own(folder, tmp_path):
 
 
 @pytest.fixture
-def command(capsys, monkeypatch, tmp_path):
+def command(run, monkeypatch, tmp_path):
     """Run `opensan eval` in this process, in `tmp_path`: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(["eval", *map(str, arguments)])
-        output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def model_folder(small_model, tmp_path_factory) -> Path:
-    from opensan.checkpoints import save_folder
-
-    return save_folder(small_model, tmp_path_factory.mktemp("model"))
+    return lambda *arguments: run("eval", *arguments)
 
 
 def test_eval_writes_everything_and_resumes(command, folder, model_folder):

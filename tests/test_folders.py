@@ -14,7 +14,6 @@ from filelock import FileLock
 from PIL import Image
 
 import opensan
-from opensan.checkpoints import save_folder
 from opensan.folders import Broken, FolderRun, Written, plan, without_results
 from opensan.images import list_images
 from opensan.outputs import DATASETS, FORMATS
@@ -23,11 +22,6 @@ from opensan.vocabulary import Vocabulary
 ALL = (*FORMATS, *DATASETS)
 WORDS = "road, car|automobile, sky"
 BOOKS = ("manifest.jsonl", ".opensan.lock")
-
-
-@pytest.fixture(scope="session")
-def model_folder(small_model, tmp_path_factory) -> Path:
-    return save_folder(small_model, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

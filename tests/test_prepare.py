@@ -13,26 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opensan.cli import main
 from opensan.data.canonical import read_manifest
 from opensan.data.check import FolderCheck
 from opensan.data.prepare import Photograph, Source
 from opensan.data.prepare.engine import JOURNAL, prepare
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.vocabulary import Vocabulary
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
-
-    return run
 
 
 def constant(value: np.ndarray) -> np.ndarray:

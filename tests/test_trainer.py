@@ -384,18 +384,6 @@ class Halves:
         return np.repeat((40 + 170 * labels[..., None]).astype(np.uint8), 3, axis=2), labels
 
 
-@pytest.fixture
-def fresh_model(small_config):
-    from opensan.model import build_san
-
-    def build():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            return build_san(small_config)
-
-    return build
-
-
 def test_training_a_san_learns_masks_and_leaves_clip_alone(tmp_path, fresh_model):
     model = fresh_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}

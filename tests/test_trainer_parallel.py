@@ -52,18 +52,6 @@ def san_config(**loop) -> SanTrainingConfig:
     )
 
 
-@pytest.fixture
-def fresh_model(small_config):
-    from opensan.model import build_san
-
-    def build():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            return build_san(small_config)
-
-    return build
-
-
 def rows(out: Path) -> dict[str, list[float]]:
     """The columns of the log, without those that measure time and memory."""
     with (out / "log.csv").open(newline="") as file:
