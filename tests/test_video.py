@@ -139,8 +139,13 @@ def test_what_is_no_video_is_refused_in_a_line(tmp_path):
     (tmp_path / "truncated.mp4").write_bytes(clip.read_bytes()[:2000])  # the table of frames stands at the end
     (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\n{clip}\n#EXT-X-ENDLIST\n")
     (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {clip}\n")
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+    with av.open(str(tmp_path / "song.mp4"), "w") as container:
         tone = container.add_stream("aac", rate=16_000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        container.mux(cover.encode())
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 4_000), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 16_000
         container.mux(tone.encode(frame))
@@ -151,7 +156,7 @@ def test_what_is_no_video_is_refused_in_a_line(tmp_path):
         "truncated.mp4": "not a video that can be read",
         "list.m3u8": "not a video that can be read",
         "list.mp4": "not a video that can be read",
-        "sound.mp4": "has no video in it",
+        "song.mp4": "has no video in it",
         "missing.mp4": "does not exist",
         ".": "not a file",
     }
@@ -269,14 +274,15 @@ def test_the_overlay_video_shows_the_labels_and_a_legend_that_stays(done):
 
 def test_every_third_frame(small, tmp_path):
     path = write_clip(tmp_path / "clip.mp4")
+    path = path.rename(tmp_path / "http: %03d|.mp4")  # FFmpeg gives such names a meaning
     found, _ = run(small, path, tmp_path / "out", every=3, batch=2)
     assert [one.number for one in found] == [0, 3, 6]
-    assert sorted(file.name for file in (tmp_path / "out/clip.labels").iterdir()) == [
+    assert sorted(file.name for file in (tmp_path / "out/http: %03d|.labels").iterdir()) == [
         "000000.png",
         "000003.png",
         "000006.png",
     ]
-    overlay = frames_of(tmp_path / "out/clip.overlay.mp4")
+    overlay = frames_of(tmp_path / "out/http: %03d|.overlay.mp4")
     assert [round(1000 * frame.seconds) for frame in overlay] == [0, 200, 300]
 
 

@@ -83,7 +83,8 @@ class Clip:
 
     def _open_streams(self, max_pixels: int) -> None:
         av = pyav()
-        pictures = [stream for stream in self._container.streams.video if "attached_pic" not in str(stream.disposition)]
+        cover = av.stream.Disposition.attached_pic  # of a song
+        pictures = [stream for stream in self._container.streams.video if not stream.disposition & cover]
         if not pictures:
             raise ImageError(f"{self.path}: has no video in it")
         self._video = pictures[0]

@@ -38,7 +38,8 @@ class Film:
         """What a user should know of it; each one line."""
 
     def __enter__(self) -> "Film":
-        self._container = pyav().open(str(self._path), "w", format="mp4", options={"movflags": "faststart"})
+        name = f"file:{self._path.absolute()}"  # "file:" keeps FFmpeg from reading a name as an address
+        self._container = pyav().open(name, "w", format="mp4", options={"movflags": "faststart"})
         self._video: Any = None
         self._sound: Any = None
         return self
