@@ -18,7 +18,7 @@ from opensan.vocabulary import ready_sets
 from .desks import lay_out
 from .documentation import PAGES, ROOT, Reader, blocks, commands, find_command, options_of, read_page
 
-SLOW = {"docs/reliability.md"}
+SLOW = {"docs/reliability.md", "docs/export.md"}
 
 
 def after_first_photograph() -> None:
