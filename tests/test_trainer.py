@@ -261,6 +261,23 @@ def test_a_broken_sample_is_named_and_replaced(tmp_path, capsys):
     assert capsys.readouterr().err.count("skipped a broken sample: number 13: cannot be read") >= 2
 
 
+class AllBroken(Numbers):
+    """No sample can be read."""
+
+    def load(self, index: int, generator: np.random.Generator) -> tuple[float, float, int]:
+        raise ValueError("cannot be read")
+
+
+def test_no_worker_outlives_a_run_that_fails(tmp_path):
+    """Even while somebody holds the error: at its end the interpreter would wait for them, and they ignore signals."""
+    with pytest.raises(ValueError, match=r"^10 broken samples in a row, .*cannot be read$") as one:
+        trainer(tmp_path / "broken", source=AllBroken(), workers=2).run()
+    assert not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="3 steps in a row had no finite losses") as two:
+        trainer(tmp_path / "nan", Line(bad=frozenset(range(20))), workers=2).run()
+    assert not multiprocessing.active_children(), (one, two)
+
+
 def test_a_run_of_another_configuration_is_not_continued(tmp_path):
     trainer(tmp_path, steps=4).run()
     with pytest.raises(ValueError, match=r"holds a run with loop.batch_size = 3, not 4"):

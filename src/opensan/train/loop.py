@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,13 +165,13 @@ class Trainer:
     def _run(self) -> RunResult:
         on_main(self._open_folder)
         config = self.config
-        with TrainingProgress(config.steps, self.step, quiet=not is_main()) as progress:
+        with TrainingProgress(config.steps, self.step, quiet=not is_main()) as progress, ExitStack() as at_the_end:
             self._resume(progress)
             self._open_logs()
             self._model.train()
             saved = self.step
             since, seen = time.perf_counter(), self.step
-            for batches in self._timed_stream():
+            for batches in at_the_end.enter_context(closing(self._timed_stream())):
                 figures, stop = self._take_step(batches, progress)
                 self.step += 1
                 progress.advance(self.step)
@@ -213,13 +213,14 @@ class Trainer:
             world=world_size(),
             pin_memory=self.device.type == "cuda",
         )
-        while True:
-            start = time.perf_counter()
-            step = next(batches, None)
-            self._waited += time.perf_counter() - start
-            if step is None:
-                return
-            yield step
+        with closing(batches):
+            while True:
+                start = time.perf_counter()
+                step = next(batches, None)
+                self._waited += time.perf_counter() - start
+                if step is None:
+                    return
+                yield step
 
     def _take_step(self, loaded: Sequence[LoadedBatch], progress: TrainingProgress) -> tuple[dict[str, float], bool]:
         """Forward, backward and update. Without finite losses and gradients: no update.

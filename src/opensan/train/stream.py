@@ -140,7 +140,8 @@ class _Positions(Dataset):
         self.seed = seed
         self.orders = None  # made in the worker: the caches of permutations do not travel between processes
 
-    def __getitem__(self, index: tuple[int, int]) -> _Item:
+    def __getitem__(self, index: tuple[int, int]) -> _Item | ValueError:
+        """The error that ends the run is answered, not raised: what workers raise arrives with pages of traceback."""
         number, position = index
         self.orders = self.orders or [SampleOrder(len(one), self.seed, i) for i, one in enumerate(self.sources)]
         source = self.sources[number]
@@ -154,10 +155,12 @@ class _Positions(Dataset):
             except (OSError, ValueError) as error:
                 broken.append(f"{name}: {error}")
                 if len(broken) == MOST_REPLACEMENTS:
-                    raise ValueError(f"{len(broken)} broken samples in a row, the last: {broken[-1]}") from None
+                    return ValueError(f"{len(broken)} broken samples in a row, the last: {broken[-1]}")
             sample = int(generator.integers(len(source)))
 
-    def collate(self, items: list[_Item]) -> LoadedBatch:
+    def collate(self, items: list[_Item | ValueError]) -> LoadedBatch | ValueError:
+        if error := next((item for item in items if isinstance(item, ValueError)), None):
+            return error
         return LoadedBatch(
             self.sources[items[0].source].collate([item.sample for item in items]),
             tuple(item.name for item in items),
@@ -201,7 +204,7 @@ def stream(
     world: int = 1,
     pin_memory: bool = False,
 ) -> Iterator[Sequence[LoadedBatch]]:
-    """The micro-batches of each step from `first_step` to `steps` - 1."""
+    """The micro-batches of each step from `first_step` to `steps` - 1. To leave off early, close the iterator."""
     mixture = source if isinstance(source, Mixture) else Mixture((source,), (1.0,))
     positions = _Positions(mixture.sources, seed)
     order = MixtureOrder(mixture, seed)
@@ -214,8 +217,20 @@ def stream(
         worker_init_fn=_leave_signals_to_the_trainer,
     )
     batches = iter(loader)
-    for _ in range(first_step, steps):
-        yield [next(batches) for _ in range(accumulate)]
+    try:
+        for _ in range(first_step, steps):
+            yield [_checked(next(batches)) for _ in range(accumulate)]
+    finally:
+        if workers:
+            # Not when the garbage is collected: a traceback may keep it to the end of the interpreter, which waits for
+            # processes that it has sent a signal to, and these ignore signals.
+            batches._shutdown_workers()
+
+
+def _checked(loaded: LoadedBatch | ValueError) -> LoadedBatch:
+    if isinstance(loaded, ValueError):
+        raise loaded
+    return loaded
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
