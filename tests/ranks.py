@@ -1,5 +1,6 @@
 """Several processes that train together, as torchrun would start them, for tests."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -29,6 +30,8 @@ def start_ranks(action: Callable[[], None], world: int = 2) -> list[multiprocess
         )
         action()
 
+    # An earlier test's garbage may own threads, as video decoders do: a child that collects it waits for them for ever.
+    gc.collect()
     processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world)]
     for process in processes:
         process.start()
