@@ -10,7 +10,7 @@ from opensan.config import ClipConfig, ImageConfig, ModelConfig, SideAdapterConf
 
 torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
 
-# Where the first gradient of a process comes after torch.export, torch refuses gradients in the processes that it forks,
+# Where the first gradient of a process comes after torch.export, torch refuses gradients in the processes it forks,
 # which tests of several processes need. So the first one comes now.
 torch.ones(1, requires_grad=True).sum().backward()
 
