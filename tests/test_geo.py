@@ -220,6 +220,16 @@ def test_without_coordinates_polygons_count_pixels(tmp_path):
     assert sorted(map(tuple, feature["geometry"]["coordinates"][0][:-1])) == [(0, 0), (0, 6), (5, 0), (5, 6)]
 
 
+@pytest.mark.parametrize("tiled", [True, False])
+def test_a_reduced_image_is_every_so_many_th_pixel(tmp_path, tiled):
+    bands = noise(3, 700, 300)
+    bands[:, 350:] = 0
+    layout = {"tiled": True, "blockxsize": 128, "blockysize": 128} if tiled else {}
+    raster = geo.GeoRaster(write(tmp_path / "x.tif", bands, nodata=0, **layout))
+    expected = bands[:, 3::7, 3::7].transpose(1, 2, 0)
+    np.testing.assert_array_equal(raster.reduced(100)[:, : expected.shape[1]][:, 10:20], expected[:, 10:20])
+
+
 # ------------------------------------------------------------------------------------------------------- the command
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from affine import Affine
     from rasterio.crs import CRS
     from rasterio.io import DatasetReader
+    from rasterio.windows import Window
 
 BEGINNINGS = {
     b"II*\0": "GTiff",
@@ -137,25 +138,54 @@ class GeoRaster:
         """
         from rasterio.windows import Window
 
-        return self._read(window=Window(left, top, width, height))
+        values, valid = self._read(Window(left, top, width, height))
+        return self._to_rgb(values), valid
 
     def reduced(self, longest_side: int) -> np.ndarray:
         """The whole image, uint8 RGB, every so-many-th pixel of it: no side is longer than `longest_side`."""
-        return self._read(out_shape=reduced_size(self.size, longest_side))[0]
+        return self._to_rgb(self._sampled(longest_side)[0])
 
-    def _read(self, **what: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    def _read(self, window: "Window | None" = None, shape: tuple[int, int] | None = None) -> tuple[np.ndarray, Any]:
+        """A window's values as stored, [C, H, W], and which pixels have data, bool [H, W]; None if all do.
+
+        With `shape` (H, W) it is every so-many-th pixel.
+        """
         import rasterio
 
-        shape = what.pop("out_shape", None)
         try:
-            values = self._file.read(list(self.bands), out_shape=shape and (len(self.bands), *shape), **what)
-            valid = self._file.dataset_mask(out_shape=shape, **what) > 0 if self._has_gaps else None
+            values = self._file.read(list(self.bands), window=window, out_shape=shape and (len(self.bands), *shape))
+            valid = self._file.dataset_mask(window=window, out_shape=shape) > 0 if self._has_gaps else None
         except rasterio.errors.RasterioIOError as error:
             raise ValueError(f"{self.path}: damaged ({' '.join(str(error.__cause__ or error).split())})") from None
         if values.dtype.kind == "f":
             finite = np.isfinite(values).all(axis=0)
             valid = finite if valid is None else valid & finite
-        return self._to_rgb(values), valid
+        return values, valid
+
+    def _sampled(self, longest_side: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """As `_read`, of the whole image reduced to `longest_side`.
+
+        From the file's overviews if it has some. Otherwise GDAL would decode each block again for every row that is
+        taken from it, and keep what it decoded: 150 s and 2.3 GiB for 20,000 x 20,000 pixels stored as JPEG.
+        """
+        from rasterio.windows import Window
+
+        shape = reduced_size(self.size, longest_side)
+        if self._file.overviews(self.bands[0]):
+            return self._read(shape=shape)
+        (height, width), block = self.size, self._file.block_shapes[self.bands[0] - 1][0]
+        at_once = block * max(1, BLOCK // block)
+        rows, columns = (
+            ((np.arange(some) + 0.5) * all / some).astype(int) for some, all in zip(shape, self.size, strict=True)
+        )
+        values, valid = [], []
+        for top in range(0, height, at_once):
+            wanted = rows[(rows >= top) & (rows < top + at_once)] - top
+            if len(wanted):
+                found, has_data = self._read(Window(0, top, width, min(at_once, height - top)))
+                values.append(found[:, wanted][:, :, columns])
+                valid.append(None if has_data is None else has_data[wanted][:, columns])
+        return np.concatenate(values, axis=1), None if valid[0] is None else np.concatenate(valid)
 
     def _to_rgb(self, values: np.ndarray) -> np.ndarray:
         """Bands [C, H, W] as uint8 RGB [H, W, 3]."""
@@ -202,10 +232,10 @@ class GeoRaster:
             raise ValueError(f"{self.path}: complex numbers are not an image")
         if self._colours is not None or (percentiles is None and dtypes == {"uint8"}):
             return None
-        shape = reduced_size(self.size, SAMPLE_SIDE)
-        sample = self._file.read(list(self.bands), out_shape=(len(self.bands), *shape), masked=True)
-        values = [band.compressed() for band in sample]
-        values = [band[np.isfinite(band)] for band in values]
+        sample, valid = self._sampled(SAMPLE_SIDE)
+        values = [band if valid is None else band[valid] for band in sample]
+        empty = [self._file.nodatavals[band - 1] for band in self.bands]  # may be marked in one band only
+        values = [band[np.isfinite(band) & (band != none)] for band, none in zip(values, empty, strict=True)]
         if not all(map(len, values)):
             raise ValueError(f"{self.path}: a band has no data")
         limits = np.array([np.percentile(band, percentiles or (2, 98)) for band in values], dtype=np.float32)
