@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
 
@@ -203,11 +204,21 @@ def test_results_of_other_runs_are_no_photographs(tmp_path):
 
 def _work(model: Path, folder: Path, out: Path) -> None:
     """In a process that is going to be killed."""
+    torch.set_num_threads(1)
     run_folder(opensan.load(model), folder, out, ALL, batch=2)
 
 
+@pytest.fixture
+def one_thread():
+    """Sums are then taken in the same order whichever photographs share a batch: files are equal to the byte."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs fork")
-def test_killed_at_any_moment_each_output_comes_once(model_folder, segmenter, tmp_path):
+def test_killed_at_any_moment_each_output_comes_once(model_folder, segmenter, tmp_path, one_thread):
     """SIGKILL at random moments, again and again, then a run to the end: the same as undisturbed."""
     folder, out = photographs(tmp_path / "in", 40), tmp_path / "out"
     run_folder(segmenter, folder, tmp_path / "undisturbed", ALL, batch=2)
