@@ -226,20 +226,22 @@ def test_killed_at_any_moment_each_output_comes_once(model_folder, segmenter, tm
     context.set_forkserver_preload(["opensan.folders", "opensan.segmenter", "faster_coco_eval.mask", "scipy.spatial"])
     chance = random.Random(0)
     done: dict[str, dict] = {}
-    for _ in range(12):
+    kills = 0
+    while len(done) < 25:
         process = context.Process(target=_work, args=(model_folder, folder, out))
         process.start()
         enough = len(done) + chance.randint(0, 4)
         while len(records(out)) < enough and process.is_alive():
             time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.05))
+        time.sleep(chance.uniform(0, 0.02))
         process.kill()
         process.join()
         assert process.exitcode == -9
         now = {record["place"]: record["files"] for record in records(out)}
         assert done.items() <= now.items()  # what was done stays done, to the time of its files
         done = now
-    assert 5 < len(done) < 40
+        kills += 1
+    assert kills >= 5
     assert len(run_folder(segmenter, folder, out, ALL, batch=2)[0]) == 40 - len(done)
     assert done.items() <= {record["place"]: record["files"] for record in records(out)}.items()
     assert sorted(record["place"] for record in records(out)) == sorted({record["place"] for record in records(out)})
