@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,18 @@ def run(capsys):
         return int(caught.value.code or 0), output.out, output.err
 
     return run
+
+
+@pytest.fixture
+def held(segmenter, monkeypatch):
+    """A segmenter whose network waits until it is let go."""
+    gate = threading.Event()
+    through = segmenter.encode_prepared
+
+    def waiting(*arguments):
+        assert gate.wait(30)
+        return through(*arguments)
+
+    monkeypatch.setattr(segmenter, "encode_prepared", waiting)
+    yield gate
+    gate.set()

@@ -108,21 +108,6 @@ def service(segmenter):
         yield running
 
 
-@pytest.fixture
-def held(segmenter, monkeypatch):
-    """A segmenter whose network waits until it is let go."""
-    gate = threading.Event()
-    through = segmenter.encode_prepared
-
-    def waiting(*arguments):
-        assert gate.wait(30)
-        return through(*arguments)
-
-    monkeypatch.setattr(segmenter, "encode_prepared", waiting)
-    yield gate
-    gate.set()
-
-
 def refused(response: httpx.Response, status: int, *words: str) -> None:
     """The answer is a problem of that status, told in one line that holds `words`."""
     assert response.status_code == status, response.text

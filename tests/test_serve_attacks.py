@@ -181,21 +181,13 @@ def test_a_photograph_on_which_the_network_fails_costs_no_other_one(segmenter, m
         assert running.ask(answers[2].json()["id"]).status_code == 200
 
 
-def test_a_model_that_hangs_makes_the_service_unready_until_it_goes_on(segmenter, monkeypatch):
-    gate = threading.Event()
-    through = segmenter.encode_prepared
-
-    def waiting(*arguments):
-        assert gate.wait(30)
-        return through(*arguments)
-
-    monkeypatch.setattr(segmenter, "encode_prepared", waiting)
+def test_a_model_that_hangs_makes_the_service_unready_until_it_goes_on(segmenter, held):
     with serving(segmenter, limits=Limits(queue_seconds=0.3)) as running:
         assert running.client.get("/readyz").status_code == 200
         refused(running.client.post("/v1/encodings", content=photograph(), headers=PNG), 503, "0.3 s")
         refused(running.client.get("/readyz"), 503, "nothing was finished")
         assert running.client.get("/healthz").status_code == 200
-        gate.set()
+        held.set()
         until(lambda: running.client.get("/readyz").status_code == 200)
         until(lambda: running.client.post("/v1/encodings", content=photograph(), headers=PNG).status_code == 201)
 
