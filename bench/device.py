@@ -28,13 +28,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import opensan
-from opensan.assemble import label_map, score_maps
-from opensan.best_row import best_row
+from opensan.assemble.best_row import best_row
+from opensan.assemble.labels import label_map
+from opensan.assemble.scores import score_maps
 from opensan.checkpoints import load_model
 from opensan.config import PRESETS
-from opensan.golden import golden_model
-from opensan.parity import CLEAR_MARGIN, check_inference, is_training
-from opensan.segmenter import Segmenter
+from opensan.parity.golden import golden_model
+from opensan.parity.inference import CLEAR_MARGIN, check_inference, is_training
+from opensan.segmenters.san import SanSegmenter
 from opensan.structures import ImageSizes, Proposals, TextClassifier
 from opensan.vocabulary import Vocabulary
 from plain import PlainSAN
@@ -66,7 +67,7 @@ def milliseconds(action: Callable[[], object], device: torch.device, runs: int =
     return statistics.median(taken)
 
 
-def load(model: str, options: Options, speed: str = "exact") -> Segmenter:
+def load(model: str, options: Options, speed: str = "exact") -> SanSegmenter:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights
         return opensan.load(model, random_weights=0, device=options.device, speed=speed, text_cache=False)
@@ -147,7 +148,7 @@ def segment(options: Options) -> dict:
             text = TextClassifier(rows, torch.arange(words, device=options.device), words)
 
             def label(
-                segmenter: Segmenter, propose: Callable[[Tensor], Proposals], p: Tensor, text: TextClassifier = text
+                segmenter: SanSegmenter, propose: Callable[[Tensor], Proposals], p: Tensor, text: TextClassifier = text
             ) -> list[Tensor]:
                 proposals = propose(p)
                 probabilities = segmenter.model.classify(proposals, text).softmax(-1)[..., :-1].float()
@@ -181,7 +182,7 @@ def segment(options: Options) -> dict:
             begun = time.perf_counter()
             for _ in range(10):
                 segmenter.segment(photograph, vocabulary)
-            found[f"{name}, Segmenter.segment of an array, 171 words, {speed}"] = {
+            found[f"{name}, SanSegmenter.segment of an array, 171 words, {speed}"] = {
                 "milliseconds": (time.perf_counter() - begun) * 100
             }
     return found
@@ -238,8 +239,10 @@ def agreement(options: Options) -> dict:
         if name not in (*options.models, "tiny"):
             continue
         make = (lambda: load_model("tiny")) if name == "tiny" else (lambda name=name: golden_model(PRESETS[name]))
-        cpu = Segmenter(make(), text_cache=False)
-        exact, fast = (Segmenter(make(), device=options.device, speed=s, text_cache=False) for s in ("exact", "fast"))
+        cpu = SanSegmenter(make(), text_cache=False)
+        exact, fast = (
+            SanSegmenter(make(), device=options.device, speed=s, text_cache=False) for s in ("exact", "fast")
+        )
         pixels, clear_errors, fast_same = 0, 0, 0
         begun = time.perf_counter()
         for file in files:

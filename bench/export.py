@@ -20,10 +20,11 @@ import torch
 import opensan
 from opensan.config import EXPORT_NAME, PRESETS
 from opensan.export import export, formats
-from opensan.golden import golden_model
-from opensan.runtime.folder import read_folder
-from opensan.segmentation import AnySegmenter, to_array
-from opensan.segmenter import Segmenter
+from opensan.parity.golden import golden_model
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.exported.manifest import read_folder
+from opensan.segmenters.results import to_array
+from opensan.segmenters.san import SanSegmenter
 from opensan.vocabulary import Vocabulary
 from segment import RandomWords, photograph, turns, vocabulary
 
@@ -45,27 +46,27 @@ class Rows:
         return self._words.classifier(vocabulary).rows.numpy()
 
 
-def segmenters(options: argparse.Namespace, root: Path) -> dict[str, AnySegmenter]:
+def segmenters(options: argparse.Namespace, root: Path) -> dict[str, Segmenter]:
     """Every way, ready to be asked."""
     model = golden_model(PRESETS[options.model])
     whole = root / "float32"
     started = time.perf_counter()
     _, found = export(model, whole, text=False)
     print(f"exported in {time.perf_counter() - started:.0f} s, labels alike: {100 * found.agreement:.3f} %", flush=True)
-    ways: dict[str, AnySegmenter] = {}
+    ways: dict[str, Segmenter] = {}
     for way in options.ways:
         first, second = way.split()
         if first == "torch":
             own = golden_model(PRESETS[options.model])  # "fast" changes the weights
-            ways[way] = Segmenter(own, speed=second, text_cache=False)
+            ways[way] = SanSegmenter(own, speed=second, text_cache=False)
         else:
             folder = converted(whole, root / way, first, second)
             ways[way] = opensan.load(folder, threads=options.threads)
             size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
             print(f"{way}: {size:.0f} MiB without text tower", flush=True)
-    words = RandomWords(Segmenter(model, text_cache=False).encode(photograph(*SIZE)).mask_embeddings)
+    words = RandomWords(SanSegmenter(model, text_cache=False).encode(photograph(*SIZE)).mask_embeddings)
     for segmenter in ways.values():
-        segmenter.text = words if isinstance(segmenter, Segmenter) else Rows(words)
+        segmenter.text = words if isinstance(segmenter, SanSegmenter) else Rows(words)
     return ways
 
 

@@ -20,10 +20,10 @@ from opensan.config import PRESETS
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.evaluate.metrics import Counts
-from opensan.golden import golden_model
 from opensan.lab.san_training import SceneDataset
 from opensan.lab.scenes import SEGMENTATION_NAMES
-from opensan.segmenter import Segmenter
+from opensan.parity.golden import golden_model
+from opensan.segmenters.san import SanSegmenter
 
 RULE = "rule:"
 SCENES_SEED = 5_000_011
@@ -35,13 +35,13 @@ def open_data(data: str, split: str, images: int) -> SegmentationDataset:
     return SegmentationFolder(data, split)
 
 
-def open_model(model: str, speed: str, dtype: str | None = None) -> Segmenter:
+def open_model(model: str, speed: str, dtype: str | None = None) -> SanSegmenter:
     if not model.startswith(RULE):
         return opensan.load(model, speed=speed, dtype=dtype)
-    return Segmenter(golden_model(PRESETS[model.removeprefix(RULE)]), speed=speed, dtype=dtype)
+    return SanSegmenter(golden_model(PRESETS[model.removeprefix(RULE)]), speed=speed, dtype=dtype)
 
 
-def compare(exact: Segmenter, fast: Segmenter, dataset: SegmentationDataset, images: int) -> dict[str, float]:
+def compare(exact: SanSegmenter, fast: SanSegmenter, dataset: SegmentationDataset, images: int) -> dict[str, float]:
     """Shares of pixels, mIoU in [0, 1], over the first `images` photographs."""
     words = dataset.vocabulary
     counts = Counts(len(words.words)), Counts(len(words.words))

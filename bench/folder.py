@@ -17,8 +17,8 @@ from pathlib import Path
 from PIL import Image
 
 import opensan
-from opensan.folders import FolderRun, plan
 from opensan.images import list_images
+from opensan.jobs.folder import FolderRun, plan
 from opensan.vocabulary import Vocabulary
 
 SCENES = Path(opensan.__file__).parent / "assets" / "scenes"
@@ -45,7 +45,7 @@ def resident() -> tuple[float, float]:
     return pages * resource.getpagesize() / 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def run(segmenter: opensan.Segmenter, folder: Path, out: Path, formats: Sequence[str], batch: int) -> None:
+def run(segmenter: opensan.SanSegmenter, folder: Path, out: Path, formats: Sequence[str], batch: int) -> None:
     """One run, with a line of the table now and then."""
     began = time.perf_counter()
     jobs = plan(list_images([folder]), [folder])

@@ -159,7 +159,7 @@ def seams(count: int) -> None:
     import numpy as np
 
     import opensan
-    from opensan import tiles
+    from opensan.jobs import tiles
     from opensan.lab.scenes import label_map, make_scene
     from opensan.vocabulary import Vocabulary
 

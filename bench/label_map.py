@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 import opensan
-from opensan.assemble import label_map
+from opensan.assemble.labels import label_map
 from opensan.structures import ImageSizes, TextClassifier
 from opensan.vocabulary import Vocabulary
 from plain import PlainSAN
@@ -104,7 +104,7 @@ def cases(words: int) -> dict[str, tuple[torch.Tensor, torch.Tensor, ImageSizes]
     }
 
 
-def load(name: str, seed: int | None) -> opensan.Segmenter:
+def load(name: str, seed: int | None) -> opensan.SanSegmenter:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights, and words that tiny has never seen: only time matters here
         return opensan.load(name, random_weights=seed, text_cache=False)
@@ -154,7 +154,7 @@ def compare_label_maps(words: int, pairs: int) -> list[dict[str, object]]:
 
 
 class GivenWords:
-    """In place of `Segmenter.text`: rows that exist already, whatever the vocabulary says."""
+    """In place of `SanSegmenter.text`: rows that exist already, whatever the vocabulary says."""
 
     def __init__(self, rows: torch.Tensor) -> None:
         self._classifier = TextClassifier(rows, torch.arange(len(rows)), len(rows))

@@ -22,7 +22,7 @@ from torch import Tensor
 from opensan.images import prepare
 from opensan.model import SAN
 from opensan.structures import ImageSizes, Proposals
-from opensan.text import tokenize
+from opensan.text.encoder import tokenize
 
 BLOCKED = -100.0
 

@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import opensan
-from opensan.assemble import label_map
+from opensan.assemble.labels import label_map
 from opensan.config import PRESETS
-from opensan.golden import golden_model
 from opensan.images import prepare
 from opensan.model import SAN
-from opensan.model.clip import recognise
-from opensan.segmenter import Segmenter
+from opensan.model.backbones.clip_vit import recognise
+from opensan.parity.golden import golden_model
+from opensan.segmenters.san import SanSegmenter
 from opensan.structures import ImageSizes, Proposals, TextClassifier
 from opensan.vocabulary import Vocabulary
 from plain import PlainSAN
@@ -48,7 +48,7 @@ WAYS = ("plain", "exact", "fast")
 
 
 class RandomWords:
-    """Stands where a Segmenter keeps its text encoder: any vocabulary's rows are random, and ready.
+    """Stands where a SanSegmenter keeps its text encoder: any vocabulary's rows are random, and ready.
 
     They lie in the directions in which a photograph's proposals [Q, D] differ. Those of random weights differ so little
     in others that a single word would win every pixel, which makes the label map too easy.
@@ -73,10 +73,10 @@ class Ways:
     def __init__(self, model: str, ways: Sequence[str] = WAYS, *, warm: bool = True) -> None:
         """`warm`: encode a photograph, for words that suit it. Without, nothing has run yet."""
         config = PRESETS[model]
-        self.segmenters: dict[str, Segmenter] = {}
+        self.segmenters: dict[str, SanSegmenter] = {}
         for speed in ("exact", "fast"):
             if speed in ways or (speed == "exact" and "plain" in ways):
-                self.segmenters[speed] = Segmenter(golden_model(config), speed=speed, text_cache=False)
+                self.segmenters[speed] = SanSegmenter(golden_model(config), speed=speed, text_cache=False)
         some = next(iter(self.segmenters.values()))
         cold = torch.randn(config.side_adapter.queries, config.clip.embed_dim)
         self.text = RandomWords(some.encode(photograph(640, 640)).mask_embeddings if warm else cold)

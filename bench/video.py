@@ -21,10 +21,10 @@ import av
 import numpy as np
 
 import opensan
+from opensan.jobs.video import VideoRun
+from opensan.jobs.video.steady import Steadier
 from opensan.lab.films import make_film
 from opensan.lab.scenes import SEGMENTATION_NAMES, label_map
-from opensan.video import VideoRun
-from opensan.video.steady import Steadier
 from opensan.vocabulary import Vocabulary
 
 WORDS = list(dict.fromkeys(name.split()[-1] for name in SEGMENTATION_NAMES))

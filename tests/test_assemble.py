@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opensan.assemble import label_map, label_scores, labels, score_maps, scores
+from opensan.assemble import labels, scores
 from opensan.assemble.bounds import first_maximum, mask_errors
-from opensan.assemble.labels import label_map_by_bands
+from opensan.assemble.interpolation import interpolation_matrix
+from opensan.assemble.labels import label_map, label_map_by_bands
 from opensan.assemble.resize import linear_pieces
-from opensan.interpolation import interpolation_matrix
+from opensan.assemble.scores import label_scores, score_maps
 from opensan.structures import ImageSizes
 
 CLEAR_MARGIN = 1e-4

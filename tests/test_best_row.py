@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opensan.best_row import best_row
+from opensan.assemble.best_row import best_row
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 

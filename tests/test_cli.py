@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import opensan
-import opensan.segmenter
+import opensan.segmenters.san
 from opensan.checkpoints import load_folder
 from opensan.checkpoints.official import to_official
-from opensan.folders import Job, plan
-from opensan.text_cache import TextCache
+from opensan.jobs.folder import Job, plan
+from opensan.text.cache import TextCache
 
 from .conftest import GOLDENS
 
@@ -144,7 +144,7 @@ def test_images_are_streamed(run, tmp_path, model_folder, monkeypatch):
         most = max(most, sum(reference() is not None for reference in alive))
         return array
 
-    monkeypatch.setattr(opensan.segmentation, "open_image", watched)
+    monkeypatch.setattr(opensan.segmenters.base, "open_image", watched)
     code, _, _ = run(
         "segment", tmp_path, "--words", "a", "--model", model_folder, "--out", tmp_path / "o", "--batch", 2
     )

@@ -17,22 +17,22 @@ from faster_coco_eval import mask as coco_mask
 from filelock import FileLock
 from PIL import Image
 
-from opensan.assemble import score_maps
-from opensan.data.canonical import Manifest, Request, write_manifest
+from opensan.assemble.scores import score_maps
+from opensan.data.canonical import DatasetManifest, Request, write_manifest
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.distributed import process_group
 from opensan.evaluate import measure as measure_module
 from opensan.evaluate import predictions
+from opensan.evaluate.evaluation import Evaluation, Photograph, evaluate, segmenter_predictor
 from opensan.evaluate.measure import measure
 from opensan.evaluate.page import best_and_worst, write_page
 from opensan.evaluate.predictions import SavedPredictions
 from opensan.evaluate.predictors import AugmentedPredictor, ModelPredictor, SavedPredictor
 from opensan.evaluate.report import write_report
-from opensan.evaluate.run import Evaluation, Photograph, evaluate, segmenter_predictor
 from opensan.evaluate.table import Measured, as_markdown, missing, table
 from opensan.images import prepare
 from opensan.outputs import save_label_map
-from opensan.segmenter import Segmenter
+from opensan.segmenters.san import SanSegmenter
 from opensan.vocabulary import Vocabulary
 
 from .ranks import run_ranks
@@ -100,7 +100,7 @@ def test_batches_and_threads_change_nothing(folder, tmp_path):
 
 def test_a_model_answers_as_its_segmenter_does(folder, tmp_path, small_model):
     dataset = SegmentationFolder(folder, "val")
-    segmenter = Segmenter(copy.deepcopy(small_model))
+    segmenter = SanSegmenter(copy.deepcopy(small_model))
     plain = evaluate(segmenter_predictor(segmenter, dataset.vocabulary), dataset, progress=False)
     for batch in (1, 4):
         found = measure(dataset, ModelPredictor(segmenter, dataset.vocabulary), tmp_path / f"{batch}", batch=batch)
@@ -309,7 +309,7 @@ def test_predictions_that_are_missing_or_do_not_fit(tmp_path):
 
 @torch.inference_mode()
 def test_augmentation_is_the_mean_of_the_views_scores(folder, small_model):
-    segmenter = Segmenter(copy.deepcopy(small_model))
+    segmenter = SanSegmenter(copy.deepcopy(small_model))
     vocabulary = Vocabulary.parse(["sea", "sand", "sky"], background="rock")
     predictor = AugmentedPredictor(segmenter, vocabulary, scales=(0.75, 1.5))
     images = [SegmentationFolder(folder, "val")[index][0] for index in (0, 4)]
@@ -424,7 +424,7 @@ def test_eval_writes_everything_and_resumes(command, folder, model_folder):
 
 
 def put_manifest(folder: Path, evaluation_split: str, label_set: str | None) -> None:
-    manifest = Manifest(
+    manifest = DatasetManifest(
         request=Request(source="folder", options={}, splits=None, classes=tuple(NAMES)),
         label_set=label_set,
         evaluation_split=evaluation_split,

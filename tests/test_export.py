@@ -18,10 +18,10 @@ import opensan
 from opensan import images
 from opensan.checkpoints import load_model
 from opensan.config import ModelConfig
-from opensan.model.clip import adaptive_max_pool
-from opensan.runtime import requirements
+from opensan.model.backbones.clip_vit import adaptive_max_pool
+from opensan.segmenters.exported import requirements
 from opensan.structures import TextClassifier
-from opensan.text import TextEncoder
+from opensan.text.encoder import TextEncoder
 from opensan.vocabulary import Vocabulary
 
 from .conftest import lively_model
@@ -31,9 +31,9 @@ pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
 from opensan import export as exporting
 from opensan.export import check, export, formats
-from opensan.runtime.folder import Manifest
-from opensan.runtime.graphs import open_graph
-from opensan.runtime.text import EmbeddedWords
+from opensan.segmenters.exported.manifest import ExportManifest
+from opensan.segmenters.exported.runtimes import open_graph
+from opensan.segmenters.exported.text import EmbeddedWords
 
 KNOWN = Vocabulary.parse("road|street,car,sky")
 
@@ -70,7 +70,7 @@ def converted(exported, tmp_path):
         folder = shutil.copytree(exported, tmp_path / f"{format}-{dtype}")
         for path in folder.glob("*.onnx"):
             formats.convert(path, format, dtype)
-        manifest = Manifest.model_validate_json((folder / "export.json").read_text())
+        manifest = ExportManifest.model_validate_json((folder / "export.json").read_text())
         manifest = manifest.model_copy(update={"format": format, "dtype": dtype})
         (folder / "export.json").write_text(manifest.model_dump_json())
         return folder
@@ -249,7 +249,7 @@ def test_segmenting_without_torch_answers_as_with_it(torch_free, model, tmp_path
     """)
     with np.load(tmp_path / "found.npz") as found:
         winners, confidence = found["winners"], found["confidence"]
-    segmenter = opensan.Segmenter(model, text_cache=False)
+    segmenter = opensan.SanSegmenter(model, text_cache=False)
     expected = segmenter.segment(check.SCENE, "road|street,car,sky", background=["tree"])
     clear = winners == expected.winners
     assert clear.mean() > 0.999

@@ -15,8 +15,8 @@ from filelock import FileLock
 from PIL import Image
 
 import opensan
-from opensan.folders import Broken, FolderRun, Written, plan, without_results
 from opensan.images import list_images
+from opensan.jobs.folder import Broken, FolderRun, Written, plan, without_results
 from opensan.outputs import DATASETS, FORMATS
 from opensan.vocabulary import Vocabulary
 
@@ -223,7 +223,9 @@ def test_killed_at_any_moment_each_output_comes_once(model_folder, segmenter, tm
     folder, out = photographs(tmp_path / "in", 40), tmp_path / "out"
     run_folder(segmenter, folder, tmp_path / "undisturbed", ALL, batch=2)
     context = multiprocessing.get_context("forkserver")  # torch is imported once, and no thread is forked
-    context.set_forkserver_preload(["opensan.folders", "opensan.segmenter", "faster_coco_eval.mask", "scipy.spatial"])
+    context.set_forkserver_preload(
+        ["opensan.jobs.folder", "opensan.segmenters.san", "faster_coco_eval.mask", "scipy.spatial"]
+    )
     chance = random.Random(0)
     done: dict[str, dict] = {}
     kills = 0

@@ -14,11 +14,11 @@ rasterio = pytest.importorskip("rasterio", reason="rasterio (the extra geo) is n
 from rasterio.enums import ColorInterp  # noqa: E402
 from rasterio.transform import from_origin  # noqa: E402
 
-from opensan import geo  # noqa: E402
 from opensan.cli import main  # noqa: E402
+from opensan.jobs import geotiff  # noqa: E402
+from opensan.jobs.strips import StripFile  # noqa: E402
 from opensan.lab.scenes import make_scene  # noqa: E402
 from opensan.outputs.polygons import signed_area  # noqa: E402
-from opensan.strips import StripFile  # noqa: E402
 
 PLACE = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_300_000, 2, 2)}
 """On the central meridian of UTM zone 32: 9 degrees east."""
@@ -26,7 +26,7 @@ PLACE = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_300_000, 2, 2)
 
 @pytest.fixture(autouse=True)
 def _gdal():
-    with geo.gdal():
+    with geotiff.gdal():
         yield
 
 
@@ -48,7 +48,7 @@ def noise(*shape, dtype=np.uint8):
 
 def test_8_bit_colours_are_read_as_they_are(tmp_path):
     bands = noise(3, 40, 50)
-    raster = geo.GeoRaster(write(tmp_path / "x.tif", bands, **PLACE))
+    raster = geotiff.GeoRaster(write(tmp_path / "x.tif", bands, **PLACE))
     assert raster.size == (40, 50)
     pixels, valid = raster.read(10, 5, 20, 30)
     np.testing.assert_array_equal(pixels, bands[:, 10:30, 5:35].transpose(1, 2, 0))
@@ -61,17 +61,17 @@ def test_bands_are_chosen_by_number_or_by_their_colours(tmp_path):
     with rasterio.open(path, "r+") as file:
         file.colorinterp = [ColorInterp.blue, ColorInterp.green, ColorInterp.red, ColorInterp.undefined]
     for given, expected in ((None, [2, 1, 0]), ((4, 3, 2), [3, 2, 1]), ((2,), [1, 1, 1])):
-        pixels, _ = geo.GeoRaster(path, bands=given).read(0, 0, 20, 20)
+        pixels, _ = geotiff.GeoRaster(path, bands=given).read(0, 0, 20, 20)
         np.testing.assert_array_equal(pixels, bands[expected].transpose(1, 2, 0))
 
 
 def test_16_bits_are_stretched_between_percentiles(tmp_path):
     ramp = np.linspace(1000, 5000, 10_000).astype(np.uint16).reshape(1, 100, 100)
     path = write(tmp_path / "x.tif", ramp)
-    pixels, _ = geo.GeoRaster(path).read(0, 0, 100, 100)
+    pixels, _ = geotiff.GeoRaster(path).read(0, 0, 100, 100)
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert np.mean(pixels == 0) == pytest.approx(0.02, abs=0.003)
-    middle = geo.GeoRaster(path, stretch=(0, 100)).read(50, 0, 1, 1)[0]
+    middle = geotiff.GeoRaster(path, stretch=(0, 100)).read(50, 0, 1, 1)[0]
     assert abs(int(middle[0, 0, 0]) - 127) <= 1
 
 
@@ -86,7 +86,7 @@ def test_nodata_alpha_and_nan_have_no_data(tmp_path):
         write(tmp_path / "nan.tif", floats),
     ]
     for path in paths:
-        _, valid = geo.GeoRaster(path).read(0, 0, 20, 20)
+        _, valid = geotiff.GeoRaster(path).read(0, 0, 20, 20)
         np.testing.assert_array_equal(valid, bands[0] > 0)
 
 
@@ -94,7 +94,7 @@ def test_palettes_become_colours(tmp_path):
     picture = Image.fromarray(noise(30, 30) % 4).convert("P")
     picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
     picture.save(tmp_path / "x.png")
-    pixels, _ = geo.GeoRaster(tmp_path / "x.png").read(0, 0, 30, 30)
+    pixels, _ = geotiff.GeoRaster(tmp_path / "x.png").read(0, 0, 30, 30)
     np.testing.assert_array_equal(pixels, np.asarray(picture.convert("RGB")))
 
 
@@ -102,7 +102,7 @@ def test_palettes_become_colours(tmp_path):
 def test_bands_that_are_not_there_are_refused(tmp_path, bands):
     path = write(tmp_path / "x.tif", noise(3, 8, 8))
     with pytest.raises(ValueError, match="choose one or three, of 1 to 3"):
-        geo.GeoRaster(path, bands=bands)
+        geotiff.GeoRaster(path, bands=bands)
 
 
 def test_what_is_no_raster_is_refused_in_a_line(tmp_path):
@@ -119,7 +119,7 @@ def test_what_is_no_raster_is_refused_in_a_line(tmp_path):
     names = ["cut.tif", "empty.tif", "text.tif", "virtual.vrt", "virtual.tif", "none.tif", ""]
     for path in [tmp_path / name for name in names] + ["/vsicurl/localhost/x.tif"]:
         with pytest.raises(ValueError) as caught:
-            geo.GeoRaster(path)
+            geotiff.GeoRaster(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -128,14 +128,14 @@ def test_damage_found_while_reading_is_told_in_a_line(tmp_path):
     path = write(tmp_path / "x.tif", noise(3, 600, 600), tiled=True, compress="deflate")
     path.write_bytes(path.read_bytes()[:-200_000])
     with pytest.raises(ValueError, match=r"x\.tif: damaged") as caught:
-        raster = geo.GeoRaster(path)
+        raster = geotiff.GeoRaster(path)
         raster.read(0, 0, 600, 600)
     assert "\n" not in str(caught.value)
 
 
 def test_without_rasterio_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(ValueError, match=r"opensan\[geo\]"), geo.gdal():
+    with pytest.raises(ValueError, match=r"opensan\[geo\]"), geotiff.gdal():
         pass
 
 
@@ -143,7 +143,7 @@ def test_without_rasterio_the_extra_is_named(monkeypatch):
 def test_photographs_are_read_by_window_too(tmp_path, format, suffix):
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(noise(60, 70)).save(path, format)
-    raster = geo.GeoRaster(path)
+    raster = geotiff.GeoRaster(path)
     expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
     for top in (30, 0):  # downwards and back
         assert np.abs(raster.read(top, 8, 30, 40)[0] - expected[top : top + 30, 8:48]).max() <= 2
@@ -154,10 +154,10 @@ def test_photographs_are_read_by_window_too(tmp_path, format, suffix):
 
 def results(tmp_path, labels, names, **place):
     """A label raster written from strips, for a raster of the labels' size."""
-    raster = geo.GeoRaster(write(tmp_path / "image.tif", noise(3, *labels.shape), **place))
+    raster = geotiff.GeoRaster(write(tmp_path / "image.tif", noise(3, *labels.shape), **place))
     with StripFile(tmp_path / "part", {"words": len(names)}, [(0, len(labels))], labels.shape[1]) as strips:
         strips.append(labels)
-        pixels = geo.write_labels(tmp_path / "labels.tif", strips, raster, names)
+        pixels = geotiff.write_labels(tmp_path / "labels.tif", strips, raster, names)
     return tmp_path / "labels.tif", pixels
 
 
@@ -181,8 +181,8 @@ def test_polygons_are_the_regions_and_lie_where_the_image_lies(tmp_path):
     labels[20:30, 30:50] = 1  # a hole in the first
     labels[50, 70] = 1
     path, _ = results(tmp_path, labels, ["roof", "pond"], **PLACE)
-    assert geo.write_polygons(tmp_path / "all.geojson", path, ["roof", "pond"]) == 3
-    assert geo.write_polygons(tmp_path / "large.geojson", path, ["roof", "pond"], min_pixels=2) == 2
+    assert geotiff.write_polygons(tmp_path / "all.geojson", path, ["roof", "pond"]) == 3
+    assert geotiff.write_polygons(tmp_path / "large.geojson", path, ["roof", "pond"], min_pixels=2) == 2
     features = json.loads((tmp_path / "large.geojson").read_text())["features"]
     by_word = {feature["properties"]["word"]: feature for feature in features}
     assert by_word["roof"]["properties"] == {"word": "roof", "index": 0, "pixels": 1000, "square_metres": 4000}
@@ -200,7 +200,7 @@ def test_polygons_are_those_of_gdal(tmp_path):
 
     labels = np.random.default_rng(0).integers(-1, 3, (50, 40)).repeat(2, axis=0).repeat(3, axis=1).astype(np.int32)
     path, _ = results(tmp_path, labels, ["a", "b", "c"])
-    geo.write_polygons(tmp_path / "x.geojson", path, ["a", "b", "c"])
+    geotiff.write_polygons(tmp_path / "x.geojson", path, ["a", "b", "c"])
     features = json.loads((tmp_path / "x.geojson").read_text())["features"]
 
     def plain(label, rings):  # GDAL begins rings elsewhere
@@ -214,7 +214,7 @@ def test_polygons_are_those_of_gdal(tmp_path):
 def test_without_coordinates_polygons_count_pixels(tmp_path):
     labels = np.zeros((6, 5), dtype=np.int32)
     path, _ = results(tmp_path, labels, ["all"])
-    geo.write_polygons(tmp_path / "x.geojson", path, ["all"])
+    geotiff.write_polygons(tmp_path / "x.geojson", path, ["all"])
     (feature,) = json.loads((tmp_path / "x.geojson").read_text())["features"]
     assert feature["properties"] == {"word": "all", "index": 0, "pixels": 30}
     assert sorted(map(tuple, feature["geometry"]["coordinates"][0][:-1])) == [(0, 0), (0, 6), (5, 0), (5, 6)]
@@ -225,7 +225,7 @@ def test_a_reduced_image_is_every_so_many_th_pixel(tmp_path, tiled):
     bands = noise(3, 700, 300)
     bands[:, 350:] = 0
     layout = {"tiled": True, "blockxsize": 128, "blockysize": 128} if tiled else {}
-    raster = geo.GeoRaster(write(tmp_path / "x.tif", bands, nodata=0, **layout))
+    raster = geotiff.GeoRaster(write(tmp_path / "x.tif", bands, nodata=0, **layout))
     expected = bands[:, 3::7, 3::7].transpose(1, 2, 0)
     np.testing.assert_array_equal(raster.reduced(100)[:, : expected.shape[1]][:, 10:20], expected[:, 10:20])
 
@@ -267,7 +267,7 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path, scene, capsys):
     assert not run(*arguments(scene, whole))
     kill = """if True:
         import os, signal, sys
-        from opensan import strips
+        from opensan.jobs import strips
         from opensan.cli import main
         append = strips.StripFile.append
         def killed(self, labels):
@@ -311,7 +311,7 @@ def test_a_full_disk_is_told_in_a_line_and_loses_nothing(tmp_path, scene, capsys
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(geo, "write_labels", full)
+        patch.setattr(geotiff, "write_labels", full)
         assert run(*arguments(scene, out)) == 1
     assert capsys.readouterr().err.strip().endswith("cannot write there (No space left on device)")
     assert [path.name for path in out.iterdir()] == [".scene.labels.part"]

@@ -19,9 +19,9 @@ from opensan.lab.clip_training import (
 )
 from opensan.lab.scene_pictures import CLOSE_UPS, WHOLE_SCENES, PictureKind, ScenePictures, tokens
 from opensan.lab.teacher import CloseUpWords, Imitation, Teacher, TeacherTask, settle
-from opensan.model.clip import encode_prompts, shallow_features
-from opensan.model.transformer import Clip
-from opensan.text import pad_tokens
+from opensan.model.backbones.clip_vit import encode_prompts, shallow_features
+from opensan.model.transformer import ClipModel
+from opensan.text.encoder import pad_tokens
 from opensan.train.config import LoopConfig
 from opensan.train.san import normalise
 
@@ -36,7 +36,7 @@ SMALL = ClipConfig(
 @pytest.fixture
 def clip():
     torch.manual_seed(0)
-    return Clip(SMALL)
+    return ClipModel(SMALL)
 
 
 def _batch(kind: PictureKind, count: int):

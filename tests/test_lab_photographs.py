@@ -13,11 +13,11 @@ from opensan.lab.photographs import (
     WINDOW_VIEW,
     CaptionedCrops,
     CaptionedPhotographs,
-    Mixture,
+    EvenMixture,
     PhotographWindows,
 )
-from opensan.model.transformer import Clip
-from opensan.text import tokenize
+from opensan.model.transformer import ClipModel
+from opensan.text.encoder import tokenize
 from opensan.train.san import normalise
 
 SKY = tokenize("sky")[1]
@@ -76,13 +76,13 @@ def test_photographs_come_with_one_of_their_captions(folder):
 
 def test_a_mixture_serves_small_and_large_sources_alike(folder):
     crops = CaptionedCrops(SegmentationFolder(folder, "train"))
-    mixture = Mixture([crops, [None] * 5])
+    mixture = EvenMixture([crops, [None] * 5])
     assert len(mixture) == 10
     assert [mixture._at(index)[0] is crops for index in range(10)] == [True, False] * 5
 
 
 def test_informed_start_gives_every_channel_as_much_to_say(small_config):
-    visual = Clip(small_config.clip).visual
+    visual = ClipModel(small_config.clip).visual
     generator = np.random.default_rng(0)
     coarse = [generator.integers(0, 256, (6, 6, 3), dtype=np.uint8) for _ in range(8)]
     pictures = [np.asarray(Image.fromarray(c).resize((48, 48), Image.Resampling.BICUBIC)) for c in coarse]

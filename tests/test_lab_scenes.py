@@ -14,7 +14,7 @@ from opensan.lab.scenes import (
     SEGMENTATION_NAMES,
     SHAPES,
     UNLABELLED,
-    Region,
+    SceneRegion,
     label_map,
     make_scene,
     novel_kind,
@@ -135,12 +135,12 @@ def test_captions_name_what_is_there_and_only_words_of_the_lexicon():
 
 def test_a_wrong_caption_names_something_that_is_not_there():
     rng = np.random.default_rng(1)
-    star = Region(texture="striped", colour="blue", shape="star")
-    circle = Region(colour="red", shape="circle")
+    star = SceneRegion(texture="striped", colour="blue", shape="star")
+    circle = SceneRegion(colour="red", shape="circle")
     for _ in range(200):
-        assert "blue star" not in wrong_caption([Region(ground="grass"), star], rng)
+        assert "blue star" not in wrong_caption([SceneRegion(ground="grass"), star], rng)
         text = wrong_caption([star, circle], rng)
         assert ("blue star" in text) != ("red circle" in text)
-        assert "grass" not in wrong_caption([Region(ground="grass")], rng)
+        assert "grass" not in wrong_caption([SceneRegion(ground="grass")], rng)
     texts = [wrong_caption([star], rng) for _ in range(100)]
     assert any("blue" in text for text in texts) and any("star" in text for text in texts)

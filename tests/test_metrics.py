@@ -10,9 +10,9 @@ import pytest
 from scipy import ndimage
 
 from opensan.evaluate.boundary import band_width
+from opensan.evaluate.evaluation import evaluate, model_predictor, segmenter_predictor, validation
 from opensan.evaluate.metrics import Counts, count_image
 from opensan.evaluate.report import write_report
-from opensan.evaluate.run import evaluate, model_predictor, segmenter_predictor, validation
 from opensan.vocabulary import Vocabulary
 
 
@@ -176,11 +176,11 @@ class Photographs:
 
 
 def test_evaluating_a_model_and_a_segmenter_is_the_same(small_model):
-    from opensan.segmenter import Segmenter
-    from opensan.text import TextEncoder
+    from opensan.segmenters.san import SanSegmenter
+    from opensan.text.encoder import TextEncoder
 
     data = Photographs()
-    segmenter = Segmenter(copy.deepcopy(small_model))
+    segmenter = SanSegmenter(copy.deepcopy(small_model))
     bare = model_predictor(small_model, TextEncoder(small_model).classifier(data.vocabulary), 2)
     one = evaluate(segmenter_predictor(segmenter, data.vocabulary), data, progress=False)
     two = evaluate(bare, data, progress=False)

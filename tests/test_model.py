@@ -10,7 +10,7 @@ from torch import nn
 
 from opensan.checkpoints import build_empty
 from opensan.config import PRESETS
-from opensan.model.clip import (
+from opensan.model.backbones.clip_vit import (
     encode_prompts,
     recognise,
     resize_position_table,

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from opensan.golden import golden_config, golden_model, read_golden
 from opensan.model import side_adapter
-from opensan.parity import check_inference, run
+from opensan.parity.golden import golden_config, golden_model, read_golden
+from opensan.parity.inference import check_inference, run
 
 from .conftest import GOLDENS, SHARED
 

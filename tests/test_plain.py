@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opensan.assemble import label_map
-from opensan.golden import golden_config, golden_model, read_golden
+from opensan.assemble.labels import label_map
 from opensan.images import prepare
+from opensan.parity.golden import golden_config, golden_model, read_golden
 from opensan.structures import ImageSizes, TextClassifier
 from opensan.vocabulary import Vocabulary
 from plain import PlainSAN

@@ -10,7 +10,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from opensan.data.canonical import Manifest, read_manifest
+from opensan.data.canonical import DatasetManifest, read_manifest
 from opensan.data.prepare import READERS, full_ade
 from opensan.data.prepare.engine import prepare
 from opensan.data.prepare.pickle_data import Placeholder, read_pickle_data
@@ -43,7 +43,7 @@ def text(path: Path, *lines: str) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def prepared(name: str, source: Path, out: Path, splits: list[str] | None = None) -> Manifest:
+def prepared(name: str, source: Path, out: Path, splits: list[str] | None = None) -> DatasetManifest:
     return prepare(READERS[name].open(source), name, out, splits=splits)
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opensan.checkpoints import build_empty, save_folder
 from opensan.cli import main
 from opensan.config import PRESETS
-from opensan.profile import OFFICIAL, count_multiply_adds, count_parameters
+from opensan.evaluate.cost import OFFICIAL, count_multiply_adds, count_parameters
 from plain import PlainSAN
 
 

@@ -15,8 +15,10 @@ from PIL import Image
 
 import opensan
 from opensan.checkpoints import save_folder
-from opensan.segmentation import AnySegmenter, Segmentation
-from opensan.segmenter import Encoding, Segmenter, checked_device
+from opensan.devices import checked_device
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.results import Encoding, Segmentation
+from opensan.segmenters.san import SanSegmenter
 from opensan.vocabulary import UNLABELLED
 
 WORDS = ["sea", "hair drier", "zebra crossing", "bookcase"]
@@ -28,7 +30,7 @@ def folder(small_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def san(folder) -> Segmenter:
+def san(folder) -> SanSegmenter:
     return opensan.load(folder, text_cache=False)
 
 
@@ -63,7 +65,7 @@ def test_every_kind_of_input_gives_the_same_answer(san, tmp_path):
 
 
 def test_type_checkers_know_that_one_image_gives_one_answer():
-    for method, answer in ((AnySegmenter.encode, Encoding), (AnySegmenter.segment, Segmentation)):
+    for method, answer in ((Segmenter.encode, Encoding), (Segmenter.segment, Segmentation)):
         of_many, of_one = [overload.__annotations__ for overload in get_overloads(method)]
         assert (of_one["return"], of_many["return"]) == (answer, list[answer])
         assert of_many["images"] == list[Any] | tuple[Any, ...]  # first: without torch, ImageSource may be anything
@@ -144,9 +146,11 @@ def test_background_words_absorb_pixels(san):
 def test_confidence_is_computed_when_asked(san, tmp_path, monkeypatch):
     words, background = WORDS[:2], WORDS[2:]
     seg = san.segment(picture(64, 64), words, background=background)
-    asked = []
+    asked, compute = [], SanSegmenter.confidence
     monkeypatch.setattr(
-        Segmenter, "confidence", lambda self, of, compute=Segmenter.confidence: asked.append(1) or compute(self, of)
+        SanSegmenter,
+        "confidence",
+        lambda self, of: asked.append(1) or compute(self, of),
     )
     seg.save(tmp_path, formats=("png", "overlay"))
     assert not asked
@@ -190,7 +194,7 @@ def test_threads_share_one_object(san):
     images = [picture(64, 96, seed) for seed in range(6)]
     vocabularies = [WORDS, WORDS[:2], ["sky", "grass", "road"]] * 2
     expected = [san.segment(i, w).labels for i, w in zip(images, vocabularies, strict=True)]
-    fresh = Segmenter(san.model, text_cache=False)
+    fresh = SanSegmenter(san.model, text_cache=False)
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda pair: fresh.segment(*pair).labels, zip(images, vocabularies, strict=True)))
     for one, other in zip(expected, found, strict=True):

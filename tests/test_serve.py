@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from opensan.assemble import label_scores, score_maps
-from opensan.interpolation import masks_at, resized_masks
+from opensan.assemble.interpolation import masks_at, resized_masks
+from opensan.assemble.scores import label_scores, score_maps
 from opensan.outputs.coco import decode_mask
-from opensan.segmenter import Segmenter
-from opensan.serve import Limits, create_app
+from opensan.segmenters.san import SanSegmenter
+from opensan.serve import ServiceLimits, create_app
 from opensan.serve.cache import EncodingCache, encoding_bytes
 from opensan.serve.negotiation import best_media_type
 from opensan.serve.server import Server, bind, url_of
@@ -31,8 +31,8 @@ WORDS = ["road", "car|automobile", "sky", "tree"]
 
 
 @pytest.fixture(scope="module")
-def segmenter(small_model) -> Segmenter:
-    return Segmenter(small_model, text_cache=False)
+def segmenter(small_model) -> SanSegmenter:
+    return SanSegmenter(small_model, text_cache=False)
 
 
 def photograph(seed: int = 0, size: tuple[int, int] = (60, 45)) -> bytes:
@@ -243,7 +243,7 @@ def test_service_pages(service):
     assert "<html" in service.client.get("/docs").text
     schema = service.client.get("/openapi.json").json()
     assert "/v1/encodings/{id}/segmentation" in schema["paths"]
-    assert service.client.get("/v1/info").json()["limits"]["words"] == Limits().words
+    assert service.client.get("/v1/info").json()["limits"]["words"] == ServiceLimits().words
     refused(service.client.get("/nothing"), 404)
     refused(service.client.put("/v1/encodings"), 405)
 
@@ -349,7 +349,7 @@ def test_bad_forms_are_refused_in_one_line(service):
 
 
 def test_limits_hold(segmenter):
-    limits = Limits(request_bytes=20_000, pixels=3000, words=3, characters=40, templates=2)
+    limits = ServiceLimits(request_bytes=20_000, pixels=3000, words=3, characters=40, templates=2)
     with serving(segmenter, limits=limits) as running:
         long = bytes(20_001)
         refused(running.client.post("/v1/encodings", content=long, headers=PNG), 413, "20,000 bytes")
@@ -370,7 +370,7 @@ def test_limits_hold(segmenter):
 
 def test_all_uploads_together_are_bounded(segmenter):
     head = b"POST /v1/encodings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9000\r\n\r\n"
-    with serving(segmenter, limits=Limits(upload_bytes=20_000)) as running:
+    with serving(segmenter, limits=ServiceLimits(upload_bytes=20_000)) as running:
         slow = [running.raw(head + bytes(8000)) for _ in range(2)]
         with running.raw(head + bytes(8000)) as third:
             assert third.recv(100).startswith(b"HTTP/1.1 429")
@@ -428,7 +428,7 @@ def in_threads(work, count: int) -> tuple[list[threading.Thread], list]:
 
 
 def test_a_full_queue_refuses_at_once_and_answers_what_it_accepted(segmenter, held):
-    with serving(segmenter, limits=Limits(waiting=3)) as running:
+    with serving(segmenter, limits=ServiceLimits(waiting=3)) as running:
 
         def send(index):
             return httpx.post(
@@ -473,7 +473,7 @@ def test_photographs_that_wait_are_encoded_together(segmenter, held):
 
 
 def test_who_waited_too_long_is_told_so(segmenter, held):
-    with serving(segmenter, limits=Limits(queue_seconds=0.3)) as running:
+    with serving(segmenter, limits=ServiceLimits(queue_seconds=0.3)) as running:
         answer = running.client.post("/v1/encodings", content=photograph(), headers=PNG)
         refused(answer, 503, "0.3 s")
         assert "Retry-After" in answer.headers
@@ -483,7 +483,7 @@ def test_who_waited_too_long_is_told_so(segmenter, held):
 
 def test_a_client_that_leaves_makes_room(segmenter, held):
     head = f"POST /v1/encodings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(photograph())}"
-    with serving(segmenter, limits=Limits(waiting=3), batch=1) as running:
+    with serving(segmenter, limits=ServiceLimits(waiting=3), batch=1) as running:
         threads, names = in_threads(lambda _: running.encode(), 1)
         until(lambda: running.metric("waiting_images") == 1)
         leaving = [running.raw(head.encode() + b"\r\n\r\n" + photograph()) for _ in range(2)]
@@ -499,7 +499,7 @@ def test_a_client_that_leaves_makes_room(segmenter, held):
 
 def test_clients_that_stall_are_let_go(segmenter):
     body = b"POST /v1/encodings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 900\r\n\r\nabc"
-    with serving(segmenter, limits=Limits(client_seconds=0.4)) as running:
+    with serving(segmenter, limits=ServiceLimits(client_seconds=0.4)) as running:
         with running.raw(body) as connection:
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
         for start in (b"", b"POST /v1/enc"):
@@ -511,7 +511,7 @@ def test_clients_that_stall_are_let_go(segmenter):
 
 def test_a_client_that_does_not_read_is_let_go(segmenter):
     big = photograph(size=(500, 400))
-    with serving(segmenter, limits=Limits(client_seconds=0.3)) as running:
+    with serving(segmenter, limits=ServiceLimits(client_seconds=0.3)) as running:
         running.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # of the connections to come
         name = running.encode(big)
         question = json.dumps({"words": WORDS}).encode()
@@ -531,7 +531,7 @@ def test_a_client_that_does_not_read_is_let_go(segmenter):
 def test_who_is_refused_while_sending_can_read_why(segmenter):
     """A connection closed on what was not read would be reset, and the answer lost."""
     head = b"POST /v1/encodings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 8000000\r\n\r\n"
-    with serving(segmenter, limits=Limits(request_bytes=1000, client_seconds=1.0)) as running:
+    with serving(segmenter, limits=ServiceLimits(request_bytes=1000, client_seconds=1.0)) as running:
         with running.raw(head) as connection:
             connection.sendall(bytes(8_000_000))
             assert connection.recv(100).startswith(b"HTTP/1.1 413")

@@ -12,21 +12,21 @@ import pytest
 from PIL import Image
 
 from opensan.images import ImageError
-from opensan.segmenter import Segmenter
-from opensan.serve import Limits
+from opensan.segmenters.san import SanSegmenter
+from opensan.serve import ServiceLimits
 from opensan.serve.cache import encoding_bytes
 from opensan.serve.engine import Engine
 from opensan.serve.metrics import Metrics
 from opensan.serve.photographs import MOST_SCANS, decode, more_scans
 from opensan.serve.schemas import PROMPTS_AT_ONCE, text_parts
-from opensan.tokenizer import Tokenizer
+from opensan.text.tokenizer import Tokenizer
 from opensan.vocabulary import Vocabulary
 from tests.test_serve import PNG, in_threads, photograph, refused, serving, until
 
 
 @pytest.fixture(scope="module")
-def segmenter(small_model) -> Segmenter:
-    return Segmenter(small_model, text_cache=False)
+def segmenter(small_model) -> SanSegmenter:
+    return SanSegmenter(small_model, text_cache=False)
 
 
 def jpeg(size: tuple[int, int] = (64, 48), **options) -> bytes:
@@ -46,9 +46,9 @@ def test_a_jpeg_of_very_many_scans_is_not_decoded(segmenter):
     """Each is a pass over the photograph: 290 kB took a decoder minutes, which nothing can interrupt."""
     usual = jpeg(progressive=True)
     assert 5 < usual.count(b"\xff\xda") < MOST_SCANS
-    assert decode(with_scans(MOST_SCANS), Limits()).shape == (48, 64, 3)
+    assert decode(with_scans(MOST_SCANS), ServiceLimits()).shape == (48, 64, 3)
     with pytest.raises(ImageError, match="more than 64 scans"):
-        decode(with_scans(MOST_SCANS + 1), Limits())
+        decode(with_scans(MOST_SCANS + 1), ServiceLimits())
     with serving(segmenter) as running:
         refused(running.client.post("/v1/encodings", content=with_scans(5000), headers=PNG), 422, "scans")
 
@@ -71,14 +71,14 @@ def test_a_photograph_that_is_all_length_is_refused(segmenter):
     Image.new("L", (70_000, 1)).save(file, "PNG")
     with serving(segmenter) as running:
         refused(running.client.post("/v1/encodings", content=file.getvalue(), headers=PNG), 422, "70,000 x 1", "65,535")
-    assert decode(photograph(size=(300, 1)), Limits(side=300)).shape == (1, 300, 3)
+    assert decode(photograph(size=(300, 1)), ServiceLimits(side=300)).shape == (1, 300, 3)
 
 
 def test_what_is_kept_is_what_is_counted(segmenter):
     """Encodings of a batch must not keep each other in memory."""
 
     async def encode_together() -> list:
-        engine = Engine(segmenter, Limits(), Metrics(), batch=3)
+        engine = Engine(segmenter, ServiceLimits(), Metrics(), batch=3)
         try:
             return await asyncio.gather(*(engine.encode(photograph(seed)) for seed in range(3)))
         finally:
@@ -107,7 +107,7 @@ def test_long_vocabularies_are_read_in_parts_that_make_all_their_rows(segmenter)
     assert all(sum(map(len, part.prompts())) <= PROMPTS_AT_ONCE for part in parts)
     assert [row for part in parts for row in part.prompts()] == vocabulary.prompts()
     assert text_parts(Vocabulary.parse(words[:2])) == []
-    fresh = Segmenter(segmenter.model, text_cache=False)
+    fresh = SanSegmenter(segmenter.model, text_cache=False)
     for part in parts:
         fresh.text.classifier(part)
     embedded = []
@@ -129,7 +129,7 @@ def test_others_are_answered_between_the_parts_of_a_long_vocabulary(segmenter, m
 
     monkeypatch.setattr(segmenter.text, "classifier", slowly)
     long = {"words": [f"thing {n}" for n in range(100)], "templates": [f"{n} {{}}" for n in range(25)]}
-    with serving(segmenter, limits=Limits(queue_seconds=3)) as running:
+    with serving(segmenter, limits=ServiceLimits(queue_seconds=3)) as running:
         name = running.encode()
         threads, answers = in_threads(
             lambda _: httpx.post(f"{running.url}/v1/encodings/{name}/segmentation", json=long, timeout=30), 2
@@ -182,7 +182,7 @@ def test_a_photograph_on_which_the_network_fails_costs_no_other_one(segmenter, m
 
 
 def test_a_model_that_hangs_makes_the_service_unready_until_it_goes_on(segmenter, held):
-    with serving(segmenter, limits=Limits(queue_seconds=0.3)) as running:
+    with serving(segmenter, limits=ServiceLimits(queue_seconds=0.3)) as running:
         assert running.client.get("/readyz").status_code == 200
         refused(running.client.post("/v1/encodings", content=photograph(), headers=PNG), 503, "0.3 s")
         refused(running.client.get("/readyz"), 503, "nothing was finished")
@@ -204,7 +204,7 @@ def test_photographs_of_clients_that_left_are_let_go_before_their_turn(segmenter
     monkeypatch.setattr(segmenter, "encode_prepared", waiting)
 
     async def come_and_go() -> None:
-        engine = Engine(segmenter, Limits(), Metrics(), batch=1)
+        engine = Engine(segmenter, ServiceLimits(), Metrics(), batch=1)
         through_batches = engine._batches.__call__
 
         async def noting(place):
@@ -247,7 +247,7 @@ def test_a_request_of_two_lengths_is_refused_and_its_connection_closed(segmenter
 
 def test_more_connections_than_allowed_are_closed_at_once(segmenter):
     """Without a bound, the files that a process may have run out, and every attempt to accept one more is logged."""
-    with serving(segmenter, limits=Limits(connections=3)) as running:
+    with serving(segmenter, limits=ServiceLimits(connections=3)) as running:
         first = [running.raw(b"") for _ in range(3)]
         with running.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n") as fourth, pytest.raises(ConnectionError):
             if fourth.recv(100) == b"":

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import opensan
-from opensan import segmenter, speed
 from opensan.model import transformer
+from opensan.segmenters import image_half, san
 
 SCENE = Path(opensan.__file__).parent / "assets" / "scenes" / "playground.png"
 WORDS = "night sky,brick,green heart,white heart,orange circle,orange cross,red square"
 
 
-def load_tiny(**options) -> "opensan.segmenter.Segmenter":
+def load_tiny(**options) -> "opensan.segmenters.san.SanSegmenter":
     return opensan.load("tiny", text_cache=False, **options)
 
 
@@ -84,7 +84,7 @@ def test_a_segmenters_own_gpu_is_the_current_one_while_it_works(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", current)
     device = torch.device("cuda:1")
-    work = segmenter._undisturbed(lambda self: list(entered))
+    work = san._undisturbed(lambda self: list(entered))
     assert work(SimpleNamespace(device=device)) == [device]
     assert entered == [device, None]
     assert work(SimpleNamespace(device=torch.device("cpu"))) == entered
@@ -100,8 +100,8 @@ def test_on_cuda_too_a_dtype_given_decides(small_model, monkeypatch, dtype):
 
     monkeypatch.setattr(torch, "autocast", autocast)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
-    monkeypatch.setattr(speed, "CudaGraphs", lambda function: function)
-    propose = speed.prepare_image_half(copy.deepcopy(small_model), torch.device("cuda"), "fast", dtype)
+    monkeypatch.setattr(image_half, "CudaGraphs", lambda function: function)
+    propose = image_half.prepare_image_half(copy.deepcopy(small_model), torch.device("cuda"), "fast", dtype)
     with torch.no_grad():
         propose(torch.zeros(1, 3, 96, 96))
     assert entered == [("cuda", {"dtype": torch.bfloat16, "enabled": dtype is torch.bfloat16})]

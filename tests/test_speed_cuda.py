@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import opensan
-from opensan.speed import CudaGraphs
+from opensan.segmenters.image_half import CudaGraphs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

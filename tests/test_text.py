@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opensan.prompt_tree import prompt_trees
-from opensan.text import TextEncoder, pad_tokens, tokenize
-from opensan.text_cache import TextCache, default_folder
-from opensan.tokenizer import clip_tokenizer
+from opensan.text.cache import TextCache, default_folder
+from opensan.text.encoder import TextEncoder, pad_tokens, tokenize
+from opensan.text.prompt_tree import prompt_trees
+from opensan.text.tokenizer import clip_tokenizer
 from opensan.vocabulary import Vocabulary
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -310,8 +310,8 @@ WRITER = """
 import sys, warnings
 from pathlib import Path
 import numpy as np
-from opensan import text_cache
-from opensan.text_cache import TextCache
+from opensan.text import cache as text_cache
+from opensan.text.cache import TextCache
 warnings.simplefilter("error")
 text_cache.MAX_BYTES = int(sys.argv[3])
 cache = TextCache(Path(sys.argv[1]), "tower", 64)
@@ -367,12 +367,12 @@ def test_processes_that_share_a_full_cache(tmp_path):
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("opensan.text_cache.MAX_BYTES", 60_000)
+    monkeypatch.setattr("opensan.text.cache.MAX_BYTES", 60_000)
     days = [[f"{day} {n}".encode() for n in range(16)] for day in range(40)]
     row = np.ones(64, np.float32)
     cache = TextCache(tmp_path, "tower", 64)
     for day, keys in enumerate(days):
-        monkeypatch.setattr("opensan.text_cache._today", lambda day=day: day)
+        monkeypatch.setattr("opensan.text.cache._today", lambda day=day: day)
         cache.write(dict.fromkeys(keys, row))
         assert len(cache.read(days[0])) == 16
         assert len(cache.read(keys)) == 16
@@ -389,7 +389,7 @@ def test_the_tower_used_longest_ago_goes_first(tmp_path, monkeypatch):
         os.utime(cache.path, (time.time() - 3600 * hours,) * 2)
     (tmp_path / "mine.sqlite").write_bytes(bytes(100_000))
     limit = sum(cache.path.stat().st_size for cache in caches)
-    monkeypatch.setattr("opensan.text_cache.MAX_BYTES", limit)
+    monkeypatch.setattr("opensan.text.cache.MAX_BYTES", limit)
     fourth = TextCache(tmp_path, "d", 1024)
     fourth.write({b"": row})
     assert [cache.path.exists() for cache in [*caches, fourth]] == [True, False, True, True]

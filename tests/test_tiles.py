@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from opensan.assemble.resize import mask_bands
+from opensan.jobs.strips import StripFile
+from opensan.jobs.tiles import ArrayRaster, Tiling, border_weights, label_by_tiles, tile_starts
 from opensan.lab.scenes import make_scene
-from opensan.segmenter import Segmenter, load
-from opensan.strips import StripFile
-from opensan.tiles import ArrayRaster, Tiling, border_weights, label_by_tiles, tile_starts
+from opensan.segmenters.san import SanSegmenter, load_san
 from opensan.vocabulary import Vocabulary
 
 WORDS = Vocabulary.parse("one, two, three, four, five", background="six")
@@ -18,7 +18,7 @@ WORDS = Vocabulary.parse("one, two, three, four, five", background="six")
 
 @pytest.fixture(scope="module")
 def small(small_model):
-    return Segmenter(small_model, text_cache=False)
+    return SanSegmenter(small_model, text_cache=False)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_pixels_without_data_stay_unlabelled_and_tiles_without_any_are_not_compu
 @pytest.mark.slow
 def test_seams_of_a_drawn_scene_are_hard_to_find():
     """At the borders between tiles, labels are as right as elsewhere; without overlap they are not."""
-    tiny = load("tiny", text_cache=False)
+    tiny = load_san("tiny", text_cache=False)
     scene = make_scene(5, 0, (1280, 1600), split="test", objects=(12, 18), radius=(0.06, 0.1))
     words = Vocabulary.parse(list(dict.fromkeys(region.name for region in scene.regions)))
     changes = {}

@@ -22,7 +22,7 @@ from opensan.train.parallel import activations_checkpointed
 from opensan.train.points import RandomPoints
 from opensan.train.precision import LossScale, autocast_dtype
 from opensan.train.san import SanTask, SegmentationSource, train_san
-from opensan.train.stream import MIXTURE_ROUND, Mixture, MixtureOrder, stream
+from opensan.train.stream import MIXTURE_ROUND, DatasetMixture, MixtureOrder, stream
 from opensan.vocabulary import Vocabulary
 from tests.ranks import run_ranks, start_ranks
 from tests.test_trainer import Halves, Line, Numbers, losses, trainer
@@ -180,14 +180,14 @@ def test_a_bad_or_broken_sample_of_one_process_is_acted_on_by_all(tmp_path, capf
 
 
 def test_a_mixture_has_its_shares_and_its_order_follows_from_the_position():
-    order = MixtureOrder(Mixture((Numbers(), Numbers(), Numbers()), (0.7, 0.2, 0.1)), seed=4)
+    order = MixtureOrder(DatasetMixture((Numbers(), Numbers(), Numbers()), (0.7, 0.2, 0.1)), seed=4)
     drawn = [order(number) for number in range(2 * MIXTURE_ROUND)]
     sources = [source for source, _ in drawn]
     assert [sources.count(source) for source in range(3)] == [1_400, 400, 200]
     assert 0 < sources[:100].count(2) < 40 and sources[:50] != sources[MIXTURE_ROUND : MIXTURE_ROUND + 50]
     for source in range(3):  # every source's own micro-batches come one after the other, none left out
         assert [count for one, count in drawn if one == source] == list(range(sources.count(source)))
-    fresh = MixtureOrder(Mixture((Numbers(), Numbers(), Numbers()), (7, 2, 1)), seed=4)
+    fresh = MixtureOrder(DatasetMixture((Numbers(), Numbers(), Numbers()), (7, 2, 1)), seed=4)
     assert fresh(1_234) == drawn[1_234]
 
 
@@ -201,7 +201,7 @@ def test_a_micro_batch_is_of_one_source_and_goes_on_after_a_resume():
             return f"{self.title} {index}"
 
     def names(first: int, last: int) -> list[tuple[str, ...]]:
-        mixture = Mixture((Named("a"), Named("b")), (3, 1))
+        mixture = DatasetMixture((Named("a"), Named("b")), (3, 1))
         batches = stream(mixture, seed=2, first_step=first, steps=last, batch_size=3, accumulate=2)
         return [one.names for step in batches for one in step]
 
@@ -219,7 +219,7 @@ def test_a_micro_batch_is_of_one_source_and_goes_on_after_a_resume():
 )
 def test_impossible_weights_are_refused(weights, message):
     with pytest.raises(ValueError, match=message):
-        Mixture((Numbers(), Numbers()), weights)
+        DatasetMixture((Numbers(), Numbers()), weights)
 
 
 def test_precision_follows_the_device():

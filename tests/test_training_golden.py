@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from opensan.checkpoints import build_empty
 from opensan.config import PRESETS
-from opensan.parity_training import PARAMETER_TABLES, check_parameter_table, check_training
+from opensan.parity.training import PARAMETER_TABLES, check_parameter_table, check_training
 from opensan.train.criterion import SetCriterion, mask_normalizer
 from opensan.train.matcher import LayerOutput
 from opensan.train.points import RandomPoints

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 
 from opensan import outputs
-from opensan.checkpoints.folder import load_folder, save_folder
+from opensan.checkpoints.native import load_folder, save_folder
 from opensan.cli import main
 from opensan.images import ImageError
+from opensan.jobs.video import VideoReader, VideoRun
+from opensan.jobs.video import writer as film
+from opensan.jobs.video.steady import Steadier, motion, moved
 from opensan.lab.films import make_film
 from opensan.lab.scenes import SEGMENTATION_NAMES, label_map, make_scene
-from opensan.segmenter import Segmenter, load
-from opensan.video import Clip, VideoRun, film
-from opensan.video.steady import Steadier, motion, moved
+from opensan.segmenters.san import SanSegmenter, load_san
 from opensan.vocabulary import Vocabulary
 
 av = pytest.importorskip("av", reason="videos need PyAV (the extra `video`)")
@@ -34,7 +35,7 @@ TIMES = [0, 40, 80, 200, 210, 290, 300, 320]
 
 @pytest.fixture(scope="module")
 def small(small_model):
-    return Segmenter(small_model, text_cache=False)
+    return SanSegmenter(small_model, text_cache=False)
 
 
 def pictures(count=len(TIMES), size=(48, 66)):
@@ -92,7 +93,7 @@ def assert_same_results(one, other):
 
 
 def frames_of(path):
-    with Clip(path) as clip:
+    with VideoReader(path) as clip:
         return list(clip.frames())
 
 
@@ -169,8 +170,8 @@ def test_what_is_no_video_is_refused_in_a_line(tmp_path):
 def test_large_frames_are_refused_before_they_are_decoded(tmp_path):
     path = write_clip(tmp_path / "clip.mp4")
     with pytest.raises(ImageError, match="66 x 48 is 3,168 pixels, more than the limit of 3,000"):
-        Clip(path, max_pixels=3_000)
-    with Clip(path, max_pixels=3_168) as clip:
+        VideoReader(path, max_pixels=3_000)
+    with VideoReader(path, max_pixels=3_168) as clip:
         assert len(list(clip.frames())) == len(TIMES)
 
 
@@ -192,7 +193,7 @@ def test_damaged_places_are_counted_and_left_out(tmp_path):
     content = bytearray(path.read_bytes())
     content[4000:4200] = bytes(200)
     path.write_bytes(content)
-    with Clip(path) as clip:
+    with VideoReader(path) as clip:
         assert 5 < len(list(clip.frames())) < 40
         assert clip.damaged > 0
 
@@ -346,7 +347,7 @@ def test_another_scene_begins_without_a_past(small):
 
 def test_steadying_lessens_flicker_and_costs_no_accuracy():
     """With the packaged model, on a drawn film of which every point's way is known; bench/video.py has the figures."""
-    segmenter = load("tiny", text_cache=False)
+    segmenter = load_san("tiny", text_cache=False)
     words = Vocabulary.parse(list(dict.fromkeys(name.split()[-1] for name in SEGMENTATION_NAMES)))
     true = np.array([words.names.index(name.split()[-1]) for name in SEGMENTATION_NAMES])
     changed, right = {False: 0, True: 0}, {False: 0, True: 0}
@@ -389,7 +390,7 @@ def test_with_many_words_each_takes_a_place_when_it_is_seen_and_keeps_it(monkeyp
 # ------------------------------------------------------------------------------------------------------------ resume
 
 
-class Stops(Segmenter):
+class Stops(SanSegmenter):
     """Stops in the middle, as if something had gone wrong."""
 
     left = 20
@@ -442,7 +443,7 @@ def test_other_words_begin_anew_and_replace_the_results(small, small_model, tmp_
 
 
 def _run_of_its_own(model, path, out):
-    run(Segmenter(load_folder(model), text_cache=False), path, out)
+    run(SanSegmenter(load_folder(model), text_cache=False), path, out)
 
 
 def test_killed_at_any_time_the_results_are_the_same(small, small_model, tmp_path):

@@ -12,22 +12,34 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "opensan.loading",
-    "AnySegmenter": "opensan.segmentation",
-    "Segmenter": "opensan.segmenter",
-    "Encoding": "opensan.segmentation",
-    "Segmentation": "opensan.segmentation",
+    "load": "opensan.segmenters.load",
+    "AnySegmenter": "opensan.segmenters.base",
+    "Segmenter": "opensan.segmenters.base",
+    "SanSegmenter": "opensan.segmenters.san",
+    "Encoding": "opensan.segmenters.results",
+    "Segmentation": "opensan.segmenters.results",
     "Vocabulary": "opensan.vocabulary",
     "ModelConfig": "opensan.config",
 }
 
-__all__ = ["AnySegmenter", "Encoding", "ModelConfig", "Segmentation", "Segmenter", "Vocabulary", "__version__", "load"]
+__all__ = [
+    "AnySegmenter",
+    "Encoding",
+    "ModelConfig",
+    "SanSegmenter",
+    "Segmentation",
+    "Segmenter",
+    "Vocabulary",
+    "__version__",
+    "load",
+]
 
 if TYPE_CHECKING:
     from opensan.config import ModelConfig
-    from opensan.loading import load
-    from opensan.segmentation import AnySegmenter, Encoding, Segmentation
-    from opensan.segmenter import Segmenter
+    from opensan.segmenters.base import AnySegmenter, Segmenter
+    from opensan.segmenters.load import load
+    from opensan.segmenters.results import Encoding, Segmentation
+    from opensan.segmenters.san import SanSegmenter
     from opensan.vocabulary import Vocabulary
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from opensan.errors import UserError
+
 # Bounds far above any real model: a number in a file from outside must not ask for unbounded memory.
 Count = Annotated[int, Field(gt=0, le=65_536)]
 LayerCount = Annotated[int, Field(gt=0, le=1_024)]
@@ -118,17 +120,17 @@ class ModelConfig(Config):
             ("side_adapter", side.width, side.heads),
         ):
             if width % heads:
-                raise ValueError(f"{what}: width {width} is not a multiple of heads {heads}")
+                raise UserError(f"{what}: width {width} is not a multiple of heads {heads}")
         if not 0 < self.recognition_layer < vision.layers:
-            raise ValueError(f"recognition_layer {self.recognition_layer} is not between 1 and {vision.layers - 1}")
+            raise UserError(f"recognition_layer {self.recognition_layer} is not between 1 and {vision.layers - 1}")
         for block, layer in side.fusion.items():
             if block >= side.depth or layer > self.recognition_layer:
-                raise ValueError(
+                raise UserError(
                     f"side_adapter.fusion {block}: {layer} needs a side block below {side.depth} "
                     f"and a CLIP layer up to {self.recognition_layer}"
                 )
         if not side.supervised_blocks or side.supervised_blocks[-1] != side.depth:
-            raise ValueError(f"side_adapter.supervised_blocks must end with the last block, {side.depth}")
+            raise UserError(f"side_adapter.supervised_blocks must end with the last block, {side.depth}")
         return self
 
 
@@ -142,10 +144,10 @@ def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:
         first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
         where = ".".join(str(part) for part in first["loc"]) or "top level"
         if first["type"] == "extra_forbidden":
-            raise ValueError(f"{source}: {where}: no such key{_nearest_key(kind, first['loc'])}") from None
+            raise UserError(f"{source}: {where}: no such key{_nearest_key(kind, first['loc'])}") from None
         told = first["msg"].removeprefix("Value error, ")
         given = f", not {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
-        raise ValueError(f"{source}: {where}: {told}{given}") from None
+        raise UserError(f"{source}: {where}: {told}{given}") from None
 
 
 def _nearest_key(kind: type[Config], place: tuple[int | str, ...]) -> str:
@@ -178,9 +180,9 @@ def read_config(path: Path) -> ModelConfig:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: does not exist; a model is weights with their {path.name} beside them") from None
+        raise UserError(f"{path}: does not exist; a model is weights with their {path.name} beside them") from None
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, an endless number, endless nesting
-        raise ValueError(f"{path}: not a readable model configuration ({error})") from None
+        raise UserError(f"{path}: not a readable model configuration ({error})") from None
     return parse_config(ModelConfig, data, str(path))
 
 

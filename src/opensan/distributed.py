@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opensan.errors import UserError
+
 Result = TypeVar("Result")
 
 LONGEST_WAIT = timedelta(hours=2)
@@ -58,7 +60,7 @@ def _own_device(device: torch.device) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             count = torch.cuda.device_count()
-            raise ValueError(
+            raise UserError(
                 f"device cuda: process {local + 1} on this machine needs one of its own, and there are {count}"
             )
         device = torch.device("cuda", local)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ASSETS = Path(__file__).parent / "assets"
+"""The folder of the models, class lists, tokens and scenes that come with the package."""
 TRIAL = "opensan"
 """The file that is begun, and never finished, to see whether a folder can be written to."""
 

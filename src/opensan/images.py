@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from opensan.config import ImageConfig
+from opensan.errors import UserError
 from opensan.structures import ImageSizes
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ _ORIENTATION_TAG = 0x0112
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """A photograph that can't be used; the message is one line and names it."""
 
 

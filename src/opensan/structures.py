@@ -1,6 +1,7 @@
 """What travels between the rooms of the house.
 
-Letters: B batch, Q queries, K words (classes), R text rows, D embedding, h w stride-16 grid, N CLIP attention heads.
+Letters: B batch, Q queries, K words (classes), R text rows, D embedding, h w stride-16 grid, N CLIP attention heads;
+of a prompt tree, N nodes (tokens), P prompts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from torch import Tensor
 
 
@@ -48,3 +51,24 @@ class TextClassifier:
     """[R] int64, ascending: the class (0..K-1) that each row speaks for."""
     num_classes: int
     """K."""
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """Prompts as a tree; a node stands behind its parent. Made as arrays; a model reads tensors (`to`)."""
+
+    tokens: np.ndarray | Tensor
+    """[N] int64."""
+    depth: np.ndarray | Tensor
+    """[N] int64: the token's position in its prompts."""
+    sees: np.ndarray | Tensor
+    """[N, N] bool: row i is true at i and at its ancestors, which is all that a causal tower lets it see."""
+    ends: np.ndarray | Tensor
+    """[P] int64: the node of each prompt's last token."""
+
+    def to(self, device: torch.device | str) -> PromptTree:
+        """The same as tensors on `device`."""
+        import torch  # a tree is made where torch need not be installed
+
+        parts = (self.tokens, self.depth, self.sees, self.ends)
+        return PromptTree(*(torch.as_tensor(part, device=device) for part in parts))

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opensan.errors import UserError
+from opensan.files import ASSETS
+
 UNLABELLED = -1
 """The label of a pixel that no word got: an absorbing (background) word won it."""
 
@@ -46,7 +49,7 @@ TEMPLATE_SETS = {
 Templates = str | os.PathLike[str] | Sequence[str]
 """The name of a template set, a text file with one template a line, or the templates themselves."""
 
-_CLASSES = Path(__file__).parent / "assets" / "classes"
+_CLASSES = ASSETS / "classes"
 _WORD_KEYS = {"name", "text", "synonyms", "prompts", "background"}
 _VOCABULARY_KEYS = {"words", "background", "templates"}
 # Control characters would reach the terminal; a line break would make two words of one where words stand a line each;
@@ -171,13 +174,13 @@ class Vocabulary:
                 _check_words(spec, [f"line {number}" for number, _ in lines])
             return cls.parse(spec, background=background, templates=templates)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
 
     @classmethod
     def ready(cls, name: str, *, background: object = (), templates: Templates | None = None) -> "Vocabulary":
         """One of the benchmarks' label sets, in its training order; `ready_sets()` lists them."""
         if name not in ready_sets():
-            raise ValueError(f"no ready label set is called {name!r}: choose from {', '.join(ready_sets())}")
+            raise UserError(f"no ready label set is called {name!r}: choose from {', '.join(ready_sets())}")
         return cls.from_file(_CLASSES / f"{name}.json", background=background, templates=templates)
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def _words(spec: object) -> tuple[Word, ...]:
         )
     if isinstance(spec, list | tuple):
         return tuple(_word(entry, f"word {n}") for n, entry in enumerate(spec, 1))
-    raise ValueError(f"words must be a string or a list, not {type(spec).__name__} ({_short(spec)})")
+    raise UserError(f"words must be a string or a list, not {type(spec).__name__} ({_short(spec)})")
 
 
 def _word(entry: object, place: str) -> Word:
@@ -219,18 +222,18 @@ def _word(entry: object, place: str) -> Word:
     if isinstance(entry, str):
         return _named(entry, place)
     if not isinstance(entry, Mapping):
-        raise ValueError(f'{place} is {_short(entry)}: a word is text, or a dict with "name"')
+        raise UserError(f'{place} is {_short(entry)}: a word is text, or a dict with "name"')
     for key in entry:
         if key not in _WORD_KEYS:
-            raise ValueError(f"{place} has an unknown key {key!r}: known are {', '.join(sorted(_WORD_KEYS))}")
+            raise UserError(f"{place} has an unknown key {key!r}: known are {', '.join(sorted(_WORD_KEYS))}")
     if not isinstance(entry.get("name"), str):
-        raise ValueError(f'{place} needs a "name" that is text, not {_short(entry.get("name"))}')
+        raise UserError(f'{place} needs a "name" that is text, not {_short(entry.get("name"))}')
     place = f"{place} ({_short(entry['name'])})"
     text = entry.get("text", entry["name"])
     if not isinstance(text, str):
-        raise ValueError(f'{place}: "text" must be text, not {_short(text)}')
+        raise UserError(f'{place}: "text" must be text, not {_short(text)}')
     if not isinstance(entry.get("background", False), bool):
-        raise ValueError(f'{place}: "background" must be true or false, not {_short(entry["background"])}')
+        raise UserError(f'{place}: "background" must be true or false, not {_short(entry["background"])}')
     prompts = _texts(entry, "prompts", place)
     return Word(
         entry["name"], (text, *_texts(entry, "synonyms", place)), prompts or None, entry.get("background", False)
@@ -240,7 +243,7 @@ def _word(entry: object, place: str) -> Word:
 def _texts(entry: Mapping, key: str, place: str) -> tuple[str, ...]:
     texts = entry.get(key) or ()
     if isinstance(texts, str) or not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-        raise ValueError(f'{place}: "{key}" must be a list of texts, not {_short(texts)}')
+        raise UserError(f'{place}: "{key}" must be a list of texts, not {_short(texts)}')
     return tuple(texts)
 
 
@@ -250,7 +253,7 @@ def _named(text: str, place: str) -> Word:
         return Word(text)
     synonyms = tuple(part.strip() for part in text.split("|"))
     if not all(synonyms):
-        raise ValueError(f"{place} ({_short(text)}): synonym {synonyms.index('') + 1} is blank")
+        raise UserError(f"{place} ({_short(text)}): synonym {synonyms.index('') + 1} is blank")
     return Word(synonyms[0], synonyms)
 
 
@@ -260,19 +263,19 @@ def _words_and_templates(data: Mapping) -> tuple[tuple[Word, ...], tuple[str, ..
         return _words(_list_of(data, "names")), TEMPLATE_SETS["vild"]
     for key in data:
         if key not in _VOCABULARY_KEYS:
-            raise ValueError(f'unknown key {_short(key)}: a vocabulary has "words", "background" and "templates"')
+            raise UserError(f'unknown key {_short(key)}: a vocabulary has "words", "background" and "templates"')
     background = _words(_list_of(data, "background")) if "background" in data else ()
     templates = data.get("templates", "vild")
     # Data from outside may name a template set, but never a file to read.
     if isinstance(templates, str) and templates not in TEMPLATE_SETS:
-        raise ValueError(f'"templates" must be {_set_names()} or a list, not {_short(templates)}')
+        raise UserError(f'"templates" must be {_set_names()} or a list, not {_short(templates)}')
     absorbing = tuple(Word(word.name, word.synonyms, word.prompts, True) for word in background)
     return _words(_list_of(data, "words")) + absorbing, _templates(templates)
 
 
 def _list_of(data: Mapping, key: str) -> list | tuple:
     if not isinstance(data.get(key), list | tuple):
-        raise ValueError(f'"{key}" must be a list of words, not {_short(data.get(key))}')
+        raise UserError(f'"{key}" must be a list of words, not {_short(data.get(key))}')
     return data[key]
 
 
@@ -301,11 +304,11 @@ def _places(words: Iterable[Word]) -> Iterator[str]:
 def _check_words(words: Sequence[Word], places: Sequence[str]) -> None:
     """Raise ValueError unless the words are few enough, readable, and all different."""
     if not words or all(word.absorbs for word in words):
-        raise ValueError(
+        raise UserError(
             "the vocabulary is empty: give at least one word" + (" besides the background" if words else "")
         )
     if len(words) > MAX_WORDS:
-        raise ValueError(f"{len(words):,} words are too many: a label map holds at most {MAX_WORDS:,}")
+        raise UserError(f"{len(words):,} words are too many: a label map holds at most {MAX_WORDS:,}")
     owner: dict[str, int] = {}
     for index, word in enumerate(words):
         _check_text(word.name, places[index])
@@ -319,10 +322,10 @@ def _check_words(words: Sequence[Word], places: Sequence[str]) -> None:
             key = _key(text)
             first = owner.setdefault(key, index)
             if key in own:
-                raise ValueError(f"{places[index]} ({_short(word.name)}): synonym {_short(text)} stands there twice")
+                raise UserError(f"{places[index]} ({_short(word.name)}): synonym {_short(text)} stands there twice")
             if first != index:
                 synonym = "" if text == word.name else f" (synonym {_short(text)})"
-                raise ValueError(
+                raise UserError(
                     f"{places[index]} {_short(word.name)}{synonym} repeats {places[first]} {_short(words[first].name)}"
                 )
             own.add(key)
@@ -330,11 +333,11 @@ def _check_words(words: Sequence[Word], places: Sequence[str]) -> None:
 
 def _check_text(text: object, place: str) -> None:
     if not isinstance(text, str):
-        raise ValueError(f"{place} is {_short(text)}: it must be text")
+        raise UserError(f"{place} is {_short(text)}: it must be text")
     if not text.strip():
-        raise ValueError(f"{place} is blank")
+        raise UserError(f"{place} is blank")
     if _UNPRINTABLE.search(text):
-        raise ValueError(f"{place} ({_short(text)}) has a line break or control character, or is not valid text")
+        raise UserError(f"{place} ({_short(text)}) has a line break or control character, or is not valid text")
 
 
 def _key(text: str) -> str:
@@ -347,30 +350,30 @@ def _templates(spec: Templates) -> tuple[str, ...]:
     if isinstance(spec, str) and spec in TEMPLATE_SETS:
         return TEMPLATE_SETS[spec]
     if isinstance(spec, str) and ("{}" in spec or not re.search(r"[./\\]", spec)):
-        raise ValueError(f"unknown template set {_short(spec)}: choose {_set_names()}, or give a text file or a list")
+        raise UserError(f"unknown template set {_short(spec)}: choose {_set_names()}, or give a text file or a list")
     if isinstance(spec, str | os.PathLike):
         path = Path(spec)
         templates = tuple(line for _, line in _lines(_read(path)))
         try:
             _check_templates(templates)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
         return templates
     if isinstance(spec, list | tuple):
         return tuple(spec)
-    raise ValueError(f"templates must be {_set_names()}, a text file or a list, not {_short(spec)}")
+    raise UserError(f"templates must be {_set_names()}, a text file or a list, not {_short(spec)}")
 
 
 def _check_templates(templates: Sequence[str]) -> None:
     if not templates:
-        raise ValueError('no prompt templates: give at least one, such as "a photo of a {}."')
+        raise UserError('no prompt templates: give at least one, such as "a photo of a {}."')
     first: dict[str, int] = {}
     for number, template in enumerate(templates, 1):
         _check_text(template, f"template {number}")
         if template.count("{}") != 1:
-            raise ValueError(f'template {number} {_short(template)} must hold "{{}}" exactly once, where the word goes')
+            raise UserError(f'template {number} {_short(template)} must hold "{{}}" exactly once, where the word goes')
         if first.setdefault(template, number) != number:
-            raise ValueError(f"template {number} {_short(template)} repeats template {first[template]}")
+            raise UserError(f"template {number} {_short(template)} repeats template {first[template]}")
 
 
 def _set_names() -> str:
@@ -384,17 +387,17 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path}: can't be read ({error.strerror})") from None
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
     except ValueError:  # a NUL in the name
-        raise ValueError(f"{str(path)!r}: not a file name") from None
+        raise UserError(f"{str(path)!r}: not a file name") from None
     if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: longer than {MAX_FILE_BYTES // 2**20} MiB, not a list of words")
+        raise UserError(f"{path}: longer than {MAX_FILE_BYTES // 2**20} MiB, not a list of words")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
+        raise UserError(f"{path}: not UTF-8 text") from None
     if "\0" in text:
-        raise ValueError(f"{path}: binary data, not text")
+        raise UserError(f"{path}: binary data, not text")
     return text
 
 
@@ -410,7 +413,7 @@ def _from_json(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from None
+        raise UserError(f"not valid JSON ({error})") from None
 
 
 def _short(value: object) -> str:

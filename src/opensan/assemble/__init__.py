@@ -5,9 +5,3 @@ scores   scores of all words, or of a label map's own
 bounds   which words can win somewhere in a block of pixels
 labels   the label map, by those bounds or band by band
 """
-
-from opensan.assemble.labels import label_map
-from opensan.assemble.resize import interpolation_matrices, mask_bands
-from opensan.assemble.scores import label_scores, score_maps
-
-__all__ = ["interpolation_matrices", "label_map", "label_scores", "mask_bands", "score_maps"]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from opensan.assemble.best_row import best_row
 from opensan.assemble.bounds import ROUNDING, first_maximum, group_size, mask_errors, possible_winners
 from opensan.assemble.resize import interpolation_matrices, linear_pieces, mask_bands
-from opensan.best_row import best_row
 from opensan.structures import ImageSizes
 
 PARTS = 4

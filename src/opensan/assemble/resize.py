@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensan import interpolation
+from opensan.assemble import interpolation
 from opensan.structures import ImageSizes
 
 
 def interpolation_matrices(mask_logits: Tensor, sizes: ImageSizes) -> tuple[Tensor, Tensor]:
-    """`opensan.interpolation.interpolation_matrices` where the mask logits [Q, h, w] lie: [H0, h] and [W0, w]."""
+    """Return the matrices of a resize, [H0, h] and [W0, w], on the device of the mask logits [Q, h, w]."""
     height, width = mask_logits.shape[-2:]
     down, across = interpolation.interpolation_matrices((height, width), sizes)
     return torch.from_numpy(down).to(mask_logits.device), torch.from_numpy(across).to(mask_logits.device)

@@ -1,7 +1,7 @@
 """Where weights come from and how they are written."""
 
-from opensan.checkpoints.folder import build_empty, fill, load_folder, save_folder
 from opensan.checkpoints.hub import load_model, preset_config, random_model
+from opensan.checkpoints.native import build_empty, fill, load_folder, save_folder
 from opensan.checkpoints.pickles import load_official
 
 __all__ = [

@@ -15,8 +15,9 @@ from opensan.checkpoints.hub import HUB_ID, download
 from opensan.checkpoints.official import check_keys
 from opensan.checkpoints.pickles import read_pickle
 from opensan.config import PRESETS, ClipConfig, ModelConfig
+from opensan.errors import UserError
 from opensan.model import SAN, build_san
-from opensan.model.transformer import Clip
+from opensan.model.transformer import ClipModel
 
 OPENAI_REPOSITORIES = {
     "san-vit-b16": "timm/vit_base_patch16_clip_224.openai",
@@ -63,15 +64,15 @@ def _weights_path(source: str | os.PathLike, config: ModelConfig) -> Path:
         for candidate in _WEIGHTS:
             if (path / candidate).is_file():
                 return path / candidate
-        raise ValueError(f"{path}: holds no CLIP weights of open_clip (looked for {', '.join(_WEIGHTS)})")
+        raise UserError(f"{path}: holds no CLIP weights of open_clip (looked for {', '.join(_WEIGHTS)})")
     if name == "openai":
         for preset, repository in OPENAI_REPOSITORIES.items():
             if PRESETS[preset].clip == config.clip:
                 return _from_hub(repository)
-        raise ValueError(f"OpenAI has no CLIP of the shape of {config.name}: give a file or folder of open_clip")
+        raise UserError(f"OpenAI has no CLIP of the shape of {config.name}: give a file or folder of open_clip")
     if HUB_ID.fullmatch(name) and not re.search(r"\.(pt|bin|pth|safetensors)$", name):
         return _from_hub(name)
-    raise ValueError(f"no CLIP weights {name!r}: openai, a hub id owner/name, or a file or folder of open_clip")
+    raise UserError(f"no CLIP weights {name!r}: openai, a hub id owner/name, or a file or folder of open_clip")
 
 
 def _from_hub(repository: str) -> Path:
@@ -86,18 +87,18 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def _checked(state: Mapping[str, Tensor], config: ClipConfig, source: str) -> dict[str, Tensor]:
     """`state` in float32 if it holds exactly this CLIP's tensors."""
     with torch.device("meta"):
-        expected = Clip(config).state_dict()
+        expected = ClipModel(config).state_dict()
     found = {name: tensor for name, tensor in state.items() if name not in _NO_WEIGHTS}
     check_keys(expected, found, source)
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
-            raise ValueError(f"{source}: {name} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}")
+            raise UserError(f"{source}: {name} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}")
     return {name: tensor.float() for name, tensor in found.items()}
 
 
@@ -108,6 +109,6 @@ def _check_activation(path: Path, config: ClipConfig) -> None:
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))["model_cfg"].get("quick_gelu", False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a configuration of open_clip ({error})") from None
+        raise UserError(f"{path}: not a configuration of open_clip ({error})") from None
     if bool(stated) != config.quick_gelu:
-        raise ValueError(f"{path}: quick_gelu is {stated} there, the model's configuration says {config.quick_gelu}")
+        raise UserError(f"{path}: quick_gelu is {stated} there, the model's configuration says {config.quick_gelu}")

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 
-from opensan.checkpoints.folder import WEIGHTS_NAME, load_folder
+from opensan.checkpoints.native import WEIGHTS_NAME, load_folder
 from opensan.checkpoints.pickles import first_line, load_official
 from opensan.config import CONFIG_NAME, PRESETS, ModelConfig, read_config
+from opensan.errors import UserError
+from opensan.files import ASSETS
 from opensan.model import SAN, build_san
 
 OFFICIAL_REPOSITORY = "Mendel192/san"
 OFFICIAL_FILES = {"san-vit-b16": "san_vit_b_16.pth", "san-vit-l14": "san_vit_large_14.pth"}
-TINY_FOLDER = Path(__file__).parents[1] / "assets" / "models" / "tiny"
+TINY_FOLDER = ASSETS / "models" / "tiny"
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -41,7 +43,7 @@ def load_model(source: str | os.PathLike) -> SAN:
         config = download(name, name, CONFIG_NAME)
         return load_folder(config.parent, download(name, name, WEIGHTS_NAME))
     known = ", ".join(["tiny", *OFFICIAL_FILES])
-    raise ValueError(
+    raise UserError(
         f"no model {name!r}: it is no file or folder here; known names are {known}, or a hub id like owner/name"
     )
 
@@ -51,7 +53,7 @@ def preset_config(name: str) -> ModelConfig:
     if name == "tiny":
         return read_config(TINY_FOLDER / CONFIG_NAME)
     if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}: known are tiny, {', '.join(PRESETS)}")
+        raise UserError(f"no preset {name!r}: known are tiny, {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
@@ -70,7 +72,7 @@ def _load_path(path: Path) -> SAN:
         return load_folder(path.parent, path)
     if path.suffix in (".pth", ".pt", ".bin"):
         return load_official(path)
-    raise ValueError(f"{path}: not a model (a folder with {CONFIG_NAME}, a .safetensors, or an official .pth)")
+    raise UserError(f"{path}: not a model (a folder with {CONFIG_NAME}, a .safetensors, or an official .pth)")
 
 
 INSTEAD_OF_A_MODEL = (
@@ -102,7 +104,7 @@ def download(model: str, repository: str, filename: str, advice: str = INSTEAD_O
             raise
         return Path(hf_hub_download(repository, filename))
     except HFValidationError as error:
-        raise ValueError(f"{repository!r} is not a hub id ({first_line(error)})") from None
+        raise UserError(f"{repository!r} is not a hub id ({first_line(error)})") from None
     except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
         raise ConnectionError(
             f"{model}: tried {constants.ENDPOINT}/{repository} for {filename} and the cache {constants.HF_HUB_CACHE}: "

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from opensan.config import ModelConfig
+from opensan.errors import UserError
 
 BUFFERS = frozenset({"criterion.empty_weight", "ov_classifier.attn_mask"})
 """Official entries that are constants rather than weights: allowed in a file, never read."""
@@ -87,7 +88,7 @@ def from_official(
     for theirs, name in table.items():
         expected = official_shape(name, shapes[name])
         if tuple(state[theirs].shape) != expected:
-            raise ValueError(f"{source}: {theirs} has shape {tuple(state[theirs].shape)}, the model needs {expected}")
+            raise UserError(f"{source}: {theirs} has shape {tuple(state[theirs].shape)}, the model needs {expected}")
         ours[name] = state[theirs].reshape(tuple(shapes[name]))
     return ours
 
@@ -101,4 +102,4 @@ def check_keys(expected: Iterable[str], found: Iterable[str], source: str) -> No
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             complaints.append(f"{what} {', '.join(names[:5])}{more}")
     if complaints:
-        raise ValueError(f"{source}: does not hold this model's weights: {'; '.join(complaints)}")
+        raise UserError(f"{source}: does not hold this model's weights: {'; '.join(complaints)}")

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opensan.checkpoints.folder import build_empty, fill
+from opensan.checkpoints.native import build_empty, fill
 from opensan.checkpoints.official import from_official, official_name, official_shape
 from opensan.config import PRESETS, ModelConfig
+from opensan.errors import UserError
 from opensan.model import SAN
 
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)|reduce for unrecognized function (.+)|Can only (?:create|build) .+")
@@ -54,14 +55,14 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle can fail in any way: struct.error, AssertionError, IndexError, ...
         if refused := _REFUSED.search(str(error)):
             what = refused[1] or refused[2] or "an object"
-            raise ValueError(f"{path}: refused: besides weights it asks for {what}; nothing of it was run") from None
+            raise UserError(f"{path}: refused: besides weights it asks for {what}; nothing of it was run") from None
         # torch's own first line is advice to load the file unsafely: not to be repeated.
         reason = "" if "weights_only" in first_line(error) else f" ({first_line(error)})"
-        raise ValueError(f"{path}: not a readable PyTorch checkpoint{reason}") from None
+        raise UserError(f"{path}: not a readable PyTorch checkpoint{reason}") from None
     state = data.get("model", data) if isinstance(data, dict) else None
     weights = {str(name): value for name, value in state.items() if _is_plain(value)} if isinstance(state, dict) else {}
     if not weights:
-        raise ValueError(f"{path}: holds no model weights (expected tensors by name, under 'model' or at the top)")
+        raise UserError(f"{path}: holds no model weights (expected tensors by name, under 'model' or at the top)")
     return weights
 
 

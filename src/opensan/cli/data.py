@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
+from opensan.errors import UserError
 
 if TYPE_CHECKING:
-    from opensan.data.canonical import Manifest
+    from opensan.data.canonical import DatasetManifest
     from opensan.data.prepare import Reader
 
 SHOWN = 10
@@ -92,7 +93,7 @@ def prepare(
     reader = _reader(name)
     values = _option_values(reader, options or [])
     if not source.is_dir():
-        raise ValueError(f"{source}: no such folder; it must hold {reader.needs or 'the data'}")
+        raise UserError(f"{source}: no such folder; it must hold {reader.needs or 'the data'}")
 
     from opensan.data.prepare.engine import prepare as write
 
@@ -102,7 +103,7 @@ def prepare(
     except ConnectionError:  # an OSError too, and told in one line already
         raise
     except OSError as error:
-        raise ValueError(f"{error.filename or source}: can't be read ({error.strerror or error})") from None
+        raise UserError(f"{error.filename or source}: can't be read ({error.strerror or error})") from None
     wanted = [one for one in opened.photographs if not split or set(one.splits) & set(split)]
     try:
         with progress_bar(output_console(), f"preparing {name}", len(wanted)) as advance:
@@ -125,7 +126,7 @@ def _option_values(reader: "Reader", arguments: list[str]) -> dict[str, str]:
     return values
 
 
-def _report(reader: "Reader", manifest: "Manifest", out: Path) -> None:
+def _report(reader: "Reader", manifest: "DatasetManifest", out: Path) -> None:
     _print_counts(manifest.splits, reader, manifest.request.splits)
     print(f"{out}: {manifest.photographs:,} photographs, {len(manifest.request.classes)} classes")
     _complain_of([f"left out: {name}: {reason}" for name, reason in manifest.left_out.items()], out / "manifest.json")
@@ -164,7 +165,7 @@ def check(
     exit code is 1 if anything is.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     from opensan.data.check import FolderCheck
     from opensan.data.prepare import READERS
 

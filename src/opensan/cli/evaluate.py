@@ -10,12 +10,13 @@ import typer
 
 from opensan.cli.computing import Device, ImageDtype, Speed
 from opensan.cli.terminal import UsageError, complain, note, output_console
+from opensan.errors import UserError
 
 if TYPE_CHECKING:
+    from opensan.evaluate.evaluation import Evaluation
     from opensan.evaluate.predictors import BatchPredictor
-    from opensan.evaluate.run import Evaluation
     from opensan.evaluate.sets import PreparedSet
-    from opensan.segmenter import Segmenter
+    from opensan.segmenters.san import SanSegmenter
 
 SHOWN = 10
 """A thousand broken photographs are not named one by one; metrics.json has them all."""
@@ -94,7 +95,7 @@ def evaluate(
 
     from opensan.distributed import is_main, process_group
     from opensan.evaluate.sets import find_sets, open_set
-    from opensan.segmenter import load
+    from opensan.segmenters.san import load_san
 
     with process_group("cpu" if from_predictions else device) as group:
         if not is_main():
@@ -107,14 +108,14 @@ def evaluate(
         if from_predictions is None:
             if is_main():
                 note(f"loading {model}")
-            segmenter = load(model, device=group.device, speed=speed.value, dtype=dtype and dtype.value)
+            segmenter = load_san(model, device=group.device, speed=speed.value, dtype=dtype and dtype.value)
         run = _Run(out, model, segmenter, tta, batch, workers, save_predictions, from_predictions, category_ids)
         try:
             evaluations = [run.one(prepared) for prepared in sets]
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on where it was") from None
         except (MemoryError, OutOfMemoryError):
-            raise ValueError(f"out of memory on {group.device}: try a smaller --batch") from None
+            raise UserError(f"out of memory on {group.device}: try a smaller --batch") from None
         if is_main():
             if table or len(sets) > 1:
                 run.table(sets, evaluations)
@@ -130,7 +131,7 @@ class _Run:
         self,
         out: Path,
         model: str,
-        segmenter: "Segmenter | None",
+        segmenter: "SanSegmenter | None",
         tta: bool,
         batch: int,
         workers: int,

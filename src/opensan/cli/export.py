@@ -8,6 +8,7 @@ import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
 from opensan.cli.terminal import complain, note
+from opensan.errors import UserError
 
 
 class Format(StrEnum):
@@ -18,7 +19,7 @@ class Format(StrEnum):
     torch = "torch"
 
 
-class Dtype(StrEnum):
+class ExportDtype(StrEnum):
     """How weights are stored."""
 
     float32 = "float32"
@@ -32,12 +33,12 @@ def export(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; it must not exist.")],
     format: Annotated[Format, typer.Option(help="torch: torch.export's .pt2 files.")] = Format.onnx,
     dtype: Annotated[
-        Dtype,
+        ExportDtype,
         typer.Option(
             help="Of the weights. float16: half the size, computed with in float32. bfloat16 (openvino): half the "
             "size, and faster where the processor has bfloat16. int8: a quarter of the size, less exact."
         ),
-    ] = Dtype.float32,
+    ] = ExportDtype.float32,
     text: Annotated[
         bool, typer.Option("--text/--no-text", help="Whether to write the text tower, which reads any words.")
     ] = True,
@@ -73,7 +74,7 @@ def export(
         print(f"{tensor:<20} differ by {difference:.1e} of the largest at most")
     print(f"{'labels':<20} agree at {100 * found.agreement:.3f}% of the pixels")
     if not found.passed:
-        raise ValueError(
+        raise UserError(
             f"the exported model answers differently (allowed: {found.limits.difference:.0e} and "
             f"{100 * found.limits.agreement:.1f}% of the labels); nothing was written"
         )

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from opensan.cli.terminal import note
+from opensan.errors import UserError
 
 
 def convert(
@@ -19,7 +20,7 @@ def convert(
     """
     for name in ("model.safetensors", "config.json"):
         if (out / name).exists():
-            raise ValueError(f"{out / name} exists already: choose another folder, or move it away")
+            raise UserError(f"{out / name} exists already: choose another folder, or move it away")
     from opensan.outputs import check_writable
 
     check_writable(out)
@@ -43,8 +44,8 @@ def parity(
     """
     for path in goldens:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-    from opensan.parity import run
+            raise UserError(f"{path}: no such file")
+    from opensan.parity.inference import run
 
     if not run(goldens):
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from opensan.cli.terminal import UsageError, note, output_console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from opensan.profile import Profile
+    from opensan.evaluate.cost import Profile
 
 
 def profile(
@@ -29,7 +29,7 @@ def profile(
     given = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", size)
     if not given:
         raise UsageError(f"--size {size}: height x width in pixels, like 640x640")
-    from opensan.profile import profile as make_profile
+    from opensan.evaluate.cost import profile as make_profile
 
     note(f"profiling {model}")
     found = make_profile(model, size=(int(given[1]), int(given[2])), words=words, device=device)
@@ -81,7 +81,7 @@ def _giga(count: int) -> str:
 
 def _comparison(found: "Profile") -> list[str]:
     """How a preset at the official size compares with what is stated of it."""
-    from opensan.profile import OFFICIAL, OFFICIAL_SIZE
+    from opensan.evaluate.cost import OFFICIAL, OFFICIAL_SIZE
 
     official = OFFICIAL.get(found.model)
     if official is None:

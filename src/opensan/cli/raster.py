@@ -10,12 +10,13 @@ from opensan.cli.asked_words import Background, Templates, Words, WordsFile, Wor
 from opensan.cli.computing import Device, ImageDtype, Speed, SpeedAsForSegment
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
+from opensan.errors import UserError
 
 if TYPE_CHECKING:
-    from opensan.geo import GeoRaster
-    from opensan.segmenter import Segmenter
-    from opensan.strips import StripFile
-    from opensan.tiles import Tiling
+    from opensan.jobs.geotiff import GeoRaster
+    from opensan.jobs.strips import StripFile
+    from opensan.jobs.tiles import Tiling
+    from opensan.segmenters.san import SanSegmenter
     from opensan.vocabulary import Vocabulary
 
 PREVIEW_SIDE = 2048
@@ -75,18 +76,19 @@ def segment_raster(
     if percentiles and not (len(percentiles) == 2 and 0 <= percentiles[0] < percentiles[1] <= 100):
         raise UsageError("--stretch takes two percentiles, the lower one first: 2,98")
 
-    from opensan import geo, outputs
+    from opensan import outputs
+    from opensan.jobs import geotiff
 
     outputs.check_writable(out)
-    with geo.gdal():
-        raster = geo.GeoRaster(image, bands=chosen, stretch=percentiles)
+    with geotiff.gdal():
+        raster = geotiff.GeoRaster(image, bands=chosen, stretch=percentiles)
         try:
             note(f"loading {model}")
-            from opensan.segmenter import load
-            from opensan.strips import StripFile
-            from opensan.tiles import Tiling
+            from opensan.jobs.strips import StripFile
+            from opensan.jobs.tiles import Tiling
+            from opensan.segmenters.san import load_san
 
-            segmenter = load(model, device=device, speed=speed.value, dtype=dtype and dtype.value)
+            segmenter = load_san(model, device=device, speed=speed.value, dtype=dtype and dtype.value)
             segmenter.text.classifier(vocabulary)  # before the work: it finds words that do not fit
             tiling = Tiling.plan(raster.size, tile or segmenter.model.config.image.short_side, overlap)
             work = _work(raster, segmenter, vocabulary, tiling)
@@ -96,7 +98,7 @@ def segment_raster(
                 _write(raster, strips, vocabulary.names, out, image.stem, polygons, min_pixels)
                 part.unlink()
         except OSError as error:  # the disk is full, or the name too long
-            raise ValueError(f"{out}: cannot write there ({error.strerror or error})") from None
+            raise UserError(f"{out}: cannot write there ({error.strerror or error})") from None
         finally:
             raster.close()
 
@@ -110,7 +112,7 @@ def _numbers(option: str, text: str | None, kind: type) -> "tuple[Any, ...] | No
         raise UsageError(f"{option} takes numbers with commas between them, not {text!r}") from None
 
 
-def _work(raster: "GeoRaster", segmenter: "Segmenter", vocabulary: "Vocabulary", tiling: "Tiling") -> dict[str, Any]:
+def _work(raster: "GeoRaster", segmenter: "SanSegmenter", vocabulary: "Vocabulary", tiling: "Tiling") -> dict[str, Any]:
     """All that the labels depend on: unfinished work is gone on with only if none of it has changed."""
     state = raster.path.stat()
     return {
@@ -125,7 +127,7 @@ def _work(raster: "GeoRaster", segmenter: "Segmenter", vocabulary: "Vocabulary",
 
 
 def _label(
-    segmenter: "Segmenter",
+    segmenter: "SanSegmenter",
     raster: "GeoRaster",
     vocabulary: "Vocabulary",
     tiling: "Tiling",
@@ -134,7 +136,7 @@ def _label(
 ) -> None:
     from torch import OutOfMemoryError
 
-    from opensan.tiles import label_by_tiles
+    from opensan.jobs.tiles import label_by_tiles
 
     if strips.finished:
         complain(f"going on after {strips.finished} of {len(tiling.strips)} strips")
@@ -152,7 +154,7 @@ def _label(
             ):
                 strips.append(labels)
     except (MemoryError, OutOfMemoryError):
-        raise ValueError("out of memory: try a smaller --batch or --tile") from None
+        raise UserError("out of memory: try a smaller --batch or --tile") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{strips.finished} of {len(tiling.strips)} strips done; the same command goes on from there"
@@ -168,25 +170,26 @@ def _write(
     polygons: bool,
     min_pixels: int,
 ) -> None:
-    from opensan import geo, outputs
+    from opensan import outputs
     from opensan.files import atomic_path
+    from opensan.jobs import geotiff
 
     console = output_console()
     label_path, preview = out / f"{stem}.labels.tif", out / f"{stem}.preview.png"
     note("writing the label raster")
-    pixels = geo.write_labels(label_path, strips, raster, names)
+    pixels = geotiff.write_labels(label_path, strips, raster, names)
     total = raster.size[0] * raster.size[1]
     areas = {name: int(count) / total for name, count in zip(names, pixels, strict=True)}
     with atomic_path(preview) as temporary:
-        small = geo.reduced_labels(label_path, PREVIEW_SIDE)
+        small = geotiff.reduced_labels(label_path, PREVIEW_SIDE)
         outputs.overlay(raster.reduced(PREVIEW_SIDE), small, names, areas).save(temporary)
     written = [f"wrote {label_path}", f"wrote {preview}"]
     if polygons:
         note("writing polygons")
         path = out / f"{stem}.polygons.geojson"
-        count = geo.write_polygons(path, label_path, names, min_pixels=min_pixels)
+        count = geotiff.write_polygons(path, label_path, names, min_pixels=min_pixels)
         written.append(f"wrote {path} ({count:,} polygons)")
-    metres = geo.square_metres(raster.crs, raster.transform)
+    metres = geotiff.square_metres(raster.crs, raster.transform)
     table = word_table(
         areas,
         (total - int(pixels.sum())) / total,

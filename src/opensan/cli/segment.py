@@ -11,13 +11,15 @@ from opensan.cli.asked_words import Background, Templates, Words, WordsFile, Wor
 from opensan.cli.computing import Device, ImageDtype, Speed
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
+from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from opensan.folders import FolderRun, Job, Written
-    from opensan.segmenter import Segmentation, Segmenter
+    from opensan.jobs.folder import FolderRun, Job, Written
+    from opensan.segmenters.results import Segmentation
+    from opensan.segmenters.san import SanSegmenter
 
 
 def segment(
@@ -76,9 +78,9 @@ def segment(
         raise UsageError(f"--format: {error}") from None
     outputs.check_writable(out)
 
-    from opensan.folders import FolderRun, absolute, plan, without_results
     from opensan.images import list_images
-    from opensan.loading import load
+    from opensan.jobs.folder import FolderRun, absolute, plan, without_results
+    from opensan.segmenters.load import load
 
     datasets = [kind for kind in kinds if kind in outputs.DATASETS]
     if datasets and absolute(out) in map(absolute, images):
@@ -95,10 +97,10 @@ def segment(
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
             raise
-        raise ValueError(f"out of memory on {device}: try a smaller --batch, or smaller photographs") from None
+        raise UserError(f"out of memory on {device}: try a smaller --batch, or smaller photographs") from None
 
 
-def _one(segmenter: "Segmenter", vocabulary: Vocabulary, job: "Job", out: Path, formats: Sequence[str]) -> None:
+def _one(segmenter: "SanSegmenter", vocabulary: Vocabulary, job: "Job", out: Path, formats: Sequence[str]) -> None:
     """A single photograph: all that is found, as a table."""
     segmentation = segmenter.segment(job.image, vocabulary)
     place = out / job.place
@@ -111,7 +113,7 @@ def _one(segmenter: "Segmenter", vocabulary: Vocabulary, job: "Job", out: Path, 
 
 def _many(run: "FolderRun", count: int, out: Path) -> None:
     """Exits with 1 if an image was broken, with 130 on Ctrl-C; what is written by then stays."""
-    from opensan.folders import Broken
+    from opensan.jobs.folder import Broken
 
     console = output_console()
     broken: list[str] = []

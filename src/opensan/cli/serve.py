@@ -8,6 +8,7 @@ import typer
 
 from opensan.cli.computing import Device, Speed, SpeedAsForSegment
 from opensan.cli.terminal import UsageError, complain, note
+from opensan.errors import UserError
 
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "multipart": "python-multipart",
            "prometheus_client": "prometheus-client", "batched": "batched"}  # fmt: skip
@@ -41,9 +42,9 @@ def serve(
     if token == "":
         raise UsageError("--token is empty: leave it out to let everybody in")
     require_serve_extra()
-    from opensan.serve import Limits
+    from opensan.serve import ServiceLimits
 
-    limits = Limits(
+    limits = ServiceLimits(
         request_bytes=max_bytes,
         pixels=max_pixels,
         words=max_words,
@@ -52,7 +53,7 @@ def serve(
         cache_entries=keep,
         cache_seconds=keep_seconds,
     )
-    from opensan.loading import load
+    from opensan.segmenters.load import load
     from opensan.serve import create_app
     from opensan.serve.server import bind, run
 
@@ -70,4 +71,4 @@ def require_serve_extra() -> None:
     """Raises ValueError, one line, where the packages of the service are missing."""
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ValueError(f"the service needs {', '.join(missing)}: pip install 'opensan[serve]'")
+        raise UserError(f"the service needs {', '.join(missing)}: pip install 'opensan[serve]'")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
+from opensan.errors import UserError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,7 +18,7 @@ INTERRUPTED = 130
 """The exit code that shells give a command stopped by Ctrl-C."""
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """The command line contradicts itself: exit code 2."""
 
 
@@ -46,7 +48,7 @@ def reporting_errors() -> Iterator[None]:
         except (KeyboardInterrupt, typer.Abort) as interrupt:
             complain(": ".join(["interrupted", *map(str, interrupt.args)]))
             sys.exit(INTERRUPTED)
-        except (ValueError, ConnectionError) as error:
+        except (UserError, ConnectionError) as error:
             complain(f"error: {error}")
             sys.exit(2 if isinstance(error, UsageError) else 1)
         except ModuleNotFoundError as error:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from opensan.cli.terminal import INTERRUPTED, UsageError
+from opensan.errors import UserError
 
 
 def train(
@@ -48,12 +49,12 @@ def train(
     try:
         result, saved = run_recipe(recipe)
     except OutOfMemoryError:
-        raise ValueError(
+        raise UserError(
             "out of memory: try a smaller loop.batch_size with more loop.accumulate, "
             "or loop.activation_checkpointing=true"
         ) from None
     except Diverged as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
     if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all

@@ -30,8 +30,8 @@ def ui(
     require_serve_extra()
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from opensan.loading import load
-    from opensan.serve import Limits, create_app
+    from opensan.segmenters.load import load
+    from opensan.serve import ServiceLimits, create_app
     from opensan.serve.server import bind, run
 
     def started(url: str) -> None:
@@ -41,7 +41,7 @@ def ui(
 
     listener = bind(HOST, port)
     note(f"loading {model}")
-    limits = Limits()
+    limits = ServiceLimits()
     # Every half-typed word is embedded; a disk would be filled with them.
     segmenter = load(model, device=device, speed=speed.value, max_pixels=limits.pixels, text_cache=False)
     app = create_app(segmenter, limits=limits, page=True)

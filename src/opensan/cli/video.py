@@ -10,9 +10,10 @@ from opensan.cli.asked_words import Background, Templates, Words, WordsFile, Wor
 from opensan.cli.computing import Device, ImageDtype, Speed, SpeedAsForSegment
 from opensan.cli.terminal import complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
+from opensan.errors import UserError
 
 if TYPE_CHECKING:
-    from opensan.video import VideoRun
+    from opensan.jobs.video import VideoRun
 
 
 def segment_video(
@@ -52,11 +53,11 @@ def segment_video(
     from opensan import outputs
 
     outputs.check_writable(out)
-    from opensan.video import Clip, VideoRun
+    from opensan.jobs.video import VideoReader, VideoRun
 
-    Clip(video, max_pixels=max_pixels).close()  # before the model, which takes longer to load
+    VideoReader(video, max_pixels=max_pixels).close()  # before the model, which takes longer to load
     note(f"loading {model}")
-    from opensan.loading import load
+    from opensan.segmenters.load import load
 
     segmenter = load(model, device=device, speed=speed.value, dtype=dtype and dtype.value, max_pixels=max_pixels)
     segmenter.text.classifier(vocabulary)  # before the work: it finds words that do not fit
@@ -66,7 +67,7 @@ def segment_video(
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
             raise
-        raise ValueError(f"out of memory on {device}: try a smaller --batch") from None
+        raise UserError(f"out of memory on {device}: try a smaller --batch") from None
 
 
 def _run(run: "VideoRun", names: list[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from opensan.config import Config, parse_config
+from opensan.errors import UserError
 from opensan.files import atomic_path, write_text
 
 MANIFEST = "manifest.json"
@@ -23,7 +24,7 @@ def check_name(name: str) -> str:
     """`name`, if it can be a file's in a folder of ours. Raises ValueError if it could lead elsewhere or be hidden."""
     odd = any(character in '/\\:*?"<>|' or not character.isprintable() for character in name)
     if not name or odd or name.startswith(".") or name != name.strip() or len(name.encode()) > 200:
-        raise ValueError(f"{name[:80]!r} is no plain file name (no separators, no leading dot, at most 200 bytes)")
+        raise UserError(f"{name[:80]!r} is no plain file name (no separators, no leading dot, at most 200 bytes)")
     return name
 
 
@@ -43,7 +44,7 @@ class Request(Config):
     """The lines of classes.txt."""
 
 
-class Manifest(Config):
+class DatasetManifest(Config):
     """A prepared folder's manifest.json."""
 
     format: Literal[1] = 1
@@ -89,7 +90,7 @@ def file_record(path: Path) -> FileRecord:
         return FileRecord(file=path.name, size=file.tell(), sha256=digest)
 
 
-def read_manifest(root: str | Path) -> Manifest | None:
+def read_manifest(root: str | Path) -> DatasetManifest | None:
     """The manifest of a folder; None if it has none. Raises ValueError, one line, on one that can't be used."""
     path = Path(root) / MANIFEST
     try:
@@ -97,11 +98,11 @@ def read_manifest(root: str | Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable manifest ({error})") from None
-    return parse_config(Manifest, data, str(path))
+        raise UserError(f"{path}: not a readable manifest ({error})") from None
+    return parse_config(DatasetManifest, data, str(path))
 
 
-def write_manifest(root: Path, manifest: Manifest) -> None:
+def write_manifest(root: Path, manifest: DatasetManifest) -> None:
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
     write_text(root / MANIFEST, text + "\n")
 
@@ -111,7 +112,7 @@ def parse_record(line: str, place: str) -> PhotographRecord:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON ({error})") from None
+        raise UserError(f"{place}: not JSON ({error})") from None
     return parse_config(PhotographRecord, data, place)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from opensan.data import canonical
-from opensan.data.canonical import FileRecord, Manifest, PhotographRecord
+from opensan.data.canonical import DatasetManifest, FileRecord, PhotographRecord
 from opensan.data.pool import run_all
 from opensan.data.segmentation_folder import find_listed, label_file, read_labelled
+from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
 
@@ -40,7 +41,7 @@ class FolderCheck:
         """The split lists that are there: the manifest's, or all .txt files."""
         there = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
         if not there:
-            raise ValueError(f"{root}: has no split list such as val.txt")
+            raise UserError(f"{root}: has no split list such as val.txt")
         return there if self.manifest is None else [split for split in there if split in self.manifest.splits]
 
     def __len__(self) -> int:
@@ -74,13 +75,13 @@ class FolderCheck:
 
 def _part(root: Path, name: str) -> Path:
     if not (root / name).exists():
-        raise ValueError(
+        raise UserError(
             f"{root}: not a prepared folder, it has no {name}; a download becomes one by opensan data prepare"
         )
     return root / name
 
 
-def _compared(root: Path, manifest: Manifest, vocabulary: Vocabulary, counts: dict[str, int]) -> Iterator[str]:
+def _compared(root: Path, manifest: DatasetManifest, vocabulary: Vocabulary, counts: dict[str, int]) -> Iterator[str]:
     """Where the folder is not what its manifest says."""
     if vocabulary != Vocabulary.parse(list(manifest.request.classes)):
         yield "classes.txt: not the classes that the manifest says"

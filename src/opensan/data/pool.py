@@ -10,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from opensan.errors import UserError
+
 _FEW = 32
 """Starting processes takes longer than this many photographs."""
 _CHUNK = 4
@@ -32,7 +34,7 @@ def run_all(tasks: Sequence[Callable[[], Result]], workers: int) -> Iterator[Res
     try:
         yield from pool.map(_call, tasks, chunksize=_CHUNK)
     except BrokenProcessPool:
-        raise ValueError("a worker process died (out of memory?); the same command goes on, try --workers 1") from None
+        raise UserError("a worker process died (out of memory?); the same command goes on, try --workers 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

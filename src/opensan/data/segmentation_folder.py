@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from opensan.errors import UserError
 from opensan.images import image_size, open_image
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
@@ -40,7 +41,7 @@ class SegmentationFolder:
         full = Vocabulary.from_file(_existing(self.root / "classes.txt"))
         kept = [word for word in full.words if word.name not in ignored]
         if unknown := set(ignored) - set(full.names):
-            raise ValueError(f"{self.root / 'classes.txt'}: has no class {', '.join(sorted(unknown))} to ignore")
+            raise UserError(f"{self.root / 'classes.txt'}: has no class {', '.join(sorted(unknown))} to ignore")
         self.vocabulary = Vocabulary(tuple(kept), full.templates)
         place = {word.name: index for index, word in enumerate(self.vocabulary.words)}
         self._label_of_value = np.array([place.get(word.name, UNLABELLED) for word in full.words], dtype=np.int16)
@@ -110,7 +111,7 @@ def read_labelled(image_path: Path, label_path: Path, label_of_value: np.ndarray
     image = open_image(image_path)
     labels = _read_labels(label_path, label_of_value)
     if labels.shape != image.shape[:2]:
-        raise ValueError(
+        raise UserError(
             f"{label_path}: is {labels.shape[1]}x{labels.shape[0]}, "
             f"its photograph {image.shape[1]}x{image.shape[0]} (width x height)"
         )
@@ -126,7 +127,7 @@ def _read_labels(path: Path, label_of_value: np.ndarray) -> np.ndarray:
     table[:known] = label_of_value[:known]
     wrong = (values >= known) & (values != ignore)
     if wrong.any():
-        raise ValueError(
+        raise UserError(
             f"{path}: holds the value {values[wrong][0]}; "
             f"classes.txt has {len(label_of_value)} classes, {ignore} is unlabelled"
         )
@@ -138,14 +139,14 @@ def read_index_png(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as file:
             if file.mode not in ("L", "P", "I;16", "I;16B", "I"):
-                raise ValueError(f"{path}: an image of mode {file.mode}, not an index PNG of 8 or 16 bits")
+                raise UserError(f"{path}: an image of mode {file.mode}, not an index PNG of 8 or 16 bits")
             values = np.asarray(file)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable label PNG ({error})") from None
+        raise UserError(f"{path}: not a readable label PNG ({error})") from None
     return values if values.dtype == np.uint8 else values.astype(np.uint16)
 
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"{path}: does not exist; a data set folder needs images/, labels/, classes.txt and SPLIT.txt")
+        raise UserError(f"{path}: does not exist; a data set folder needs images/, labels/, classes.txt and SPLIT.txt")
     return path

@@ -24,11 +24,12 @@ from rich.progress import Progress as ProgressBar
 
 from opensan.data.dataset import SegmentationDataset
 from opensan.distributed import barrier, is_main, on_main, rank, world_size
+from opensan.errors import UserError
 from opensan.evaluate import predictions
+from opensan.evaluate.evaluation import Evaluation, Photograph
 from opensan.evaluate.metrics import Counts, ImageCounts, count_image
 from opensan.evaluate.predictors import BatchPredictor
 from opensan.evaluate.progress import Progress, open_progress, read_all, total
-from opensan.evaluate.run import Evaluation, Photograph
 from opensan.files import write_text
 
 SAVE_EVERY = 15.0
@@ -81,7 +82,7 @@ def measure(
         ValueError: the data set is empty, a progress file is damaged, or another evaluation is writing to `folder`.
     """
     if len(dataset) == 0:
-        raise ValueError("the data set has no photographs")
+        raise UserError("the data set has no photographs")
     lock = FileLock(folder / ".lock", timeout=0)
     on_main(lambda: _take(lock, folder))
     try:
@@ -98,7 +99,7 @@ def _take(lock: FileLock, folder: Path) -> None:
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(
+        raise UserError(
             f"{folder}: another evaluation is writing there; wait for it, or choose another --out"
         ) from None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opensan.errors import UserError
 from opensan.evaluate.boundary import band_counts
 
 
@@ -101,11 +102,11 @@ def count_image(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> I
         ValueError: the shapes differ, or a label is K or more.
     """
     if truth.shape != predicted.shape:
-        raise ValueError(f"the prediction has shape {predicted.shape}, the ground truth {truth.shape}")
+        raise UserError(f"the prediction has shape {predicted.shape}, the ground truth {truth.shape}")
     truth, predicted = np.maximum(truth, -1).astype(np.int32), np.maximum(predicted, -1).astype(np.int32)
     for what, labels in (("ground truth", truth), ("prediction", predicted)):
         if labels.size and labels.max() >= num_classes:
-            raise ValueError(f"the {what} holds label {labels.max()}, there are {num_classes} classes")
+            raise UserError(f"the {what} holds label {labels.max()}, there are {num_classes} classes")
     labelled = truth >= 0
     columns = predicted[labelled]
     columns[columns < 0] = num_classes

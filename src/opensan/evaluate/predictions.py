@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from opensan.errors import UserError
 from opensan.files import atomic_path
 from opensan.images import image_size
 from opensan.outputs import read_label_map
@@ -76,7 +77,7 @@ class SavedPredictions:
         elif path.is_file():
             self._spans = _index(path)
         else:
-            raise ValueError(f"{path}: no such file or folder of predictions")
+            raise UserError(f"{path}: no such file or folder of predictions")
 
     def fingerprint(self) -> str:
         """Changes when the file does."""
@@ -90,7 +91,7 @@ class SavedPredictions:
         """
         labels = self._from_picture(name, size) if self._spans is None else self._from_entries(name, size)
         if labels.max() >= self.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: the prediction for {name} holds {labels.max()}, there are {self.num_classes} classes"
             )
         return labels
@@ -99,15 +100,15 @@ class SavedPredictions:
         candidates = [self.path / f"{name}.png", self.path / f"{name}.labels.png"]
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
-            raise ValueError(f"{self.path}: holds neither {candidates[0].name} nor {candidates[1].name}")
+            raise UserError(f"{self.path}: holds neither {candidates[0].name} nor {candidates[1].name}")
         found = image_size(path)  # known before a picture of any size is taken in
         if found != size:
-            raise ValueError(f"{path}: is {found[1]}x{found[0]}, the photograph {size[1]}x{size[0]} (width x height)")
+            raise UserError(f"{path}: is {found[1]}x{found[0]}, the photograph {size[1]}x{size[0]} (width x height)")
         return read_label_map(path)
 
     def _from_entries(self, name: str, size: tuple[int, int]) -> np.ndarray:
         if name not in self._spans:
-            raise ValueError(f"{self.path}: no prediction for {name}")
+            raise UserError(f"{self.path}: no prediction for {name}")
         labels = np.full(size, UNLABELLED, dtype=np.int32)
         with self.path.open("rb") as file:
             for start, end in self._spans[name]:
@@ -116,21 +117,21 @@ class SavedPredictions:
                 try:
                     labels[decode_mask(_segmentation(entry), *size)] = self._class(entry)
                 except ValueError as error:
-                    raise ValueError(f"{self.path}: prediction for {name}: {error}") from None
+                    raise UserError(f"{self.path}: prediction for {name}: {error}") from None
         return labels
 
     def _class(self, entry: Mapping[str, Any]) -> int:
         number = entry.get("category_id")
         known = range(self.num_classes) if self.class_of_id is None else self.class_of_id
         if type(number) is not int or number not in known:
-            raise ValueError(f"category_id {str(number)[:40]} is none of the {self.num_classes} classes'")
+            raise UserError(f"category_id {str(number)[:40]} is none of the {self.num_classes} classes'")
         return number if self.class_of_id is None else self.class_of_id[number]
 
 
 def _segmentation(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     found = entry.get("segmentation")
     if not isinstance(found, dict):
-        raise ValueError('no "segmentation" with size and counts')
+        raise UserError('no "segmentation" with size and counts')
     return found
 
 
@@ -140,7 +141,7 @@ def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
     for start, end, entry in _entries(path):
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if not isinstance(name, str):
-            raise ValueError(f'{path}: the entry at byte {start} has no "file_name"; is this a sem_seg JSON?')
+            raise UserError(f'{path}: the entry at byte {start} has no "file_name"; is this a sem_seg JSON?')
         spans[PurePosixPath(name.replace("\\", "/")).stem].append((start, end))
     return dict(spans)
 
@@ -155,7 +156,7 @@ def _entries(path: Path) -> Iterator[tuple[int, int, object]]:
         text, offset, at = file.read(_READ), 0, 0
         at = len(text) - len(text.lstrip())
         if text[at : at + 1] != "[":
-            raise ValueError(f"{path}: not a JSON list of predictions")
+            raise UserError(f"{path}: not a JSON list of predictions")
         at += 1
         while True:
             at = _BETWEEN.match(text, at).end()
@@ -169,7 +170,7 @@ def _entries(path: Path) -> Iterator[tuple[int, int, object]]:
                 # Perhaps only the end is missing: double what is in view.
                 more = file.read(max(_READ, len(text) - at)) if len(text) - at < LONGEST_ENTRY else ""
                 if not more:
-                    raise ValueError(f"{path}: not valid JSON after byte {offset + at} ({error})") from None
+                    raise UserError(f"{path}: not valid JSON after byte {offset + at} ({error})") from None
                 text, offset, at = text[at:] + more, offset + at, 0
                 continue
             yield offset + at, offset + end, entry

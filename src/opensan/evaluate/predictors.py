@@ -11,11 +11,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from opensan.assemble import mask_bands
+from opensan.assemble.resize import mask_bands
 from opensan.config import ImageConfig
 from opensan.evaluate.predictions import SavedPredictions
 from opensan.images import PreparedImage, network_size, padded_size, prepare
-from opensan.segmenter import Encoding, Segmenter
+from opensan.segmenters.results import Encoding
+from opensan.segmenters.san import SanSegmenter
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -44,7 +45,7 @@ class BatchPredictor(Protocol):
 class ModelPredictor:
     """A model's answers by its own image protocol. Photographs of different padded shapes never share a batch."""
 
-    def __init__(self, segmenter: Segmenter, vocabulary: Vocabulary) -> None:
+    def __init__(self, segmenter: SanSegmenter, vocabulary: Vocabulary) -> None:
         self._segmenter = segmenter
         self._vocabulary = vocabulary
         self._image = segmenter.model.config.image
@@ -76,7 +77,7 @@ class AugmentedPredictor:
     """
 
     def __init__(
-        self, segmenter: Segmenter, vocabulary: Vocabulary, scales: Sequence[float] = TTA_SCALES, flip: bool = True
+        self, segmenter: SanSegmenter, vocabulary: Vocabulary, scales: Sequence[float] = TTA_SCALES, flip: bool = True
     ) -> None:
         self._segmenter = segmenter
         self._vocabulary = vocabulary
@@ -134,7 +135,7 @@ class SavedPredictor:
         return list(prepared)
 
 
-def encode_by_shape(segmenter: Segmenter, prepared: Sequence[PreparedImage]) -> list[Encoding]:
+def encode_by_shape(segmenter: SanSegmenter, prepared: Sequence[PreparedImage]) -> list[Encoding]:
     """Encodings in the order given; those of one padded shape go through the network together."""
     groups = defaultdict(list)
     for index, image in enumerate(prepared):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from opensan.errors import UserError
 from opensan.evaluate.metrics import Counts
 from opensan.files import atomic_path, write_text
 
@@ -55,9 +56,9 @@ class Progress:
                 confusion, bands = file["confusion"], file["bands"]
                 photographs = dict(zip(file["indices"].tolist(), map(tuple, file["figures"].tolist()), strict=True))
             if confusion.shape != counts.confusion.shape or bands.shape != counts.bands.shape:
-                raise ValueError(f"counts of {len(confusion)} classes, not of {num_classes}")
+                raise UserError(f"counts of {len(confusion)} classes, not of {num_classes}")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not an evaluation's progress ({error}); remove it to start anew") from None
+            raise UserError(f"{path}: not an evaluation's progress ({error}); remove it to start anew") from None
         counts.confusion += confusion
         counts.bands += bands
         return cls(counts, photographs, {index: reason for index, reason in about["broken"]}, list(about["parts"]))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from opensan.data.canonical import MANIFEST, read_manifest
 from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.errors import UserError
 from opensan.vocabulary import ready_source_ids
 
 
@@ -22,7 +23,7 @@ class PreparedSet:
         """The data set's own number of each class -> its place. Raises ValueError if it has no numbers of its own."""
         ids = ready_source_ids(self.label_set) if self.label_set else None
         if ids is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.dataset.root}: its label set ({self.label_set or 'none that is known'}) has no category ids of "
                 "its own; leave --category-ids at contiguous"
             )
@@ -35,14 +36,14 @@ def open_set(root: Path, split: str | None = None) -> PreparedSet:
     Raises ValueError, one line, naming the lists there are.
     """
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; a data set is prepared by `opensan data prepare`")
+        raise UserError(f"{root}: no such folder; a data set is prepared by `opensan data prepare`")
     manifest = read_manifest(root)
     split = split or (manifest and manifest.evaluation_split) or "val"
     lists = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
     if split not in lists:
         if not lists:
-            raise ValueError(f"{root}: not a data set, it has no lists; one is made by `opensan data prepare`")
-        raise ValueError(f"{root}: has no list {split}.txt; there are {', '.join(lists)}: choose one with --split")
+            raise UserError(f"{root}: not a data set, it has no lists; one is made by `opensan data prepare`")
+        raise UserError(f"{root}: has no list {split}.txt; there are {', '.join(lists)}: choose one with --split")
     name = root.resolve().name
     return PreparedSet(name, manifest.label_set if manifest else None, SegmentationFolder(root, split))
 
@@ -51,5 +52,5 @@ def find_sets(root: Path) -> list[Path]:
     """The prepared folders directly below `root`, by name. Raises ValueError if there are none."""
     found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
     if not found:
-        raise ValueError(f"{root}: holds no prepared data sets (folders with a {MANIFEST})")
+        raise UserError(f"{root}: holds no prepared data sets (folders with a {MANIFEST})")
     return found

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from opensan.evaluate.evaluation import Evaluation
 from opensan.evaluate.report import percent
-from opensan.evaluate.run import Evaluation
 from opensan.files import write_text
 
 BENCHMARKS = {

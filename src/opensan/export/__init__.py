@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 
 from opensan.config import CONFIG_NAME, EXPORT_NAME
+from opensan.errors import UserError
 from opensan.export import formats
 from opensan.export.check import Parity, parity
-from opensan.export.graphs import graphs
+from opensan.export.traced import graphs
 from opensan.files import flush_folder, temporary_path, write_text
 from opensan.model import SAN
-from opensan.runtime.folder import Manifest
-from opensan.runtime.graphs import Run, open_graph
-from opensan.runtime.requirements import REQUIREMENTS_NAME, RUNTIME, requirements
-from opensan.runtime.text import WORDS_NAME, EmbeddedWords
-from opensan.segmenter import fingerprint
-from opensan.text import TextEncoder
+from opensan.segmenters.exported.manifest import ExportManifest
+from opensan.segmenters.exported.requirements import REQUIREMENTS_NAME, RUNTIME, requirements
+from opensan.segmenters.exported.runtimes import Run, open_graph
+from opensan.segmenters.exported.text import WORDS_NAME, EmbeddedWords
+from opensan.segmenters.san import fingerprint
+from opensan.text.encoder import TextEncoder
 from opensan.vocabulary import Vocabulary
 
 __all__ = ["Parity", "export"]
@@ -53,14 +54,14 @@ def export(
     formats.check(format, dtype)
     folder = Path(folder)
     if folder.exists():
-        raise ValueError(f"{folder} exists already: choose another folder, or move it away")
+        raise UserError(f"{folder} exists already: choose another folder, or move it away")
     model = model.eval().requires_grad_(False)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(folder)
         temporary.mkdir()
     except OSError as error:
-        raise ValueError(f"{folder}: cannot write there ({error.strerror or error})") from None
+        raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
     try:
         runs = {}
         for name, graph in graphs(model, text=text).items():
@@ -75,7 +76,7 @@ def export(
             flush_folder(temporary)
             temporary.replace(folder)
     except OSError as error:  # the disk is full
-        raise ValueError(f"{folder}: cannot write there ({error.strerror or error})") from None
+        raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder, found
@@ -98,7 +99,7 @@ def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool, wor
     encoder = TextEncoder(model, disk_cache=False)
     tower, unseen = encoder.tower()
     suffix = "" if dtype == "float32" else f"-{dtype}"
-    manifest = Manifest(
+    manifest = ExportManifest(
         format=format,
         dtype=dtype,
         model=fingerprint(model) + suffix,

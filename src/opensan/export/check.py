@@ -6,24 +6,24 @@ Letters: K words.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from opensan.assemble import label_map
+from opensan.assemble.interpolation import interpolation_matrices
+from opensan.assemble.labels import label_map
 from opensan.config import ModelConfig
+from opensan.files import ASSETS
 from opensan.images import PreparedImage, prepare
-from opensan.interpolation import interpolation_matrices
 from opensan.model import SAN
-from opensan.prompt_tree import PromptTree, prompt_trees
-from opensan.runtime.graphs import Run
-from opensan.structures import Proposals, TextClassifier
-from opensan.text import tokenize
+from opensan.segmenters.exported.runtimes import Run
+from opensan.structures import PromptTree, Proposals, TextClassifier
+from opensan.text.encoder import tokenize
+from opensan.text.prompt_tree import prompt_trees
 from opensan.vocabulary import Vocabulary
 
-SCENE = Path(__file__).parents[1] / "assets" / "scenes" / "playground.png"
+SCENE = ASSETS / "scenes" / "playground.png"
 SHAPES = ((1, 1), (3, 4), (3, 2), (1, 3))
 """Height to width of the images, cut from a scene."""
 WORD_COUNTS = (2, 7, 171)
@@ -33,7 +33,7 @@ MOST_ALIKE = 0.99
 
 
 @dataclass(frozen=True)
-class Limits:
+class Tolerances:
     """What an export may differ by."""
 
     difference: float
@@ -43,10 +43,10 @@ class Limits:
 
 
 LIMITS = {
-    "float32": Limits(1e-4, 0.999),
-    "float16": Limits(0.02, 0.98),
-    "bfloat16": Limits(0.5, 0.9),
-    "int8": Limits(0.5, 0.9),
+    "float32": Tolerances(1e-4, 0.999),
+    "float16": Tolerances(0.02, 0.98),
+    "bfloat16": Tolerances(0.5, 0.9),
+    "int8": Tolerances(0.5, 0.9),
 }
 """By dtype. bfloat16 and int8 are judged by their labels; their tensors only must be of the right size."""
 
@@ -56,10 +56,10 @@ class Parity:
     """What was found."""
 
     differences: dict[str, float]
-    """Tensor -> largest difference, as in `Limits`."""
+    """Tensor -> largest difference, as in `Tolerances`."""
     agreement: float
     """Share of equal labels of all images and vocabularies."""
-    limits: Limits
+    limits: Tolerances
 
     @property
     def passed(self) -> bool:

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from opensan.export.graphs import Graph
-from opensan.runtime.graphs import library
+from opensan.errors import UserError
+from opensan.export.traced import Graph
+from opensan.segmenters.exported.runtimes import library
 
 FORMATS = ("onnx", "openvino", "torch")
 DTYPES = ("float32", "float16", "bfloat16", "int8")
@@ -22,13 +23,13 @@ ANY_SIZE = 1 << 40
 def check(format: str, dtype: str) -> None:
     """Raises ValueError, one line, on what can't be exported, or when a library is missing."""
     if format not in FORMATS:
-        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+        raise UserError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if format == "torch" and dtype != "float32":
-        raise ValueError("format torch is written with float32 weights only")
+        raise UserError("format torch is written with float32 weights only")
     if format == "onnx" and dtype == "bfloat16":
-        raise ValueError(
+        raise UserError(
             "onnxruntime computes nothing in bfloat16 on a CPU: take float16, as small and more exact, or openvino"
         )
     if format != "torch":

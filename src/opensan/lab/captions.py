@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from opensan.lab.grounds import GROUNDS
-from opensan.lab.scenes import COLOURS, SHAPES, TEXTURES, Region
+from opensan.lab.scenes import COLOURS, SHAPES, TEXTURES, SceneRegion
 from opensan.vocabulary import TEMPLATE_SETS
 
 _OPENINGS = ("a photo of {}.", "a picture of {}.", "there is {} in the scene.", "this is a photo of {}", "{}", "{}.")
 
 
-def caption(regions: Sequence[Region], rng: np.random.Generator, *, bare: float = 0.08) -> str:
+def caption(regions: Sequence[SceneRegion], rng: np.random.Generator, *, bare: float = 0.08) -> str:
     """A sentence that is true of a picture in which `regions` are seen: objects, then perhaps the ground.
 
     `bare` is the share of objects that are named by their shape alone.
@@ -33,7 +33,7 @@ def caption(regions: Sequence[Region], rng: np.random.Generator, *, bare: float 
     return _opening(rng).format(listed)
 
 
-def wrong_caption(regions: Sequence[Region], rng: np.random.Generator) -> str:
+def wrong_caption(regions: Sequence[SceneRegion], rng: np.random.Generator) -> str:
     """A sentence that is false of the picture by one word: what keeps attributes bound to their objects."""
     regions = list(regions)
     true = {region.name for region in regions}
@@ -61,19 +61,19 @@ def _template(rng: np.random.Generator) -> str:
     return TEMPLATE_SETS["vild"][int(rng.integers(len(TEMPLATE_SETS["vild"])))]
 
 
-def _name(what: Region, rng: np.random.Generator, bare: float) -> str:
+def _name(what: SceneRegion, rng: np.random.Generator, bare: float) -> str:
     """Mostly with its colour; with its texture more often than not; sometimes the bare shape."""
     if rng.random() < bare:
         return what.shape
     return what.full_name if rng.random() < 0.6 else what.name
 
 
-def _with_one_word_changed(what: Region, rng: np.random.Generator) -> Region:
+def _with_one_word_changed(what: SceneRegion, rng: np.random.Generator) -> SceneRegion:
     if what.ground:
-        return Region(ground=_other(GROUNDS, what.ground, rng))
+        return SceneRegion(ground=_other(GROUNDS, what.ground, rng))
     if rng.random() < 0.35:  # shapes are what is hard to learn
-        return Region(texture=what.texture, colour=_other(tuple(COLOURS), what.colour, rng), shape=what.shape)
-    return Region(texture=what.texture, colour=what.colour, shape=_other(SHAPES, what.shape, rng))
+        return SceneRegion(texture=what.texture, colour=_other(tuple(COLOURS), what.colour, rng), shape=what.shape)
+    return SceneRegion(texture=what.texture, colour=what.colour, shape=_other(SHAPES, what.shape, rng))
 
 
 def _other(words: Sequence[str], word: str, rng: np.random.Generator) -> str:

@@ -25,9 +25,9 @@ from opensan.lab.informed_start import informed_start
 from opensan.lab.scene_pictures import CLOSE_UPS, WHOLE_SCENES, ScenePictures, WindowBatch, tokens
 from opensan.lab.scenes import SEGMENTATION_NAMES, Scene, make_scene, novel_kind
 from opensan.lab.teacher import CloseUpWords, Imitation, Teacher, TeacherTask, settle, word_accuracy
-from opensan.model.clip import ShallowFeatures, encode_prompts, recognise, shallow_features
-from opensan.model.transformer import Clip
-from opensan.text import pad_tokens, tokenize
+from opensan.model.backbones.clip_vit import ShallowFeatures, encode_prompts, recognise, shallow_features
+from opensan.model.transformer import ClipModel
+from opensan.text.encoder import pad_tokens, tokenize
 from opensan.train.config import LoopConfig
 from opensan.train.loop import Trainer
 from opensan.train.optimizer import ParameterGroup
@@ -75,7 +75,7 @@ def collate_captions(samples: list[tuple[np.ndarray, str]]) -> CaptionBatch:
 class ClipTask(nn.Module):
     """Symmetric contrast within a batch; pairs with the same caption count as right."""
 
-    def __init__(self, clip: Clip, image: ImageConfig) -> None:
+    def __init__(self, clip: ClipModel, image: ImageConfig) -> None:
         super().__init__()
         self.clip = clip
         self.image = image
@@ -89,7 +89,7 @@ class ClipTask(nn.Module):
         return contrast(logit_scale(self.clip) * images @ texts.T, batch.tokens, None)
 
 
-def logit_scale(clip: Clip) -> Tensor:
+def logit_scale(clip: ClipModel) -> Tensor:
     """What similarities are multiplied by in training: learned, within CLIP's limit."""
     return clip.logit_scale.clamp(max=float(np.log(HIGHEST_SCALE))).exp()
 
@@ -114,7 +114,7 @@ class SceneTask(nn.Module):
     layers after RECOGNITION_LAYER.
     """
 
-    def __init__(self, clip: Clip, teacher: Imitation, image: ImageConfig, weight: float) -> None:
+    def __init__(self, clip: ClipModel, teacher: Imitation, image: ImageConfig, weight: float) -> None:
         super().__init__()
         self.clip = clip
         self.teacher = teacher
@@ -140,21 +140,21 @@ class SceneTask(nn.Module):
         }
 
 
-def read_windows(clip: Clip, features: ShallowFeatures, windows: Tensor) -> Tensor:
+def read_windows(clip: ClipModel, features: ShallowFeatures, windows: Tensor) -> Tensor:
     """Unit embeddings [B, Q, D] of `windows` [B, Q, h, w] bool on the grid of patches."""
     bias = torch.where(windows, 0.0, OUTSIDE).unsqueeze(1)
     heads = clip.visual.transformer.resblocks[0].attn.num_heads
     return recognise(clip.visual, features, bias.expand(-1, heads, -1, -1, -1), RECOGNITION_LAYER + 1)
 
 
-def image_features(clip: Clip, pixels: Tensor) -> Tensor:
+def image_features(clip: ClipModel, pixels: Tensor) -> Tensor:
     """Image features [B, D], before they are normalised, of pixels [B, 3, H, W] of any size that patches fill."""
     visual = clip.visual
     features = shallow_features(visual, pixels, len(visual.transformer.resblocks), ())
     return visual.ln_post(features.tokens[:, 0]) @ visual.proj
 
 
-def embed_images(clip: Clip, pixels: Tensor) -> Tensor:
+def embed_images(clip: ClipModel, pixels: Tensor) -> Tensor:
     """Unit image embeddings [B, D] of normalised pixels [B, 3, H, W]."""
     return F.normalize(image_features(clip, pixels).float(), dim=-1)
 
@@ -190,7 +190,7 @@ def _accuracies(found: Sequence[str], names: Sequence[str]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def probe(clip: Clip) -> dict[str, float]:
+def probe(clip: ClipModel) -> dict[str, float]:
     """Zero-shot accuracy on pictures of one object, among all words of the lab, by kind of word."""
     clip.eval()
     pictures, names = _probe_scenes()
@@ -206,7 +206,7 @@ def _region_scenes(count: int = 100, seed: int = 55) -> list[Scene]:
 
 
 @torch.inference_mode()
-def region_probe(clip: Clip) -> dict[str, float]:
+def region_probe(clip: ClipModel) -> dict[str, float]:
     """Accuracy on the regions of whole scenes, read by their true masks: as far as a SAN around this CLIP can come."""
     clip.eval()
     rows = encode_prompts(clip, pad_tokens([tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
@@ -227,7 +227,7 @@ def region_probe(clip: Clip) -> dict[str, float]:
     return {f"region_{kind}": float(np.mean(hits)) for kind, hits in sorted(right.items())}
 
 
-def forget_unseen_tokens(clip: Clip, texts: Sequence[str]) -> None:
+def forget_unseen_tokens(clip: ClipModel, texts: Sequence[str]) -> None:
     """Set the embedding of every token that no caption holds to zero, so that a word never seen can be told."""
     seen = torch.zeros(len(clip.token_embedding.weight), dtype=torch.bool)
     for text in texts:
@@ -235,7 +235,7 @@ def forget_unseen_tokens(clip: Clip, texts: Sequence[str]) -> None:
     clip.token_embedding.weight.data[~seen] = 0
 
 
-def save_clip(clip: Clip, config: ClipConfig, folder: Path) -> None:
+def save_clip(clip: ClipModel, config: ClipConfig, folder: Path) -> None:
     """Write clip.safetensors and config.json, each all or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "clip.safetensors") as temporary:
@@ -243,10 +243,10 @@ def save_clip(clip: Clip, config: ClipConfig, folder: Path) -> None:
     write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
 
 
-def load_clip(folder: Path) -> tuple[Clip, ClipConfig]:
+def load_clip(folder: Path) -> tuple[ClipModel, ClipConfig]:
     """Read what `save_clip` wrote."""
     config = parse_config(ClipConfig, _read_json(folder / "config.json"), str(folder / "config.json"))
-    clip = Clip(config).eval()
+    clip = ClipModel(config).eval()
     clip.load_state_dict(load_file(folder / "clip.safetensors"))
     return clip, config
 
@@ -283,7 +283,7 @@ class LabClipConfig(Config):
     image: ImageConfig = ImageConfig()
 
 
-def train_lab_clip(config: LabClipConfig, out: Path) -> Clip:
+def train_lab_clip(config: LabClipConfig, out: Path) -> ClipModel:
     """Train from nothing; `out` holds the runs, and at the end clip.safetensors and config.json. Resumes."""
     patch = LAB_CLIP.vision.patch_size
     close, whole = (
@@ -292,7 +292,7 @@ def train_lab_clip(config: LabClipConfig, out: Path) -> Clip:
     samples = [close.scene(index).image for index in range(400)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        clip, teacher = Clip(LAB_CLIP), Teacher()
+        clip, teacher = ClipModel(LAB_CLIP), Teacher()
         informed_start(clip.visual, samples, config.image)
         _run_stage(
             "teacher",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from opensan.lab.scenes import Region, Scene, Split, develop, paint_grounds, paint_object, place_objects
+from opensan.lab.scenes import Scene, SceneRegion, Split, develop, paint_grounds, paint_object, place_objects
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def make_film(
         view_before, index_map_before = view, seen
 
 
-def _at(placed: list[Region]) -> list[Region]:
+def _at(placed: list[SceneRegion]) -> list[SceneRegion]:
     """Objects without a place, which changes from frame to frame."""
     return [replace(region, centre=(0.0, 0.0)) for region in placed]
 

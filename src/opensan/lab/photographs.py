@@ -22,8 +22,8 @@ from opensan.checkpoints import load_folder, save_folder
 from opensan.config import ClipConfig, ImageConfig, SideAdapterConfig, TextConfig, VisionConfig
 from opensan.data.augment import AugmentConfig, augment
 from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.evaluate.evaluation import dataset_predictor, evaluate, validation
 from opensan.evaluate.report import write_report
-from opensan.evaluate.run import dataset_predictor, evaluate, validation
 from opensan.images import open_image
 from opensan.lab.clip_training import (
     RECOGNITION_LAYER,
@@ -39,8 +39,8 @@ from opensan.lab.informed_start import informed_start
 from opensan.lab.san_training import LabSanConfig, build_lab_san
 from opensan.lab.scene_pictures import Picture, ScenePictures, WindowBatch, tokens
 from opensan.model import SAN
-from opensan.model.clip import encode_prompts, shallow_features
-from opensan.model.transformer import Clip
+from opensan.model.backbones.clip_vit import encode_prompts, shallow_features
+from opensan.model.transformer import ClipModel
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
 from opensan.train.loop import Trainer
 from opensan.train.san import normalise, train_san
@@ -185,7 +185,7 @@ def _square(image: np.ndarray, side: int, generator: np.random.Generator) -> np.
     return resized[:, ::-1] if generator.random() < 0.5 else resized
 
 
-class Mixture:
+class EvenMixture:
     """Several sources in turn, each sampled as often as the others whatever its size (a `TrainingSource`)."""
 
     def __init__(self, sources: Sequence) -> None:
@@ -263,7 +263,7 @@ class PhotographWindows:
 class WindowTask(nn.Module):
     """Contrast between windows and captions, read as a SAN reads its proposals; no teacher, no false captions."""
 
-    def __init__(self, clip: Clip, image: ImageConfig) -> None:
+    def __init__(self, clip: ClipModel, image: ImageConfig) -> None:
         super().__init__()
         self.clip = clip
         self.image = image
@@ -282,10 +282,10 @@ def train_photo_clip(data: Path, out: Path, *, flickr: bool) -> None:
     """Captions of crops of CamVid's training photographs and (if `flickr`) of Flickr8k's; then of windows. Resumes."""
     camvid = SegmentationFolder(data / "camvid", "train")
     captioned = CaptionedPhotographs(data / "flickr8k_small") if flickr else None
-    source = Mixture([CaptionedCrops(camvid), *([captioned] if captioned else [])])
+    source = EvenMixture([CaptionedCrops(camvid), *([captioned] if captioned else [])])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        clip = Clip(PHOTO_CLIP).requires_grad_(True)
+        clip = ClipModel(PHOTO_CLIP).requires_grad_(True)
     generator = np.random.default_rng(0)
     pictures = [source.load(int(index), generator)[0] for index in generator.integers(len(source), size=600)]
     informed_start(clip.visual, pictures, ImageConfig())

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from opensan.lab.captions import caption, wrong_caption
-from opensan.lab.scenes import Region, Scene, make_scene
-from opensan.text import pad_tokens, tokenize
+from opensan.lab.scenes import Scene, SceneRegion, make_scene
+from opensan.text.encoder import pad_tokens, tokenize
 
 CONTEXT_LENGTH = 77
 
@@ -115,7 +115,7 @@ Box = tuple[int, int, int]
 """(top, left, side) in pixels of the scene."""
 
 
-def regions_in(scene: Scene, box: Box) -> list[Region]:
+def regions_in(scene: Scene, box: Box) -> list[SceneRegion]:
     """What a caption of the box may name: objects mostly inside, grounds that cover a good part of it."""
     top, left, side = box
     seen = scene.index_map[top : top + side, left : left + side]
@@ -135,11 +135,11 @@ def tokens(text: str) -> tuple[int, ...]:
     return tuple(numbers if len(numbers) <= CONTEXT_LENGTH else [*numbers[: CONTEXT_LENGTH - 1], numbers[-1]])
 
 
-def _draw(objects: Sequence[Region], generator: np.random.Generator) -> Region:
+def _draw(objects: Sequence[SceneRegion], generator: np.random.Generator) -> SceneRegion:
     return objects[int(generator.integers(len(objects)))]
 
 
-def _around(what: Region, side: int, room: int, generator: np.random.Generator) -> Box:
+def _around(what: SceneRegion, side: int, room: int, generator: np.random.Generator) -> Box:
     """A box of `side` pixels with the object in it, not in the middle, inside a scene of `room` pixels."""
     slack = 0.8 * max(side / 2 - what.radius, 0) + 2
     top, left = (round(c - side / 2 + generator.uniform(-slack, slack)) for c in what.centre)

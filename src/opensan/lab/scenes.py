@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from opensan.errors import UserError
 from opensan.lab.grounds import GROUNDS, paint_ground
 
 Split = Literal["captions", "masks", "test"]
@@ -131,7 +132,7 @@ def novel_kind(name: str) -> str | None:
         return "ground" if name in NOVEL_GROUNDS else None
     *texture, colour, shape = name.split() if len(name.split()) > 1 else ["", name]
     if colour not in COLOURS or shape not in SHAPES or texture not in ([], *([word] for word in TEXTURES)):
-        raise ValueError(f"not a word of the lab: {name!r}; use a ground, 'colour shape' or 'texture colour shape'")
+        raise UserError(f"not a word of the lab: {name!r}; use a ground, 'colour shape' or 'texture colour shape'")
     if shape in NOVEL_SHAPES:
         return "shape"
     if colour in NOVEL_COLOURS:
@@ -147,7 +148,7 @@ NOVEL_NAMES = tuple(name for name in SEGMENTATION_NAMES if novel_kind(name) is n
 
 
 @dataclass(frozen=True)
-class Region:
+class SceneRegion:
     """What one region of a scene is: a ground, or an object of a texture ("" for none), colour and shape."""
 
     ground: str = ""
@@ -178,15 +179,15 @@ class Scene:
     """HxWx3 uint8 RGB."""
     index_map: np.ndarray
     """HxW uint8: each pixel's index into `regions`."""
-    regions: tuple[Region, ...]
+    regions: tuple[SceneRegion, ...]
     """Grounds first, then objects from back to front."""
 
     @property
-    def grounds(self) -> tuple[Region, ...]:
+    def grounds(self) -> tuple[SceneRegion, ...]:
         return tuple(region for region in self.regions if region.ground)
 
     @property
-    def objects(self) -> tuple[Region, ...]:
+    def objects(self) -> tuple[SceneRegion, ...]:
         return tuple(region for region in self.regions if not region.ground)
 
 
@@ -197,7 +198,7 @@ def label_map(scene: Scene, names: Sequence[str] = SEGMENTATION_NAMES) -> np.nda
     """
     index = {name: position for position, name in enumerate(names)}
 
-    def label(region: Region) -> int:
+    def label(region: SceneRegion) -> int:
         candidates = (region.full_name, region.name, region.shape)
         return next((index[name] for name in candidates if name in index), UNLABELLED)
 
@@ -237,14 +238,14 @@ def _draw(rng: np.random.Generator, words: Sequence[str]) -> str:
 
 def paint_grounds(
     rng: np.random.Generator, height: int, width: int, split: Split
-) -> tuple[np.ndarray, np.ndarray, list[Region]]:
+) -> tuple[np.ndarray, np.ndarray, list[SceneRegion]]:
     """One ground, or (one scene in four) two that meet at a curved horizon. Float RGB in 0..255."""
     words = [name for name in GROUNDS if split != "masks" or name not in NOVEL_GROUNDS]
     near = _draw(rng, words)
     image = paint_ground(rng, near, height, width)
     index_map = np.zeros((height, width), dtype=np.uint8)
     if rng.random() > 0.25 or min(height, width) < 64:
-        return image, index_map, [Region(ground=near)]
+        return image, index_map, [SceneRegion(ground=near)]
     far = _draw(rng, [name for name in words if name != near])
     across = np.arange(width, dtype=np.float32) / width
     horizon = rng.uniform(0.25, 0.6) + sum(
@@ -256,16 +257,16 @@ def paint_grounds(
     image *= 1 - 0.3 * np.exp(-np.abs(above) / (0.03 * height))[..., None].astype(np.float32)
     image += share.astype(np.float32) * (paint_ground(rng, far, height, width) - image)
     index_map[above > 0] = 1
-    return image, index_map, [Region(ground=near), Region(ground=far)]
+    return image, index_map, [SceneRegion(ground=near), SceneRegion(ground=far)]
 
 
 def place_objects(
     rng: np.random.Generator, height: int, width: int, split: Split, count: int, radius: tuple[float, float]
-) -> list[Region]:
+) -> list[SceneRegion]:
     """Objects that may touch and overlap a little, but never hide one another."""
     short = min(height, width)
     largest = radius[1] if count <= 3 else (radius[0] + radius[1]) / 2
-    placed: list[Region] = []
+    placed: list[SceneRegion] = []
     for _ in range(count):
         for _attempt in range(12):
             size = short * rng.uniform(radius[0], largest)
@@ -281,12 +282,12 @@ def place_objects(
         colour, shape = _draw(rng, tuple(COLOURS)), _draw(rng, SHAPES)
         while split == "masks" and novel_kind(f"{colour} {shape}"):
             colour, shape = _draw(rng, tuple(COLOURS)), _draw(rng, SHAPES)
-        placed.append(Region(texture=texture, colour=colour, shape=shape, radius=size, centre=(y, x)))
+        placed.append(SceneRegion(texture=texture, colour=colour, shape=shape, radius=size, centre=(y, x)))
     return sorted(placed, key=lambda region: region.centre[0])
 
 
 def paint_object(
-    rng: np.random.Generator, image: np.ndarray, index_map: np.ndarray, what: Region, number: int, light: float
+    rng: np.random.Generator, image: np.ndarray, index_map: np.ndarray, what: SceneRegion, number: int, light: float
 ) -> None:
     """Paint `what` and its shadow into `image` and its pixels into `index_map`, in place."""
     height, width = index_map.shape
@@ -321,7 +322,7 @@ def paint_object(
     index_map[window][distance < 0] = number
 
 
-def _surface(rng: np.random.Generator, what: Region, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _surface(rng: np.random.Generator, what: SceneRegion, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The object's paint before lighting: its colour, and a paler or darker shade of it where the texture says so."""
     colour = np.array(COLOURS[what.colour], dtype=np.float32)
     colour = colour * rng.uniform(0.9, 1.08) + rng.normal(0, 6, 3)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opensan.config import ImageConfig
 from opensan.lab.scene_pictures import CLOSE_UPS, ScenePictures
-from opensan.lab.scenes import COLOURS, SHAPES, TEXTURES, Region
+from opensan.lab.scenes import COLOURS, SHAPES, TEXTURES, SceneRegion
 from opensan.train.san import normalise
 
 STRIDE = 8
@@ -86,7 +86,7 @@ class CloseUpWords:
         return WordBatch(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(words))
 
 
-def words_of(what: Region) -> tuple[int, ...]:
+def words_of(what: SceneRegion) -> tuple[int, ...]:
     """Indices into WORDS."""
     said = (what.colour, what.shape, what.texture)
     return tuple(words.index(word) for words, word in zip(WORDS, said, strict=True))

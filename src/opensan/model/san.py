@@ -9,11 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensan.config import ModelConfig
-from opensan.model.clip import ShallowFeatures, encode_prompt_tree, encode_prompts, recognise, shallow_features
+from opensan.model.backbones.clip_vit import (
+    ShallowFeatures,
+    encode_prompt_tree,
+    encode_prompts,
+    recognise,
+    shallow_features,
+)
 from opensan.model.side_adapter import SideAdapter
-from opensan.model.transformer import Clip
-from opensan.prompt_tree import PromptTree
-from opensan.structures import Proposals, TextClassifier
+from opensan.model.transformer import ClipModel
+from opensan.structures import PromptTree, Proposals, TextClassifier
 
 
 class SAN(nn.Module):
@@ -22,7 +27,7 @@ class SAN(nn.Module):
     Trained are `side_adapter`, `no_object_embedding` and the shallow CLIP position table; all else is frozen.
     """
 
-    def __init__(self, config: ModelConfig, *, clip: Clip, side_adapter: SideAdapter) -> None:
+    def __init__(self, config: ModelConfig, *, clip: ClipModel, side_adapter: SideAdapter) -> None:
         super().__init__()
         self.config = config
         self.clip = clip
@@ -104,4 +109,4 @@ def build_san(config: ModelConfig) -> SAN:
     """A SAN with random weights (torch's global generator), in evaluation mode."""
     vision = config.clip.vision
     adapter = SideAdapter(config.side_adapter, clip_width=vision.width, attention_heads=vision.heads)
-    return SAN(config, clip=Clip(config.clip), side_adapter=adapter).eval()
+    return SAN(config, clip=ClipModel(config.clip), side_adapter=adapter).eval()

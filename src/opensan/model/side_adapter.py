@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensan.config import SideAdapterConfig
-from opensan.model.clip import ShallowFeatures, embed_patches, resize_position_table
+from opensan.model.backbones.clip_vit import ShallowFeatures, embed_patches, resize_position_table
 from opensan.model.transformer import SideBlock
 
 SIDE_NORM_EPS = 1e-6

@@ -214,7 +214,7 @@ class ClipBlocks(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """CLIP's image tower: what `opensan.model.clip` runs in parts."""
+    """CLIP's image tower: what `opensan.model.backbones.clip_vit` runs in parts."""
 
     def __init__(self, config: VisionConfig, embed_dim: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ def _normal_parameter(*shape: int, std: float) -> nn.Parameter:
     return parameter
 
 
-class Clip(nn.Module):
+class ClipModel(nn.Module):
     """Both towers; the text tower's parts stand at the top, as in the released files."""
 
     def __init__(self, config: ClipConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from opensan.errors import UserError
 from opensan.files import TRIAL, atomic_path, write_text
 from opensan.outputs.coco import mean_confidence, record
 from opensan.outputs.colours import UNLABELLED_COLOUR, palette
@@ -47,12 +48,12 @@ _OVERLAY_COMPRESSION = 3
 def check_formats(formats: Sequence[str]) -> None:
     """Raise ValueError, one line, unless all `formats` are known and there is at least one."""
     if isinstance(formats, str):
-        raise ValueError(f"formats must be a list, such as ['png', 'json'], not {formats!r}")
+        raise UserError(f"formats must be a list, such as ['png', 'json'], not {formats!r}")
     for name in formats:
         if name not in FORMATS:
-            raise ValueError(f"unknown output format {name!r}: choose from {', '.join(FORMATS)}")
+            raise UserError(f"unknown output format {name!r}: choose from {', '.join(FORMATS)}")
     if not formats:
-        raise ValueError(f"no output format: choose from {', '.join(FORMATS)}")
+        raise UserError(f"no output format: choose from {', '.join(FORMATS)}")
 
 
 def check_formats_of_many(formats: Sequence[str], words: int) -> None:
@@ -60,11 +61,11 @@ def check_formats_of_many(formats: Sequence[str], words: int) -> None:
     known = (*FORMATS, *DATASETS)
     for name in formats:
         if name not in known:
-            raise ValueError(f"unknown output format {name!r}: choose from {', '.join(known)}")
+            raise UserError(f"unknown output format {name!r}: choose from {', '.join(known)}")
         if name in DATASETS:
             check_words(name, words)
     if not formats:
-        raise ValueError(f"no output format: choose from {', '.join(known)}")
+        raise UserError(f"no output format: choose from {', '.join(known)}")
 
 
 def check_writable(folder: str | os.PathLike) -> Path:
@@ -83,7 +84,7 @@ def check_writable(folder: str | os.PathLike) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "a file is in the way" if in_the_way else getattr(error, "strerror", None) or error
-        raise ValueError(f"{folder}: cannot write there ({reason})") from None
+        raise UserError(f"{folder}: cannot write there ({reason})") from None
 
 
 class _EnoughProof(Exception):
@@ -130,7 +131,7 @@ def save(
     """
     check_formats(formats)
     if not stem or Path(stem).name != stem:
-        raise ValueError(f"{stem!r} cannot begin a file's name")
+        raise UserError(f"{stem!r} cannot begin a file's name")
     folder = check_writable(folder)
     paths = output_paths(folder, stem, formats)
     try:
@@ -143,7 +144,7 @@ def save(
             data = record(labels, names, areas, confidence(), vocabulary, model)
             write_text(paths["json"], json.dumps(data, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:  # the disk is full, or the name too long
-        raise ValueError(f"{folder}: cannot write there ({error.strerror or error})") from None
+        raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
     return paths
 
 
@@ -178,9 +179,9 @@ def read_label_map(path: str | os.PathLike) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             if picture.mode not in unlabelled:
-                raise ValueError(f"{path}: a label map is 8-bit or 16-bit with one channel, not {picture.mode}")
+                raise UserError(f"{path}: a label map is 8-bit or 16-bit with one channel, not {picture.mode}")
             labels = np.asarray(picture).astype(np.int32)
             labels[labels == unlabelled[picture.mode]] = -1
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read as a label map ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read as a label map ({error.strerror or error})") from None
     return labels

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from opensan import __version__
+from opensan.errors import UserError
 
 _STRIP_PIXELS = 1 << 22
 """Label maps are gone through in strips of about this many pixels, so that a huge one needs no huge temporaries."""
@@ -120,16 +121,16 @@ def decode_mask(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
     """
     size, counts = rle.get("size"), rle.get("counts")
     if size != [height, width]:
-        raise ValueError(f"the mask's size is {_short(size)}, the picture's [{height}, {width}] (height, width)")
+        raise UserError(f"the mask's size is {_short(size)}, the picture's [{height}, {width}] (height, width)")
     if isinstance(counts, str | bytes):
         runs = _uncompressed(counts.encode() if isinstance(counts, str) else counts)
     elif isinstance(counts, list) and all(type(count) is int and 0 <= count <= height * width for count in counts):
         runs = np.array(counts, dtype=np.int64)
     else:
-        raise ValueError(f"the mask's counts are not a list of run lengths from 0 to {height * width}")
+        raise UserError(f"the mask's counts are not a list of run lengths from 0 to {height * width}")
     outside = (runs < 0) | (runs > height * width)
     if outside.any() or runs.sum() != height * width:
-        raise ValueError(f"the mask's run lengths are not those of {height} x {width} = {height * width} pixels")
+        raise UserError(f"the mask's run lengths are not those of {height} x {width} = {height * width} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
@@ -143,10 +144,10 @@ def _uncompressed(text: bytes) -> np.ndarray:
     ends = np.flatnonzero((codes & 32) == 0)
     starts = np.append(0, ends + 1)[:-1]
     if len(codes) and (codes.min() < 0 or codes.max() > 63 or len(ends) == 0 or ends[-1] != len(codes) - 1):
-        raise ValueError("the mask's counts are not a COCO run-length string")
+        raise UserError("the mask's counts are not a COCO run-length string")
     lengths = ends - starts + 1
     if len(lengths) and lengths.max() > 7:  # 35 bits are more than any picture's pixels
-        raise ValueError("the mask's counts hold a number that is too large for a run")
+        raise UserError("the mask's counts hold a number that is too large for a run")
     place = np.arange(len(codes)) - np.repeat(starts, lengths)
     runs = np.add.reduceat((codes & 31) << (5 * place), starts) if len(starts) else np.zeros(0, dtype=np.int64)
     runs -= ((codes[ends] & 16) != 0).astype(np.int64) << (5 * lengths)

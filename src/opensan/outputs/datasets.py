@@ -14,6 +14,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
+from opensan.errors import UserError
 from opensan.files import atomic_path, link, write_text
 from opensan.outputs.brush import brush_rle
 from opensan.outputs.coco import run_lengths
@@ -265,4 +266,4 @@ DATASETS: Mapping[str, Dataset] = {
 def check_words(name: str, words: int) -> None:
     """Raise ValueError, one line, if a data set of this kind can't hold so many words."""
     if name == "voc" and words > VOC_WORDS:
-        raise ValueError(f"voc holds at most {VOC_WORDS} words, not {words}: choose coco or yolo")
+        raise UserError(f"voc holds at most {VOC_WORDS} words, not {words}: choose coco or yolo")

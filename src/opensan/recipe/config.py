@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from opensan.config import Config, parse_config
+from opensan.errors import UserError
 from opensan.train.config import LoopConfig, NotNegative, Positive, SanTrainingConfig
 from opensan.train.trackers import TrackerName
 
@@ -80,9 +81,9 @@ class RecipeConfig(SanTrainingConfig, _Sources):
     @model_validator(mode="after")
     def _validation_has_its_steps(self) -> "RecipeConfig":
         if not self.data:
-            raise ValueError("data: names no training set")
+            raise UserError("data: names no training set")
         if (self.validation is None) != (self.loop.validate_every == 0):
-            raise ValueError("`validation` says on what and `loop.validate_every` how often: give both or neither")
+            raise UserError("`validation` says on what and `loop.validate_every` how often: give both or neither")
         return self
 
 
@@ -108,9 +109,9 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         known = "" if path.exists() else f"; presets are {', '.join(RECIPES)}"
-        raise ValueError(f"{source}: not a readable configuration ({_first_line(error)}){known}") from None
+        raise UserError(f"{source}: not a readable configuration ({_first_line(error)}){known}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{source}: not a configuration: `key: value` lines are expected")
+        raise UserError(f"{source}: not a configuration: `key: value` lines are expected")
     # Overrides first: they may give what the file lacks.
     for text in overrides:
         _apply(data, text)
@@ -130,11 +131,11 @@ def _apply(data: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ValueError(f"{text}: an override has the form key=value, like loop.steps=1000")
+        raise UserError(f"{text}: an override has the form key=value, like loop.steps=1000")
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ValueError(f"{text}: {value!r} is no YAML value ({_first_line(error)})") from None
+        raise UserError(f"{text}: {value!r} is no YAML value ({_first_line(error)})") from None
     _put(data, parts, parsed, text)
 
 
@@ -142,14 +143,14 @@ def _put(tree: Any, parts: list[str], value: Any, text: str) -> None:
     name, rest = parts[0], parts[1:]
     if isinstance(tree, list):
         if not name.isdecimal() or int(name) > len(tree):
-            raise ValueError(f"{text}: a list of {len(tree)} has no place {name!r} (places count from 0)")
+            raise UserError(f"{text}: a list of {len(tree)} has no place {name!r} (places count from 0)")
         place: Any = int(name)
         if place == len(tree):
             tree.append(None)
     elif isinstance(tree, dict):
         place = name
     else:
-        raise ValueError(f"{text}: {name!r} is no part of {tree!r}")
+        raise UserError(f"{text}: {name!r} is no part of {tree!r}")
     if not rest:
         tree[place] = value
         return

@@ -13,14 +13,15 @@ from opensan.checkpoints.clip_weights import san_around_clip
 from opensan.config import CONFIG_NAME, ModelConfig, read_config
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.devices import checked_device
 from opensan.distributed import is_main, on_main, process_group
-from opensan.evaluate.run import Predictor, dataset_predictor, validation
+from opensan.errors import UserError
+from opensan.evaluate.evaluation import Predictor, dataset_predictor, validation
 from opensan.model import SAN, build_san
 from opensan.outputs import check_writable
 from opensan.outputs.panel import PanelRow, panel
 from opensan.recipe.config import DataConfig, RecipeConfig, StartConfig
 from opensan.recipe.files import RunFolderFiles
-from opensan.segmenter import checked_device
 from opensan.train.checkpoint import CheckpointFolder
 from opensan.train.loop import RunResult, load_parameters
 from opensan.train.optimizer import san_parameter_groups
@@ -73,7 +74,7 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = checked_device(name)
     if device.type == "mps":
-        raise ValueError("device mps: torch has neither float64 nor the gradient of grid_sample there; train on cuda")
+        raise UserError("device mps: torch has neither float64 nor the gradient of grid_sample there; train on cuda")
     return device
 
 
@@ -81,7 +82,7 @@ def open_data(config: DataConfig) -> SegmentationFolder:
     """The split that `config` names. Raises ValueError, one line, if there is none or it is empty."""
     folder = SegmentationFolder(config.folder.expanduser(), config.split, ignored=config.ignored)
     if len(folder) == 0:
-        raise ValueError(f"{config.folder / config.split}.txt: lists no photograph that exists")
+        raise UserError(f"{config.folder / config.split}.txt: lists no photograph that exists")
     return folder
 
 
@@ -110,7 +111,7 @@ def _start_config(name: str) -> ModelConfig:
     try:
         return preset_config(name)
     except ValueError as error:
-        raise ValueError(f"start.model: {error}, or a model folder") from None
+        raise UserError(f"start.model: {error}, or a model folder") from None
 
 
 def _validation(

@@ -11,6 +11,6 @@ server       uvicorn, patient with work and impatient with clients that stall
 """
 
 from opensan.serve.app import Application, create_app
-from opensan.serve.limits import Limits
+from opensan.serve.limits import ServiceLimits
 
-__all__ = ["Application", "Limits", "create_app"]
+__all__ = ["Application", "ServiceLimits", "create_app"]

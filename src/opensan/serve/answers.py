@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from opensan import outputs
-from opensan.interpolation import masks_at, resized_masks
-from opensan.segmentation import AnySegmenter, Encoding, Segmentation, to_array
+from opensan.assemble.interpolation import masks_at, resized_masks
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.results import Encoding, Segmentation, to_array
 from opensan.serve.limits import Problem
 from opensan.serve.schemas import Format, PointAnswer, PointProposal, PointWord
 from opensan.vocabulary import Vocabulary
@@ -44,7 +45,7 @@ class Picture:
 
 
 def answer(
-    segmenter: AnySegmenter, encoding: Encoding, vocabulary: Vocabulary, form: Format, confidence: bool = True
+    segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, form: Format, confidence: bool = True
 ) -> Picture:
     """Segment and write down; without `confidence`, a map is labels only.
 
@@ -120,7 +121,7 @@ def _map(segmentation: Segmentation, with_confidence: bool) -> bytes:
     )
 
 
-def point(segmenter: AnySegmenter, encoding: Encoding, vocabulary: Vocabulary, x: int, y: int) -> PointAnswer:
+def point(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, x: int, y: int) -> PointAnswer:
     """What decides the pixel in column `x` and row `y`. Raises Problem (422) if the photograph has no such pixel."""
     height, width = encoding.sizes.image
     if x >= width or y >= height:

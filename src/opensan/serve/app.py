@@ -15,11 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from opensan import __version__
-from opensan.segmentation import AnySegmenter, Encoding
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.results import Encoding
 from opensan.serve import answers
 from opensan.serve.cache import EncodingCache
 from opensan.serve.engine import Engine
-from opensan.serve.limits import Gate, Limits, Problem, problem_response, stopping
+from opensan.serve.limits import Gate, Problem, ServiceLimits, problem_response, stopping
 from opensan.serve.metrics import CONTENT_TYPE, Metrics, Observer
 from opensan.serve.negotiation import best_media_type
 from opensan.serve.schemas import (
@@ -123,7 +124,7 @@ _ALWAYS = (400, 401, 408, 413, 422, 429, 503)
 class Service:
     """What the routes share."""
 
-    def __init__(self, segmenter: AnySegmenter, limits: Limits, batch: int) -> None:
+    def __init__(self, segmenter: Segmenter, limits: ServiceLimits, batch: int) -> None:
         self.segmenter = segmenter
         self.limits = limits
         self.batch = batch
@@ -181,9 +182,9 @@ class Service:
 
 
 def create_app(
-    segmenter: AnySegmenter,
+    segmenter: Segmenter,
     *,
-    limits: Limits | None = None,
+    limits: ServiceLimits | None = None,
     token: str | None = None,
     batch: int = 4,
     page: bool = False,
@@ -197,7 +198,7 @@ def create_app(
         batch: photographs of equal padded shape that go through the network together.
         page: serve the web page at "/".
     """
-    service = Service(segmenter, limits or Limits(), batch)
+    service = Service(segmenter, limits or ServiceLimits(), batch)
     app = FastAPI(
         title="opensan",
         version=__version__,

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from opensan.segmentation import Encoding
+from opensan.segmenters.results import Encoding
 
 
 @dataclass

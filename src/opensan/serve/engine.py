@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from batched.aio import AsyncBatchProcessor
 
 from opensan.images import ImageError
-from opensan.segmentation import AnySegmenter, Encoding, ReadImage
-from opensan.serve.limits import Limits, Problem, busy
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.results import Encoding, ReadImage
+from opensan.serve.limits import Problem, ServiceLimits, busy
 from opensan.serve.metrics import Metrics
 from opensan.serve.photographs import decode
 
@@ -65,7 +66,7 @@ class Pulse:
 class Engine:
     """One model, its threads, and the bounds on what waits for them. Its coroutines belong to one event loop."""
 
-    def __init__(self, segmenter: AnySegmenter, limits: Limits, metrics: Metrics, batch: int = 4) -> None:
+    def __init__(self, segmenter: Segmenter, limits: ServiceLimits, metrics: Metrics, batch: int = 4) -> None:
         self.segmenter = segmenter
         self._limits = limits
         self._metrics = metrics

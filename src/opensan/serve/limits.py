@@ -22,7 +22,7 @@ OPEN = frozenset({"/healthz", "/readyz"})
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServiceLimits:
     """Bounds on what clients may ask. All of them together bound the memory of the service."""
 
     request_bytes: int = 20 << 20
@@ -87,7 +87,7 @@ class Gate:
     Once `closing` is set, new requests are refused with 503.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, token: str | None = None) -> None:
+    def __init__(self, app: ASGIApp, limits: ServiceLimits, token: str | None = None) -> None:
         self.app = app
         self.closing = False
         self._limits = limits

@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from opensan.images import ImageError, open_image
-from opensan.serve.limits import Limits
+from opensan.serve.limits import ServiceLimits
 
 MOST_SCANS = 64
 """Of a JPEG file; 10 are usual. Each costs a pass over the whole photograph, and takes a few bytes of the file."""
@@ -14,7 +14,7 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 
-def decode(data: bytes, limits: Limits) -> np.ndarray:
+def decode(data: bytes, limits: ServiceLimits) -> np.ndarray:
     """The photograph in an image file as uint8 RGB [H0, W0, 3].
 
     Raises ImageError, one line, for what is not a photograph or asks for more than `limits` allow.

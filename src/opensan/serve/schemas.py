@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from opensan.serve.limits import Limits, Problem
+from opensan.serve.limits import Problem, ServiceLimits
 from opensan.vocabulary import Vocabulary, Word
 
 PROMPTS_AT_ONCE = 256
@@ -72,7 +72,7 @@ class Question(_Strict):
         | None
     ) = Field(None, description='The prompts: a set\'s name, or texts with one "{}" each.')
 
-    def vocabulary(self, limits: Limits) -> Vocabulary:
+    def vocabulary(self, limits: ServiceLimits) -> Vocabulary:
         """Raises Problem (422), one line, if it is more than `limits` allow or cannot be used."""
         self._check(limits)
         try:
@@ -80,7 +80,7 @@ class Question(_Strict):
         except ValueError as error:
             raise Problem(422, str(error)) from None
 
-    def _check(self, limits: Limits) -> None:
+    def _check(self, limits: ServiceLimits) -> None:
         texts = [*_texts(self.words), *_texts(self.background)]
         if len(texts) > limits.words:
             raise Problem(422, f"{len(texts):,} words and synonyms are more than the limit of {limits.words:,}")

@@ -14,8 +14,9 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from opensan.errors import UserError
 from opensan.serve.app import Application
-from opensan.serve.limits import Limits
+from opensan.serve.limits import ServiceLimits
 
 BACKLOG = 64
 """Connections that the event loop takes in one go, before any of them is counted."""
@@ -48,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise ValueError(f"cannot listen at {host} port {port} ({error.strerror or error})") from None
+        raise UserError(f"cannot listen at {host} port {port} ({error.strerror or error})") from None
     return listener
 
 
@@ -93,7 +94,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def _protocol(limits: Limits) -> type[H11Protocol]:
+def _protocol(limits: ServiceLimits) -> type[H11Protocol]:
     seconds = limits.client_seconds
     connections = 0
 

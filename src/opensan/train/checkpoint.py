@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from opensan.errors import UserError
 from opensan.files import atomic_path, flush_folder
 
 _NAME = re.compile(r"(step|best)-(\d+)-([0-9a-f]{16})\.pt")
@@ -66,5 +67,5 @@ def _read(path: Path) -> dict[str, Any]:
     """Raises ValueError if the content is not what was written."""
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest()[:16] != _NAME.fullmatch(path.name)[3]:
-        raise ValueError(f"{path}: damaged (its checksum does not fit its name)")
+        raise UserError(f"{path}: damaged (its checksum does not fit its name)")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

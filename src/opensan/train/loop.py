@@ -23,6 +23,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from opensan.distributed import gather_objects, is_main, on_main, rank, sum_over_ranks, world_size
+from opensan.errors import UserError
 from opensan.files import write_text
 from opensan.train.checkpoint import CheckpointFolder
 from opensan.train.config import HARMLESS, LoopConfig
@@ -39,7 +40,7 @@ from opensan.train.parallel import (
     whole_task,
 )
 from opensan.train.precision import LossScale, autocast_dtype
-from opensan.train.stream import LoadedBatch, Mixture, TrainingSource, stream
+from opensan.train.stream import DatasetMixture, LoadedBatch, TrainingSource, stream
 
 MOST_BAD_STEPS = 3
 """So many steps in a row with losses that are not finite stop the run."""
@@ -85,7 +86,7 @@ class Trainer:
     def __init__(
         self,
         task: nn.Module,
-        source: TrainingSource | Mixture,
+        source: TrainingSource | DatasetMixture,
         groups: Sequence[ParameterGroup],
         config: LoopConfig,
         out: str | Path,
@@ -160,7 +161,7 @@ class Trainer:
         try:
             lock.acquire()
         except Timeout:
-            raise ValueError(f"{self.out}: another process is training into this folder") from None
+            raise UserError(f"{self.out}: another process is training into this folder") from None
 
     def _run(self) -> RunResult:
         on_main(self._open_folder)
@@ -405,7 +406,7 @@ class Trainer:
             theirs = json.loads(path.read_text(encoding="utf-8"))
             for key, here, there in _changes(ours, theirs):
                 if key.removeprefix("loop.") not in HARMLESS:
-                    raise ValueError(
+                    raise UserError(
                         f"{self.out}: holds a run with {key} = {there}, not {here}; choose another folder, or remove it"
                     )
         write_text(path, json.dumps(ours, indent=2) + "\n")
@@ -439,11 +440,11 @@ def load_parameters(groups: Sequence[ParameterGroup], saved: Mapping[str, Tensor
     """Copy saved values into the groups' parameters. Raises ValueError if names or shapes differ."""
     own = _by_name(groups)
     if own.keys() != saved.keys():
-        raise ValueError(f"{source}: the checkpoint is of another model: {sorted(own.keys() ^ saved.keys())[:5]}")
+        raise UserError(f"{source}: the checkpoint is of another model: {sorted(own.keys() ^ saved.keys())[:5]}")
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != saved[name].shape:
-                raise ValueError(
+                raise UserError(
                     f"{source}: {name} is {tuple(saved[name].shape)} in the checkpoint, {tuple(parameter.shape)} here"
                 )
             parameter.copy_(split_like(saved[name], parameter))

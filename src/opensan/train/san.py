@@ -17,9 +17,10 @@ from opensan.config import ImageConfig
 from opensan.data.augment import AugmentConfig, augment
 from opensan.data.dataset import SegmentationDataset
 from opensan.distributed import process_group
+from opensan.errors import UserError
 from opensan.model import SAN
 from opensan.structures import TextClassifier
-from opensan.text import TextEncoder
+from opensan.text.encoder import TextEncoder
 from opensan.train.config import SanTrainingConfig
 from opensan.train.criterion import SetCriterion, mask_normalizer
 from opensan.train.log import RunLogger
@@ -27,7 +28,7 @@ from opensan.train.loop import RunResult, Trainer
 from opensan.train.matcher import LayerOutput
 from opensan.train.optimizer import san_parameter_groups
 from opensan.train.points import RandomPoints
-from opensan.train.stream import Mixture
+from opensan.train.stream import DatasetMixture
 from opensan.train.targets import LabelMapTargets
 
 
@@ -130,14 +131,14 @@ def train_san(
     """
     divisor = model.config.image.size_divisor
     if any(side % divisor for side in config.augment.crop):
-        raise ValueError(f"augment.crop {config.augment.crop}: both sides must be multiples of {divisor}")
+        raise UserError(f"augment.crop {config.augment.crop}: both sides must be multiples of {divisor}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "every parameter of the model is frozen, as in a Segmenter; train opensan.checkpoints.load_model"
+        raise UserError(
+            "every parameter of the model is frozen, as in a SanSegmenter; train opensan.checkpoints.load_model"
         )
     datasets = list(dataset) if isinstance(dataset, list | tuple) else [(dataset, 1.0)]
     sources = tuple(SegmentationSource(one, config.augment, number) for number, (one, _) in enumerate(datasets))
-    mixture = Mixture(sources, tuple(weight for _, weight in datasets))
+    mixture = DatasetMixture(sources, tuple(weight for _, weight in datasets))
     points = RandomPoints(config.points.count, config.points.oversampling, config.points.importance)
     criterion = SetCriterion(points, config.loss_weights, config.no_object_weight)
     groups = san_parameter_groups(model, learning_rate=config.loop.learning_rate, weight_decay=config.loop.weight_decay)

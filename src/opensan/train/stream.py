@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from opensan.errors import UserError
+
 MOST_REPLACEMENTS = 10
 """So many broken samples in a row mean that the data set is broken, not a file."""
 
@@ -37,7 +39,7 @@ class TrainingSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Mixture:
+class DatasetMixture:
     """Several sources. Every micro-batch is of one of them, so a source may have a vocabulary of its own.
 
     Sources get micro-batches, and thereby samples, in proportion to their weights, whatever their sizes.
@@ -48,14 +50,14 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if len(self.sources) != len(self.weights) or not self.sources:
-            raise ValueError(f"{len(self.sources)} training data sets have {len(self.weights)} weights")
+            raise UserError(f"{len(self.sources)} training data sets have {len(self.weights)} weights")
         if not all(np.isfinite(weight) and weight > 0 for weight in self.weights):
-            raise ValueError(f"weights of training data sets must be above 0: {self.weights}")
+            raise UserError(f"weights of training data sets must be above 0: {self.weights}")
         for source, count in enumerate(self.batches_a_round()):
             if len(self.sources[source]) == 0:
-                raise ValueError("the training data set is empty")
+                raise UserError("the training data set is empty")
             if count == 0:
-                raise ValueError(f"training data set {source + 1} has less than 1/{MIXTURE_ROUND} of the weight")
+                raise UserError(f"training data set {source + 1} has less than 1/{MIXTURE_ROUND} of the weight")
 
     def batches_a_round(self) -> list[int]:
         """How many of MIXTURE_ROUND micro-batches each source gets (largest remainders)."""
@@ -83,7 +85,7 @@ class LoadedBatch:
 class MixtureOrder:
     """Number of a micro-batch in the stream -> (its source, its number among that source's micro-batches)."""
 
-    def __init__(self, mixture: Mixture, seed: int) -> None:
+    def __init__(self, mixture: DatasetMixture, seed: int) -> None:
         self.counts = mixture.batches_a_round()
         self.seed = seed
         self._round = lru_cache(maxsize=2)(self._make_round)
@@ -155,7 +157,7 @@ class _Positions(Dataset):
             except (OSError, ValueError) as error:
                 broken.append(f"{name}: {error}")
                 if len(broken) == MOST_REPLACEMENTS:
-                    return ValueError(f"{len(broken)} broken samples in a row, the last: {broken[-1]}")
+                    return UserError(f"{len(broken)} broken samples in a row, the last: {broken[-1]}")
             sample = int(generator.integers(len(source)))
 
     def collate(self, items: list[_Item | ValueError]) -> LoadedBatch | ValueError:
@@ -192,7 +194,7 @@ class _BatchPositions:
 
 
 def stream(
-    source: TrainingSource | Mixture,
+    source: TrainingSource | DatasetMixture,
     *,
     seed: int,
     first_step: int,
@@ -205,7 +207,7 @@ def stream(
     pin_memory: bool = False,
 ) -> Iterator[Sequence[LoadedBatch]]:
     """The micro-batches of each step from `first_step` to `steps` - 1. To leave off early, close the iterator."""
-    mixture = source if isinstance(source, Mixture) else Mixture((source,), (1.0,))
+    mixture = source if isinstance(source, DatasetMixture) else DatasetMixture((source,), (1.0,))
     positions = _Positions(mixture.sources, seed)
     order = MixtureOrder(mixture, seed)
     loader = DataLoader(

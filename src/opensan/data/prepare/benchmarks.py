@@ -14,6 +14,7 @@ import numpy as np
 
 from opensan.data.prepare import full_ade, raw
 from opensan.data.prepare.source import Photograph, Reader, Source
+from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
 
@@ -24,8 +25,8 @@ def _source(label_set: str, photographs: Iterable[Photograph], folder: Path, nee
     return Source(Vocabulary.ready(label_set), photographs, evaluation_split="val", label_set=label_set)
 
 
-def _incomplete(folder: Path, needs: str, missing: str = "no photographs with labels") -> ValueError:
-    return ValueError(f"{folder}: {missing}; {needs}")
+def _incomplete(folder: Path, needs: str, missing: str = "no photographs with labels") -> UserError:
+    return UserError(f"{folder}: {missing}; {needs}")
 
 
 def _index_png(path: Path, label_set: str) -> np.ndarray:
@@ -143,7 +144,7 @@ def _splits_of_json(path: Path) -> dict[str, list[str]]:
             continue  # another list of that name
         if any(splits.values()):
             return splits
-    raise ValueError(f"{path}: holds no list of images with file_name and phase (train, val)")
+    raise UserError(f"{path}: holds no list of images with file_name and phase (train, val)")
 
 
 def _label_map(path: Path, label_set: str) -> np.ndarray:
@@ -154,13 +155,13 @@ def _label_map(path: Path, label_set: str) -> np.ndarray:
         with path.open("rb") as file:
             values = loadmat(file, variable_names=["LabelMap"])["LabelMap"]
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such label file") from None
+        raise UserError(f"{path}: there is no such label file") from None
     except KeyError:
-        raise ValueError(f"{path}: holds no LabelMap") from None
+        raise UserError(f"{path}: holds no LabelMap") from None
     except Exception as error:  # a damaged .mat can fail in any way: TypeError, zlib.error, struct.error, ...
-        raise ValueError(f"{path}: not a readable .mat file ({' '.join(str(error).split())[:100]})") from None
+        raise UserError(f"{path}: not a readable .mat file ({' '.join(str(error).split())[:100]})") from None
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "ui" or not values.size:
-        raise ValueError(f"{path}: its LabelMap is not a matrix of whole numbers")
+        raise UserError(f"{path}: its LabelMap is not a matrix of whole numbers")
     return raw.labels_of(values, raw.table_of(label_set), path)
 
 

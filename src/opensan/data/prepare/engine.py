@@ -18,9 +18,10 @@ from PIL import Image
 
 from opensan.config import parse_config
 from opensan.data import canonical
-from opensan.data.canonical import Manifest, PhotographRecord, Request
+from opensan.data.canonical import DatasetManifest, PhotographRecord, Request
 from opensan.data.pool import run_all
 from opensan.data.prepare.source import ImageFile, Photograph, Source
+from opensan.errors import UserError
 from opensan.files import atomic_path, link, write_text
 from opensan.images import known_suffixes, open_image
 from opensan.vocabulary import Vocabulary
@@ -47,7 +48,7 @@ def prepare(
     splits: Sequence[str] | None = None,
     workers: int = 1,
     progress: Callable[[int], None] = lambda count: None,
-) -> Manifest:
+) -> DatasetManifest:
     """Write `source` in the canonical layout to the folder `out`, or finish what an earlier run began there.
 
     Args:
@@ -78,7 +79,7 @@ def prepare(
         _remove_stale(out, before.values(), records)
         return _write_lists(out, request, source, photographs, records, left_out)
     except OSError as error:  # of reading a photograph it would not arrive here
-        raise ValueError(f"{error.filename or out}: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
 
 
 def _prepare_all(
@@ -117,7 +118,7 @@ def class_lines(vocabulary: Vocabulary) -> tuple[str, ...]:
         line = "|".join(texts)
         odd = re.search(r"(^|\s)#", line) or len(line.splitlines()) != 1 or any("|" in text for text in texts)
         if odd or word.prompts or word.absorbs or texts[0] != word.name.strip():
-            raise ValueError(f"the class {word.name!r} can't be written as a line of classes.txt")
+            raise UserError(f"the class {word.name!r} can't be written as a line of classes.txt")
         lines.append(line)
     return tuple(lines)
 
@@ -128,16 +129,16 @@ def _wanted(source: Source, splits: Sequence[str] | None) -> list[Photograph]:
     known = {split for photograph in photographs for split in photograph.splits}
     for split in known:
         if canonical.check_name(split) == "classes":
-            raise ValueError("a split can't be called 'classes': classes.txt is the list of classes")
+            raise UserError("a split can't be called 'classes': classes.txt is the list of classes")
     if unknown := [split for split in splits or () if split not in known]:
-        raise ValueError(f"there is no split {unknown[0]!r}: choose from {', '.join(sorted(known))}")
+        raise UserError(f"there is no split {unknown[0]!r}: choose from {', '.join(sorted(known))}")
     if splits is not None:
         photographs = [photograph for photograph in photographs if set(photograph.splits) & set(splits)]
     if not photographs:
-        raise ValueError("the source has no photographs")
+        raise UserError("the source has no photographs")
     counts = Counter(canonical.check_name(photograph.name) for photograph in photographs)
     if repeated := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{len(repeated)} photographs have the name of another, the first is {repeated[0]!r}")
+        raise UserError(f"{len(repeated)} photographs have the name of another, the first is {repeated[0]!r}")
     return photographs
 
 
@@ -151,7 +152,7 @@ def _open_folder(out: Path, request: Request) -> dict[str, PhotographRecord]:
     elif lines:
         _check_same(out, _journal_request(journal, lines[0]), request)
     elif out.exists() and any(not path.match(_TEMPORARY) for path in out.iterdir()):
-        raise ValueError(f"{out}: holds something else; choose a new or empty folder")
+        raise UserError(f"{out}: holds something else; choose a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
     if not lines:
         write_text(journal, request.model_dump_json() + "\n")  # first of all: from now on the folder is ours
@@ -167,13 +168,13 @@ def _journal_request(journal: Path, line: str) -> Request:
     try:
         return parse_config(Request, json.loads(line), str(journal))
     except ValueError:
-        raise ValueError(f"{journal}: not the journal of an unfinished run; choose another folder") from None
+        raise UserError(f"{journal}: not the journal of an unfinished run; choose another folder") from None
 
 
 def _check_same(out: Path, before: Request, now: Request) -> None:
     for field in Request.model_fields:
         if getattr(before, field) != getattr(now, field):
-            raise ValueError(f"{out}: was prepared with other {field}; choose another folder, or delete this one")
+            raise UserError(f"{out}: was prepared with other {field}; choose another folder, or delete this one")
 
 
 def _journalled(lines: Iterable[str]) -> Iterator[PhotographRecord]:
@@ -241,11 +242,11 @@ def _is_whole(out: Path, record: PhotographRecord) -> bool:
 def _label_values(labels: np.ndarray, size: tuple[int, int], classes: int) -> np.ndarray:
     """What the index PNG holds, [H, W] uint8 (255 unlabelled) or uint16 (65535 unlabelled)."""
     if labels.shape != size:
-        raise ValueError(
+        raise UserError(
             f"its labels are {labels.shape[1]}x{labels.shape[0]} (width x height), its photograph {size[1]}x{size[0]}"
         )
     if labels.max() >= classes:
-        raise ValueError(f"its labels hold the value {labels.max()}, there are {classes} classes")
+        raise UserError(f"its labels hold the value {labels.max()}, there are {classes} classes")
     kind = np.uint8 if classes <= 255 else np.uint16
     return np.where(labels < 0, np.iinfo(kind).max, labels).astype(kind)
 
@@ -276,7 +277,7 @@ def _write_lists(
     photographs: Sequence[Photograph],
     records: dict[str, PhotographRecord],
     left_out: dict[str, str],
-) -> Manifest:
+) -> DatasetManifest:
     write_text(out / "classes.txt", "\n".join(request.classes) + "\n")
     splits = request.splits or sorted({split for photograph in photographs for split in photograph.splits})
     counts = {}
@@ -287,7 +288,7 @@ def _write_lists(
         write_text(out / f"{split}.txt", "".join(f"{file}\n" for file in files))
         counts[split] = len(files)
     canonical.write_records(out / canonical.FILES, [records[name] for name in sorted(records)])
-    manifest = Manifest(
+    manifest = DatasetManifest(
         request=request,
         label_set=source.label_set,
         evaluation_split=source.evaluation_split if source.evaluation_split in counts else None,

@@ -11,6 +11,7 @@ from PIL import Image
 from opensan.data.prepare import raw
 from opensan.data.prepare.pickle_data import read_pickle_data
 from opensan.data.prepare.source import Photograph, Source
+from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
 SHORT_SIDE = 512
@@ -22,14 +23,14 @@ NEEDS = "it must be ADE20K_2021_17_01 (or hold it), with index_ade20k.pkl and im
 def open_full_ade(folder: Path) -> Source:
     index = raw.find(folder, "ADE20K_2021_17_01/index_ade20k.pkl", "index_ade20k.pkl")
     if index is None:
-        raise ValueError(f"{folder}: there is no index_ade20k.pkl; {NEEDS}")
+        raise UserError(f"{folder}: there is no index_ade20k.pkl; {NEEDS}")
     data = read_pickle_data(index)
     folders, names = (data.get(key) if isinstance(data, dict) else None for key in ("folder", "filename"))
     for column in (folders, names):
         if not isinstance(column, list) or not all(isinstance(entry, str) for entry in column):
-            raise ValueError(f"{index}: holds no lists of text 'folder' and 'filename'")
+            raise UserError(f"{index}: holds no lists of text 'folder' and 'filename'")
     if len(folders) != len(names):
-        raise ValueError(f"{index}: lists {len(folders)} folders and {len(names)} file names")
+        raise UserError(f"{index}: lists {len(folders)} folders and {len(names)} file names")
 
     def photographs() -> Iterator[Photograph]:
         for place, name in zip(folders, names, strict=True):
@@ -45,7 +46,7 @@ def _below(root: Path, folder: str, name: str) -> Path:
     parts = [part for part in folder.replace("\\", "/").split("/") if part]
     inside = parts[1:] if parts[:1] == ["ADE20K_2021_17_01"] else parts
     if any(part in (".", "..") or ":" in part for part in parts) or folder.startswith("/") or "/" in name:
-        raise ValueError(f"{root / 'index_ade20k.pkl'}: leads out of the folder: {folder[:80]!r}, {name[:80]!r}")
+        raise UserError(f"{root / 'index_ade20k.pkl'}: leads out of the folder: {folder[:80]!r}, {name[:80]!r}")
     return root.joinpath(*inside, name)
 
 

@@ -26,6 +26,7 @@ from opensan.data.prepare.own_photographs import (
     without,
 )
 from opensan.data.prepare.source import Reader, Source
+from opensan.errors import UserError
 from opensan.outputs.coco import decode_mask
 from opensan.vocabulary import UNLABELLED
 
@@ -62,7 +63,7 @@ def _open(folder: Path, kind: str, annotations: str, ignored: str, labels_of: Ca
     first = files[0]
     for file in files[1:]:
         if file.categories != first.categories:
-            raise ValueError(f"{file.path}: its categories are not those of {first.path}")
+            raise UserError(f"{file.path}: its categories are not those of {first.path}")
     vocabulary = vocabulary_of(list(first.categories.values()), f"{first.path}: categories")
     vocabulary, labels = without(vocabulary, ignored, str(first.path))
     label_of_category = dict(zip(first.categories, labels, strict=True))
@@ -74,7 +75,7 @@ def _open(folder: Path, kind: str, annotations: str, ignored: str, labels_of: Ca
             name = _get(record, "file_name", str, f"{file.path}: image {record['id']}")
             path = below(images, name, f"{file.path}: image {record['id']}")
             if path in readers:
-                raise ValueError(f"{file.path}: {name!r} is listed twice, here or in another annotation file")
+                raise UserError(f"{file.path}: {name!r} is listed twice, here or in another annotation file")
             found[path] = Found(f"{file.split}/{PurePosixPath(name).with_suffix('')}", path, [file.split])
             readers[path] = labels_of(folder, file, record, path, label_of_category)
     return Source(
@@ -91,7 +92,7 @@ def _annotation_files(folder: Path, kind: str, annotations: str) -> list[Path]:
     places = [folder, folder / "annotations", *(path for path in sorted(folder.glob("*")) if path.is_dir())]
     found = dict.fromkeys(path for place in places for name in names for path in sorted(place.glob(name)))
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{folder}: no {' or '.join(names)}, in it, in annotations/ or in a folder of a split; "
             "say annotations=FILE.json (a path in the folder) if it is called otherwise"
         )
@@ -102,22 +103,22 @@ def _read(path: Path, folder: Path, kind: str) -> _File:
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable COCO JSON file ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not a readable COCO JSON file ({' '.join(str(error).split())})") from None
     place = str(path)
     images, annotations, categories = (_list(data, key, place) for key in ("images", "annotations", "categories"))
     if not images:
-        raise ValueError(f"{place}: it lists no images")
+        raise UserError(f"{place}: it lists no images")
     by_image: dict[int, list[Mapping[str, Any]]] = {}
     for record in images:
         by_image[_get(record, "id", int, f"{place}: an image")] = []
     if len(by_image) < len(images):
-        raise ValueError(f"{place}: two images have the same id")
+        raise UserError(f"{place}: two images have the same id")
     names = {
         _get(record, "id", int, f"{place}: a category"): _get(record, "name", str, f"{place}: a category")
         for record in categories
     }
     if len(names) < len(categories):
-        raise ValueError(f"{place}: two categories have the same id")
+        raise UserError(f"{place}: two categories have the same id")
     strays = 0
     for record in annotations:
         owner = by_image.get(_get(record, "image_id", int, f"{place}: an annotation"))
@@ -146,7 +147,7 @@ def _image_folder(folder: Path, file: _File) -> Path:
             if below(images, name, place).is_file():
                 return images
     shown = ", ".join(dict.fromkeys(f"{images}/" for images in places))
-    raise ValueError(f"{file.path}: its photographs are in none of {shown}")
+    raise UserError(f"{file.path}: its photographs are in none of {shown}")
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class _Panoptic:
     def __call__(self) -> np.ndarray:
         pixels = read_map(self.png, str(self.png), self.image)
         if pixels.ndim != 3:
-            raise ValueError(f"{self.png}: one channel; COCO panoptic PNGs are RGB, segment = R + 256 G + 65536 B")
+            raise UserError(f"{self.png}: one channel; COCO panoptic PNGs are RGB, segment = R + 256 G + 65536 B")
 
         def complaint(segment: int, count: int) -> str:
             return f"{self.png}: {count} pixels are of segment {segment}, which the JSON file doesn't list"
@@ -180,7 +181,7 @@ def _panoptic_labels(
     for segment in _list(annotations[0], "segments_info", place):
         number = _get(segment, "id", int, f"{place}: a segment")
         if not 0 < number < 2**24:
-            raise ValueError(f"{place}: {number} is no segment id (1 to {2**24 - 1})")
+            raise UserError(f"{place}: {number} is no segment id (1 to {2**24 - 1})")
         labels[number] = _label(segment, label_of_category, f"{place}: segment {number}")
     name = _get(annotations[0], "file_name", str, place)
     beside = [file.path.with_suffix(""), folder / f"panoptic_{file.split}", folder / "panoptic" / file.split]
@@ -205,7 +206,7 @@ class _Instances:
             try:
                 layers.add(mask_of(segmentation, *self.size), label)
             except ValueError as error:
-                raise ValueError(f"{self.name}: {name}: {error}") from None
+                raise UserError(f"{self.name}: {name}: {error}") from None
         return turn(layers.labels)
 
 
@@ -231,7 +232,7 @@ def mask_of(segmentation: object, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, Mapping):
         return decode_mask(segmentation, height, width)
     if not isinstance(segmentation, list) or not segmentation:
-        raise ValueError("has no segmentation (polygons or run lengths), only a box perhaps")
+        raise UserError("has no segmentation (polygons or run lengths), only a box perhaps")
     polygons = [_polygon(points, height, width) for points in segmentation]
     polygons = [points.tolist() for points in polygons if len(points) >= 6]  # two points enclose nothing
     if not polygons:
@@ -246,15 +247,15 @@ def _polygon(points: object, height: int, width: int) -> np.ndarray:
     numbers = isinstance(points, list) and all(type(value) in (int, float) for value in points)
     # Not larger than a double holds: a JSON file may write any number of digits.
     if not numbers or len(points) % 2 or not all(abs(value) < 1e300 for value in points):
-        raise ValueError("a polygon is not a list of numbers x, y, x, y, ...")
+        raise UserError("a polygon is not a list of numbers x, y, x, y, ...")
     flat = np.array(points, dtype=np.float64)
     corners = flat.reshape(-1, 2)
     size = np.array([width, height])
     if (corners < -size).any() or (corners > 2 * size).any():
-        raise ValueError(f"a polygon lies far outside the photograph of {width}x{height} (width x height)")
+        raise UserError(f"a polygon lies far outside the photograph of {width}x{height} (width x height)")
     steps = np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1)
     if steps.sum() > MAX_OUTLINE:
-        raise ValueError(f"a polygon's outline is {steps.sum():,.0f} pixels long, more than {MAX_OUTLINE:,}")
+        raise UserError(f"a polygon's outline is {steps.sum():,.0f} pixels long, more than {MAX_OUTLINE:,}")
     return flat
 
 
@@ -262,21 +263,21 @@ def _label(record: Mapping[str, Any], label_of_category: Mapping[int, int], plac
     """The label of an object or segment; a crowd's is "unlabelled"."""
     category = _get(record, "category_id", int, place)
     if category not in label_of_category:
-        raise ValueError(f"{place}: category_id {category} is none of the file's categories")
+        raise UserError(f"{place}: category_id {category} is none of the file's categories")
     return UNLABELLED if record.get("iscrowd") else label_of_category[category]
 
 
 def _get(record: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
     value = record.get(key)
     if type(value) is not kind:
-        raise ValueError(f"{place}: {key!r} must be {'text' if kind is str else 'a whole number'}, not {value!r:.40}")
+        raise UserError(f"{place}: {key!r} must be {'text' if kind is str else 'a whole number'}, not {value!r:.40}")
     return value
 
 
 def _list(data: object, key: str, place: str) -> list[Mapping[str, Any]]:
     value = data.get(key) if isinstance(data, Mapping) else None
     if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
-        raise ValueError(f"{place}: not this kind of COCO file, it has no list {key!r} of objects")
+        raise UserError(f"{place}: not this kind of COCO file, it has no list {key!r} of objects")
     return value
 
 

@@ -15,6 +15,7 @@ from opensan.data.prepare.own_photographs import (
     without,
 )
 from opensan.data.prepare.source import Reader, Source
+from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
 
@@ -51,7 +52,7 @@ class _Labels:
                 if others
                 else "give it one, or leave it out of the lists"
             )
-            raise ValueError(f"{path}: missing; every photograph needs a label PNG of its name ({hint})")
+            raise UserError(f"{path}: missing; every photograph needs a label PNG of its name ({hint})")
         values = read_map(path, str(path), self.photograph.file)
         if not self.label_of_colour or values.ndim == 2:
             grey = values.ndim == 3 and bool((values == values[..., :1]).all())
@@ -73,21 +74,19 @@ def _colours(path: Path, label_of_class: dict[str, int]) -> dict[int, int]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a table of colours in UTF-8 text ({error})") from None
+        raise UserError(f"{path}: not a table of colours in UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         *rgb, name = line.split(maxsplit=3)
         if len(rgb) != 3 or not all(part.isdecimal() and int(part) < 256 for part in rgb):
-            raise ValueError(
-                f"{path}: line {number}: {line.strip()[:60]!r} is not R G B CLASS, such as 128 64 128 road"
-            )
+            raise UserError(f"{path}: line {number}: {line.strip()[:60]!r} is not R G B CLASS, such as 128 64 128 road")
         name = name.strip()
         if name not in label_of_class:
-            raise ValueError(f"{path}: line {number}: classes.txt has no class {name!r}")
+            raise UserError(f"{path}: line {number}: classes.txt has no class {name!r}")
         red, green, blue = (int(part) for part in rgb)
         if labels.setdefault(red << 16 | green << 8 | blue, label_of_class[name]) != label_of_class[name]:
-            raise ValueError(f"{path}: line {number}: {' '.join(rgb)} is another class's colour already")
+            raise UserError(f"{path}: line {number}: {' '.join(rgb)} is another class's colour already")
     return labels
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from opensan.data.prepare.own_labels import class_values, from_values, read_map
 from opensan.data.prepare.own_photographs import NO_SPLIT, below, evaluation_split, vocabulary_of, without
 from opensan.data.prepare.source import Photograph, Reader, Source
+from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def open_table(
     files = _table_files(folder)
     schema = _schema(files[0])
     if different := [file for file in files if _schema(file).names != schema.names]:
-        raise ValueError(
+        raise UserError(
             f"{different[0]}: its columns are not those of {files[0]}; "
             "if these are several configurations, give the folder of one"
         )
@@ -97,7 +98,7 @@ class _Row:
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             what = "only a path; write the table with its pictures in it" if value else "nothing"
-            raise ValueError(f"{self._name(column)}: holds {what}")
+            raise UserError(f"{self._name(column)}: holds {what}")
         return content
 
     def _name(self, column: str) -> str:
@@ -156,11 +157,11 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         import pyarrow
     except ImportError:
-        raise ValueError(f"{file}: reading tables needs pyarrow: pip install 'opensan[huggingface]'") from None
+        raise UserError(f"{file}: reading tables needs pyarrow: pip install 'opensan[huggingface]'") from None
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a readable table ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{file}: not a readable table ({' '.join(str(error).split())[:200]})") from None
 
 
 def _table_files(folder: Path) -> list[Path]:
@@ -168,7 +169,7 @@ def _table_files(folder: Path) -> list[Path]:
     # `datasets` keeps what it has computed beside what was saved; hidden folders are a download's notes.
     tables = [file for file in tables if not file.name.startswith("cache-") and not _is_hidden(file, folder)]
     if not tables:
-        raise ValueError(f"{folder}: no .parquet or .arrow files; say repo=OWNER/NAME to download a data set to there")
+        raise UserError(f"{folder}: no .parquet or .arrow files; say repo=OWNER/NAME to download a data set to there")
     return tables
 
 
@@ -190,7 +191,7 @@ def _features(schema: "pyarrow.Schema", file: Path) -> Mapping[str, Any]:
         said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = said.get("info", {}).get("features", {})
     except (ValueError, AttributeError, RecursionError):
-        raise ValueError(f"{file}: what `datasets` noted of its columns is damaged") from None
+        raise UserError(f"{file}: what `datasets` noted of its columns is damaged") from None
     return features if isinstance(features, dict) else {}
 
 
@@ -198,7 +199,7 @@ def _columns(schema: "pyarrow.Schema", file: Path, image: str, mask: str) -> tup
     """The columns of the photographs and of the masks: as told, or else by their type and name."""
     for option, column in (("image", image), ("mask", mask)):
         if column and column not in schema.names:
-            raise ValueError(f"{option}={column}: {file} has no such column; it has {', '.join(schema.names)}")
+            raise UserError(f"{option}={column}: {file} has no such column; it has {', '.join(schema.names)}")
     pictures = [field.name for field in schema if _holds_pictures(field.type)]
     rest = [column for column in pictures if column not in (image, mask)]
     if not image:
@@ -209,7 +210,7 @@ def _columns(schema: "pyarrow.Schema", file: Path, image: str, mask: str) -> tup
         mask = rest[0] if len(rest) == 1 else ""
     if not image or not mask:
         shown = ", ".join(pictures) or "none"
-        raise ValueError(f"{file}: which columns are meant? Say image=COLUMN mask=COLUMN; columns of pictures: {shown}")
+        raise UserError(f"{file}: which columns are meant? Say image=COLUMN mask=COLUMN; columns of pictures: {shown}")
     return image, mask
 
 
@@ -230,7 +231,7 @@ def _classes(folder: Path, classes: str, features: Mapping[str, Any]) -> tuple[d
     path = next((path for name in names if (path := below(folder, name, "classes")).is_file()), None)
     if path is None:
         columns = f", or a column of class labels: {', '.join(labelled)}" if labelled else ""
-        raise ValueError(
+        raise UserError(
             f"{folder / names[0]}: no such file; the names of the pixel values must be in "
             f'id2label.json ({{"0": "road", ...}}) or classes.txt, or say classes=FILE{columns}'
         )
@@ -239,13 +240,13 @@ def _classes(folder: Path, classes: str, features: Mapping[str, Any]) -> tuple[d
     try:
         said = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable JSON ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not readable JSON ({' '.join(str(error).split())})") from None
     if isinstance(said, list):
         said = dict(enumerate(said))
     if not isinstance(said, dict) or not all(
         re.fullmatch(r"\d{1,5}", str(number)) and isinstance(name, str) for number, name in said.items()
     ):
-        raise ValueError(f'{path}: must be pixel values with their names, {{"0": "road", "1": "sky"}}')
+        raise UserError(f'{path}: must be pixel values with their names, {{"0": "road", "1": "sky"}}')
     return {int(number): said[number] for number in sorted(said, key=int)}, str(path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from opensan.errors import UserError
 from opensan.vocabulary import UNLABELLED
 
 _UNKNOWN = -2
@@ -33,7 +34,7 @@ def upright_as(image: Path | bytes, size: tuple[int, int], name: str) -> Callabl
         return lambda labels: labels
     if size == (height, width):
         return _TURNS[turn]
-    raise ValueError(
+    raise UserError(
         f"{name}: is {size[1]}x{size[0]}, its photograph {width}x{height} (width x height); "
         "labels need exactly the photograph's size"
     )
@@ -59,15 +60,15 @@ def read_map(
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as opened:
             if opened.mode not in ("1", "L", "P", "I;16", "RGB"):
-                raise ValueError(f"{name}: an image of mode {opened.mode}; save it with one channel of 8 or 16 bits")
+                raise UserError(f"{name}: an image of mode {opened.mode}; save it with one channel of 8 or 16 bits")
             turn = upright_as(image, (opened.height, opened.width), name)
             return turn(np.asarray(opened.convert("RGB") if colours and opened.mode == "P" else opened))
     except ImageError:
         raise  # about the photograph
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: not a {' or '.join(formats)} file, or damaged at the start") from None
+        raise UserError(f"{name}: not a {' or '.join(formats)} file, or damaged at the start") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: can't be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"{name}: can't be read ({' '.join(str(error).split())})") from None
 
 
 def look_up(codes: np.ndarray, label_of_code: Mapping[int, int], complaint: Callable[[int, int], str]) -> np.ndarray:
@@ -80,7 +81,7 @@ def look_up(codes: np.ndarray, label_of_code: Mapping[int, int], complaint: Call
     labels = table[codes]
     unknown = codes[labels == _UNKNOWN]
     if len(unknown):
-        raise ValueError(complaint(int(unknown[0]), int((unknown == unknown[0]).sum())))
+        raise UserError(complaint(int(unknown[0]), int((unknown == unknown[0]).sum())))
     return labels
 
 
@@ -90,9 +91,9 @@ def from_values(values: np.ndarray, label_of_value: Mapping[int, int], name: str
     Raises ValueError, one line that begins with `name`, on a value that is no class, and on a map that holds no values.
     """
     if values.ndim == 3:
-        raise ValueError(f"{name}: an RGB picture, not an index map with a class's number in each pixel{rgb_remedy}")
+        raise UserError(f"{name}: an RGB picture, not an index map with a class's number in each pixel{rgb_remedy}")
     if values.dtype == bool:
-        raise ValueError(f"{name}: has 1 bit a pixel, and white may be class 1 or 255 (unlabelled); save 8 bits")
+        raise UserError(f"{name}: has 1 bit a pixel, and white may be class 1 or 255 (unlabelled); save 8 bits")
     ignore = np.iinfo(values.dtype).max
 
     def complaint(value: int, pixels: int) -> str:
@@ -122,9 +123,9 @@ def numbers(text: str, option: str) -> list[int]:
     try:
         values = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"{option}={text}: must be pixel values between commas, such as 254") from None
+        raise UserError(f"{option}={text}: must be pixel values between commas, such as 254") from None
     if wrong := [value for value in values if not 0 <= value <= 65_535]:
-        raise ValueError(f"{option}={text}: {wrong[0]} is no pixel value (0 to 65535)")
+        raise UserError(f"{option}={text}: {wrong[0]} is no pixel value (0 to 65535)")
     return values
 
 
@@ -135,7 +136,7 @@ def class_values(labels: Mapping[int, int], unlabelled: str) -> dict[int, int]:
     """
     extra = numbers(unlabelled, "unlabelled")
     if taken := [value for value in extra if value in labels]:
-        raise ValueError(f"unlabelled={unlabelled}: {taken[0]} is a class; to leave a class out, say ignored=NAME")
+        raise UserError(f"unlabelled={unlabelled}: {taken[0]} is a class; to leave a class out, say ignored=NAME")
     return {**labels, **dict.fromkeys(extra, UNLABELLED)}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from opensan.data.prepare.source import Photograph
+from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary, Word
 
 NO_SPLIT = "all"
@@ -39,7 +40,7 @@ def find_photographs(root: Path, images: Path, *, nested: bool = True) -> list[F
     """
     files = sorted(_images_in(images, nested))
     if not files:
-        raise ValueError(f"{images}: no photographs (.jpg, .png and the like)")
+        raise UserError(f"{images}: no photographs (.jpg, .png and the like)")
     found = [Found(file.relative_to(images).with_suffix("").as_posix(), file) for file in files]
     listed = _listed(root, images, found)
     if not listed:
@@ -48,13 +49,13 @@ def find_photographs(root: Path, images: Path, *, nested: bool = True) -> list[F
     counts = Counter(one.place for one in listed)
     if repeated := [place for place, count in counts.items() if count > 1]:
         names = " and ".join(one.file.name for one in listed if one.place == repeated[0])
-        raise ValueError(f"{images}: {names} have the same stem, so labels could be either's; rename one")
+        raise UserError(f"{images}: {names} have the same stem, so labels could be either's; rename one")
     return listed
 
 
 def _images_in(folder: Path, nested: bool) -> Iterator[Path]:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; the photographs go there")
+        raise UserError(f"{folder}: no such folder; the photographs go there")
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
@@ -74,7 +75,7 @@ def _split_by_folder(images: Path, found: Sequence[Found]) -> None:
     flat = [one for one in found if "/" not in one.place]
     if flat and len(flat) < len(found):
         other = next(one for one in found if "/" in one.place)
-        raise ValueError(
+        raise UserError(
             f"{images}: photographs lie both in it ({flat[0].file.name}) and in sub-folders ({other.place}): "
             "sub-folders are splits, so put all into them, or none"
         )
@@ -114,7 +115,7 @@ def _lines(path: Path, images: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a list of photographs in UTF-8 text ({error})") from None
+        raise UserError(f"{path}: not a list of photographs in UTF-8 text ({error})") from None
     return [line.strip().removeprefix("./").removeprefix(f"{images.name}/") for line in lines]
 
 
@@ -138,14 +139,14 @@ def photographs(found: Iterable[Found], labels: Callable[[Found], Callable]) -> 
 
 
 def fail(problem: str) -> NoReturn:
-    raise ValueError(problem)
+    raise UserError(problem)
 
 
 def below(folder: Path, name: str, place: str) -> Path:
     """`folder / name`. Raises ValueError, beginning with `place`, if that would lead out of the folder."""
     path = PurePosixPath(name)
     if not path.parts or Path(name).anchor or ".." in path.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{place}: {name[:80]!r} is no path below the folder")
+        raise UserError(f"{place}: {name[:80]!r} is no path below the folder")
     return folder / path
 
 
@@ -164,10 +165,10 @@ def without(vocabulary: Vocabulary, ignored: str, place: str) -> tuple[Vocabular
     # A name may hold commas itself.
     names = [ignored] if ignored in vocabulary.names else [name.strip() for name in ignored.split(",") if name.strip()]
     if unknown := [name for name in names if name not in vocabulary.names]:
-        raise ValueError(f"{place}: has no class {unknown[0]!r} to ignore; it has {', '.join(vocabulary.names[:20])}")
+        raise UserError(f"{place}: has no class {unknown[0]!r} to ignore; it has {', '.join(vocabulary.names[:20])}")
     kept = tuple(word for word in vocabulary.words if word.name not in names)
     if not kept:
-        raise ValueError(f"{place}: all classes are ignored")
+        raise UserError(f"{place}: all classes are ignored")
     place_of = {word.name: label for label, word in enumerate(kept)}
     return Vocabulary(kept, vocabulary.templates), [place_of.get(name, -1) for name in vocabulary.names]
 
@@ -177,4 +178,4 @@ def vocabulary_of(names: Sequence[str], place: str) -> Vocabulary:
     try:
         return Vocabulary(tuple(Word(name) for name in names))
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise UserError(f"{place}: {error}") from None

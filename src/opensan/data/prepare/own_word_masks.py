@@ -18,6 +18,7 @@ from opensan.data.prepare.own_photographs import (
     without,
 )
 from opensan.data.prepare.source import Reader, Source
+from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
@@ -37,7 +38,7 @@ def open_word_masks(folder: Path, *, ignored: str = "") -> Source:
     for place, word, file in found_masks:
         files[place].append((word, file))
     if not files:
-        raise ValueError(f"{masks}: no mask of a photograph; they are masks/NAME/WORD.png or masks/WORD/NAME.png")
+        raise UserError(f"{masks}: no mask of a photograph; they are masks/NAME/WORD.png or masks/WORD/NAME.png")
     for place, one in by_place.items():
         if place not in files:
             one.problem = (
@@ -93,7 +94,7 @@ def _vocabulary(classes: Path, masks: Path, words: Sequence[str]) -> Vocabulary:
     vocabulary = Vocabulary.from_file(classes)
     known = {text for word in vocabulary.words for text in (word.name, *word.synonyms)}
     if unknown := sorted(set(words) - known):
-        raise ValueError(f"{masks}: there are masks of {unknown[0]!r}, which is not in {classes}")
+        raise UserError(f"{masks}: there are masks of {unknown[0]!r}, which is not in {classes}")
     return vocabulary
 
 
@@ -120,7 +121,7 @@ def _inside(pixels: np.ndarray, file: Path) -> np.ndarray:
     brightest = int(pixels.max())
     half = 1 if brightest <= 1 else (int(np.iinfo(pixels.dtype).max) + 1) // 2
     if 1 < brightest < half:
-        raise ValueError(
+        raise UserError(
             f"{file}: its brightest pixel is {brightest}; a mask is black and white (0 and 255, or 0 and 1)"
         )
     return pixels >= half

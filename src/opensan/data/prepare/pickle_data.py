@@ -9,6 +9,8 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
+from opensan.errors import UserError
+
 _HARMLESS = {"numpy", "_codecs"}
 """What data files use to make arrays. A file that names any other module was not written as data."""
 _IGNORED = {"PROTO", "FRAME", "STOP"}
@@ -48,11 +50,11 @@ def read_pickle_data(path: Path) -> Any:
             # A map: a length that the file claims can't make more be read than the file holds.
             return _follow(content)
     except _Refused as error:
-        raise ValueError(f"{path}: refused: it asks for {error}; nothing of it was run") from None
+        raise UserError(f"{path}: refused: it asks for {error}; nothing of it was run") from None
     except OSError as error:
-        raise ValueError(f"{path}: can't be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged pickle can fail in any way: IndexError, TypeError, UnicodeDecodeError, ...
-        raise ValueError(f"{path}: not a readable pickle ({' '.join(str(error).split())[:100]})") from None
+        raise UserError(f"{path}: not a readable pickle ({' '.join(str(error).split())[:100]})") from None
 
 
 class _Refused(Exception):
@@ -107,7 +109,7 @@ class _Machine:
         elif name == "POP_MARK":
             self._since_mark()
         else:
-            raise ValueError(f"unexpected instruction {name}")
+            raise UserError(f"unexpected instruction {name}")
 
     def _since_mark(self) -> list[Any]:
         items = []

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from opensan.errors import UserError
 from opensan.vocabulary import UNLABELLED, Vocabulary, ready_source_ids
 
 WRONG = -2
@@ -28,7 +29,7 @@ def read_list(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors mark UTF-8 at the start
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable list ({error})") from None
+        raise UserError(f"{path}: not a readable list ({error})") from None
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
@@ -39,23 +40,23 @@ def read_png(path: Path, modes: Iterable[str]) -> np.ndarray:
     try:
         with Image.open(path, formats=["PNG"]) as file:
             if file.mode not in modes:
-                raise ValueError(f"{path}: a PNG of mode {file.mode}, not of {' or '.join(modes)}")
+                raise UserError(f"{path}: a PNG of mode {file.mode}, not of {' or '.join(modes)}")
             if file.width * file.height > MAX_PIXELS:
-                raise ValueError(f"{path}: {file.width} x {file.height} is more than {MAX_PIXELS:,} pixels")
+                raise UserError(f"{path}: {file.width} x {file.height} is more than {MAX_PIXELS:,} pixels")
             return np.asarray(file)
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such label file") from None
+        raise UserError(f"{path}: there is no such label file") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable PNG ({error})") from None
+        raise UserError(f"{path}: not a readable PNG ({error})") from None
 
 
 def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
     """Stored values [H, W] as labels, by a table value -> label. Raises ValueError on a value that is `WRONG`."""
     if (largest := int(values.max())) >= len(table):
-        raise ValueError(f"{path}: holds the value {largest}, the format ends at {len(table) - 1}")
+        raise UserError(f"{path}: holds the value {largest}, the format ends at {len(table) - 1}")
     labels = table[values]
     if (labels == WRONG).any():
-        raise ValueError(f"{path}: holds the value {values[labels == WRONG][0]}, which the format does not have")
+        raise UserError(f"{path}: holds the value {values[labels == WRONG][0]}, which the format does not have")
     return labels
 
 
@@ -79,7 +80,7 @@ def table_of(label_set: str) -> np.ndarray:
             return _table(460, UNLABELLED, ready_source_ids(label_set))
         case "ade20k_847":  # of the 3,000 and more that two colours encode
             return _table(26 * 256, UNLABELLED, ready_source_ids(label_set))
-    raise ValueError(f"no files are known that store {label_set}")
+    raise UserError(f"no files are known that store {label_set}")
 
 
 def _table(size: int, otherwise: int, values: Iterable[int], unlabelled: Iterable[int] = ()) -> np.ndarray:

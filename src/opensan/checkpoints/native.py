@@ -1,0 +1,85 @@
+"""Our checkpoint: a folder with model.safetensors and config.json, strict both ways."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from opensan.checkpoints.official import check_keys
+from opensan.config import CONFIG_NAME, EXPORT_NAME, ModelConfig, read_config
+from opensan.errors import UserError
+from opensan.files import atomic_paths
+from opensan.model import SAN, build_san
+
+WEIGHTS_NAME = "model.safetensors"
+
+
+class _LeftEmpty(TorchFunctionMode):
+    """Nothing is drawn for tensors without memory: torch would import its compiler, for a second, to do nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
+def build_empty(config: ModelConfig) -> SAN:
+    """A SAN whose parameters have shapes but no memory: for tables, counts, and to be filled by `fill`."""
+    with torch.device("meta"), _LeftEmpty():
+        return build_san(config)
+
+
+def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
+    """Build a SAN from `state` (our names). Raises ValueError naming what is missing, surplus or of a wrong kind."""
+    model = build_empty(config)
+    expected = model.state_dict()
+    check_keys(expected.keys(), state.keys(), source)
+    for name, tensor in expected.items():
+        found = state[name]
+        if found.shape != tensor.shape:
+            raise UserError(
+                f"{source}: {name} has shape {tuple(found.shape)}, config.json asks for {tuple(tensor.shape)}"
+            )
+        if not found.is_floating_point():
+            raise UserError(f"{source}: {name} holds {found.dtype}, not floating-point numbers")
+    # Weights may be stored in half precision to be small; they are computed with in float32.
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True, assign=True)
+    return model
+
+
+def load_folder(folder: Path, weights: Path | None = None) -> SAN:
+    """Load `folder`/config.json with `weights` (default: `folder`/model.safetensors). Raises ValueError, one line."""
+    if weights is None and (folder / EXPORT_NAME).exists():
+        raise UserError(
+            f"{folder}: an exported model, which `opensan segment`, `serve`, `ui` and opensan.load run; "
+            "this needs the model that it was made from"
+        )
+    config = read_config(folder / CONFIG_NAME)
+    weights = weights or folder / WEIGHTS_NAME
+    try:
+        state = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{weights}: not a readable safetensors file ({error})") from None
+    return fill(config, state, str(weights))
+
+
+def save_folder(model: SAN, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Path:
+    """Write `model` to `folder`, the weights stored as `dtype`. Returns the folder.
+
+    A model that is there already is replaced when the new one is on disk. Of a process that is killed while it does
+    so, there may remain a folder without configuration, never the weights of one model with that of another.
+    Raises OSError, one line, when a file cannot be written; the old ones are then still there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_paths(folder / WEIGHTS_NAME, folder / CONFIG_NAME) as (weights, config):
+        try:
+            save_file(state, weights)
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS_NAME}: cannot be written ({error})") from None
+        config.write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,235 @@
+"""What a model is made of and what an image costs: parameters, multiply-adds by part, memory, images a second.
+
+Operations are counted from what really runs, without memory (on torch's meta device), so a cheaper way of computing the
+same shows here. Letters: Q queries, K words, H W the padded network image.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from opensan.assemble.labels import label_map
+from opensan.checkpoints import build_empty, load_model, random_model
+from opensan.config import PRESETS, ModelConfig
+from opensan.model import SAN
+from opensan.segmenters.san import SanSegmenter
+from opensan.structures import ImageSizes, Proposals, TextClassifier
+from opensan.train.log import peak_memory_mib
+from opensan.vocabulary import Vocabulary
+
+OFFICIAL_SIZE = (640, 640)
+
+OFFICIAL = {
+    "san-vit-b16": {"trained": 8_370_866, "paper_trained": 8.4e6, "paper": 64.3e9, "code": 63.3e9},
+    "san-vit-l14": {"trained": 9_321_650, "code": 396.8e9},
+}
+"""Trained parameters, and multiply-adds at 640x640 without the label map: as the paper states them, and as the official
+code was measured."""
+
+LABEL_MAP = "label map"
+MOST_SECONDS = 10.0
+LEAST_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of a part of the model."""
+
+    total: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One image at a time through the whole of `SanSegmenter.segment`, with words that are embedded already."""
+
+    images_per_second: float
+    """From the median."""
+    seconds: tuple[float, ...]
+    """Of each run."""
+    peak_memory_mib: float
+    """Of the device where it counts it, else of this process, everything included; nan where the system cannot say."""
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The report on a model."""
+
+    model: str
+    size: tuple[int, int]
+    """Height and width of the padded network image, which is also the answer's size."""
+    words: int
+    parameters: dict[str, Parameters]
+    """By part; "all" is their sum."""
+    multiply_adds: dict[str, int]
+    """By part, for one image; the label map's is for flat class probabilities, the worst case."""
+    speed: Timing
+
+    @property
+    def multiply_adds_without_label_map(self) -> int:
+        """What papers count."""
+        return sum(count for part, count in self.multiply_adds.items() if part != LABEL_MAP)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        total = self.multiply_adds_without_label_map
+        plain = asdict(self)
+        plain["multiply_adds_without_label_map"] = total
+        plain["flops_without_label_map"] = 2 * total
+        plain["official"] = OFFICIAL.get(self.model)
+        return plain
+
+
+def profile(source: str, *, size: tuple[int, int] = OFFICIAL_SIZE, words: int = 171, device: str = "cpu") -> Profile:
+    """Profile a model.
+
+    Args:
+        source: as for `opensan.load`. Presets are built with random weights, which cost as much as trained ones.
+        size: height and width of the network image; sides are rounded up to what the model can take.
+        words: K, embedded already.
+        device: where speed and memory are measured.
+
+    Raises:
+        ValueError: an unknown model or device; one line.
+    """
+    model = random_model(source, 0) if source in PRESETS else load_model(source)
+    config = model.config
+    divisor = config.image.size_divisor
+    size = tuple(-(-side // divisor) * divisor for side in size)
+    return Profile(
+        model=config.name,
+        size=size,
+        words=words,
+        parameters=count_parameters(model),
+        multiply_adds=count_multiply_adds(config, size, words),
+        speed=measure_speed(model, size, words, device),
+    )
+
+
+def count_parameters(model: SAN) -> dict[str, Parameters]:
+    """Parameters by part, "all" last."""
+    parts = {
+        "CLIP image tower": "clip.visual.",
+        "CLIP text tower": "clip.",
+        "side adapter": "side_adapter.",
+        "no-object embedding": "no_object_embedding",
+    }
+    found = {part: [0, 0] for part in parts}
+    for name, parameter in model.named_parameters():
+        part = next(part for part, prefix in parts.items() if name.startswith(prefix))
+        found[part][0] += parameter.numel()
+        found[part][1] += parameter.numel() * parameter.requires_grad
+    total, trained = (sum(counts) for counts in zip(*found.values(), strict=True))
+    return {part: Parameters(*counts) for part, counts in found.items()} | {"all": Parameters(total, trained)}
+
+
+def count_multiply_adds(config: ModelConfig, size: tuple[int, int], words: int) -> dict[str, int]:
+    """Multiply-adds of matrix products, convolutions and attention for one image of `size` (H, W), by part.
+
+    The label map is counted on random masks and flat class probabilities; all else depends on sizes alone.
+    """
+    model = build_empty(config)
+    embed_dim = config.clip.embed_dim
+    pixels = torch.empty(1, 3, *size, device="meta")
+    blocks = config.side_adapter.supervised_blocks[-1:]
+    rows = torch.empty(words, embed_dim, device="meta")
+    text = TextClassifier(rows, torch.arange(words), words)
+    with torch.no_grad():
+        shallow, features = _counted(lambda: model.shallow_features(pixels))
+        side, _ = _counted(lambda: model.side_adapter(pixels, features, blocks))
+        whole, proposals = _counted(lambda: model.propose(pixels))
+        classification, _ = _counted(lambda: model.classify(proposals, text))
+    adapter = {part: side.of(f"SideAdapter.{module}") for part, module in _ADAPTER_PARTS.items()}
+    return {
+        "CLIP, shallow layers": shallow.total,
+        "side adapter: patches and positions": side.total - sum(adapter.values()),
+        **adapter,
+        "CLIP, recognition layers": whole.total - shallow.total - side.total,
+        "classification": classification.total,
+        LABEL_MAP: _count_label_map(proposals, size, words),
+    }
+
+
+_ADAPTER_PARTS = {
+    "side adapter: blocks": "blocks",
+    "side adapter: fusion": "fusion",
+    "side adapter: heads": "head",
+}
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Multiply-adds of a call."""
+
+    counter: FlopCounterMode
+
+    @property
+    def total(self) -> int:
+        return self.counter.get_total_flops() // 2
+
+    def of(self, module: str) -> int:
+        """Of the modules below `module`, or of itself if it was called as a whole."""
+        counts = {name: sum(operations.values()) for name, operations in self.counter.get_flop_counts().items()}
+        if module in counts:
+            return counts[module] // 2
+        depth = module.count(".") + 1
+        below = (count for name, count in counts.items() if name.startswith(module + ".") and name.count(".") == depth)
+        return sum(below) // 2
+
+
+def _counted(call: Callable[[], Any]) -> tuple[_Count, Any]:
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    return _Count(counter), result
+
+
+def _count_label_map(proposals: Proposals, size: tuple[int, int], words: int) -> int:
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.randn(proposals.mask_logits.shape[1:], generator=generator)
+    probabilities = torch.rand(len(masks), words, generator=generator).softmax(dim=1)
+    return _counted(lambda: label_map(masks, probabilities, ImageSizes(size, size, size)))[0].total
+
+
+class _EmbeddedWords:
+    """Stands in for a text encoder that has embedded the words already."""
+
+    def __init__(self, words: int, embed_dim: int, device: torch.device) -> None:
+        rows = F.normalize(torch.randn(words, embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
+        self._classifier = TextClassifier(rows.to(device), torch.arange(words, device=device), words)
+
+    def classifier(self, vocabulary: Vocabulary) -> TextClassifier:
+        return self._classifier
+
+
+def measure_speed(model: SAN, size: tuple[int, int], words: int, device: str = "cpu") -> Timing:
+    """Time `SanSegmenter.segment` on an image of noise whose network image is itself, of `size` (H, W)."""
+    image = model.config.image.model_copy(update={"short_side": min(size), "long_side": max(size)})
+    model.config = model.config.model_copy(update={"image": image})
+    segmenter = SanSegmenter(model, device=device, text_cache=False)
+    segmenter.text = _EmbeddedWords(words, model.config.clip.embed_dim, segmenter.device)
+    vocabulary = Vocabulary.parse([f"word {number}" for number in range(words)])
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    if segmenter.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(segmenter.device)
+    segmenter.segment(noise, vocabulary)
+    seconds = []
+    while len(seconds) < LEAST_RUNS or (sum(seconds) < MOST_SECONDS and len(seconds) < 50):
+        start = time.perf_counter()
+        segmenter.segment(noise, vocabulary)  # answers in the host's memory, so nothing is still running
+        seconds.append(time.perf_counter() - start)
+    return Timing(
+        images_per_second=1 / statistics.median(seconds),
+        seconds=tuple(seconds),
+        peak_memory_mib=peak_memory_mib(segmenter.device),
+        device=str(segmenter.device),
+        threads=torch.get_num_threads(),
+    )

@@ -1,0 +1,125 @@
+"""Running a model over a labelled data set, one photograph after the other: what a training's validation needs.
+
+`opensan.evaluate.measure` does the same for whole benchmarks.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from opensan.assemble.labels import label_map
+from opensan.data.dataset import SegmentationDataset
+from opensan.evaluate.metrics import Confusion, Counts, SegmentationMetrics
+from opensan.images import prepare
+from opensan.model import SAN
+from opensan.segmenters.san import SanSegmenter
+from opensan.structures import TextClassifier
+from opensan.text.encoder import TextEncoder
+from opensan.vocabulary import UNLABELLED, Vocabulary
+
+Predictor = Callable[[np.ndarray], np.ndarray]
+"""Photograph [H, W, 3] uint8 RGB -> labels [H, W] integers, -1 where no word is given."""
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One photograph's own figures."""
+
+    index: int
+    """In the data set."""
+    name: str
+    miou: float
+    """Mean IoU over the classes in its ground truth, in [0, 1]; nan if it has none."""
+    pixel_accuracy: float
+    """Share of its labelled pixels with the right class, in [0, 1]; nan if it has none."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model was measured at."""
+
+    metrics: SegmentationMetrics
+    images: int
+    """Photographs that were counted."""
+    broken: tuple[str, ...]
+    """Reasons why the others could not be read."""
+    confusions: tuple[Confusion, ...] = ()
+    """The pairs of classes with the most wrong pixels, most first."""
+    photographs: tuple[Photograph, ...] = ()
+    """Each one's own figures, in the data set's order; empty if they were not kept."""
+
+
+def segmenter_predictor(segmenter: SanSegmenter, vocabulary: Vocabulary) -> Predictor:
+    """Labels as `segmenter.segment` gives them: the protocol is the model's own image configuration."""
+    return lambda image: segmenter.segment(image, vocabulary).labels
+
+
+def model_predictor(model: SAN, text: TextClassifier, words: int) -> Predictor:
+    """The same from a bare model, as in a running training, which a `SanSegmenter` would freeze.
+
+    `words`: how many of the classes are reported; the rest absorb pixels.
+    """
+    device = model.no_object_embedding.device
+
+    @torch.no_grad()
+    def predict(image: np.ndarray) -> np.ndarray:
+        prepared = prepare(image, model.config.image)
+        proposals = model.propose(prepared.pixels.unsqueeze(0).to(device))
+        probabilities = model.classify(proposals, text)[0].softmax(dim=-1)[:, :-1]
+        labels = label_map(proposals.mask_logits[0], probabilities, prepared.sizes).cpu().numpy()
+        return np.where(labels < words, labels, UNLABELLED)
+
+    return predict
+
+
+def dataset_predictor(model: SAN, dataset: SegmentationDataset) -> Predictor:
+    """`model_predictor` for the data set's own words, which are embedded once."""
+    vocabulary = dataset.vocabulary
+    return model_predictor(model, TextEncoder(model).classifier(vocabulary), len(vocabulary.names))
+
+
+def evaluate(
+    predict: Predictor, dataset: SegmentationDataset, *, limit: int | None = None, progress: bool = True
+) -> Evaluation:
+    """Compare predictions with ground truth, one photograph at a time, at each photograph's own size.
+
+    `limit`: only so many photographs, spread evenly over the data set.
+    """
+    names = dataset.vocabulary.names
+    counts = Counts(len(names))
+    images = len(dataset) if limit is None else min(limit, len(dataset))
+    broken = []
+    indices = [index * len(dataset) // images for index in range(images)]
+    for index in track(indices, "evaluating", console=Console(stderr=True), disable=not progress, transient=True):
+        try:
+            image, truth = dataset[index]
+        except (OSError, ValueError) as error:
+            broken.append(f"{dataset.name(index)}: {error}")
+            continue
+        counts.update(truth, predict(image))
+    confusions = tuple(counts.worst_confusions(names))
+    return Evaluation(counts.metrics(names), images - len(broken), tuple(broken), confusions)
+
+
+def validation(
+    model: SAN, dataset: SegmentationDataset, *, limit: int | None = None
+) -> Callable[[int], Mapping[str, float]]:
+    """For `opensan.train`: measures the model, as it is then, after so many steps. Warns of unreadable photographs."""
+    predict = dataset_predictor(model, dataset)
+
+    def measure(_step: int) -> Mapping[str, float]:
+        found = evaluate(predict, dataset, limit=limit, progress=False)
+        if found.broken:
+            warnings.warn(
+                f"validation leaves out photographs that can't be read ({len(found.broken)} of "
+                f"{found.images + len(found.broken)}), the first is {found.broken[0]}",
+                stacklevel=2,
+            )
+        return found.metrics.summary()
+
+    return measure

@@ -1,0 +1,157 @@
+"""The model in the pieces that are exported, each a module of tensors alone, with an example of its input.
+
+Letters: B batch, Q queries, K words, R text rows, D embedding, H W image, h w mask grid, H0 W0 the answer,
+N nodes of a prompt tree, P prompts, S rows of the word that has most.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from opensan.config import ModelConfig
+from opensan.errors import UserError
+from opensan.model import SAN
+from opensan.model.backbones.clip_vit import WIDEST_WINDOW
+from opensan.structures import PromptTree, Proposals, TextClassifier
+
+LARGEST_SIDE = 4096
+"""Pixels of the network image up to which the steps of an exported graph are known to suffice."""
+
+
+class ImageGraph(nn.Module):
+    """pixels [B, 3, H, W] -> mask logits [B, Q, h, w], mask embeddings [B, Q, D]."""
+
+    def __init__(self, model: SAN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        proposals = self.model.propose(pixels)
+        return proposals.mask_logits, proposals.mask_embeddings
+
+
+class WordGraph(nn.Module):
+    """Mask embeddings [Q, D], text rows [R, D] and each word's rows [K, S] -> class probabilities [Q, K].
+
+    A word with fewer rows than S repeats one: the best of its rows is its logit.
+    """
+
+    def __init__(self, model: SAN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, mask_embeddings: Tensor, rows: Tensor, rows_of_word: Tensor) -> Tensor:
+        proposals = Proposals(mask_logits=mask_embeddings, mask_embeddings=mask_embeddings.unsqueeze(0))
+        one_class_a_row = TextClassifier(rows, rows_of_word, rows.shape[0])
+        logits = self.model.classify(proposals, one_class_a_row)[0]
+        words = logits[:, :-1][:, rows_of_word].amax(dim=2)
+        return torch.cat([words, logits[:, -1:]], dim=1).softmax(dim=1)[:, :-1]
+
+
+class LabelGraph(nn.Module):
+    """A band of the label map, and the scores of its labels, both [rows, W0], from class probabilities [Q, K].
+
+    `down` [rows, h] and `across` [W0, w] resize the mask logits [Q, h, w]; scores may exceed 1.
+    """
+
+    def forward(self, probabilities: Tensor, mask_logits: Tensor, down: Tensor, across: Tensor) -> tuple[Tensor, ...]:
+        masks = (down @ mask_logits @ across.T).sigmoid()
+        scores = probabilities.T @ masks.flatten(1)
+        labels = scores.argmax(dim=0).to(torch.int32)
+        return labels.view(masks.shape[1:]), scores.amax(dim=0).view(masks.shape[1:])
+
+
+class TextGraph(nn.Module):
+    """A prompt tree (tokens [N], depth [N], sees [N, N], ends [P]) -> unit text embeddings [P, D]."""
+
+    def __init__(self, model: SAN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, depth: Tensor, sees: Tensor, ends: Tensor) -> Tensor:
+        return self.model.embed_prompt_tree(PromptTree(tokens, depth, sees, ends))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A piece to be exported."""
+
+    module: nn.Module
+    example: dict[str, Tensor]
+    """Input name -> a tensor of its kind; no dimension that may change is 1."""
+    dynamic: dict[str, tuple[int, ...]]
+    """Input name -> the dimensions that may change."""
+    outputs: tuple[str, ...]
+
+    def program(self) -> ExportedProgram:
+        """The piece as torch.export sees it. Gradients are off: attention would be another operation with them."""
+        shapes = {name: {dim: Dim.DYNAMIC for dim in dims} for name, dims in self.dynamic.items()}
+        with torch.no_grad():
+            return torch.export.export(self.module, tuple(self.example.values()), dynamic_shapes=shapes, strict=False)
+
+
+def graphs(model: SAN, *, text: bool) -> dict[str, Graph]:
+    """Name -> piece: "image", "words", "labels", and "text" if wanted. `model` is in evaluation mode.
+
+    Raises ValueError if a graph for all sizes cannot hold this model.
+    """
+    config = model.config
+    _check_windows(config)
+    divisor, queries, dimension = config.image.size_divisor, config.side_adapter.queries, config.clip.embed_dim
+    found = {
+        "image": Graph(
+            ImageGraph(model),
+            {"pixels": torch.zeros(2, 3, 3 * divisor, 4 * divisor)},
+            {"pixels": (0, 2, 3)},
+            ("mask_logits", "mask_embeddings"),
+        ),
+        "words": Graph(
+            WordGraph(model),
+            {
+                "mask_embeddings": torch.zeros(queries, dimension),
+                "rows": torch.zeros(7, dimension),
+                "rows_of_word": torch.zeros(5, 2, dtype=torch.int64),
+            },
+            {"mask_embeddings": (), "rows": (0,), "rows_of_word": (0, 1)},
+            ("probabilities",),
+        ),
+        "labels": Graph(
+            LabelGraph(),
+            {
+                "probabilities": torch.zeros(queries, 5),
+                "mask_logits": torch.zeros(queries, 6, 8),
+                "down": torch.zeros(9, 6),
+                "across": torch.zeros(11, 8),
+            },
+            {"probabilities": (1,), "mask_logits": (1, 2), "down": (0, 1), "across": (0, 1)},
+            ("labels", "scores"),
+        ),
+    }
+    if text:
+        found["text"] = Graph(
+            TextGraph(model),
+            {
+                "tokens": torch.zeros(5, dtype=torch.int64),
+                "depth": torch.arange(5),
+                "sees": torch.ones(5, 5, dtype=torch.bool).tril(),
+                "ends": torch.tensor([2, 3, 4]),
+            },
+            {"tokens": (0,), "depth": (0,), "sees": (0, 1), "ends": (0,)},
+            ("embeddings",),
+        )
+    return found
+
+
+def _check_windows(config: ModelConfig) -> None:
+    """Raises ValueError if the attention bias is pooled from wider windows than an exported graph looks at."""
+    for side in range(config.image.size_divisor, LARGEST_SIDE + 1, config.image.size_divisor):
+        whole = side // config.side_adapter.patch_size
+        size = int(side * config.clip_scale) // config.clip.vision.patch_size
+        widest = max(-(-(place + 1) * whole // size) - place * whole // size for place in range(size))
+        if widest > WIDEST_WINDOW:
+            raise UserError(
+                f"{config.name}: its side network's grid is {whole / size:.1f} times as fine as "
+                "CLIP's, and an exported model's may be twice as fine at most"
+            )

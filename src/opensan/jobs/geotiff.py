@@ -1,0 +1,393 @@
+"""Rasters of any size, read and written by window: GeoTIFF in; GeoTIFF label raster and GeoJSON polygons out.
+
+Needs rasterio (the extra `geo`). What it opens is restricted to single files of formats that carry their own pixels:
+a format that names other files or addresses would make a picture from outside a way to read them.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opensan.errors import UserError
+from opensan.files import atomic_path
+from opensan.jobs.strips import StripFile, label_dtype
+from opensan.outputs import UNLABELLED_COLOUR, palette
+from opensan.outputs.polygons import Region, regions_of_strips, signed_area
+
+if TYPE_CHECKING:
+    from affine import Affine
+    from rasterio.crs import CRS
+    from rasterio.io import DatasetReader
+    from rasterio.windows import Window
+
+BEGINNINGS = {
+    b"II*\0": "GTiff",
+    b"MM\0*": "GTiff",
+    b"II+\0": "GTiff",
+    b"MM\0+": "GTiff",
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"\0\0\0\x0cjP": "JP2OpenJPEG",
+    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
+}
+"""How files begin that are opened, and GDAL's name of their format."""
+
+CACHE_MEGABYTES = 256
+"""What GDAL may keep of an image's blocks: two rows of tiles of an image that is stored by rows."""
+
+BLOCK = 512
+"""Side of the label raster's blocks, in pixels."""
+
+SAMPLE_SIDE = 1024
+"""Percentiles are those of the image reduced to so many pixels a side."""
+
+LONGITUDE_LATITUDE = "EPSG:4326"
+"""What GeoJSON's coordinates are (RFC 7946), in rasterio's order: longitude first."""
+
+POLYGONS_AT_ONCE = 2000
+"""So many are transformed and written together."""
+
+STRIP_PIXELS = 2**22
+"""So many labels are looked at together while regions are outlined."""
+
+
+@contextmanager
+def gdal() -> Iterator[None]:
+    """What all work with rasters happens in: bounded memory, and no word about images without coordinates.
+
+    Raises ValueError, one line, if rasterio is not installed.
+    """
+    try:
+        import rasterio
+        from rasterio.errors import NotGeoreferencedWarning
+    except ImportError:
+        raise UserError("rasters need rasterio: pip install 'opensan[geo]'") from None
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_MEGABYTES), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+class GeoRaster:
+    """An image file as a `tiles.Raster`: three of its bands as 8-bit RGB, read by window. Use within `gdal()`.
+
+    Bands are the red, green and blue ones if the file names them, else the first three, or the first for all three
+    colours. Other than 8-bit values are stretched between percentiles of each band.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        bands: Sequence[int] | None = None,
+        stretch: tuple[float, float] | None = None,
+    ) -> None:
+        """Open `path`.
+
+        Args:
+            path: a GeoTIFF, PNG, JPEG or JPEG 2000 file.
+            bands: one or three bands to see as red, green and blue, counted from 1.
+            stretch: percentiles that become black and white; None leaves 8-bit values alone and is 2, 98 for others.
+
+        Raises:
+            ValueError: one line; the file cannot be read so.
+        """
+        import rasterio
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: {'not a file' if self.path.exists() else 'does not exist'}")
+        try:
+            self._file = rasterio.open(self.path.absolute(), driver=_format(self.path))
+        except (rasterio.errors.RasterioIOError, OSError) as error:
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise UserError(f"{self.path}: can't be read ({reason})") from None
+        self.size = (self._file.height, self._file.width)
+        self.bands = self._chosen(bands)
+        self._has_gaps = any(
+            rasterio.enums.MaskFlags.all_valid not in self._file.mask_flag_enums[band - 1] for band in self.bands
+        )
+        self._colours = self._palette()
+        self._ranges = self._stretched(stretch)
+        self.stretch = None if self._ranges is None else [limit.tolist() for limit in self._ranges]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @property
+    def crs(self) -> "CRS | None":
+        """The coordinate reference system; None without one."""
+        return self._file.crs
+
+    @property
+    def transform(self) -> "Affine":
+        """From (column, row) to coordinates of `crs`."""
+        return self._file.transform
+
+    def read(self, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """A window's pixels, uint8 RGB [height, width, 3], and which have data, bool [height, width]; None if all do.
+
+        Raises ValueError, one line, where the file is damaged.
+        """
+        from rasterio.windows import Window
+
+        values, valid = self._read(Window(left, top, width, height))
+        return self._to_rgb(values), valid
+
+    def reduced(self, longest_side: int) -> np.ndarray:
+        """The whole image, uint8 RGB, every so-many-th pixel of it: no side is longer than `longest_side`."""
+        return self._to_rgb(self._sampled(longest_side)[0])
+
+    def _read(self, window: "Window | None" = None, shape: tuple[int, int] | None = None) -> tuple[np.ndarray, Any]:
+        """A window's values as stored, [C, H, W], and which pixels have data, bool [H, W]; None if all do.
+
+        With `shape` (H, W) it is every so-many-th pixel.
+        """
+        import rasterio
+
+        try:
+            values = self._file.read(list(self.bands), window=window, out_shape=shape and (len(self.bands), *shape))
+            valid = self._file.dataset_mask(window=window, out_shape=shape) > 0 if self._has_gaps else None
+        except rasterio.errors.RasterioIOError as error:
+            raise UserError(f"{self.path}: damaged ({' '.join(str(error.__cause__ or error).split())})") from None
+        if values.dtype.kind == "f":
+            finite = np.isfinite(values).all(axis=0)
+            valid = finite if valid is None else valid & finite
+        return values, valid
+
+    def _sampled(self, longest_side: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """As `_read`, of the whole image reduced to `longest_side`.
+
+        From the file's overviews if it has some. Otherwise GDAL would decode each block again for every row that is
+        taken from it, and keep what it decoded: 150 s and 2.3 GiB for 20,000 x 20,000 pixels stored as JPEG.
+        """
+        from rasterio.windows import Window
+
+        shape = reduced_size(self.size, longest_side)
+        if self._file.overviews(self.bands[0]):
+            return self._read(shape=shape)
+        (height, width), block = self.size, self._file.block_shapes[self.bands[0] - 1][0]
+        at_once = block * max(1, BLOCK // block)
+        rows, columns = (
+            ((np.arange(some) + 0.5) * all / some).astype(int) for some, all in zip(shape, self.size, strict=True)
+        )
+        values, valid = [], []
+        for top in range(0, height, at_once):
+            wanted = rows[(rows >= top) & (rows < top + at_once)] - top
+            if len(wanted):
+                found, has_data = self._read(Window(0, top, width, min(at_once, height - top)))
+                values.append(found[:, wanted][:, :, columns])
+                valid.append(None if has_data is None else has_data[wanted][:, columns])
+        return np.concatenate(values, axis=1), None if valid[0] is None else np.concatenate(valid)
+
+    def _to_rgb(self, values: np.ndarray) -> np.ndarray:
+        """Bands [C, H, W] as uint8 RGB [H, W, 3]."""
+        if self._colours is not None:
+            return self._colours[values[0]]
+        if self._ranges is not None:
+            low, high = (limit[:, None, None] for limit in self._ranges)
+            values = np.nan_to_num((values.astype(np.float32) - low) * (255 / (high - low)))
+            values = values.clip(0, 255).round().astype(np.uint8)
+        values = values if len(values) == 3 else np.repeat(values[:1], 3, axis=0)
+        return np.ascontiguousarray(values.transpose(1, 2, 0))
+
+    def _chosen(self, bands: Sequence[int] | None) -> tuple[int, ...]:
+        from rasterio.enums import ColorInterp
+
+        count = self._file.count
+        if bands is not None:
+            if len(bands) not in (1, 3) or not all(1 <= band <= count for band in bands):
+                listed = ",".join(map(str, bands))
+                raise UserError(f"{self.path}: bands {listed}: choose one or three, of 1 to {count}")
+            return tuple(bands)
+        named = self._file.colorinterp
+        colours = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+        if all(colour in named for colour in colours):
+            return tuple(named.index(colour) + 1 for colour in colours)
+        return (1, 2, 3) if count >= 3 else (1,)
+
+    def _palette(self) -> np.ndarray | None:
+        """[256, 3] uint8: the colours of an image that stores their numbers; None for others."""
+        from rasterio.enums import ColorInterp
+
+        band = self.bands[0]
+        if len(self.bands) > 1 or self._file.colorinterp[band - 1] != ColorInterp.palette:
+            return None
+        if self._file.dtypes[band - 1] != "uint8":
+            raise UserError(f"{self.path}: a palette of more than 256 colours is not supported")
+        colours = self._file.colormap(band)
+        return np.array([colours.get(value, (0, 0, 0))[:3] for value in range(256)], dtype=np.uint8)
+
+    def _stretched(self, percentiles: tuple[float, float] | None) -> tuple[np.ndarray, np.ndarray] | None:
+        """Values [C] that become 0, and 255; None if values stay as they are."""
+        dtypes = {self._file.dtypes[band - 1] for band in self.bands}
+        if any(dtype.startswith("complex") for dtype in dtypes):
+            raise UserError(f"{self.path}: complex numbers are not an image")
+        if self._colours is not None or (percentiles is None and dtypes == {"uint8"}):
+            return None
+        sample, valid = self._sampled(SAMPLE_SIDE)
+        values = [band if valid is None else band[valid] for band in sample]
+        empty = [self._file.nodatavals[band - 1] for band in self.bands]  # may be marked in one band only
+        values = [band[np.isfinite(band) & (band != none)] for band, none in zip(values, empty, strict=True)]
+        if not all(map(len, values)):
+            raise UserError(f"{self.path}: a band has no data")
+        limits = np.array([np.percentile(band, percentiles or (2, 98)) for band in values], dtype=np.float32)
+        low, high = limits.T
+        return low, np.maximum(high, low + 1e-6 * np.maximum(1, np.abs(low)))  # a band of one value: no division by 0
+
+
+def _format(path: Path) -> str:
+    """GDAL's name of a file's format. Raises ValueError if it is none that is opened, OSError if it can't be read."""
+    with path.open("rb") as file:
+        beginning = file.read(12)
+    for known, name in BEGINNINGS.items():
+        if beginning.startswith(known):
+            return name
+    raise UserError(f"{path}: not a GeoTIFF, PNG, JPEG or JPEG 2000 image")
+
+
+def reduced_size(size: tuple[int, int], longest_side: int) -> tuple[int, int]:
+    """`size` (H, W) shrunk, if need be, so that no side is longer than `longest_side`; no side less than 1."""
+    scale = min(1, longest_side / max(size))
+    height, width = (max(1, round(side * scale)) for side in size)
+    return height, width
+
+
+def write_labels(
+    path: str | os.PathLike,
+    strips: StripFile,
+    raster: GeoRaster,
+    names: Sequence[str],
+    advance: Callable[[int], None] = lambda rows: None,
+) -> np.ndarray:
+    """Write finished strips as a GeoTIFF with the raster's coordinates, all or nothing; count pixels on the way.
+
+    One band, compressed, in blocks, with overviews; each word's colour is in the palette (up to 255 words), and the
+    words are in the tag WORDS, a JSON list. Unlabelled is "no data", the highest value.
+
+    Returns:
+        [K] int64: pixels of each word.
+    """
+    import rasterio
+    from rasterio.enums import Resampling
+    from rasterio.windows import Window
+
+    (height, width), dtype = raster.size, label_dtype(len(names))
+    pixels = np.zeros(np.iinfo(dtype).max + 1, dtype=np.int64)
+    profile = {
+        "driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": dtype,
+        "nodata": np.iinfo(dtype).max, "crs": raster.crs, "transform": raster.transform,
+        "tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK, "compress": "deflate", "bigtiff": "if_safer",
+    }  # fmt: skip
+    with atomic_path(path) as temporary:
+        with rasterio.open(temporary, "w", **profile) as file:
+            if dtype == "uint8":
+                file.write_colormap(1, dict(enumerate([*map(tuple, palette(255).tolist()), UNLABELLED_COLOUR])))
+            file.update_tags(WORDS=json.dumps(list(names), ensure_ascii=False))
+            for top in range(0, height, BLOCK):
+                rows = strips.rows(top, min(height, top + BLOCK))
+                pixels += np.bincount(rows.ravel(), minlength=len(pixels))
+                file.write(rows, 1, window=Window(0, top, width, len(rows)))
+                advance(len(rows))
+        levels = [2**level for level in range(1, max(1, math.ceil(math.log2(max(height, width) / BLOCK))) + 1)]
+        if max(height, width) > BLOCK:
+            with rasterio.open(temporary, "r+") as file:
+                file.build_overviews(levels, Resampling.nearest)
+    return pixels[: len(names)]
+
+
+def reduced_labels(path: str | os.PathLike, longest_side: int) -> np.ndarray:
+    """A label raster, [H, W] int32 with -1 for unlabelled, every so-many-th pixel of it."""
+    import rasterio
+
+    with rasterio.open(path) as file:
+        shape = reduced_size((file.height, file.width), longest_side)
+        labels = file.read(1, out_shape=shape).astype(np.int32)
+        return np.where(labels == file.nodata, np.int32(-1), labels)
+
+
+def square_metres(crs: "CRS | None", transform: "Affine") -> float | None:
+    """The area of a pixel; None if the raster has no coordinates in a plane."""
+    if crs is None or not crs.is_projected:
+        return None
+    return abs(transform.determinant) * crs.linear_units_factor[1] ** 2
+
+
+def write_polygons(
+    path: str | os.PathLike, labels: str | os.PathLike, names: Sequence[str], *, min_pixels: int = 1
+) -> int:
+    """Write a label raster's regions as GeoJSON (RFC 7946), all or nothing.
+
+    A feature is a region of one word whose pixels touch along edges: its polygon follows the pixels' edges, with holes;
+    properties are word, index, pixels and, where coordinates are in a plane, square_metres. Regions of fewer than
+    `min_pixels` pixels are left out. Coordinates are longitude and latitude; of an image without a coordinate reference
+    system they are columns and rows, which GeoJSON has no word for.
+
+    Memory grows with the corners of all polygons, some 100 bytes each, and with the image's width, not its height.
+
+    Returns:
+        How many polygons there are.
+    """
+    import rasterio
+
+    written = 0
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", encoding="utf-8") as out,
+        rasterio.open(labels) as file,
+    ):
+        metres = square_metres(file.crs, file.transform)
+        found = (region for region in regions_of_strips(_label_strips(file)) if region.pixels >= min_pixels)
+        out.write('{"type": "FeatureCollection", "features": [')
+        while some := list(islice(found, POLYGONS_AT_ONCE)):
+            for region, rings in zip(some, _placed(some, file.crs, file.transform), strict=True):
+                properties = {"word": names[region.label], "index": region.label, "pixels": region.pixels}
+                if metres is not None:
+                    properties["square_metres"] = round(region.pixels * metres, 3)
+                geometry = {"type": "Polygon", "coordinates": [ring.tolist() for ring in rings]}
+                feature = {"type": "Feature", "properties": properties, "geometry": geometry}
+                out.write((",\n" if written else "\n") + json.dumps(feature, ensure_ascii=False))
+                written += 1
+        out.write("\n]}\n")
+    return written
+
+
+def _label_strips(file: "DatasetReader") -> Iterator[np.ndarray]:
+    """A label raster from the top, [rows, W] int32 with -1 for unlabelled."""
+    from rasterio.windows import Window
+
+    at_once = max(1, STRIP_PIXELS // file.width)
+    for top in range(0, file.height, at_once):
+        window = Window(0, top, file.width, min(at_once, file.height - top))
+        labels = file.read(1, window=window).astype(np.int32)
+        yield np.where(labels == file.nodata, np.int32(-1), labels)
+
+
+def _placed(some: list[Region], crs: "CRS | None", transform: "Affine") -> Iterator[list[np.ndarray]]:
+    """Closed rings [corners + 1, 2] of each region, as GeoJSON has them; all transformed by one call."""
+    polygons = [[ring[[*range(len(ring)), 0]] for ring in (region.outline, *region.holes)] for region in some]
+    columns, rows = np.concatenate([ring for rings in polygons for ring in rings]).T.astype(np.float64)
+    right, right_by_row, left, down_by_column, down, top = tuple(transform)[:6]
+    x, y = right * columns + right_by_row * rows + left, down_by_column * columns + down * rows + top
+    if crs is not None:
+        from rasterio.warp import transform as between
+
+        x, y = np.round(between(crs, LONGITUDE_LATITUDE, x, y), 8)  # a millimetre
+    placed = np.stack([x, y], axis=1)
+    start = 0
+    for rings in polygons:
+        moved = []
+        for number, ring in enumerate(rings):
+            part = placed[start : start + len(ring)]
+            start += len(ring)
+            # RFC 7946: the outer ring counter-clockwise, holes clockwise.
+            moved.append(part if (signed_area(part[:-1]) > 0) == (number == 0) else part[::-1])
+        yield moved

@@ -1,0 +1,144 @@
+"""Regions that keep from flickering: each frame's proposals are mixed with those before, moved along with the picture.
+
+A query of the model is learned and answers much the same in two neighbouring frames, so query 7's mask of now and of
+before may be averaged as logits, and its embeddings too. Where the picture moved, the mask of before is moved along;
+where it cannot be found again (something new came into view, another scene began), there is no past to mix in.
+No word is involved: what comes out is an encoding like any other. (A matching of queries by mask and embedding instead
+of by number gave the same answers; averages of the words' scores flickered as much, were less often right, and cost
+more with every word.)
+
+Letters: Q queries, D embedding, h w stride-16 grid, FINER h, FINER w the grid on which motion is found.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.ndimage import map_coordinates, uniform_filter
+from scipy.special import expit
+
+from opensan.segmenters.results import Encoding, to_array
+
+PAST = 0.8
+"""The share of the past in the mixture where the picture is found again: an average over about five frames."""
+
+DIFFERENT = 0.3
+"""Of two grey values in network input (of deviation 1): so far apart, they rather show different things."""
+
+CUT = 0.6
+"""When less than this share of the picture is found again, another scene has begun."""
+
+FINER = 4
+"""Motion is found on a grid that is finer than the masks' by this factor."""
+
+LEVELS, ITERATIONS, WINDOW, SMOOTHING, RIDGE = 3, 3, 9, 5, 0.02
+"""Of `motion`: halvings of the picture (and itself), steps on each, sides of the squares in which one displacement is
+sought and then averaged, and what keeps flat areas still (in squared grey values)."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """All that is remembered of the frames before."""
+
+    mask_logits: np.ndarray
+    """[Q, h, w] float32."""
+    mask_embeddings: np.ndarray
+    """[Q, D] float32, unit length."""
+    grey: np.ndarray
+    """[FINER h, FINER w] float32: the frame before."""
+
+
+class Steadier:
+    """Takes a clip's encodings in their order, and gives steadier ones."""
+
+    def __init__(self, past: Past | None = None) -> None:
+        """`past` is an earlier steadier's, to go on from there."""
+        self.past = past
+
+    def steadied(self, encoding: Encoding, pixels: np.ndarray) -> Encoding:
+        """The next frame's encoding, mixed with those before; `pixels` [3, H, W] is the network input it is made of."""
+        masks, embeddings = to_array(encoding.mask_logits), to_array(encoding.mask_embeddings)
+        grid = masks.shape[1:]
+        grey = _grey(to_array(pixels), grid)
+        if self.past is not None:
+            masks, embeddings = _mixed(masks, embeddings, grey, self.past)
+        self.past = Past(masks, embeddings, grey)
+        return replace(encoding, mask_logits=masks, mask_embeddings=embeddings)
+
+
+def _mixed(masks: np.ndarray, embeddings: np.ndarray, grey: np.ndarray, past: Past) -> tuple[np.ndarray, np.ndarray]:
+    flow = motion(grey, past.grey)
+    found = _blocks(_found_again(grey, past.grey, flow), masks.shape[1:])
+    if found.mean() < CUT:
+        return masks, embeddings
+    flow = np.stack([_blocks(one, masks.shape[1:]) for one in flow]) / FINER
+    share = (PAST * found).astype(np.float32)
+    # A query has as much of a past as its region has.
+    weights = expit(masks)
+    of_query = ((weights * share).sum(axis=(1, 2)) / weights.sum(axis=(1, 2)))[:, None]
+    before = np.stack([moved(mask, flow) for mask in past.mask_logits])
+    masks = masks + share * (before - masks)
+    embeddings = embeddings + of_query * (past.mask_embeddings - embeddings)
+    return masks, embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+
+
+def _found_again(now: np.ndarray, before: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """How sure each point [h', w'] is to be seen in the frame before, at `flow` [2, h', w'] from here; in [0, 1]."""
+    place = np.indices(now.shape) + flow
+    limits = np.array(now.shape)[:, None, None] - 0.5
+    inside = ((place >= -0.5) & (place <= limits)).all(axis=0)
+    return inside * np.exp(-np.square((now - moved(before, flow)) / DIFFERENT))
+
+
+def motion(now: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Where the points of `now` were in `before`: rows and columns from here, [2, h', w'] float32; both [h', w'].
+
+    Pyramidal Lucas and Kanade (1981): in each small square one displacement explains the difference best, in the sense
+    of least squares; found on small pictures first, then refined on larger ones.
+    """
+    pyramid = [(now, before)]
+    while len(pyramid) < LEVELS and min(pyramid[-1][0].shape) >= 2 * WINDOW:
+        pyramid.append((_halved(pyramid[-1][0]), _halved(pyramid[-1][1])))
+    flow = np.zeros((2, *pyramid[-1][0].shape), dtype=np.float32)
+    for small_now, small_before in reversed(pyramid):
+        if flow.shape[1:] != small_now.shape:
+            flow = _doubled(flow, small_now.shape)
+        for _ in range(ITERATIONS):
+            step = _step(small_now, moved(small_before, flow))
+            flow = np.stack([uniform_filter(one, SMOOTHING, mode="nearest") for one in flow + step.clip(-1, 1)])
+    return flow
+
+
+def _step(now: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """The displacement [2, h', w'] that lessens the difference most, in the square around each point."""
+    down, across = np.gradient(before)
+    difference = now - before
+    products = (down * down, across * across, down * across, down * difference, across * difference)
+    dd, aa, da, df, af = (uniform_filter(product, WINDOW, mode="nearest") for product in products)
+    dd, aa = dd + RIDGE, aa + RIDGE
+    return np.stack([aa * df - da * af, dd * af - da * df]) / (dd * aa - da * da)
+
+
+def moved(picture: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """`picture` [h', w'] as seen at `flow` [2, h', w'] from each point; its border goes on beyond it."""
+    return map_coordinates(picture, np.indices(picture.shape, dtype=np.float32) + flow, order=1, mode="nearest")
+
+
+def _grey(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    return _blocks(pixels.mean(axis=0), (FINER * grid[0], FINER * grid[1]))
+
+
+def _blocks(picture: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The means of as many equal blocks as `shape` says."""
+    height, width = (side // parts for side, parts in zip(picture.shape, shape, strict=True))
+    return picture.reshape(shape[0], height, shape[1], width).mean(axis=(1, 3))
+
+
+def _halved(picture: np.ndarray) -> np.ndarray:
+    height, width = (side // 2 for side in picture.shape)
+    return _blocks(picture[: 2 * height, : 2 * width], (height, width))
+
+
+def _doubled(flow: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Displacements on a picture of twice as many points each way, give or take one."""
+    place = (np.indices(shape, dtype=np.float32) - 0.5) / 2
+    return 2 * np.stack([map_coordinates(one, place, order=1, mode="nearest") for one in flow])

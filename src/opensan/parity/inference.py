@@ -1,0 +1,112 @@
+"""Does our model answer what the official code answers? Checked on goldens, tensor by tensor."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opensan.assemble.labels import label_map
+from opensan.assemble.scores import score_maps
+from opensan.errors import UserError
+from opensan.images import prepare
+from opensan.model import SAN
+from opensan.parity.golden import golden_config, golden_model, read_golden
+from opensan.parity.report import Difference
+from opensan.parity.training import check_training
+from opensan.text.encoder import TextEncoder
+from opensan.vocabulary import Vocabulary
+
+LIMITS = {
+    "clip_features": 1e-5,
+    "clip_class_token": 1e-5,
+    "mask_logits": 1e-4,
+    "attention_bias": 3e-4,
+    "mask_embeddings": 1e-5,
+    "text_classifier": 1e-6,
+    "class_logits": 4e-4,
+    "scores": 1e-4,
+    "margin": 3e-3,
+    "labels": 0.0,
+}
+"""Absolute; what a right float32 implementation keeps on any number of threads, and a wrong epsilon does not."""
+
+CLEAR_MARGIN = 1e-4
+"""Labels must agree where our best score leads by more than this; below it, rounding decides."""
+
+
+def check_inference(path: Path, device: str = "cpu") -> list[Difference]:
+    """Compare every tensor recorded in the golden at `path` with ours, computed on `device`.
+
+    Raises ValueError on an unreadable file.
+    """
+    meta, arrays = read_golden(path)
+    model = golden_model(golden_config(meta, str(path))).to(device)
+    expected = {name.removeprefix("expect/"): array for name, array in arrays.items() if name.startswith("expect/")}
+    ours, labels, margin = _answers(model, meta, arrays)
+    unknown = expected.keys() - ours.keys()
+    if unknown:
+        raise UserError(f"{path}: records tensors that this version does not know: {', '.join(sorted(unknown))}")
+    rows = []
+    for name, theirs in expected.items():
+        steps = tuple(slice(None, None, step) for step in meta["steps"][name])
+        found = ours[name].cpu().numpy()[steps]
+        if found.shape != theirs.shape:
+            raise UserError(f"{path}: {name} has shape {found.shape} here and {theirs.shape} there")
+        difference = np.abs(found.astype(np.float64) - theirs.astype(np.float64)).max()
+        rows.append(Difference(name, float(difference), LIMITS[name.split("/")[0]]))
+    wrong = (labels.cpu().numpy() != arrays["labels"]) & (margin.cpu().numpy() > CLEAR_MARGIN)
+    rows.append(Difference("labels (clear pixels that differ)", float(wrong.sum()), LIMITS["labels"]))
+    return rows
+
+
+@torch.inference_mode()
+def _answers(
+    model: SAN, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Our tensors by the golden's names, the label map, and the margin of the best score."""
+    image = arrays["image"]
+    prepared = prepare(image, model.config.image, resize=False)
+    sizes = replace(prepared.sizes, image=tuple(arrays["output_size"].tolist()))
+    pixels = prepared.pixels.unsqueeze(0).to(model.no_object_embedding.device)
+
+    features = model.shallow_features(pixels)
+    proposals = model.propose(pixels)
+    vocabulary = Vocabulary.parse(list(meta["words"]), templates=meta["templates"])
+    text = TextEncoder(model, disk_cache=False).classifier(vocabulary)
+    logits = model.classify(proposals, text)[0]
+    masks, probabilities = proposals.mask_logits[0], logits.softmax(dim=-1)[:, :-1]
+    scores = score_maps(masks, probabilities, sizes)
+    best = scores.topk(2, dim=0).values
+    ours = {
+        "mask_logits": masks,
+        "attention_bias": proposals.attention_bias[0],
+        "mask_embeddings": proposals.mask_embeddings[0],
+        "text_classifier": torch.cat([text.rows, model.no_object_row()]),
+        "class_logits": logits,
+        "scores": scores,
+        "margin": best[0] - best[1],
+        f"clip_class_token/{model.config.recognition_layer}": features.tokens[0, 0],
+    }
+    for layer, tokens in features.patch_tokens.items():
+        ours[f"clip_features/{layer}"] = tokens[0].T.unflatten(1, features.grid)
+    return ours, label_map(masks, probabilities, sizes), best[0] - best[1]
+
+
+def is_training(path: Path) -> bool:
+    """Whether a golden records a training step (its figures lie in a .json of the same name)."""
+    return path.with_suffix(".json").exists()
+
+
+def run(paths: Iterable[Path]) -> bool:
+    """Check each golden, print the largest difference of each tensor, and tell whether all were within limits."""
+    good = True
+    for path in map(Path, paths):
+        rows = check_training(path, path.with_suffix(".json")) if is_training(path) else check_inference(path)
+        print(path)
+        for row in rows:
+            print(f"  {'ok  ' if row.passed else 'FAIL'} {row.name:<42} {row.value:10.2e}  limit {row.limit:.0e}")
+        good = good and all(row.passed for row in rows)
+    return good

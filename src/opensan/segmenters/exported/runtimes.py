@@ -1,0 +1,69 @@
+"""Exported graphs, ready to run: numpy arrays in, numpy arrays out. Needs the format's own library, and not torch."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from opensan.errors import UserError
+
+Run = Callable[..., list[np.ndarray]]
+"""The inputs by name; answers the outputs in their order."""
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+"""Format -> what follows a graph's name in its file's name."""
+
+
+def open_graph(path: Path, *, threads: int = 0, narrow: bool = False) -> Run:
+    """Load an .onnx or an OpenVINO .xml. `threads` 0 leaves the number to the library.
+
+    `narrow`: OpenVINO computes with bfloat16 where the processor can.
+
+    Raises ValueError, one line, when the file is missing or damaged, or the library is not installed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; an exported model is a whole folder")
+    return _open_onnx(path, threads) if path.suffix == ".onnx" else _open_openvino(path, threads, narrow)
+
+
+def library(name: str, extra: str):
+    """An optional library. Raises ValueError, one line naming the extra, when it is not installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        raise UserError(f"this needs {name}: pip install 'opensan[{extra}]'") from None
+
+
+def _open_onnx(path: Path, threads: int) -> Run:
+    onnxruntime = library("onnxruntime", "onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # it has its own exceptions, without a common base
+        raise UserError(f"{path}: not a graph that onnxruntime can run ({_first_line(error)})") from None
+    return lambda **inputs: session.run(None, inputs)
+
+
+def _open_openvino(path: Path, threads: int, narrow: bool) -> Run:
+    openvino = library("openvino", "openvino")
+    settings: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        compiled = openvino.Core().compile_model(path, "CPU", settings)
+    except RuntimeError as error:
+        raise UserError(f"{path}: not a graph that OpenVINO can run ({_first_line(error)})") from None
+
+    def run(**inputs: np.ndarray) -> list[np.ndarray]:
+        # A request of its own: threads may share the graph.
+        found = compiled.create_infer_request().infer(inputs)
+        return [np.array(found[output]) for output in compiled.outputs]
+
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -1,0 +1,113 @@
+"""An exported model with the API of `opensan.SanSegmenter`, run by onnxruntime or OpenVINO; needs no torch.
+
+Letters: Q queries, K words, R text rows, D embedding, h w stride-16 grid, H0 W0 the photograph.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from opensan.assemble.interpolation import interpolation_matrices
+from opensan.errors import UserError
+from opensan.images import MAX_PIXELS, PreparedImage, prepare_array
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.exported.manifest import read_folder
+from opensan.segmenters.exported.runtimes import SUFFIXES, Run, open_graph
+from opensan.segmenters.exported.text import WORDS_NAME, EmbeddedWords, ExportedText
+from opensan.segmenters.results import Encoding, ReadImage, Segmentation, to_array
+from opensan.vocabulary import Vocabulary
+
+BAND_FLOATS = 1 << 21
+"""About how many floats a band of the label map may need for its scores and masks (8 MB)."""
+
+
+class ExportedSegmenter(Segmenter):
+    """What `opensan export` wrote, ready to be asked; `opensan.load` makes one."""
+
+    def __init__(
+        self, folder: Path, *, max_pixels: int = MAX_PIXELS, text_cache: bool = True, threads: int = 0
+    ) -> None:
+        """`threads` of the runtime; 0 leaves the number to it. Raises ValueError, one line, on a damaged folder."""
+        config, manifest = read_folder(folder)
+        if manifest.format not in SUFFIXES:
+            raise UserError(
+                f"{folder}: holds .pt2 files, for torch.export.load, which runs whatever such a file says; "
+                "export the model as onnx or openvino to use it here"
+            )
+        self.config = config
+        self.fingerprint = manifest.model
+        self.max_pixels = max_pixels
+        self.image_config = config.image
+        self.device = "cpu"
+        self.speed, self.dtype = manifest.format, manifest.dtype
+
+        def graph(name: str, *, narrow: bool = False) -> Run:
+            return open_graph(folder / f"{name}{SUFFIXES[manifest.format]}", threads=threads, narrow=narrow)
+
+        # Words are computed with float32, whatever the image half has: they cost little there.
+        self._image = graph("image", narrow=manifest.dtype == "bfloat16")
+        self._words, self._labels = graph("words"), graph("labels")
+        clip = config.clip
+        self.text = ExportedText(
+            graph("text") if manifest.text else None,
+            EmbeddedWords.load(folder / WORDS_NAME, clip.embed_dim),
+            manifest,
+            clip.text.context_length,
+            clip.embed_dim,
+            disk_cache=text_cache,
+        )
+
+    def prepare(self, image: np.ndarray) -> ReadImage:
+        """What `Segmenter.prepare` answers."""
+        return ReadImage(image, prepare_array(image, self.image_config))
+
+    def encode_prepared(
+        self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
+    ) -> list[Encoding]:
+        """What `Segmenter.encode_prepared` answers."""
+        masks, embeddings = self._image(pixels=np.stack([to_array(prepared.pixels) for prepared in batch]))
+        # Copies: a part of the batch's arrays would keep all of them in memory for as long as it is kept.
+        return [
+            Encoding(mask.copy(), embedding.copy(), prepared.sizes, self.fingerprint, array)
+            for mask, embedding, prepared, array in zip(
+                masks, embeddings, batch, arrays or [None] * len(batch), strict=True
+            )
+        ]
+
+    def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
+        """What `Segmenter.winners` answers."""
+        return np.concatenate([labels for labels, _ in self._bands(encoding, vocabulary)])
+
+    def confidence(self, segmentation: Segmentation) -> np.ndarray:
+        """What `Segmentation.confidence` answers."""
+        bands = self._bands(segmentation.encoding, segmentation.vocabulary)
+        return np.clip(np.concatenate([scores for _, scores in bands]), 0, 1)
+
+    def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
+        """What `Segmenter.class_probabilities` answers."""
+        rows = self.text.classifier(vocabulary)
+        (found,) = self._words(
+            mask_embeddings=to_array(encoding.mask_embeddings), rows=rows, rows_of_word=rows_of_words(vocabulary)
+        )
+        return found
+
+    def _bands(self, encoding: Encoding, vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Labels and scores of a band of rows at a time, so that memory does not grow with words times pixels."""
+        probabilities = self.class_probabilities(encoding, vocabulary)
+        masks = to_array(encoding.mask_logits)
+        down, across = interpolation_matrices(masks.shape[1:], encoding.sizes)
+        rows = max(1, BAND_FLOATS // (sum(probabilities.shape) * len(across)))
+        for top in range(0, len(down), rows):
+            labels, scores = self._labels(
+                probabilities=probabilities, mask_logits=masks, down=down[top : top + rows], across=across
+            )
+            yield labels, scores
+
+
+def rows_of_words(vocabulary: Vocabulary) -> np.ndarray:
+    """[K, S] int64: the text rows of each word; a word with fewer synonyms than another repeats its first."""
+    counts = np.bincount(vocabulary.row_class)
+    first = np.cumsum(counts) - counts
+    step = np.arange(counts.max())
+    return first[:, None] + np.where(step < counts[:, None], step, 0)

@@ -1,0 +1,133 @@
+"""Words without torch: the exported text tower, and the words that were embedded at export.
+
+Letters: R text rows, D embedding.
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from opensan.errors import UserError
+from opensan.segmenters.exported.manifest import ExportManifest
+from opensan.segmenters.exported.runtimes import Run
+from opensan.structures import PromptTree
+from opensan.text.rows import ROWS_IN_MEMORY, Recent, TextRows, Tower, row_key
+from opensan.vocabulary import Vocabulary
+
+WORDS_NAME = "words.safetensors"
+
+_MOST_NAMED = 10
+
+
+@dataclass(frozen=True)
+class EmbeddedWords:
+    """Text rows that need no text tower."""
+
+    rows: Mapping[bytes, np.ndarray] = field(default_factory=dict)
+    """`text_rows.row_key` -> [D] float32, unit length."""
+    names: tuple[str, ...] = ()
+    """What they are the rows of, in the same order."""
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, rows: np.ndarray, tower: str) -> "EmbeddedWords":
+        """From the `rows` [R, D] of a vocabulary, to be found as those of `tower`, a fingerprint."""
+        keys = [row_key(tower, prompts) for prompts in vocabulary.prompts()]
+        names = [synonym for word in vocabulary.words for synonym in word.synonyms]
+        return cls(dict(zip(keys, rows, strict=True)), tuple(dict(zip(keys, names, strict=True)).values()))
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file: "rows" [R, D], "keys" [R, 32] uint8, and the names in its metadata."""
+        keys = np.frombuffer(b"".join(self.rows), dtype=np.uint8).reshape(len(self.rows), -1)
+        tensors = {"keys": keys, "rows": np.stack(list(self.rows.values()))}
+        save_file(tensors, path, metadata={"words": json.dumps(self.names)})
+
+    @classmethod
+    def load(cls, path: Path, dimension: int) -> "EmbeddedWords":
+        """What `save` wrote; nothing where there is no such file. Raises ValueError, one line, on anything else."""
+        if not path.exists():
+            return cls()
+        try:
+            with safe_open(path, framework="np") as file:
+                names = tuple(map(str, json.loads(file.metadata()["words"])))
+                keys, rows = file.get_tensor("keys"), file.get_tensor("rows")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not embedded words ({error})") from None
+        if not (
+            rows.shape == (len(names), dimension)
+            and rows.dtype == np.float32
+            and keys.dtype == np.uint8
+            and keys.shape == (len(names), 32)
+        ):
+            raise UserError(f"{path}: not embedded words of this model (it has others, or is damaged)")
+        return cls({key.tobytes(): row for key, row in zip(keys, rows, strict=True)}, names)
+
+
+class ExportedText(TextRows):
+    """The text half of an exported model, and what it has embedded."""
+
+    def __init__(
+        self,
+        graph: Run | None,
+        embedded: EmbeddedWords,
+        manifest: ExportManifest,
+        context_length: int,
+        dimension: int,
+        *,
+        disk_cache: bool,
+    ) -> None:
+        super().__init__(context_length, dimension, disk_cache=disk_cache)
+        self._graph = graph
+        self._embedded = embedded
+        self._manifest = manifest
+        self._tower: Tower | None = None
+        self._found: Recent[np.ndarray] = Recent(ROWS_IN_MEMORY)
+        self._work = threading.Lock()
+
+    def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> np.ndarray:
+        """`TextRows.rows`, remembered; threads may ask together."""
+        with self._work:
+            found = self._found.get(vocabulary)
+            if found is None:
+                found = self.rows(vocabulary, progress=progress)
+                self._found.put(vocabulary, found, len(found))
+        return found
+
+    def _current_tower(self) -> Tower:
+        if self._tower is None:
+            unseen = None
+            if self._manifest.seen_tokens is not None:
+                from opensan.text.tokenizer import clip_tokenizer
+
+                unseen = np.ones(clip_tokenizer().size, dtype=bool)
+                unseen[list(self._manifest.seen_tokens)] = False
+            self._tower = Tower((), self._manifest.text_tower, unseen)
+        return self._tower
+
+    def _remembered(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
+        found = {key: self._embedded.rows[key] for key in keys if key in self._embedded.rows}
+        return found | super()._remembered([key for key in keys if key not in found])
+
+    def _embed(self, rows: list[list[str]], names: list[str], advance) -> np.ndarray:
+        if self._graph is None:
+            raise UserError(self._unknown(names[0]))
+        return super()._embed(rows, names, advance)
+
+    def _embed_tree(self, tree: PromptTree) -> np.ndarray:
+        (found,) = self._graph(tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
+        return found
+
+    def _unknown(self, name: str) -> str:
+        known = self._embedded.names
+        if not known:
+            return f"word {name!r}: this model was exported without text tower and words; export it with either"
+        more = f" and {len(known) - _MOST_NAMED:,} more" if len(known) > _MOST_NAMED else ""
+        return (
+            f"word {name!r}: this model was exported without its text tower, and knows only "
+            f"{', '.join(known[:_MOST_NAMED])}{more}, with the templates of that time"
+        )

@@ -1,0 +1,97 @@
+"""`opensan.load`: any model, with torch or, if it was exported, without."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+from opensan.errors import UserError
+from opensan.images import MAX_PIXELS
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.exported.manifest import exported_folder
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(
+    source: str | os.PathLike[str] = "san-vit-b16",
+    *,
+    device: "str | torch.device" = "cpu",
+    speed: Literal["exact", "fast"] = "exact",
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    random_weights: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    text_cache: bool = True,
+    threads: int | None = None,
+) -> Segmenter:
+    """Load a model, ready to segment.
+
+    Args:
+        source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "tiny" (ships with the package);
+            a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name"; or what `opensan export`
+            wrote: its folder, or a graph in it ("exported/image.onnx"). An exported model needs no torch.
+        device: "cpu", "cuda", "cuda:1", "mps". An exported model runs on the CPU.
+        speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
+            labels (docs/speed.md says what it gains and costs). Of an exported model it was decided at export.
+        dtype: "float32" or "bfloat16", of the matrices of both ViTs' blocks, in place of the one that `speed` implies.
+        random_weights: a seed; builds the named preset with random weights and no download.
+            For benchmarks and shape work: the answers mean nothing.
+        max_pixels: larger images are refused, before they are decoded.
+        text_cache: keep text embeddings on disk (in the user's cache folder, or where OPENSAN_CACHE says).
+        threads: of an exported model's runtime; None leaves the number to it.
+            With torch, `torch.set_num_threads` decides for the whole process.
+
+    Raises:
+        ValueError: unknown model or option, a damaged file, or a missing library; one line.
+        ConnectionError: the hub did not answer; says what was tried and what works offline.
+    """
+    folder = exported_folder(source)
+    if folder is None:
+        if find_spec("torch") is None:
+            raise UserError(
+                f"model {os.fspath(source)!r} needs torch (pip install torch); without torch, opensan runs what "
+                "`opensan export` wrote"
+            )
+        if threads is not None:
+            raise UserError(
+                f"threads can't be chosen for one model with torch: call torch.set_num_threads({threads}) instead"
+            )
+        with _without_garbage_collection():
+            from opensan.segmenters.san import load_san
+
+        return load_san(
+            source,
+            device=device,
+            speed=speed,
+            dtype=dtype,
+            random_weights=random_weights,
+            max_pixels=max_pixels,
+            text_cache=text_cache,
+        )
+    from opensan.segmenters.exported.segmenter import ExportedSegmenter
+
+    decided = {
+        "device": str(device) == "cpu",
+        "speed": speed == "exact",
+        "dtype": dtype is None,
+        "random_weights": random_weights is None,
+    }
+    for name, default in decided.items():
+        if not default:
+            raise UserError(f"{name} can't be chosen for an exported model ({folder}): it runs on the CPU as exported")
+    return ExportedSegmenter(folder, max_pixels=max_pixels, text_cache=text_cache, threads=threads or 0)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Switch the garbage collector off: an import leaves no garbage, and the search takes an eighth of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,180 @@
+"""The one object a user holds: encode an image once, then ask any words.
+
+    san = opensan.load("san-vit-b16")
+    segmentation = san.segment("street.jpg", ["road", "car", "tree", "sky"])
+    segmentation.relabel(["asphalt", "vehicle", "sky"])  # neither ViT runs
+
+Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the photograph.
+"""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+
+from opensan.assemble.labels import label_map
+from opensan.assemble.scores import label_scores
+from opensan.checkpoints import load_model, random_model
+from opensan.devices import checked_device
+from opensan.errors import UserError
+from opensan.images import MAX_PIXELS, PreparedImage, prepare
+from opensan.model import SAN
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.image_half import DTYPES, SPEEDS, fastest_dtype, prepare_image_half
+from opensan.segmenters.results import Encoding, ReadImage, Segmentation
+from opensan.structures import Proposals
+from opensan.text.encoder import TextEncoder
+from opensan.vocabulary import Vocabulary
+
+__all__ = ["Encoding", "ReadImage", "SanSegmenter", "Segmentation", "fingerprint", "load_san"]
+
+
+def _undisturbed(method: Callable) -> Callable:
+    """For methods of `SanSegmenter`: without gradients, and float32 is float32 even where the caller has autocast on.
+
+    Streams, CUDA graphs and Triton's kernels belong to the current device, whatever device their tensors are on.
+    """
+
+    @wraps(method)
+    def call(self: "SanSegmenter", *arguments: Any, **named: Any) -> Any:
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with current, torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return method(self, *arguments, **named)
+
+    return call
+
+
+class SanSegmenter(Segmenter):
+    """A model ready to be asked. Holds no state of any image, so threads may share one object."""
+
+    def __init__(
+        self,
+        model: SAN,
+        *,
+        device: str | torch.device = "cpu",
+        speed: str = "exact",
+        dtype: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+        text_cache: bool = True,
+    ) -> None:
+        """`opensan.load` makes one; see there for the arguments."""
+        if speed not in SPEEDS:
+            raise UserError(f"speed {speed!r} is not one of {', '.join(SPEEDS)}")
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        self.device = checked_device(device)
+        self.speed = speed
+        self.dtype = _matrix_dtype(self.device, speed, dtype)
+        self.max_pixels = max_pixels
+        self.image_config = model.config.image
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.fingerprint = fingerprint(self.model)
+        # Words stay in float32 at any speed: they cost little there, and their cache is shared.
+        self._propose = prepare_image_half(self.model, self.device, speed, self.dtype)
+        self.text = TextEncoder(self.model, disk_cache=text_cache)
+
+    @_undisturbed
+    def encode_prepared(
+        self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
+    ) -> list[Encoding]:
+        """Images of one padded shape through the network; `arrays` are the photographs that the encodings keep."""
+        pixels = torch.stack([prepared.pixels for prepared in batch]).to(self.device)
+        proposals = self._propose(pixels)
+        # Copies: a part of the batch's tensors would keep all of them in memory for as long as it is kept.
+        return [
+            Encoding(masks.clone(), embeddings.clone(), prepared.sizes, self.fingerprint, array)
+            for masks, embeddings, prepared, array in zip(
+                proposals.mask_logits.float(),
+                proposals.mask_embeddings.float(),
+                batch,
+                arrays or [None] * len(batch),
+                strict=True,
+            )
+        ]
+
+    @_undisturbed
+    def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
+        """What `Segmenter.winners` answers."""
+        probabilities = self.class_probabilities(encoding, vocabulary)
+        return label_map(self._masks(encoding), probabilities, encoding.sizes).cpu().numpy()
+
+    def _masks(self, encoding: Encoding) -> torch.Tensor:
+        return torch.as_tensor(encoding.mask_logits, device=self.device)
+
+    def prepare(self, image: np.ndarray) -> ReadImage:
+        """What `Segmenter.prepare` answers."""
+        return ReadImage(image, prepare(image, self.image_config))
+
+    @_undisturbed
+    def confidence(self, segmentation: Segmentation) -> np.ndarray:
+        """What `Segmentation.confidence` answers."""
+        encoding = segmentation.encoding
+        probabilities = self.class_probabilities(encoding, segmentation.vocabulary)
+        labels = torch.from_numpy(segmentation.winners).to(self.device)
+        scores = label_scores(self._masks(encoding), probabilities, encoding.sizes, labels)
+        return scores.clamp_(0, 1).cpu().numpy()
+
+    @_undisturbed
+    def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> torch.Tensor:
+        """What `Segmenter.class_probabilities` answers."""
+        text = self.text.classifier(vocabulary)
+        masks, embeddings = self._masks(encoding), torch.as_tensor(encoding.mask_embeddings, device=self.device)
+        proposals = Proposals(mask_logits=masks.unsqueeze(0), mask_embeddings=embeddings.unsqueeze(0))
+        return self.model.classify(proposals, text)[0].softmax(dim=-1)[:, :-1]
+
+
+def load_san(
+    source: str | os.PathLike = "san-vit-b16",
+    *,
+    device: str | torch.device = "cpu",
+    speed: str = "exact",
+    dtype: str | None = None,
+    random_weights: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    text_cache: bool = True,
+) -> SanSegmenter:
+    """Load a model, ready to segment.
+
+    Args:
+        source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "tiny" (ships with the package);
+            a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name".
+        device: "cpu", "cuda", "cuda:1", "mps".
+        speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
+            labels (docs/speed.md says what it gains and costs).
+        dtype: "float32" or "bfloat16", of the matrices of both ViTs' blocks, where `speed` shall not choose it.
+        random_weights: a seed; builds the named preset with random weights and no download.
+            For benchmarks and shape work: the answers mean nothing.
+        max_pixels: larger photographs are refused, before they are decoded.
+        text_cache: keep text embeddings on disk (in the user's cache folder, or where OPENSAN_CACHE says).
+
+    Raises:
+        ValueError: unknown model or device, or a damaged file; one line.
+        ConnectionError: the hub did not answer; says what was tried and what works offline.
+    """
+    if random_weights is None:
+        model = load_model(source)
+    else:
+        model = random_model(os.fspath(source), random_weights)
+        warnings.warn(f"{source} has random weights (seed {random_weights}): its answers mean nothing", stacklevel=2)
+    return SanSegmenter(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, text_cache=text_cache)
+
+
+def _matrix_dtype(device: torch.device, speed: str, dtype: str | None) -> torch.dtype:
+    if dtype is not None:
+        return DTYPES[dtype]
+    return fastest_dtype(device) if speed == "fast" else torch.float32
+
+
+def fingerprint(model: SAN) -> str:
+    """The model's name and a hash of trained tensors that no two trainings share: cheap, for any size of model."""
+    state: Mapping[str, torch.Tensor] = model.state_dict()
+    digest = hashlib.sha256(model.config.model_dump_json().encode())
+    for name in ("side_adapter.query_embedding", "side_adapter.patch_position", "no_object_embedding"):
+        digest.update(state[name].float().cpu().contiguous().numpy().tobytes())
+    return f"{model.config.name}-{digest.hexdigest()[:12]}"

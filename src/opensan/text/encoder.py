@@ -1,0 +1,120 @@
+"""From words to the last matrix of the model, as torch computes it; see `opensan.text.rows` for what is around it.
+
+Letters: R text rows, P prompts, L tokens, D embedding.
+"""
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from opensan.errors import UserError
+from opensan.structures import PromptTree, TextClassifier
+from opensan.text.rows import NODES_ON_CPU, ROWS_IN_MEMORY, Recent, TextRows, Tower, tokenize
+from opensan.text.tokenizer import clip_tokenizer
+from opensan.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from opensan.model import SAN
+
+__all__ = ["TextEncoder", "pad_tokens", "tokenize"]
+
+NODES_ELSEWHERE = 2_048
+"""Tokens of a prompt tree on an accelerator; see `NODES_ON_CPU`."""
+
+
+def pad_tokens(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[P, L] int64: `prompts` padded with zeros to the longest of them. The tower never sees behind the end of text."""
+    tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    return tokens
+
+
+class TextEncoder(TextRows):
+    """Answers the text classifier of any vocabulary, and remembers. One object serves many threads."""
+
+    def __init__(self, model: "SAN", *, disk_cache: bool = True, cache_dir: Path | None = None) -> None:
+        """`cache_dir` is where embeddings are kept between processes (default: see `text_cache.default_folder`)."""
+        clip = model.config.clip
+        super().__init__(clip.text.context_length, clip.embed_dim, disk_cache=disk_cache, cache_dir=cache_dir)
+        self._model = model
+        self._tower: Tower | None = None
+        self._classifiers: Recent[TextClassifier] = Recent(ROWS_IN_MEMORY)
+        self._work = threading.Lock()
+
+    def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> TextClassifier:
+        """The vocabulary as unit rows [R, D], float32, on the model's device.
+
+        A row is the mean of its prompts' unit embeddings, normalised again (paper, section 4.1; ViLD's ensemble).
+        `progress` shows a bar on stderr: None means if that is a terminal and it takes more than a second.
+        Warns about words that consist of tokens the model was never trained on.
+        Raises ValueError, one line naming the word, if a prompt has more tokens than the model reads.
+        """
+        device = self._device
+        key = (self._signature(), device, vocabulary)
+        found = self._classifiers.get(key)
+        if found is None:
+            with self._work:
+                found = self._classifiers.get(key)
+                if found is None:
+                    found = self._build(vocabulary, device, progress)
+                    self._classifiers.put(key, found, len(found.rows))
+        return found
+
+    def tower(self) -> tuple[str, np.ndarray | None]:
+        """Fingerprint of the text weights, and which tokens were never trained ([vocabulary] bool; None: none)."""
+        with self._work:
+            tower = self._current_tower()
+        return tower.fingerprint, tower.unseen
+
+    def _build(self, vocabulary: Vocabulary, device: torch.device, progress: bool | None) -> TextClassifier:
+        # What is made here outlives the caller's mode: it must serve training after inference, and the other way round.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            matrix = torch.from_numpy(self.rows(vocabulary, progress=progress)).to(device)
+            row_class = torch.tensor(vocabulary.row_class, device=device)
+        return TextClassifier(matrix, row_class, len(vocabulary.words))
+
+    @property
+    def most_nodes(self) -> int:
+        """Tokens of a prompt tree where the model lies now."""
+        return NODES_ON_CPU if self._device.type == "cpu" else NODES_ELSEWHERE
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.clip.token_embedding.weight.device
+
+    def _embed_tree(self, tree: PromptTree) -> np.ndarray:
+        return self._model.embed_prompt_tree(tree.to(self._device)).float().cpu().numpy()
+
+    def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._model.clip.named_parameters():
+            if not name.startswith("visual.") and name != "logit_scale":
+                yield name, parameter
+
+    def _signature(self) -> tuple:
+        return tuple(
+            (parameter.data_ptr(), parameter.dtype, 0 if parameter.is_inference() else parameter._version)
+            for _, parameter in self._parameters()
+        )
+
+    def _current_tower(self) -> Tower:
+        """The fingerprint of the text weights, taken anew if they changed. Called with the work lock held."""
+        signature = self._signature()
+        if self._tower is None or self._tower.signature != signature:
+            clip = self._model.config.clip
+            if clip.text.vocab_size != clip_tokenizer().size:
+                raise UserError(
+                    f"the model knows {clip.text.vocab_size:,} tokens and CLIP's tokenizer {clip_tokenizer().size:,}"
+                )
+            digest = hashlib.sha256(f"1 {clip.embed_dim} {clip.quick_gelu} {clip.text.model_dump_json()}".encode())
+            for name, parameter in sorted(self._parameters()):
+                digest.update(f"\0{name} {parameter.dtype} {tuple(parameter.shape)}\0".encode())
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+            unseen = (self._model.clip.token_embedding.weight.detach() == 0).all(dim=1).cpu().numpy()
+            self._tower = Tower(signature, digest.hexdigest(), unseen if unseen.any() else None)
+        return self._tower

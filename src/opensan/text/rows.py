@@ -1,0 +1,248 @@
+"""From words to text rows, whatever runs the text tower: tokens, means, and the caches around them. Needs no torch.
+
+Letters: R text rows, P prompts, D embedding.
+"""
+
+import hashlib
+import sys
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+
+from opensan.errors import UserError
+from opensan.structures import PromptTree
+from opensan.text.cache import TextCache, default_folder
+from opensan.text.prompt_tree import prompt_trees
+from opensan.text.tokenizer import clip_tokenizer
+from opensan.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+ROWS_AT_ONCE = 256
+"""Rows embedded and written to the disk cache together: what an interruption can cost."""
+
+NODES_ON_CPU = 256
+"""Tokens of a prompt tree: each is compared with all others, which costs a CPU more than it gains from longer trees."""
+
+ROWS_IN_MEMORY = 65_536
+"""Rows kept in memory: 128 MiB at D = 512."""
+
+_LONGEST_TOKEN = 40
+"""Characters; no token of CLIP's is longer, so text beyond this many a position needs no tokenizer to be refused."""
+
+Value = TypeVar("Value")
+
+
+def tokenize(text: str) -> list[int]:
+    """CLIP's token numbers of `text`, between start and end of text; not cut, not padded."""
+    tokenizer = clip_tokenizer()
+    return [tokenizer.start, *tokenizer.encode(text), tokenizer.end]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What is known about the text weights as they are now."""
+
+    signature: tuple
+    """Changes whenever the weights are replaced or written to."""
+    fingerprint: str
+    """Of the weights and of what else decides about embeddings."""
+    unseen: np.ndarray | None
+    """[vocabulary] bool: tokens whose embedding is exactly zero; None if there is no such token."""
+
+
+def row_key(tower: str, prompts: Sequence[str]) -> bytes:
+    """What the mean embedding of `prompts` is kept under; `tower` is the fingerprint of what embeds them."""
+    return hashlib.sha256("\0".join([tower, *prompts]).encode()).digest()
+
+
+class TextRows:
+    """Text rows of any vocabulary, remembered. A subclass runs the tower: `_current_tower` and `_embed_tree`."""
+
+    most_nodes = NODES_ON_CPU
+    """Tokens of the prompt trees that `_embed_tree` is given."""
+
+    def __init__(
+        self, context_length: int, dimension: int, *, disk_cache: bool = True, cache_dir: Path | None = None
+    ) -> None:
+        """`cache_dir` is where embeddings are kept between processes (default: see `text_cache.default_folder`)."""
+        self._context_length = context_length
+        self._dimension = dimension
+        self._folder = (cache_dir or default_folder()) if disk_cache else None
+        self._disk: TextCache | None = None
+        self._disk_of: str | None = None
+        self._rows: Recent[np.ndarray] = Recent(ROWS_IN_MEMORY)
+
+    def _current_tower(self) -> Tower:
+        raise NotImplementedError
+
+    def _embed_tree(self, tree: PromptTree) -> np.ndarray:
+        """[P, D] float32, unit length: the prompts of `tree`."""
+        raise NotImplementedError
+
+    def rows(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> np.ndarray:
+        """The vocabulary as unit rows [R, D], float32; one thread at a time.
+
+        A row is the mean of its prompts' unit embeddings, normalised again (paper, section 4.1; ViLD's ensemble).
+        `progress` shows a bar on stderr: None means if that is a terminal and it takes more than a second.
+        Warns about words that consist of tokens the model was never trained on.
+        Raises ValueError, one line naming the word, if a prompt has more tokens than the model reads.
+        """
+        tower = self._current_tower()
+        if self._folder and self._disk_of != tower.fingerprint:
+            self._disk = TextCache(self._folder, tower.fingerprint, self._dimension)
+            self._disk_of = tower.fingerprint
+        rows = vocabulary.prompts()
+        names = [vocabulary.words[index].name for index in vocabulary.row_class]
+        keys = [row_key(tower.fingerprint, row) for row in rows]
+        embeddings = self._remembered(keys)
+        missing = [index for index, key in enumerate(keys) if key not in embeddings]
+        missing = list({keys[index]: index for index in missing}.values())
+        self._refuse_long_prompts(rows, names, missing)
+        with _progress_bar(sum(len(rows[index]) for index in missing), progress) as advance:
+            for start in range(0, len(missing), ROWS_AT_ONCE):
+                part = missing[start : start + ROWS_AT_ONCE]
+                found = self._embed([rows[index] for index in part], [names[index] for index in part], advance)
+                fresh = dict(zip((keys[index] for index in part), found, strict=True))
+                if self._disk:
+                    self._disk.write(fresh)
+                embeddings.update(fresh)
+        for key in keys:
+            self._rows.put(key, embeddings[key], 1)
+        self._warn_of_unseen_words(vocabulary, tower.unseen)
+        return np.stack([embeddings[key] for key in keys])
+
+    def _remembered(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
+        """The rows that memory or disk holds."""
+        found = {key: row for key in keys if (row := self._rows.get(key)) is not None}
+        if self._disk and len(found) < len(keys):
+            found |= self._disk.read([key for key in keys if key not in found])
+        return found
+
+    def _embed(self, rows: list[list[str]], names: list[str], advance) -> np.ndarray:
+        """[len(rows), D] float32, unit length; equal prompts go through the tower once."""
+        numbers: dict[tuple[int, ...], int] = {}
+        members = [
+            [numbers.setdefault(tuple(self._tokens(text, name)), len(numbers)) for text in row]
+            for row, name in zip(rows, names, strict=True)
+        ]
+        prompts = sorted(numbers)
+        share = sum(map(len, rows)) / len(prompts)  # of the progress bar, which counts equal prompts too
+        found = []
+        for tree in prompt_trees(prompts, self.most_nodes):
+            found.append(self._embed_tree(tree))
+            advance(len(tree.ends) * share)
+        places = np.array([numbers[prompt] for prompt in prompts])
+        embeddings = np.concatenate(found)[places.argsort()]
+        means = np.stack([embeddings[member].mean(axis=0) for member in members])
+        return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+
+    def _tokens(self, text: str, name: str) -> list[int]:
+        """Raises ValueError if the model can't read so many."""
+        longest = self._context_length
+        if len(text) > longest * _LONGEST_TOKEN and len(" ".join(text.split())) > longest * _LONGEST_TOKEN:
+            size = f"{len(text):,} characters"
+        else:
+            tokens = tokenize(text)
+            if len(tokens) <= longest:
+                return tokens
+            size = f"{len(tokens)} tokens"
+        raise UserError(
+            f"word {_short(name)}: the prompt {_short(text)} has {size}, and this model reads at most {longest} tokens "
+            "(start and end included): shorten the word or its template"
+        )
+
+    def _refuse_long_prompts(self, rows: list[list[str]], names: list[str], missing: list[int]) -> None:
+        """Find over-long prompts before any work is done. A token is a byte or more, so short prompts pass unread."""
+        room = self._context_length - 2
+        for index in missing:
+            for text in rows[index]:
+                if len(text.encode()) > room:
+                    self._tokens(text, names[index])
+
+    def _warn_of_unseen_words(self, vocabulary: Vocabulary, unseen: np.ndarray | None) -> None:
+        if unseen is None:
+            return
+        names = []
+        for word in vocabulary.words:
+            texts = [*(word.prompts or word.synonyms[:1]), *word.synonyms[1:]]
+            tokens = [token for text in texts for token in tokenize(text)[1:-1]]
+            if unseen[tokens].all():
+                names.append(word.name)
+        if names:
+            more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+            listed = ", ".join(_short(name) for name in names[:10])
+            warnings.warn(
+                f"the model has never seen a word of: {listed}{more}; results for them mean nothing", stacklevel=2
+            )
+
+
+class Recent(Generic[Value]):
+    """The most recently used values, as many as weigh no more than `limit` together."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._total = 0
+        self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Value | None:
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key][0]
+
+    def put(self, key: Hashable, value: Value, weight: int) -> None:
+        with self._lock:
+            self._total += weight - self._values.pop(key, (None, 0))[1]
+            self._values[key] = (value, weight)
+            while self._total > self._limit and len(self._values) > 1:
+                self._total -= self._values.popitem(last=False)[1][1]
+
+
+@contextmanager
+def _progress_bar(total: int, wanted: bool | None) -> Iterator:
+    """Yield a function that counts prompts done; a bar appears on stderr once the work has taken a second."""
+    started = time.monotonic()
+    bar: Progress | None = None
+
+    def advance(count: float) -> None:
+        nonlocal bar, done
+        done += count
+        if bar is None and (wanted or (wanted is None and sys.stderr.isatty() and time.monotonic() - started > 1)):
+            bar = _new_bar(total)
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=round(done))
+
+    done = 0.0
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _new_bar(total: int) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=console.is_terminal)
+    bar.add_task("embedding prompts", total=total)
+    bar.start()
+    return bar
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

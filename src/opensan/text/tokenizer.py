@@ -1,0 +1,93 @@
+"""CLIP's tokenizer: byte-pair encoding (Sennrich et al., 2016) over bytes, with the merges that CLIP was trained with.
+
+A token is a number: 256 single bytes, the same 256 where they end a word, one for each merge in the order of the
+merges, then start and end of text.
+"""
+
+import functools
+import gzip
+import html
+import math
+from itertools import pairwise
+
+import regex
+
+from opensan.files import ASSETS
+
+_MERGES = ASSETS / "tokenizer" / "merges.txt.gz"
+_WORD_END = "</w>"
+_LONGEST_REMEMBERED = 64
+"""Characters: what is longer is no word, and would fill the memory that is meant for words."""
+_SPECIAL = ("<start_of_text>", "<end_of_text>")
+# The special tokens, English endings, words, single digits, and runs of anything else that is not white space.
+_PIECES = regex.compile(
+    rf"{_SPECIAL[0]}|{_SPECIAL[1]}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
+)
+
+
+def _byte_letters() -> dict[int, str]:
+    """A visible letter for every byte, as the merges write them: its own Latin-1 one, if it has one, else from U+0100.
+
+    The order of the dict is that of the tokens.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+class Tokenizer:
+    """Text to token numbers. Knows nothing of lengths: that is the model's business."""
+
+    def __init__(self) -> None:
+        self._letters = _byte_letters()
+        lines = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()[1:]  # the first says where they are from
+        merges = [tuple(line.split()) for line in lines]
+        letters = list(self._letters.values())
+        tokens = [*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), *_SPECIAL]
+        self._rank = {pair: rank for rank, pair in enumerate(merges)}
+        self._number = {token: number for number, token in enumerate(tokens)}
+        self.size = len(tokens)
+        self.start, self.end = (self._number[token] for token in _SPECIAL)
+        self._remembered = functools.lru_cache(maxsize=65_536)(self._merge)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`, repaired, unescaped (HTML), lower-cased, white space collapsed; no start and end."""
+        pieces = _PIECES.findall(" ".join(_repaired(text).split()).lower())
+        return [token for piece in pieces for token in self._encode_piece(piece)]
+
+    def _encode_piece(self, piece: str) -> tuple[int, ...]:
+        return self._remembered(piece) if len(piece) <= _LONGEST_REMEMBERED else self._merge(piece)
+
+    def _merge(self, piece: str) -> tuple[int, ...]:
+        """Start with bytes; join the neighbours whose merge is the most frequent one, until none is known."""
+        if piece in _SPECIAL:
+            return (self._number[piece],)
+        parts = [self._letters[byte] for byte in piece.encode()]
+        parts[-1] += _WORD_END
+        while len(parts) > 1:
+            best = min(pairwise(parts), key=lambda pair: self._rank.get(pair, math.inf))
+            if best not in self._rank:
+                break
+            joined: list[str] = []
+            for part in parts:
+                if joined and (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            parts = joined
+        return tuple(self._number[part] for part in parts)
+
+
+def _repaired(text: str) -> str:
+    """`text` without wrong encodings, control characters and HTML entities."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text  # there is nothing to repair; importing ftfy takes longer than all that is done with a few words
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+@functools.cache
+def clip_tokenizer() -> Tokenizer:
+    """The one that all models share; made when first asked for."""
+    return Tokenizer()
