@@ -30,6 +30,19 @@ def test_every_module_has_its_layer():
             assert re.search(rf"\bopensan\.{entry.stem}\b", contract), entry.stem
 
 
+def test_the_map_of_the_rooms_is_complete():
+    """CONTRIBUTING names every room and every module of the package's root, and nothing that is not there."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = page.partition("## Where things are")[2].partition("## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    named = [name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    package = ROOT / "src" / "opensan"
+    there = {entry.stem for entry in package.glob("*.py") if not entry.stem.startswith("__")}
+    there |= {entry.parent.name for entry in package.glob("*/__init__.py")}
+    assert sorted(named) == sorted(there)
+    assert len(list(package.glob("*.py"))) <= 12, "the root holds plain things only: a subject has a room of its own"
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_importing_a_light_module_leaves_torch_alone(module):
     if find_spec(module) is None:
