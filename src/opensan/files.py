@@ -28,10 +28,11 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
-    """As `atomic_path`, for files of one folder that belong together; last the one that no reader can do without.
+    """Yield a temporary path beside each of `targets`, the files of one result in one folder; on success rename all.
 
-    All are on disk before the first is renamed. If the process dies between two renames, the last one is missing,
-    unless it stays as it was: old and new are never taken for one.
+    Name last the file that every reader needs. All files are on disk before the first is renamed. If the process dies
+    between two renames, the last file is missing (or kept, where its content does not change), so a reader never takes
+    a mixture of old and new files for one result.
     """
     paths = [Path(target) for target in targets]
     temporaries: list[Path] = []

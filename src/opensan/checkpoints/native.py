@@ -20,7 +20,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 class _LeftEmpty(TorchFunctionMode):
-    """Nothing is drawn for tensors without memory: torch would import its compiler, for a second, to do nothing."""
+    """Skip random initialization of meta tensors: it changes nothing, yet torch would import its compiler (1 s)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))

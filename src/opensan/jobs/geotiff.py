@@ -61,9 +61,9 @@ STRIP_PIXELS = 2**22
 
 @contextmanager
 def gdal() -> Iterator[None]:
-    """What all work with rasters happens in: bounded memory, and no word about images without coordinates.
+    """Limit GDAL's cache and silence its warnings about images without coordinates; all raster work runs inside.
 
-    Raises ValueError, one line, if rasterio is not installed.
+    Raises UserError if rasterio is not installed.
     """
     try:
         import rasterio

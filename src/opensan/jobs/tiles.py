@@ -1,4 +1,4 @@
-"""Images of any size, tile by tile: overlapping tiles whose scores are blended, in memory that the area has no say in.
+"""Segment images of any size in overlapping tiles and blend the tiles' scores; memory does not grow with the area.
 
 A proposal of one tile is no proposal of its neighbour: query 7 may be the river here and a roof there, so mask logits
 of two tiles have nothing in common that could be averaged. What they share are the words. Where tiles t overlap,

@@ -368,5 +368,5 @@ def _train(model: SAN, text: TextClassifier, source: _GoldenSource, count: int) 
         groups = san_parameter_groups(model)
         task = _GoldenTask(model, text)
         Trainer(task, source, groups, config, folder, validate=stop, loggers=[figures]).run()
-        raise KeyboardInterrupt  # it ends so early by a signal only
+        raise KeyboardInterrupt  # `run` returns here only after a signal; the validation step raises _Enough otherwise
     return figures.steps

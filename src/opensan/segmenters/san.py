@@ -100,7 +100,7 @@ class SanSegmenter(Segmenter):
 
     @_undisturbed
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
-        """What `Segmenter.winners` answers."""
+        """Return each pixel's word index, [H0, W0] int32; see `Segmenter.winners`."""
         probabilities = self.class_probabilities(encoding, vocabulary)
         return label_map(self._masks(encoding), probabilities, encoding.sizes).cpu().numpy()
 
@@ -147,7 +147,7 @@ def load_san(
         device: "cpu", "cuda", "cuda:1", "mps".
         speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
             labels (docs/speed.md says what it gains and costs).
-        dtype: "float32" or "bfloat16", of the matrices of both ViTs' blocks, where `speed` shall not choose it.
+        dtype: "float32" or "bfloat16", the precision of matrix products in both ViTs' blocks; None lets `speed` choose.
         random_weights: a seed; builds the named preset with random weights and no download.
             For benchmarks and shape work: the answers mean nothing.
         max_pixels: larger photographs are refused, before they are decoded.

@@ -34,7 +34,7 @@ Answer = TypeVar("Answer")
 
 @dataclass
 class _Place:
-    """In the queue, which forgets nobody before their turn; the photographs of those who left are let go at once."""
+    """A request in the queue of batches. If its client leaves, it stays until its turn, but drops its image at once."""
 
     photograph: ReadImage | None = None
     left: bool = False

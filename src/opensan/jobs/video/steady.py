@@ -31,8 +31,8 @@ FINER = 4
 """Motion is found on a grid that is finer than the masks' by this factor."""
 
 LEVELS, ITERATIONS, WINDOW, SMOOTHING, RIDGE = 3, 3, 9, 5, 0.02
-"""Of `motion`: halvings of the picture (and itself), steps on each, sides of the squares in which one displacement is
-sought and then averaged, and what keeps flat areas still (in squared grey values)."""
+"""Settings of `motion`: the number of image scales, the steps on each, the sides of the squares in which a displacement
+is fitted and then averaged, and the regularization that keeps flat areas still (in squared grey values)."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class ExportedSegmenter(Segmenter):
         ]
 
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
-        """What `Segmenter.winners` answers."""
+        """Return each pixel's word index, [H0, W0] int32; see `Segmenter.winners`."""
         return np.concatenate([labels for labels, _ in self._bands(encoding, vocabulary)])
 
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
