@@ -34,7 +34,6 @@ from opensan.assemble.labels import label_map
 from opensan.config import PRESETS
 from opensan.images import prepare
 from opensan.model import SAN
-from opensan.model.backbones.clip_vit import recognise
 from opensan.parity.golden import golden_model
 from opensan.segmenters.san import SanSegmenter
 from opensan.structures import ImageSizes, Proposals, TextClassifier
@@ -183,9 +182,8 @@ def our_parts(model: SAN, image: np.ndarray, text: TextClassifier) -> dict[str, 
     prepared = prepare(image, config.image)
     pixels = prepared.pixels.unsqueeze(0)
     features, blocks = model.shallow_features(pixels), config.side_adapter.supervised_blocks[-1:]
-    ((masks, bias),) = model.side_adapter(pixels, features, blocks)
-    visual, first = model.clip.visual, config.recognition_layer + 1
-    proposals = Proposals(masks, recognise(visual, features, bias, first), bias)
+    ((masks, bias),) = model.side_adapter(pixels, features.maps, blocks)
+    proposals = Proposals(masks, model.clip.recognise(features, bias), bias)
 
     def answer(sizes: ImageSizes = prepared.sizes) -> torch.Tensor:
         probabilities = model.classify(proposals, text)[0].softmax(dim=-1)[:, :-1]
@@ -194,8 +192,8 @@ def our_parts(model: SAN, image: np.ndarray, text: TextClassifier) -> dict[str, 
     return {
         "resize": lambda: prepare(image, config.image),
         "CLIP": lambda: model.shallow_features(pixels),
-        "side adapter": lambda: model.side_adapter(pixels, features, blocks),
-        "recognition": lambda: recognise(visual, features, bias, first),
+        "side adapter": lambda: model.side_adapter(pixels, features.maps, blocks),
+        "recognition": lambda: model.clip.recognise(features, bias),
         "words and label map": answer,
     }
 

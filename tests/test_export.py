@@ -18,7 +18,7 @@ import opensan
 from opensan import images
 from opensan.checkpoints import load_model
 from opensan.config import ModelConfig
-from opensan.model.backbones.clip_vit import adaptive_max_pool
+from opensan.model.maps import adaptive_max_pool
 from opensan.segmenters.exported import requirements
 from opensan.structures import TextClassifier
 from opensan.text.encoder import TextEncoder

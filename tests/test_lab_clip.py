@@ -19,8 +19,7 @@ from opensan.lab.clip_training import (
 )
 from opensan.lab.scene_pictures import CLOSE_UPS, WHOLE_SCENES, PictureKind, ScenePictures, tokens
 from opensan.lab.teacher import CloseUpWords, Imitation, Teacher, TeacherTask, settle
-from opensan.model.backbones.clip_vit import encode_prompts, shallow_features
-from opensan.model.transformer import ClipModel
+from opensan.model.backbones.clip_vit import ClipModel
 from opensan.text.encoder import pad_tokens
 from opensan.train.config import LoopConfig
 from opensan.train.san import normalise
@@ -63,14 +62,14 @@ def test_a_batch_has_a_right_and_a_wrong_caption_for_every_window(kind):
 
 def test_the_whole_picture_as_a_window_is_what_clip_sees(clip):
     pixels = torch.randn(2, 3, 48, 64)
-    features = shallow_features(clip.visual, pixels, 3, ())
+    features = clip.shallow_features(pixels, 3, ())
     whole = torch.ones(2, 1, *features.grid, dtype=torch.bool)
     with torch.no_grad():
         assert torch.allclose(read_windows(clip, features, whole)[:, 0], embed_images(clip, pixels), atol=1e-5)
 
 
 def test_a_window_does_not_see_patches_outside_in_the_deep_layers(clip):
-    features = shallow_features(clip.visual, torch.randn(1, 3, 48, 48), 3, ())
+    features = clip.shallow_features(torch.randn(1, 3, 48, 48), 3, ())
     window = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
     window[..., :3, :] = True
     with torch.no_grad():
@@ -140,10 +139,10 @@ def test_unseen_tokens_are_forgotten_and_prompts_of_known_words_are_not(clip):
     known = pad_tokens([tokens("a photo of a striped blue star."), tokens("There is a night sky in the scene")])
     strange = pad_tokens([tokens("a photo of a giraffe.")])
     with torch.no_grad():
-        before, giraffe = encode_prompts(clip, known), encode_prompts(clip, strange)
+        before, giraffe = clip.embed_prompts(known), clip.embed_prompts(strange)
         forget_unseen_tokens(clip, lexicon())
-        assert torch.equal(encode_prompts(clip, known), before)
-        assert not torch.equal(encode_prompts(clip, strange), giraffe)
+        assert torch.equal(clip.embed_prompts(known), before)
+        assert not torch.equal(clip.embed_prompts(strange), giraffe)
     rows = clip.token_embedding.weight.abs().sum(dim=1)
     assert 20 < int((rows > 0).sum()) < 100
 

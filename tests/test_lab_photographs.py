@@ -16,7 +16,7 @@ from opensan.lab.photographs import (
     EvenMixture,
     PhotographWindows,
 )
-from opensan.model.transformer import ClipModel
+from opensan.model.backbones.clip_vit import ClipModel
 from opensan.text.encoder import tokenize
 from opensan.train.san import normalise
 

@@ -10,12 +10,7 @@ from torch import nn
 
 from opensan.checkpoints import build_empty
 from opensan.config import PRESETS
-from opensan.model.backbones.clip_vit import (
-    encode_prompts,
-    recognise,
-    resize_position_table,
-    shallow_features,
-)
+from opensan.model.maps import resize_position_table
 from opensan.model.transformer import SideBlock
 from opensan.structures import TextClassifier
 
@@ -122,7 +117,7 @@ def test_recognition_pools_the_bias_to_clips_grid(small_model):
     features = small_model.shallow_features(pixels(1, 3, 128, 128))
     bias = 3 * pixels(1, 4, 5, 16, 16)
     highest = F.max_pool2d(bias[0], 2).unsqueeze(0).repeat_interleave(2, -1).repeat_interleave(2, -2)
-    first, second, other = (recognise(small_model.clip.visual, features, b, 4) for b in (bias, highest, bias / 2))
+    first, second, other = (small_model.clip.recognise(features, b) for b in (bias, highest, bias / 2))
     torch.testing.assert_close(first, second)
     assert (first - other).abs().max() > 1e-3
 
@@ -160,7 +155,7 @@ def test_prompts_may_be_cut_after_the_longest(small_model):
     tokens = torch.zeros(2, 77, dtype=torch.int64)
     tokens[0, :4] = torch.tensor([49406, 320, 1125, 49407])
     tokens[1, :6] = torch.tensor([49406, 320, 1125, 539, 320, 49407])
-    full, cut = encode_prompts(small_model.clip, tokens), encode_prompts(small_model.clip, tokens[:, :6])
+    full, cut = small_model.clip.embed_prompts(tokens), small_model.clip.embed_prompts(tokens[:, :6])
     torch.testing.assert_close(full, cut, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(full.norm(dim=-1), torch.ones(2))
 
@@ -181,9 +176,9 @@ def test_the_towers_are_open_clips(small_model):
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = theirs.encode_text(tokens, normalize=True)
-        torch.testing.assert_close(encode_prompts(small_model.clip, tokens), expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(small_model.clip.embed_prompts(tokens), expected, atol=1e-6, rtol=1e-5)
         visual = small_model.clip.visual
-        class_token = shallow_features(visual, pixels, config.vision.layers, ()).tokens[:, 0]
+        class_token = small_model.clip.shallow_features(pixels, config.vision.layers, ()).tokens[:, 0]
         expected = theirs.encode_image(pixels)
         torch.testing.assert_close(visual.ln_post(class_token) @ visual.proj, expected, atol=1e-5, rtol=1e-5)
 

@@ -47,23 +47,38 @@ class VisionConfig(Config):
 
 
 class TextConfig(Config):
-    """The CLIP text tower: a causal transformer read at the end-of-text token."""
+    """The CLIP text tower: a transformer read at the end-of-text token."""
 
     width: Count
     layers: LayerCount
     heads: Count
     context_length: Count = 77
     vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 49_408
+    causal: bool = True
+    """A token sees only those before it, as in CLIP; a bidirectional tower sees the whole prompt."""
 
 
 class ClipConfig(Config):
-    """A CLIP of two plain towers, as open_clip builds it."""
+    """The family "clip_vit": a CLIP of two plain towers, as open_clip builds it."""
 
+    kind: Literal["clip_vit"] = "clip_vit"
     embed_dim: Count
     quick_gelu: bool
     """OpenAI's weights need QuickGELU; stated here because a wrong guess is silently wrong."""
     vision: VisionConfig
     text: TextConfig
+
+    def check_layers(self, recognition_layer: int) -> None:
+        """Raise UserError if the tower can't be cut after `recognition_layer`, or its widths do not fit its heads."""
+        for what, tower in (("vision", self.vision), ("text", self.text)):
+            if tower.width % tower.heads:
+                raise UserError(f"clip.{what}: width {tower.width} is not a multiple of heads {tower.heads}")
+        if not 0 < recognition_layer < self.vision.layers:
+            raise UserError(f"recognition_layer {recognition_layer} is not between 1 and {self.vision.layers - 1}")
+
+
+AnyClipConfig = ClipConfig
+"""Of the backbone: one class a family, told apart by `kind`. A family that is not named is "clip_vit"."""
 
 
 class SideAdapterConfig(Config):
@@ -78,7 +93,9 @@ class SideAdapterConfig(Config):
     """Side in pixels of the square image that the position table is made for."""
     queries: Count = 100
     fusion: dict[LayerNumber, LayerNumber]
-    """Side block -> CLIP layer whose patch map is added to that block's output (0: the input)."""
+    """Side block -> CLIP layer whose patch map is fused into that block's output (0: the input)."""
+    fusion_kind: Literal["add"] = "add"
+    """How a layer is fused: "add" adds its projection to the patch tokens."""
     supervised_blocks: tuple[LayerNumber, ...] = (7, 8)
     """Side blocks whose output the heads read in training; the last one is the answer."""
     mask_channels: Count = 256
@@ -102,7 +119,8 @@ class ModelConfig(Config):
     """Everything needed to build a SAN; the content of a checkpoint folder's config.json."""
 
     name: str
-    clip: ClipConfig
+    clip: AnyClipConfig
+    """The backbone: the frozen image-text model."""
     side_adapter: SideAdapterConfig
     recognition_layer: LayerNumber
     """CLIP layers up to this one are shallow (features); the later ones recognise proposals."""
@@ -113,16 +131,10 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
-        vision, side = self.clip.vision, self.side_adapter
-        for what, width, heads in (
-            ("clip.vision", vision.width, vision.heads),
-            ("clip.text", self.clip.text.width, self.clip.text.heads),
-            ("side_adapter", side.width, side.heads),
-        ):
-            if width % heads:
-                raise UserError(f"{what}: width {width} is not a multiple of heads {heads}")
-        if not 0 < self.recognition_layer < vision.layers:
-            raise UserError(f"recognition_layer {self.recognition_layer} is not between 1 and {vision.layers - 1}")
+        side = self.side_adapter
+        if side.width % side.heads:
+            raise UserError(f"side_adapter: width {side.width} is not a multiple of heads {side.heads}")
+        self.clip.check_layers(self.recognition_layer)
         for block, layer in side.fusion.items():
             if block >= side.depth or layer > self.recognition_layer:
                 raise UserError(

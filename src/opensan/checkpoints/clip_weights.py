@@ -17,7 +17,7 @@ from opensan.checkpoints.pickles import read_pickle
 from opensan.config import PRESETS, ClipConfig, ModelConfig
 from opensan.errors import UserError
 from opensan.model import SAN, build_san
-from opensan.model.transformer import ClipModel
+from opensan.model.backbones.clip_vit import ClipModel
 
 OPENAI_REPOSITORIES = {
     "san-vit-b16": "timm/vit_base_patch16_clip_224.openai",

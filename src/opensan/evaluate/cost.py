@@ -145,7 +145,7 @@ def count_multiply_adds(config: ModelConfig, size: tuple[int, int], words: int) 
     text = TextClassifier(rows, torch.arange(words), words)
     with torch.no_grad():
         shallow, features = _counted(lambda: model.shallow_features(pixels))
-        side, _ = _counted(lambda: model.side_adapter(pixels, features, blocks))
+        side, _ = _counted(lambda: model.side_adapter(pixels, features.maps, blocks))
         whole, proposals = _counted(lambda: model.propose(pixels))
         classification, _ = _counted(lambda: model.classify(proposals, text))
     adapter = {part: side.of(f"SideAdapter.{module}") for part, module in _ADAPTER_PARTS.items()}

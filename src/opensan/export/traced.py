@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from opensan.config import ModelConfig
 from opensan.errors import UserError
 from opensan.model import SAN
-from opensan.model.backbones.clip_vit import WIDEST_WINDOW
+from opensan.model.maps import WIDEST_WINDOW
 from opensan.structures import PromptTree, Proposals, TextClassifier
 
 LARGEST_SIDE = 4096

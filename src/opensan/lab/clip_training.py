@@ -25,8 +25,8 @@ from opensan.lab.informed_start import informed_start
 from opensan.lab.scene_pictures import CLOSE_UPS, WHOLE_SCENES, ScenePictures, WindowBatch, tokens
 from opensan.lab.scenes import SEGMENTATION_NAMES, Scene, make_scene, novel_kind
 from opensan.lab.teacher import CloseUpWords, Imitation, Teacher, TeacherTask, settle, word_accuracy
-from opensan.model.backbones.clip_vit import ShallowFeatures, encode_prompts, recognise, shallow_features
-from opensan.model.transformer import ClipModel
+from opensan.model.backbones.base import ShallowFeatures
+from opensan.model.backbones.clip_vit import ClipModel
 from opensan.text.encoder import pad_tokens, tokenize
 from opensan.train.config import LoopConfig
 from opensan.train.loop import Trainer
@@ -85,7 +85,7 @@ class ClipTask(nn.Module):
 
     def forward(self, batch: CaptionBatch, prepared: None) -> dict[str, Tensor]:
         images = embed_images(self.clip, normalise(batch.images, self.image))
-        texts = encode_prompts(self.clip, batch.tokens)
+        texts = self.clip.embed_prompts(batch.tokens)
         return contrast(logit_scale(self.clip) * images @ texts.T, batch.tokens, None)
 
 
@@ -126,9 +126,9 @@ class SceneTask(nn.Module):
 
     def forward(self, batch: WindowBatch, prepared: None) -> dict[str, Tensor]:
         pixels = normalise(batch.images, self.image)
-        features = shallow_features(self.clip.visual, pixels, RECOGNITION_LAYER, (RECOGNITION_LAYER,))
+        features = self.clip.shallow_features(pixels, RECOGNITION_LAYER, (RECOGNITION_LAYER,))
         seen = read_windows(self.clip, features, batch.windows).flatten(0, 1)
-        said, wrong = encode_prompts(self.clip, torch.cat([batch.tokens, batch.wrong_tokens])).chunk(2)
+        said, wrong = self.clip.embed_prompts(torch.cat([batch.tokens, batch.wrong_tokens])).chunk(2)
         scale = logit_scale(self.clip)
         right = scale * (seen * said).sum(dim=1)
         against = scale * (seen * wrong).sum(dim=1)
@@ -136,7 +136,7 @@ class SceneTask(nn.Module):
         return {
             **losses,
             "loss_wrong": 0.5 * F.softplus(against - right).mean(),
-            "loss_imitation": self.weight * self.teacher(features.patch_tokens[RECOGNITION_LAYER], pixels),
+            "loss_imitation": self.weight * self.teacher(features.maps[RECOGNITION_LAYER].tokens, pixels),
         }
 
 
@@ -144,13 +144,13 @@ def read_windows(clip: ClipModel, features: ShallowFeatures, windows: Tensor) ->
     """Unit embeddings [B, Q, D] of `windows` [B, Q, h, w] bool on the grid of patches."""
     bias = torch.where(windows, 0.0, OUTSIDE).unsqueeze(1)
     heads = clip.visual.transformer.resblocks[0].attn.num_heads
-    return recognise(clip.visual, features, bias.expand(-1, heads, -1, -1, -1), RECOGNITION_LAYER + 1)
+    return clip.recognise(features, bias.expand(-1, heads, -1, -1, -1))
 
 
 def image_features(clip: ClipModel, pixels: Tensor) -> Tensor:
     """Image features [B, D], before they are normalised, of pixels [B, 3, H, W] of any size that patches fill."""
     visual = clip.visual
-    features = shallow_features(visual, pixels, len(visual.transformer.resblocks), ())
+    features = clip.shallow_features(pixels, len(visual.transformer.resblocks), ())
     return visual.ln_post(features.tokens[:, 0]) @ visual.proj
 
 
@@ -194,7 +194,7 @@ def probe(clip: ClipModel) -> dict[str, float]:
     """Zero-shot accuracy on pictures of one object, among all words of the lab, by kind of word."""
     clip.eval()
     pictures, names = _probe_scenes()
-    rows = encode_prompts(clip, pad_tokens([tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
+    rows = clip.embed_prompts(pad_tokens([tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
     best = (embed_images(clip, normalise(pictures, ImageConfig())) @ rows.T).argmax(dim=1).tolist()
     clip.train()
     return _accuracies([SEGMENTATION_NAMES[index] for index in best], names)
@@ -209,11 +209,11 @@ def _region_scenes(count: int = 100, seed: int = 55) -> list[Scene]:
 def region_probe(clip: ClipModel) -> dict[str, float]:
     """Accuracy on the regions of whole scenes, read by their true masks: as far as a SAN around this CLIP can come."""
     clip.eval()
-    rows = encode_prompts(clip, pad_tokens([tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
+    rows = clip.embed_prompts(pad_tokens([tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
     found, names = [], []
     for scene in _region_scenes():
         pixels = normalise(torch.from_numpy(scene.image).permute(2, 0, 1).unsqueeze(0), ImageConfig())
-        features = shallow_features(clip.visual, pixels, RECOGNITION_LAYER, ())
+        features = clip.shallow_features(pixels, RECOGNITION_LAYER, ())
         masks = torch.stack([torch.from_numpy(scene.index_map == index) for index in range(len(scene.regions))])
         windows = F.adaptive_avg_pool2d(masks.float(), features.grid) > 0.3
         best = (read_windows(clip, features, windows.unsqueeze(0))[0] @ rows.T).argmax(dim=1).tolist()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from opensan.config import ImageConfig
-from opensan.model.transformer import VisionTower
+from opensan.model.backbones.clip_vit import VisionTower
 from opensan.train.san import normalise
 
 PATCHES = 20_000

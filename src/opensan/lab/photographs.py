@@ -39,8 +39,7 @@ from opensan.lab.informed_start import informed_start
 from opensan.lab.san_training import LabSanConfig, build_lab_san
 from opensan.lab.scene_pictures import Picture, ScenePictures, WindowBatch, tokens
 from opensan.model import SAN
-from opensan.model.backbones.clip_vit import encode_prompts, shallow_features
-from opensan.model.transformer import ClipModel
+from opensan.model.backbones.clip_vit import ClipModel
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
 from opensan.train.loop import Trainer
 from opensan.train.san import normalise, train_san
@@ -272,9 +271,9 @@ class WindowTask(nn.Module):
         """Nothing is shared between the micro-batches of a step."""
 
     def forward(self, batch: WindowBatch, prepared: None) -> dict[str, Tensor]:
-        features = shallow_features(self.clip.visual, normalise(batch.images, self.image), RECOGNITION_LAYER, ())
+        features = self.clip.shallow_features(normalise(batch.images, self.image), RECOGNITION_LAYER, ())
         seen = read_windows(self.clip, features, batch.windows).flatten(0, 1)
-        said = encode_prompts(self.clip, batch.tokens)
+        said = self.clip.embed_prompts(batch.tokens)
         return contrast(logit_scale(self.clip) * seen @ said.T, batch.tokens, None)
 
 

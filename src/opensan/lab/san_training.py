@@ -26,6 +26,7 @@ from opensan.files import write_text
 from opensan.lab.clip_training import RECOGNITION_LAYER, load_clip
 from opensan.lab.scenes import BASE_NAMES, NOVEL_KINDS, SEGMENTATION_NAMES, Split, label_map, make_scene, novel_kind
 from opensan.model import SAN
+from opensan.model.fusion import build_fusion
 from opensan.model.side_adapter import SideAdapter
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
 from opensan.train.san import train_san
@@ -119,11 +120,11 @@ def build_lab_san(clip_folder: Path, config: LabSanConfig) -> SAN:
         clip_scale=config.clip_scale,
         image=config.image,
     )
-    vision = clip_config.vision
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        adapter = SideAdapter(config.side_adapter, clip_width=vision.width, attention_heads=vision.heads)
-        return SAN(model_config, clip=clip, side_adapter=adapter)
+        fusion = build_fusion(config.side_adapter, clip.layer_widths)
+        adapter = SideAdapter(config.side_adapter, fusion=fusion, attention_heads=clip.attention_heads)
+        return SAN(model_config, backbone=clip, side_adapter=adapter)
 
 
 def base_and_novel(metrics: SegmentationMetrics) -> dict[str, float]:

@@ -4,44 +4,81 @@ Words enter only at the last matrix product, so proposals can be kept and asked 
 Letters: B batch, Q queries, K words, R text rows, D embedding, N attention heads, h w stride-16 grid.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensan.config import ModelConfig
-from opensan.model.backbones.clip_vit import (
-    ShallowFeatures,
-    encode_prompt_tree,
-    encode_prompts,
-    recognise,
-    shallow_features,
-)
+from opensan.config import ImageConfig, ModelConfig
+from opensan.model.backbones import build_backbone
+from opensan.model.backbones.base import Backbone, ShallowFeatures
+from opensan.model.fusion import build_fusion
 from opensan.model.side_adapter import SideAdapter
-from opensan.model.transformer import ClipModel
 from opensan.structures import PromptTree, Proposals, TextClassifier
 
 
-class SAN(nn.Module):
-    """The Side Adapter Network (Xu et al., CVPR 2023) around a CLIP that is held once.
+class TrainedParameter(NamedTuple):
+    """A parameter that training changes."""
 
-    Trained are `side_adapter`, `no_object_embedding` and the shallow CLIP position table; all else is frozen.
+    name: str
+    parameter: nn.Parameter
+    decayed: bool
+    """Whether weight decay applies to it."""
+
+
+class SAN(nn.Module):
+    """The Side Adapter Network (Xu et al., CVPR 2023) around a backbone of any family.
+
+    Trained are `side_adapter`, `no_object_embedding` and what the backbone says (of CLIP, the shallow position table);
+    all else is frozen. The backbone's attribute is called `clip`, as its parameters are in checkpoints.
     """
 
-    def __init__(self, config: ModelConfig, *, clip: ClipModel, side_adapter: SideAdapter) -> None:
+    def __init__(self, config: ModelConfig, *, backbone: Backbone, side_adapter: SideAdapter) -> None:
         super().__init__()
         self.config = config
-        self.clip = clip
+        self.clip = backbone
         self.side_adapter = side_adapter
         self.no_object_embedding = nn.Parameter(torch.empty(1, config.clip.embed_dim))
         nn.init.normal_(self.no_object_embedding, std=config.clip.embed_dim**-0.5)
         self.clip.requires_grad_(False)
-        self.clip.visual.positional_embedding.requires_grad_(True)
+        for name in self.clip.trained_names():
+            self.clip.get_parameter(name).requires_grad_(True)
 
     def train(self, mode: bool = True) -> "SAN":
-        """Set the mode of the trained parts; the frozen CLIP stays in evaluation mode."""
+        """Set the mode of the trained parts; the frozen backbone stays in evaluation mode."""
         super().train(mode)
         self.clip.eval()
         return self
+
+    @property
+    def image_config(self) -> ImageConfig:
+        """How an image becomes what `propose` takes."""
+        return self.config.image
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules that are checkpointed, sharded, narrowed and compiled one by one: the side network's first."""
+        return [*self.side_adapter.blocks, *self.clip.blocks()]
+
+    def trained(self) -> list[TrainedParameter]:
+        """The parameters that require a gradient.
+
+        Weight decay spares torch's LayerNorms, the query embeddings and the position tables, the backbone's included;
+        the fusion's channel norms, biases, the no-object embedding and the bias scale are decayed (official behaviour).
+        """
+        spared = {f"side_adapter.{table}" for table in ("query_embedding", "query_position", "patch_position")}
+        spared |= {f"clip.{name}" for name in self.clip.trained_names()}
+        spared |= {
+            f"{name}.{leaf}"
+            for name, module in self.named_modules()
+            if isinstance(module, nn.LayerNorm) and not name.endswith(".channel_norm")
+            for leaf in ("weight", "bias")
+        }
+        return [
+            TrainedParameter(name, parameter, name not in spared)
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        ]
 
     def propose(self, pixels: Tensor, *, supervise: bool = False) -> Proposals:
         """Encode images.
@@ -57,9 +94,9 @@ class SAN(nn.Module):
         config = self.config
         features = self.shallow_features(pixels)
         blocks = config.side_adapter.supervised_blocks if supervise else config.side_adapter.supervised_blocks[-1:]
-        masks, biases = zip(*self.side_adapter(pixels, features, blocks), strict=True)
-        # SLS tokens do not see each other, so those of all supervised blocks share one pass through deep CLIP.
-        embeddings = recognise(self.clip.visual, features, torch.cat(biases, dim=2), config.recognition_layer + 1)
+        masks, biases = zip(*self.side_adapter(pixels, features.maps, blocks), strict=True)
+        # Queries do not see each other in recognition, so those of all supervised blocks share one recognition.
+        embeddings = self.clip.recognise(features, torch.cat(biases, dim=2))
         answers = [
             Proposals(mask_logits=mask, mask_embeddings=embedding, attention_bias=bias)
             for mask, embedding, bias in zip(masks, embeddings.chunk(len(blocks), dim=1), biases, strict=True)
@@ -68,14 +105,14 @@ class SAN(nn.Module):
         return Proposals(last.mask_logits, last.mask_embeddings, last.attention_bias, auxiliary=tuple(answers[:-1]))
 
     def shallow_features(self, pixels: Tensor) -> ShallowFeatures:
-        """The shallow CLIP layers of pixels [B, 3, H, W] (as for `propose`), resized by `clip_scale`.
+        """The shallow layers of pixels [B, 3, H, W] (as for `propose`), resized by `clip_scale`.
 
         The scale factor itself sets the sampling grid, not the ratio of rounded sizes (official behaviour).
         """
         config = self.config
         small = F.interpolate(pixels, scale_factor=config.clip_scale, mode="bilinear", align_corners=False)
         keep = set(config.side_adapter.fusion.values())
-        return shallow_features(self.clip.visual, small, config.recognition_layer, keep)
+        return self.clip.shallow_features(small, config.recognition_layer, keep)
 
     def classify(self, proposals: Proposals, text: TextClassifier) -> Tensor:
         """Class logits [B, Q, K + 1] of the proposals, "no object" last.
@@ -97,16 +134,17 @@ class SAN(nn.Module):
         return F.normalize(self.no_object_embedding, dim=-1)
 
     def embed_prompts(self, tokens: Tensor) -> Tensor:
-        """Unit text embeddings [P, D] of `tokens` [P, L] int64, L up to the context length."""
-        return encode_prompts(self.clip, tokens)
+        """Unit text embeddings [P, D] of `tokens` [P, T] int64, T up to the context length."""
+        return self.clip.embed_prompts(tokens)
 
     def embed_prompt_tree(self, tree: PromptTree) -> Tensor:
-        """The same of the prompts of `tree` [P, D]; what begins alike is computed once."""
-        return encode_prompt_tree(self.clip, tree)
+        """The same of the prompts of `tree` [P, D], what begins alike once; only of a causal text tower."""
+        return self.clip.embed_prompt_tree(tree)
 
 
 def build_san(config: ModelConfig) -> SAN:
-    """A SAN with random weights (torch's global generator), in evaluation mode."""
-    vision = config.clip.vision
-    adapter = SideAdapter(config.side_adapter, clip_width=vision.width, attention_heads=vision.heads)
-    return SAN(config, clip=ClipModel(config.clip), side_adapter=adapter).eval()
+    """Build a SAN with random weights (torch's global generator), in evaluation mode."""
+    backbone = build_backbone(config.clip)
+    fusion = build_fusion(config.side_adapter, backbone.layer_widths)
+    adapter = SideAdapter(config.side_adapter, fusion=fusion, attention_heads=backbone.attention_heads)
+    return SAN(config, backbone=backbone, side_adapter=adapter).eval()

@@ -4,7 +4,7 @@ Letters: B batch, Q queries, N CLIP attention heads, L patches, C channels, h w 
 Patch maps travel as tokens [B, L, C]; what the official code writes as 1x1 convolutions are Linear layers here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensan.config import SideAdapterConfig
-from opensan.model.backbones.clip_vit import ShallowFeatures, embed_patches, resize_position_table
+from opensan.model.backbones.base import FeatureMap
+from opensan.model.fusion import AddFusion
+from opensan.model.maps import embed_patches, resize_position_table
 from opensan.model.transformer import SideBlock
 
 SIDE_NORM_EPS = 1e-6
-"""timm's ViT epsilon, and the official fusion norm's; CLIP's own is 1e-5."""
+"""timm's ViT epsilon; CLIP's own is 1e-5."""
 
 
 class MLP(nn.Module):
@@ -36,26 +38,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers[-1](self.hidden(x))
-
-
-class Fusion(nn.Module):
-    """Brings one CLIP layer into the side network: norm over channels, projection, resize.
-
-    The norm is called `channel_norm` because it is trained with weight decay, unlike the blocks' LayerNorms
-    (official behaviour: it is not torch's LayerNorm there).
-    """
-
-    def __init__(self, clip_width: int, width: int) -> None:
-        super().__init__()
-        self.channel_norm = nn.LayerNorm(clip_width, eps=SIDE_NORM_EPS)
-        self.projection = nn.Linear(clip_width, width)
-
-    def forward(self, patch_tokens: Tensor, clip_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """[B, h' * w', C] on CLIP's grid -> [B, h * w, width] on the side network's."""
-        projected = self.projection(self.channel_norm(patch_tokens))
-        maps = projected.transpose(1, 2).unflatten(2, clip_grid)
-        resized = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
-        return resized.flatten(2).transpose(1, 2)
 
 
 class DecoupledHead(nn.Module):
@@ -94,9 +76,9 @@ class DecoupledHead(nn.Module):
 
 
 class SideAdapter(nn.Module):
-    """ViT whose first tokens are the queries; CLIP's shallow layers are added to its patch tokens."""
+    """ViT whose first tokens are the queries; the fusion brings the backbone's shallow layers into its patch tokens."""
 
-    def __init__(self, config: SideAdapterConfig, clip_width: int, attention_heads: int) -> None:
+    def __init__(self, config: SideAdapterConfig, *, fusion: AddFusion, attention_heads: int) -> None:
         super().__init__()
         self.config = config
         side = config.image_size // config.patch_size
@@ -107,7 +89,7 @@ class SideAdapter(nn.Module):
         self.blocks = nn.ModuleList(
             SideBlock(config.width, config.heads, config.mlp_ratio, SIDE_NORM_EPS) for _ in range(config.depth)
         )
-        self.fusion = nn.ModuleDict({str(block): Fusion(clip_width, config.width) for block in config.fusion})
+        self.fusion = fusion
         self.head = DecoupledHead(config, attention_heads)
         self._initialise()
 
@@ -120,8 +102,12 @@ class SideAdapter(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, pixels: Tensor, clip: ShallowFeatures, blocks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def forward(
+        self, pixels: Tensor, maps: Mapping[int, FeatureMap], blocks: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
         """Mask logits [B, Q, h, w] and attention bias [B, N, Q, h, w] after each of `blocks`, from pixels [B, 3, H, W].
+
+        `maps`: the layers of the backbone that the fusion reads.
 
         The position embedding is added to the input and again after every block but the last;
         the heads read a block's output after fusion and before that addition.
@@ -130,19 +116,18 @@ class SideAdapter(nn.Module):
         patches, grid = embed_patches(self.patch_embedding, pixels)
         position = torch.cat([self.query_position, resize_position_table(self.patch_position, grid)])
         x = torch.cat([self.query_embedding.expand(pixels.shape[0], -1, -1), patches], dim=1)
-        x = self._fuse(0, x + position, clip, grid)
+        x = self._fuse(0, x + position, maps, grid)
         answers = {}
         for number, block in enumerate(self.blocks, start=1):
-            x = self._fuse(number, block(x), clip, grid)
+            x = self._fuse(number, block(x), maps, grid)
             if number in blocks:
                 answers[number] = self.head(x[:, : config.queries], x[:, config.queries :], grid)
             if number < config.depth:
                 x = x + position
         return [answers[number] for number in blocks]
 
-    def _fuse(self, number: int, x: Tensor, clip: ShallowFeatures, grid: tuple[int, int]) -> Tensor:
-        """Add the CLIP layer that belongs to side block `number`, if any, to the patch tokens of x [B, Q + L, C]."""
-        if number not in self.config.fusion:
-            return x
-        added = self.fusion[str(number)](clip.patch_tokens[self.config.fusion[number]], clip.grid, grid)
-        return torch.cat([x[:, : self.config.queries], x[:, self.config.queries :] + added], dim=1)
+    def _fuse(self, number: int, x: Tensor, maps: Mapping[int, FeatureMap], grid: tuple[int, int]) -> Tensor:
+        """What side block `number` answered, x [B, Q + L, C], with the backbone's layer fused into its patch tokens."""
+        queries = self.config.queries
+        fused = self.fusion(number, x[:, queries:], maps, grid)
+        return x if fused is None else torch.cat([x[:, :queries], fused], dim=1)

@@ -1,4 +1,4 @@
-"""The two kinds of transformer block, and CLIP's two towers as they hold them.
+"""The two kinds of transformer block: CLIP's and the side network's.
 
 Parameter names are open_clip's and timm's, whose weights these modules read and whose numbers they reproduce (tested);
 the packages themselves are not imported, because that takes longer than labelling a photograph. What is computed with
@@ -7,15 +7,12 @@ and the residual sum stay in the input's precision, whatever the matrices have.
 Letters: B batch, Q queries, N attention heads, L tokens, C channels, D channels of a head.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from opensan.config import ClipConfig, TextConfig, VisionConfig
 
 QUICK_GELU_SLOPE = 1.702
 
@@ -211,58 +208,6 @@ class ClipBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(ClipBlock(width, heads, mlp_ratio, activation) for _ in range(layers))
-
-
-class VisionTower(nn.Module):
-    """CLIP's image tower: what `opensan.model.backbones.clip_vit` runs in parts."""
-
-    def __init__(self, config: VisionConfig, embed_dim: int, activation: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        width = config.width
-        side = config.image_size // config.patch_size
-        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
-        self.class_embedding = _normal_parameter(width, std=width**-0.5)
-        self.positional_embedding = _normal_parameter(side * side + 1, width, std=width**-0.5)
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = ClipBlocks(width, config.layers, config.heads, config.mlp_ratio, activation)
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = _normal_parameter(width, embed_dim, std=width**-0.5)
-
-
-def _normal_parameter(*shape: int, std: float) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(shape))
-    nn.init.normal_(parameter, std=std)
-    return parameter
-
-
-class ClipModel(nn.Module):
-    """Both towers; the text tower's parts stand at the top, as in the released files."""
-
-    def __init__(self, config: ClipConfig) -> None:
-        super().__init__()
-        text = config.text
-        activation = QuickGELU if config.quick_gelu else nn.GELU
-        self.visual = VisionTower(config.vision, config.embed_dim, activation)
-        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
-        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
-        self.transformer = ClipBlocks(text.width, text.layers, text.heads, 4.0, activation)
-        self.ln_final = nn.LayerNorm(text.width)
-        self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self._initialise_text(text)
-
-    def _initialise_text(self, text: TextConfig) -> None:
-        """CLIP's own start (Radford et al., 2021): deviations by width, and by depth where a residual is written."""
-        within = text.width**-0.5
-        residual = within * (2 * text.layers) ** -0.5
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=within)
-            nn.init.normal_(block.attn.out_proj.weight, std=residual)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text.width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
-        nn.init.normal_(self.text_projection, std=within)
 
 
 class SideAttention(nn.Module):

@@ -90,7 +90,7 @@ def _answers(
         "margin": best[0] - best[1],
         f"clip_class_token/{model.config.recognition_layer}": features.tokens[0, 0],
     }
-    for layer, tokens in features.patch_tokens.items():
+    for layer, (tokens, _) in features.maps.items():
         ours[f"clip_features/{layer}"] = tokens[0].T.unflatten(1, features.grid)
     return ours, label_map(masks, probabilities, sizes), best[0] - best[1]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opensan.model import SAN
+from opensan.model.transformer import Block
 from opensan.structures import Proposals
 
 SPEEDS = ("exact", "fast")
@@ -52,10 +53,11 @@ def narrow_matrices(model: SAN, dtype: torch.dtype) -> None:
 
     Attention follows its queries and keys, so it is narrow too. Norms, residual sums, fusion and heads stay in float32.
     """
-    for blocks in (model.clip.visual.transformer.resblocks, model.side_adapter.blocks):
-        for parameter in blocks.parameters():
-            if parameter.ndim == 2:
-                parameter.data = parameter.data.to(dtype)
+    for block in model.blocks():
+        if isinstance(block, Block):  # which computes in the precision of its matrices; others would refuse
+            for parameter in block.parameters():
+                if parameter.ndim == 2:
+                    parameter.data = parameter.data.to(dtype)
 
 
 def _compiled(model: SAN, dtype: torch.dtype) -> ImageHalf:
@@ -65,7 +67,7 @@ def _compiled(model: SAN, dtype: torch.dtype) -> ImageHalf:
     and each is compiled for all shapes. torch keeps what it compiled in the user's temporary folder.
     """
     side = model.side_adapter
-    for part in (*model.clip.visual.transformer.resblocks, *side.blocks, *side.fusion.values(), side.head):
+    for part in (*model.blocks(), *side.fusion.values(), side.head):
         part.compile(dynamic=True)
 
     def propose(pixels: Tensor) -> Proposals:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from opensan.model import SAN
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -18,34 +20,18 @@ class ParameterGroup:
 
 
 def san_parameter_groups(
-    model: nn.Module, *, learning_rate: float = 1e-4, weight_decay: float = 1e-4
+    model: SAN, *, learning_rate: float = 1e-4, weight_decay: float = 1e-4
 ) -> list[ParameterGroup]:
-    """The trained parameters of a SAN in two groups: with `weight_decay`, and without.
-
-    Trained is what requires a gradient. Without decay: LayerNorms of the side network's blocks, the query embedding,
-    the query position embedding and both position tables. The fusion's channel norms, biases, the no-object embedding
-    and the bias scale are decayed, as the official code has it.
-    """
-    norms = {
-        f"{name}.{leaf}"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm) and not name.endswith(".channel_norm")
-        for leaf in ("weight", "bias")
-    }
-    tables = {
-        "side_adapter.query_embedding",
-        "side_adapter.query_position",
-        "side_adapter.patch_position",
-        "clip.visual.positional_embedding",
-    }
-    free = norms | tables
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    """Put the trained parameters of a SAN (see `SAN.trained`) in two groups: with `weight_decay`, and without."""
+    trained = model.trained()
     return [
-        ParameterGroup(*zip(*members, strict=True), learning_rate=learning_rate, weight_decay=decay)
-        for decay, members in (
-            (weight_decay, [(name, parameter) for name, parameter in trained if name not in free]),
-            (0.0, [(name, parameter) for name, parameter in trained if name in free]),
+        ParameterGroup(
+            tuple(one.name for one in trained if one.decayed is decayed),
+            tuple(one.parameter for one in trained if one.decayed is decayed),
+            learning_rate=learning_rate,
+            weight_decay=weight_decay if decayed else 0.0,
         )
+        for decayed in (True, False)
     ]
 
 

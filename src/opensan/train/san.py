@@ -87,7 +87,7 @@ class SanTask(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The modules that activation checkpointing and FSDP take one by one."""
-        return [*self.model.side_adapter.blocks, *self.model.clip.visual.transformer.resblocks]
+        return self.model.blocks()
 
     def prepare(self, batches: Sequence[SegmentationBatch]) -> float:
         """The number that mask losses of the step are divided by."""

@@ -1,0 +1,90 @@
+"""What a backbone is: the frozen image-text model that a SAN reads its features from and recognises proposals with.
+
+Letters: B batch, Q queries, N channel groups of the attention bias, L positions, C channels, D embedding,
+P prompts, T tokens, h w a grid.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from opensan.structures import PromptTree
+
+
+class FeatureMap(NamedTuple):
+    """The output of one layer of the image tower, on the layer's own grid."""
+
+    tokens: Tensor
+    """[B, L, C]; C may differ from layer to layer."""
+    grid: tuple[int, int]
+    """(h, w), L = h * w."""
+
+
+@dataclass(frozen=True)
+class ShallowFeatures:
+    """What the shallow layers of an image tower leave behind."""
+
+    maps: dict[int, FeatureMap]
+    """Layer number -> its map, for the fusion."""
+    tokens: Tensor
+    """[B, T, C]: what recognition goes on with, as the family has it (a ViT's class token stands first)."""
+    grid: tuple[int, int]
+    """(h, w) of the last shallow layer."""
+    last_layer: int
+    """The number of the last shallow layer."""
+
+
+class Backbone(nn.Module):
+    """Base class of all backbones. A family subclasses it in a file of its own; `SAN` knows only this class.
+
+    Layers of the image tower count from 1; layer 0, if the family has it, is the input of the first one. All of a
+    backbone is frozen and in evaluation mode, except the parameters that `trained_names` lists.
+    """
+
+    layer_widths: dict[int, int]
+    """Layer number -> channels C of its map: all layers that a fusion may read."""
+    attention_heads: int
+    """N, the channel groups of the attention bias: each head of a ViT has its own; a pooling without heads has 1."""
+    logit_scale: Tensor
+    """A scalar parameter: the logarithm of the factor between cosines and class logits."""
+    causal_text: bool
+    """Whether a token of a prompt sees only those before it. Only such a tower has `embed_prompt_tree`."""
+
+    def shallow_features(self, pixels: Tensor, last_layer: int, keep: Collection[int]) -> ShallowFeatures:
+        """Run layers up to `last_layer` on `pixels` [B, 3, H, W], float RGB normalised; keep the maps in `keep`.
+
+        The pixels are the SAN's padded image resized by `ModelConfig.clip_scale`: H and W are any numbers large enough
+        for a grid of one position, and a batch answers as its images would one by one.
+        """
+        raise NotImplementedError
+
+    def recognise(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
+        """Embed what each query attends to: unit mask embeddings [B, Q, D].
+
+        `attention_bias` [B, N, Q, h', w'] is on the side network's grid and real-valued; it is brought to the tower's
+        (`opensan.model.maps.adaptive_max_pool`) and steers where each of the Q queries looks. With a bias of zeros,
+        all are the tower's own image embedding.
+        """
+        raise NotImplementedError
+
+    def embed_prompts(self, tokens: Tensor) -> Tensor:
+        """Embed prompts: `tokens` [P, T] int64 -> unit rows [P, D] in the space of `recognise`."""
+        raise NotImplementedError
+
+    def embed_prompt_tree(self, tree: PromptTree) -> Tensor:
+        """Embed the prompts of `tree` as `embed_prompts` does, what begins alike once: [P, D]. Causal towers only."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules of the image tower, in order, that are checkpointed, sharded and compiled one by one."""
+        raise NotImplementedError
+
+    def trained_names(self) -> Collection[str]:
+        """The names of the backbone's own parameters that are trained with the SAN, without weight decay."""
+        return ()
+
+    def is_text(self, name: str) -> bool:
+        """Whether the parameter or buffer `name` of the backbone belongs to the text tower."""
+        raise NotImplementedError

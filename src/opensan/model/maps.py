@@ -1,0 +1,61 @@
+"""Functions on feature maps and their grids, which several networks share.
+
+Letters: B batch, L patches, C channels, h w a grid.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opensan.model.transformer import linear
+
+
+def resize_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize a square [L0, C] position table to [h * w, C], bicubically; untouched if it already fits."""
+    side = round(table.shape[0] ** 0.5)
+    assert side * side == table.shape[0], table.shape
+    # An exported graph is for any grid, so it can't ask; resizing to the same size changes nothing.
+    if not torch.compiler.is_exporting() and grid == (side, side):
+        return table
+    down, across = (_bicubic_matrix(side, size, table) for size in grid)
+    rows = torch.einsum("hy,yxc->hxc", down, table.unflatten(0, (side, side)))
+    return torch.einsum("wx,hxc->hwc", across, rows).flatten(0, 1)
+
+
+def _bicubic_matrix(side: int, size: int, like: Tensor) -> Tensor:
+    """[size, side]: bicubic resizing of one axis. Resized itself, a table keeps a GPU waiting for its few pixels."""
+    identity = torch.eye(side, dtype=like.dtype, device=like.device).view(1, side, side, 1)
+    return F.interpolate(identity, size=(size, 1), mode="bicubic", align_corners=False).view(side, size).T
+
+
+def embed_patches(convolution: nn.Conv2d, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Patch tokens [B, h * w, C] of pixels [B, 3, H, W], and the grid (h, w); what does not fill a patch is dropped.
+
+    A convolution whose patches do not overlap is one matrix product.
+    """
+    side = convolution.kernel_size[0]
+    h, w = pixels.shape[2] // side, pixels.shape[3] // side
+    inside = pixels[:, :, : h * side, : w * side]
+    patches = inside.unflatten(3, (w, side)).unflatten(2, (h, side)).permute(0, 2, 4, 1, 3, 5)
+    return linear(patches.flatten(3).flatten(1, 2), convolution.weight.flatten(1), convolution.bias), (h, w)
+
+
+WIDEST_WINDOW = 3
+"""Pixels a side that `adaptive_max_pool` looks at when exported: enough where it leaves half of each axis or more."""
+
+
+def adaptive_max_pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`F.adaptive_max_pool2d`; when exported, in operations that other runtimes have for any size of map and grid."""
+    if not torch.compiler.is_exporting():
+        if maps.shape[-2] % grid[0] == 0 == maps.shape[-1] % grid[1]:
+            return F.max_pool2d(maps, (maps.shape[-2] // grid[0], maps.shape[-1] // grid[1]))
+        if maps.device.type != "mps":  # Apple's GPUs have it only for the sizes above
+            return F.adaptive_max_pool2d(maps, grid)
+    for dim, size in zip((-2, -1), grid, strict=True):
+        whole, place = maps.shape[dim], torch.arange(size, device=maps.device)
+        first, last = place * whole // size, ((place + 1) * whole + size - 1) // size - 1
+        windows = [maps.index_select(dim, torch.minimum(first + step, last)) for step in range(WIDEST_WINDOW)]
+        maps = functools.reduce(torch.maximum, windows)
+    return maps
