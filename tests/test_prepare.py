@@ -1,5 +1,6 @@
 """The engine that writes data sets in the canonical layout: what it writes, refuses, and survives; and the check."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ from opensan.data.canonical import read_manifest
 from opensan.data.check import FolderCheck
 from opensan.data.prepare import Photograph, Source
 from opensan.data.prepare.engine import JOURNAL, prepare
+from opensan.data.prepare.source import Labelled
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.vocabulary import Vocabulary
 
@@ -147,11 +149,14 @@ def test_a_broken_photograph_is_left_out_and_tried_again(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../up", "/etc/passwd", ".hidden", "a/b", "a\\b", "", " a", "a\n", "a" * 201, "C:a"])
-def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
+def test_a_name_that_is_no_file_name_costs_its_image_alone(tmp_path, name):
     labels = functools.partial(constant, np.zeros((2, 3), int))
-    source = Source(WORDS, [Photograph(name, ("all",), tmp_path / "a.png", labels)])
-    with pytest.raises(ValueError, match="is no plain file name"):
-        prepare(source, "mine", tmp_path / "out")
+    whole = photo(tmp_path / "raw", "whole", ("all",))
+    source = Source(WORDS, [Photograph(name, ("all",), tmp_path / "a.png", labels), whole])
+    for _ in range(2):  # and so it stays in later runs
+        manifest = prepare(source, "mine", tmp_path / "there")
+        assert manifest.photographs == 1 and list(manifest.left_out) == [name]
+        assert "is no plain file name" in manifest.left_out[name]
     with pytest.raises(ValueError, match="is no plain file name"):
         prepare(Source(WORDS, [Photograph("a", (name,), tmp_path / "a.png", labels)]), "mine", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -160,8 +165,7 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
 def test_what_can_not_be_prepared(tmp_path):
     one = photo(tmp_path / "raw", "a")
     for source, message in [
-        (Source(WORDS, []), "the source has no photographs"),
-        (Source(WORDS, [one, one]), "1 photographs have the name of another, the first is 'a'"),
+        (Source(WORDS, []), "the source has no images"),
         (Source(WORDS, [photo(tmp_path / "raw", "a", ("classes",))]), "a split can't be called 'classes'"),
         (Source(Vocabulary.parse([{"name": "a", "prompts": ["b"]}]), [one]), "the class 'a' can't be written"),
         (Source(Vocabulary.parse([{"name": "C #1"}]), [one]), "the class 'C #1' can't be written"),
@@ -341,7 +345,7 @@ def processes_of_group(group: int) -> list[int]:
 def whole(tmp_path) -> Path:
     """A prepared folder of three photographs."""
     photographs = [photo(tmp_path / "raw", name, ("val",)) for name in "abc"]
-    prepare(Source(WORDS, photographs, evaluation_split="val"), "coco_stuff_171", tmp_path / "out")
+    prepare(Source(WORDS, photographs, evaluation_split="val"), "mine", tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -430,21 +434,28 @@ def voc(root: Path) -> Path:
 def test_the_command_line(run, tmp_path):
     source, out = voc(tmp_path / "VOC2012"), tmp_path / "voc"
     code, stdout, stderr = run("data", "prepare", "pascal_voc_20", "--source", tmp_path, "--out", out)
-    assert (code, stderr) == (0, "")
-    assert "val                  2 photographs of 1,449" in stdout
-    assert "train                0 photographs of 1,464" in stdout
-    assert stdout.endswith("voc: 2 photographs, 20 classes\n")
+    assert code == 1
+    assert "val                  2 images of 1,449" in stdout
+    assert "train                0 images of 1,464" in stdout
+    assert stdout.endswith("voc: 2 images, 20 classes\n")
+    shortfall = [
+        "train: 1,464 of 1,464 images are missing; if that is meant, prepare the other split alone with --split",
+        "val: 1,447 of 1,449 images are missing",
+    ]
+    assert stderr.splitlines()[1:3] == shortfall
     code, stdout, stderr = run("data", "check", out)
-    assert (code, stderr, stdout.splitlines()[-1]) == (0, "", f"{out}: whole")
+    assert (code, stdout.splitlines()[-1]) == (1, f"{out}: 2 problems")
+    assert stderr.splitlines()[1:3] == shortfall
     (source / "JPEGImages" / "2007_000061.jpg").unlink()
     code, stdout, stderr = run("data", "check", out, "--quick", "--workers", 1)
     assert code == 1
-    assert "val                  1 photographs of 1,449" in stdout
-    assert stderr.splitlines()[0].startswith(f"{out}/images/2007_000061.jpg: the photograph it links to is gone")
+    assert "val                  1 images of 1,449" in stdout
+    assert stderr.splitlines()[1].startswith(f"{out}/images/2007_000061.jpg: the photograph it links to is gone")
     assert "is obtained from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/" in stderr
     code, stdout, stderr = run("data", "prepare", "pascal_voc_20", "--source", source, "--out", out)
     assert code == 1
-    assert stderr.startswith("left out: 2007_000061: ") and stderr.count("\n") == 1
+    assert [line.partition(": ")[0] for line in stderr.splitlines()][-2:] == ["left out", "1 left out"]
+    assert "left out: 2007_000061: " in stderr
 
 
 def test_a_split_alone_and_an_interruption(run, tmp_path, monkeypatch):
@@ -458,9 +469,9 @@ def test_a_split_alone_and_an_interruption(run, tmp_path, monkeypatch):
         code, stdout, stderr = run(*arguments, "--split", "val")
     assert (code, stdout, stderr) == (130, "", "interrupted: the same command goes on where it was\n")
     code, stdout, _ = run(*arguments, "--split", "val")
-    assert (code, "val " in stdout, "train" in stdout) == (0, True, False)
+    assert (code, "val " in stdout, "1,464" in stdout) == (1, True, False)
     code, stdout, _ = run("data", "check", tmp_path / "voc")
-    assert (code, "train" in stdout) == (0, False)
+    assert (code, "1,464" in stdout) == (1, False)
 
 
 def test_the_command_line_says_what_it_would_take(run, tmp_path):
@@ -499,3 +510,78 @@ def test_the_command_line_says_what_it_would_take(run, tmp_path):
         assert (found, stdout) == (code, "")
         assert message in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_the_table_shows_images_and_pixels_of_each_class(run, tmp_path):
+    from opensan.data.prepare import own_folder
+
+    source = tmp_path / "mine"
+    for part in ("images", "labels"):
+        (source / part).mkdir(parents=True)
+    (source / "classes.txt").write_text("road\ncar|automobile\nsky\n")
+    for name, values in (("a", [[0, 0, 1]]), ("b", [[0, 255, 255]])):
+        Image.new("RGB", (3, 1)).save(source / "images" / f"{name}.png")
+        Image.fromarray(np.array(values, np.uint8)).save(source / "labels" / f"{name}.png")
+    assert own_folder.READER.name == "folder"
+    code, stdout, stderr = run("data", "prepare", "folder", "--source", source, "--out", tmp_path / "out")
+    assert (code, stderr) == (0, "note: without a pixel: sky\n")
+    table = [line.split() for line in stdout.splitlines()]
+    assert table[0] == ["all", "2", "images"]
+    assert table[1:] == [
+        ["class", "images", "pixels", "share"],
+        ["road", "2", "3", "50.00%"],
+        ["car", "1", "1", "16.67%"],
+        ["sky", "0", "0", "0.00%"],
+        ["unlabelled", "2", "33.33%"],
+        [f"{tmp_path / 'out'}:", "2", "images,", "3", "classes"],
+    ]
+    code, stdout, stderr = run("data", "check", tmp_path / "out")
+    assert (code, stdout.splitlines()[2].split()) == (0, ["road", "2", "3", "50.00%"])
+    # Without a manifest the same is counted from the labels.
+    (tmp_path / "out" / "manifest.json").unlink()
+    code, stdout, stderr = run("data", "check", tmp_path / "out")
+    assert (code, stdout.splitlines()[2].split()) == (0, ["road", "2", "3", "50.00%"])
+
+
+def test_a_set_without_a_labelled_pixel_is_not_finished(tmp_path):
+    source = Source(WORDS, [photo(tmp_path / "raw", "a", labels=np.full((2, 3), -1))], unlabelled_because="so it is")
+    with pytest.raises(ValueError, match="out: not finished: no pixel of 1 images is labelled: so it is"):
+        prepare(source, "mine", tmp_path / "out")
+    assert read_manifest(tmp_path / "out") is None
+
+
+def test_check_names_a_folder_without_a_labelled_pixel(whole):
+    (whole / "manifest.json").unlink()
+    for name in "abc":
+        Image.fromarray(np.full((2, 3), 255, np.uint8)).save(whole / "labels" / f"{name}.png")
+    assert problems(whole) == ["labels/: no pixel of 3 images is labelled"]
+
+
+def partly(labels: np.ndarray) -> Labelled:
+    return Labelled(labels, ("object 7: has only a box",))
+
+
+def test_what_is_left_out_of_an_image_is_named_in_every_run_until_it_is_mended(tmp_path):
+    one = photo(tmp_path / "raw", "a")
+    labels = np.array([[0, 1, -1], [2, 2, 0]])
+    partial = dataclasses.replace(one, labels=functools.partial(partly, labels))
+    for _ in range(2):
+        manifest = prepare(Source(WORDS, [partial]), "mine", tmp_path / "out")
+        assert manifest.left_out == {"a (in part)": "object 7: has only a box"}
+    assert any("object 7" in problem for problem in problems(tmp_path / "out"))
+    assert prepare(Source(WORDS, [one]), "mine", tmp_path / "out").left_out == {}
+
+
+def test_a_name_that_is_no_utf_8_is_named_and_left_out(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    labels = functools.partial(constant, np.zeros((2, 3), int))
+    photographs = [Photograph(name, ("all",), tmp_path / "no.png", labels), photo(tmp_path / "raw", "a", ("all",))]
+    manifest = prepare(Source(WORDS, photographs), "mine", tmp_path / "out")
+    assert list(manifest.left_out) == ["caf\\udce9"] and manifest.photographs == 1
+
+
+def test_two_images_of_one_name_are_left_out_and_the_others_stay(tmp_path):
+    one, other = (photo(tmp_path / "raw", name, ("all",)) for name in "ab")
+    manifest = prepare(Source(WORDS, [one, one, other]), "mine", tmp_path / "out")
+    assert manifest.left_out == {"a": "2 images have this name, so labels could be either's; rename all but one"}
+    assert manifest.photographs == 1

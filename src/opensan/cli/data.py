@@ -1,6 +1,7 @@
 """`opensan data`: data sets as their authors distribute them, into the one layout that training and evaluation read."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +11,10 @@ from opensan.cli.terminal import UsageError, complain, note, output_console, pro
 from opensan.errors import UserError
 
 if TYPE_CHECKING:
-    from opensan.data.canonical import DatasetManifest
+    from opensan.data.canonical import ClassCount, DatasetManifest
     from opensan.data.prepare import Reader
 
+SHOWN_CLASSES = 40
 SHOWN = 10
 """A thousand left-out photographs are not named one by one; the manifest has them all."""
 
@@ -87,8 +89,8 @@ def prepare(
 ) -> None:
     """Write a data set in the one layout that training and evaluation read.
 
-    Photographs are linked, labels written as index PNGs, with classes, split lists and a manifest. A stopped run goes
-    on with the same command. A photograph that can't be used is left out and named, and the exit code is 1.
+    Images are linked, labels written as index PNGs, with classes, split lists and a manifest. A stopped run goes on
+    with the same command. What can't be used is left out and named, and the exit code is 1.
     """
     reader = _reader(name)
     values = _option_values(reader, options or [])
@@ -110,8 +112,7 @@ def prepare(
             manifest = write(opened, name, out, options=values, splits=split, workers=workers, progress=advance)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    _report(reader, manifest, out)
-    if manifest.left_out:
+    if not _report(reader, manifest, out):
         raise typer.Exit(1)
 
 
@@ -126,10 +127,50 @@ def _option_values(reader: "Reader", arguments: list[str]) -> dict[str, str]:
     return values
 
 
-def _report(reader: "Reader", manifest: "DatasetManifest", out: Path) -> None:
+def _report(reader: "Reader", manifest: "DatasetManifest", out: Path) -> bool:
+    """Print what there is now, and what was left out and why; true if nothing was."""
+    from opensan.data.check import shortfalls
+
     _print_counts(manifest.splits, reader, manifest.request.splits)
-    print(f"{out}: {manifest.photographs:,} photographs, {len(manifest.request.classes)} classes")
+    _print_classes(manifest.request.classes, manifest.counts, manifest.pixels)
+    print(f"{out}: {manifest.photographs:,} images, {len(manifest.request.classes)} classes")
+    for line in manifest.notes:
+        complain(f"note: {line}")
+    missing = list(shortfalls(reader, manifest.splits, manifest.request.splits))
+    _complain_of(missing)
+    if missing and reader.obtained:
+        complain(f"{reader.name} is obtained from {reader.obtained}")
     _complain_of([f"left out: {name}: {reason}" for name, reason in manifest.left_out.items()], out / "manifest.json")
+    if manifest.left_out:
+        complain(f"{len(manifest.left_out):,} left out")
+    return not missing and not manifest.left_out
+
+
+def _print_classes(lines: Sequence[str], counts: Sequence["ClassCount"], pixels: int) -> None:
+    """A line a class: the images that it is in, its pixels and their share; of many classes those with most pixels."""
+    if not counts:
+        return
+    names = [line.partition("|")[0] for line in lines]
+    shown = list(range(len(names)))
+    if len(shown) > SHOWN_CLASSES:
+        shown = sorted(shown, key=lambda label: -counts[label].pixels)[:SHOWN_CLASSES]
+    width = max(len("unlabelled"), *(len(names[label]) for label in shown))
+    row = f"{{:<{width}}}  {{:>9}}  {{:>16}}  {{:>7}}".format
+
+    def share(part: int) -> str:
+        return f"{part / pixels:.2%}" if pixels else "-"
+
+    print(row("class", "images", "pixels", "share"))
+    for label in shown:
+        count = counts[label]
+        print(row(names[label], f"{count.images:,}", f"{count.pixels:,}", share(count.pixels)))
+    if rest := len(names) - len(shown):
+        print(row(f"{rest:,} more", "", "", ""))
+    unlabelled = pixels - sum(count.pixels for count in counts)
+    print(row("unlabelled", "", f"{unlabelled:,}", share(unlabelled)))
+    if empty := [name for name, count in zip(names, counts, strict=True) if not count.pixels]:
+        more = f" and {len(empty) - SHOWN:,} more" if len(empty) > SHOWN else ""
+        complain(f"note: without a pixel: {', '.join(empty[:SHOWN])}{more}")
 
 
 def _print_counts(
@@ -141,7 +182,7 @@ def _print_counts(
         expected = {split: count for split, count in expected.items() if split in asked_for}
     for split in [*splits, *(split for split in expected if split not in splits)]:
         count, of = splits.get(split, 0), expected.get(split)
-        print(f"{split:<12} {count:>9,} photographs" + (f" of {of:,}" if of not in (None, count) else ""))
+        print(f"{split:<12} {count:>9,} images" + (f" of {of:,}" if of not in (None, count) else ""))
 
 
 def _complain_of(problems: list[str], all_in: Path | None = None) -> None:
@@ -178,6 +219,8 @@ def check(
         _print_counts(found.splits, reader, found.manifest.request.splits)
     else:
         _print_counts(found.splits)
+    _print_classes(found.classes, found.counts, found.pixels)
+    if found.manifest is None:
         complain("note: there is no manifest.json, so there are no counts and checksums to compare with")
     if not found.problems:
         print(f"{folder}: whole")
@@ -185,5 +228,6 @@ def check(
     _complain_of(found.problems)
     if reader and reader.obtained:
         complain(f"{reader.name} is obtained from {reader.obtained}")
-    print(f"{folder}: {len(found.problems):,} problems")
+    problems = len(found.problems)
+    print(f"{folder}: {problems:,} problem{'s' if problems > 1 else ''}")
     raise typer.Exit(1)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import AfterValidator, Field
 
 from opensan.config import Config, parse_config
@@ -44,6 +45,13 @@ class Request(Config):
     """The lines of classes.txt."""
 
 
+class ClassCount(Config):
+    """How much of a class a set has."""
+
+    images: Annotated[int, Field(ge=0)]
+    pixels: Annotated[int, Field(ge=0)]
+
+
 class DatasetManifest(Config):
     """A prepared folder's manifest.json."""
 
@@ -60,7 +68,13 @@ class DatasetManifest(Config):
     files_sha256: Sha256
     """Of files.jsonl."""
     left_out: dict[str, str]
-    """Photographs that could not be used: name -> why."""
+    """What could not be used: name of an image, file or record -> why."""
+    notes: tuple[str, ...] = ()
+    """What was decided for the whole set."""
+    counts: tuple[ClassCount, ...] = ()
+    """Of each class, in order; empty in folders that an earlier version wrote."""
+    pixels: Annotated[int, Field(ge=0)] = 0
+    """Of all images, unlabelled ones included."""
 
 
 class FileRecord(Config):
@@ -81,6 +95,10 @@ class PhotographRecord(Config):
     height: int
     image: FileRecord
     label: FileRecord
+    classes: tuple[tuple[int, int], ...] | None = None
+    """(label, number of pixels) of the classes in it; None in folders that an earlier version wrote."""
+    left_out: tuple[str, ...] = ()
+    """The records of this image that could not be used: which, and why."""
 
 
 def file_record(path: Path) -> FileRecord:
@@ -88,6 +106,22 @@ def file_record(path: Path) -> FileRecord:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(file=path.name, size=file.tell(), sha256=digest)
+
+
+def class_pixels(values: np.ndarray, classes: int) -> tuple[tuple[int, int], ...]:
+    """(label, number of pixels) of the classes in an index map [H, W] of ours, where larger values are unlabelled."""
+    counts = np.bincount(values.ravel(), minlength=classes)[:classes]
+    return tuple((int(label), int(counts[label])) for label in np.flatnonzero(counts))
+
+
+def class_counts(records: Iterable[PhotographRecord], classes: int) -> tuple[ClassCount, ...]:
+    """What the images of `records` have of each class."""
+    images, pixels = [0] * classes, [0] * classes
+    for record in records:
+        for label, count in record.classes or ():
+            images[label] += 1
+            pixels[label] += count
+    return tuple(ClassCount(images=one, pixels=other) for one, other in zip(images, pixels, strict=True))
 
 
 def read_manifest(root: str | Path) -> DatasetManifest | None:

@@ -1,6 +1,6 @@
 """Whether a prepared folder is whole: lists, photographs, labels, sizes, values, checksums."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from opensan.data import canonical
-from opensan.data.canonical import DatasetManifest, FileRecord, PhotographRecord
+from opensan.data.canonical import ClassCount, DatasetManifest, FileRecord, PhotographRecord
 from opensan.data.pool import run_all
+from opensan.data.prepare import READERS, Reader
 from opensan.data.segmentation_folder import find_listed, label_file, read_labelled
 from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
@@ -31,6 +32,10 @@ class FolderCheck:
             self.problems += [f"{split}.txt: {name} is not in images/" for name in missing]
         self._files = list(dict.fromkeys(file for files in self._splits.values() for file in files))
         self._bad: set[Path] = set()
+        self.counts: tuple[ClassCount, ...] = self.manifest.counts if self.manifest else ()
+        """What the images have of each class; of a folder without manifest once its labels were looked at."""
+        self.pixels = self.manifest.pixels if self.manifest else 0
+        """Of all images, unlabelled ones included."""
         self._records: dict[str, PhotographRecord] | None = None
         if self.manifest is not None:
             self.problems += _compared(root, self.manifest, self._vocabulary, self.splits)
@@ -44,6 +49,11 @@ class FolderCheck:
             raise UserError(f"{root}: has no split list such as val.txt")
         return there if self.manifest is None else [split for split in there if split in self.manifest.splits]
 
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in order."""
+        return [word.name for word in self._vocabulary.words]
+
     def __len__(self) -> int:
         """The number of photographs to look at."""
         return len(self._files)
@@ -54,7 +64,7 @@ class FolderCheck:
         return {split: sum(file not in self._bad for file in files) for split, files in self._splits.items()}
 
     def look(self, *, quick: bool = False, workers: int = 1, progress: Callable[[int], None] = lambda _: None) -> None:
-        """Look at every photograph and its labels; what is wrong is added to `problems`.
+        """Look at every image and its labels, and then at the set as a whole; what is wrong is added to `problems`.
 
         Args:
             quick: only that files are there and of the size that the manifest says; nothing is decoded.
@@ -65,12 +75,42 @@ class FolderCheck:
         recorded = self._records is not None
         records = self._records or {}
         tasks = [_Task(file, values, records.get(file.name), recorded, quick) for file in self._files]
+        images, pixels = np.zeros(len(values), dtype=np.int64), np.zeros(len(values), dtype=np.int64)
+        total = 0
         with closing(run_all(tasks, workers)) as results:
-            for file, problem in zip(self._files, results, strict=True):
-                if problem is not None:
-                    self.problems.append(problem)
+            for file, found in zip(self._files, results, strict=True):
+                if isinstance(found, str):
+                    self.problems.append(found)
                     self._bad.add(file)
+                elif found is not None:
+                    total += int(found.sum())
+                    images += found[:-1] > 0
+                    pixels += found[:-1]
                 progress(1)
+        if not quick:
+            counted = zip(images.tolist(), pixels.tolist(), strict=True)
+            self.counts = tuple(ClassCount(images=one, pixels=other) for one, other in counted)
+            self.pixels = total
+        self.problems += self._as_a_whole()
+
+    def _as_a_whole(self) -> Iterator[str]:
+        """What no single image shows to be wrong."""
+        if self.counts and len(self._files) > len(self._bad) and not any(count.pixels for count in self.counts):
+            yield f"labels/: no pixel of {len(self._files):,} images is labelled"
+        reader = READERS.get(self.manifest.request.source) if self.manifest else None
+        if reader is not None:
+            yield from shortfalls(reader, self.manifest.splits, self.manifest.request.splits)
+
+
+def shortfalls(reader: Reader, splits: Mapping[str, int], asked_for: Sequence[str] | None) -> Iterator[str]:
+    """Which splits of a set that is the same everywhere have fewer images than they should."""
+    for split, expected in reader.expected.items():
+        if asked_for is not None and split not in asked_for:
+            continue
+        count = splits.get(split, 0)
+        if count < min(expected, reader.fewer.get(split, expected)):
+            remedy = "" if count else "; if that is meant, prepare the other split alone with --split"
+            yield f"{split}: {expected - count:,} of {expected:,} images are missing{remedy}"
 
 
 def _part(root: Path, name: str) -> Path:
@@ -135,10 +175,11 @@ class _Task:
         if self.quick:
             return None
         try:
-            read_labelled(self.image, label, self.values)
+            labels = read_labelled(self.image, label, self.values)[1]
         except ValueError as error:
             return str(error)
-        return None
+        classes = len(self.values)
+        return np.bincount(np.where(labels < 0, classes, labels).ravel(), minlength=classes + 1)
 
 
 def _difference(file: Path, expected: FileRecord, quick: bool) -> str | None:

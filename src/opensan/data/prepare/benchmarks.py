@@ -196,6 +196,7 @@ _CONTEXT = dict(
     ),
     terms="photographs under Flickr's terms",
     expected={"train": 4_998, "val": 5_105},
+    fewer={"val": 5_104},
 )
 _ADE_TERMS = "research and education, non-commercial"
 

@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from opensan.config import parse_config
 from opensan.data import canonical
 from opensan.data.canonical import DatasetManifest, PhotographRecord, Request
 from opensan.data.pool import run_all
-from opensan.data.prepare.source import ImageFile, Photograph, Source
+from opensan.data.prepare.source import ImageFile, Labelled, Photograph, Source
 from opensan.errors import UserError
 from opensan.files import atomic_path, link, write_text
 from opensan.images import known_suffixes, open_image
@@ -37,6 +37,8 @@ class LeftOut:
 
     name: str
     reason: str
+    value: int | None = None
+    """The value in its label file that is no class, if that is the reason."""
 
 
 def prepare(
@@ -63,10 +65,10 @@ def prepare(
         The manifest; its `left_out` names the photographs that could not be used.
 
     Raises:
-        ValueError: a split that there is not, names that are no file names or not unique, `out` holding something
-            else or not being writable, or a worker process that died.
+        ValueError: a split that there is not or that is incomplete, `out` holding something else or not being
+            writable, a worker process that died, labels that can't be right, or no labelled pixel in the whole set.
     """
-    photographs = _wanted(source, splits)
+    photographs, refused = _wanted(source, splits)
     request = Request(
         source=name,
         options=options or {},
@@ -75,7 +77,9 @@ def prepare(
     )
     try:
         before = _open_folder(out, request)
-        records, left_out = _prepare_all(photographs, out, len(request.classes), before, workers, progress)
+        records, failed = _prepare_all(photographs, out, len(request.classes), before, workers, progress)
+        _look_at_whole(source, out, records.values(), failed)
+        left_out = _all_left_out(source, refused, failed, records.values())
         _remove_stale(out, before.values(), records)
         return _write_lists(out, request, source, photographs, records, left_out)
     except OSError as error:  # of reading a photograph it would not arrive here
@@ -89,22 +93,48 @@ def _prepare_all(
     before: dict[str, PhotographRecord],
     workers: int,
     progress: Callable[[int], None],
-) -> tuple[dict[str, PhotographRecord], dict[str, str]]:
-    """The records of the photographs, noted in the journal as they are made, and why others were left out."""
+) -> tuple[dict[str, PhotographRecord], list[LeftOut]]:
+    """The records of the photographs, noted in the journal as they are made, and those left out."""
     tasks = [_Task(photograph, out, classes, before.get(photograph.name)) for photograph in photographs]
     records: dict[str, PhotographRecord] = {}
-    left_out: dict[str, str] = {}
+    failed: list[LeftOut] = []
     with (out / JOURNAL).open("a", encoding="utf-8") as journal, closing(run_all(tasks, workers)) as results:
         journal.write("\n")  # a killed run may have left half a line
         for result in results:
             if isinstance(result, LeftOut):
-                left_out[result.name] = result.reason
+                failed.append(result)
             else:
                 records[result.name] = result
                 journal.write(result.model_dump_json() + "\n")
                 journal.flush()
             progress(1)
-    return records, left_out
+    return records, failed
+
+
+def _look_at_whole(source: Source, out: Path, records: Collection[PhotographRecord], failed: list[LeftOut]) -> None:
+    """Raise UserError if what each image alone does not show is wrong with the set; its folder stays unfinished."""
+    values = Counter(one.value for one in failed if one.value is not None)
+    if values and (problem := source.judge(values)):
+        raise UserError(f"{out}: not finished: {problem}")
+    if records and not any(record.classes for record in records):
+        because = source.unlabelled_because or "all classes may be ignored, or all values be called unlabelled"
+        raise UserError(f"{out}: not finished: no pixel of {len(records):,} images is labelled: {because}")
+
+
+def _all_left_out(
+    source: Source, refused: dict[str, str], failed: Iterable[LeftOut], records: Iterable[PhotographRecord]
+) -> dict[str, str]:
+    """All that was left out: name of an image, file or record -> why."""
+    left_out = {**source.left_out, **refused, **{one.name: one.reason for one in failed}}
+    for record in records:
+        if record.left_out:
+            left_out[f"{record.name} (in part)"] = "; ".join(record.left_out)
+    return {shown(name): shown(reason) for name, reason in sorted(left_out.items())}
+
+
+def shown(text: str) -> str:
+    """`text` so that it can be written: a file name may hold bytes that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def class_lines(vocabulary: Vocabulary) -> tuple[str, ...]:
@@ -123,10 +153,11 @@ def class_lines(vocabulary: Vocabulary) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _wanted(source: Source, splits: Sequence[str] | None) -> list[Photograph]:
-    """The photographs of `splits`, all names checked."""
+def _wanted(source: Source, splits: Sequence[str] | None) -> tuple[list[Photograph], dict[str, str]]:
+    """The photographs of `splits` whose names can be written, and why others can't."""
     photographs = list(source.photographs)
     known = {split for photograph in photographs for split in photograph.splits}
+    _check_complete(source, known, splits)
     for split in known:
         if canonical.check_name(split) == "classes":
             raise UserError("a split can't be called 'classes': classes.txt is the list of classes")
@@ -135,11 +166,28 @@ def _wanted(source: Source, splits: Sequence[str] | None) -> list[Photograph]:
     if splits is not None:
         photographs = [photograph for photograph in photographs if set(photograph.splits) & set(splits)]
     if not photographs:
-        raise UserError("the source has no photographs")
-    counts = Counter(canonical.check_name(photograph.name) for photograph in photographs)
-    if repeated := [name for name, count in counts.items() if count > 1]:
-        raise UserError(f"{len(repeated)} photographs have the name of another, the first is {repeated[0]!r}")
-    return photographs
+        raise UserError("the source has no images")
+    counts = Counter(photograph.name for photograph in photographs)
+    refused = {}
+    for name, count in counts.items():
+        try:
+            canonical.check_name(name)
+        except ValueError as error:
+            refused[name] = str(error)
+        if count > 1:
+            refused[name] = f"{count} images have this name, so labels could be either's; rename all but one"
+    return [photograph for photograph in photographs if photograph.name not in refused], refused
+
+
+def _check_complete(source: Source, known: set[str], splits: Sequence[str] | None) -> None:
+    """Raise UserError if one of the splits that are asked for is known to be incomplete."""
+    for split, missing in source.incomplete.items():
+        if splits is None:
+            others = " or ".join(f"--split {other}" for other in sorted(known - set(source.incomplete)))
+            remedy = f"; to prepare the rest alone, say {others}" if others else ""
+            raise UserError(f"split {split}: {missing}{remedy}")
+        if split in splits:
+            raise UserError(f"split {split}: {missing}")
 
 
 def _open_folder(out: Path, request: Request) -> dict[str, PhotographRecord]:
@@ -195,17 +243,20 @@ class _Task:
     before: PhotographRecord | None
 
     def __call__(self) -> PhotographRecord | LeftOut:
-        if self.before is not None and _is_whole(self.out, self.before):
+        if self.before is not None and _is_complete(self.before) and _is_whole(self.out, self.before):
             return self.before
         try:
             image = self.photograph.image() if callable(self.photograph.image) else self.photograph.image
             pixels = open_image(image)
-            values = _label_values(self.photograph.labels(), pixels.shape[:2], self.classes)
+            read = self.photograph.labels()
+            labelled = read if isinstance(read, Labelled) else Labelled(read, ())
+            values = _label_values(labelled.labels, pixels.shape[:2], self.classes)
         except (ValueError, OSError) as error:
-            return LeftOut(self.photograph.name, " ".join(str(error).split()))
-        return self._write(image, values)
+            reason = " ".join(str(error).split())
+            return LeftOut(self.photograph.name, reason, getattr(error, "unknown_value", None))
+        return self._write(image, values, labelled.left_out)
 
-    def _write(self, image: ImageFile, values: np.ndarray) -> PhotographRecord:
+    def _write(self, image: ImageFile, values: np.ndarray, left_out: tuple[str, ...]) -> PhotographRecord:
         # Names may hold dots, so that with_suffix would cut them.
         label_file = self.out / "labels" / f"{self.photograph.name}.png"
         with atomic_path(label_file) as temporary:
@@ -225,7 +276,14 @@ class _Task:
             height=values.shape[0],
             image=canonical.file_record(image_file),
             label=canonical.file_record(label_file),
+            classes=canonical.class_pixels(values, self.classes),
+            left_out=tuple(shown(reason) for reason in left_out),
         )
+
+
+def _is_complete(record: PhotographRecord) -> bool:
+    """Nothing of the image was left out (it may be mended by now), and its pixels are counted."""
+    return record.classes is not None and not record.left_out
 
 
 def _is_whole(out: Path, record: PhotographRecord) -> bool:
@@ -295,7 +353,10 @@ def _write_lists(
         splits=counts,
         photographs=len(records),
         files_sha256=canonical.file_record(out / canonical.FILES).sha256,
-        left_out=dict(sorted(left_out.items())),
+        left_out=left_out,
+        notes=tuple(source.notes),
+        counts=canonical.class_counts(records.values(), len(request.classes)),
+        pixels=sum(record.width * record.height for record in records.values()),
     )
     canonical.write_manifest(out, manifest)
     (out / JOURNAL).unlink()
