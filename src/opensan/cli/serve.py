@@ -11,6 +11,7 @@ from opensan.cli.terminal import UsageError, complain, note
 from opensan.errors import UserError
 
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "multipart": "python-multipart",
+           "fastapi_offline": "fastapi-offline",
            "prometheus_client": "prometheus-client", "batched": "batched"}  # fmt: skip
 
 
@@ -26,6 +27,15 @@ def serve(
     token: Annotated[
         str | None,
         typer.Option(envvar="OPENSAN_TOKEN", help="Clients must send it as a bearer token.", show_default=False),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which clients call the service, as in http://NAME:8000; repeat it for more. Requests to "
+            "other names are refused. Default: any name.",
+            show_default=False,
+        ),
     ] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Of one request.")] = 20 << 20,
     max_pixels: Annotated[int, typer.Option(min=1, help="Of one photograph.")] = 25_000_000,
@@ -61,7 +71,7 @@ def serve(
     note(f"loading {model}")
     # Words of strangers are remembered in memory only, where their number is bounded.
     segmenter = load(model, device=device, speed=speed.value, max_pixels=max_pixels, text_cache=False)
-    app = create_app(segmenter, limits=limits, token=token, batch=batch)
+    app = create_app(segmenter, limits=limits, token=token, batch=batch, hosts=allow_host or None)
     signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.fingerprint} at {url}"))
     if signal_number == signal.SIGINT:
         raise KeyboardInterrupt

@@ -28,8 +28,6 @@ def ui(
     It listens on this machine only. Ctrl-C ends it.
     """
     require_serve_extra()
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
     from opensan.segmenters.load import load
     from opensan.serve import ServiceLimits, create_app
     from opensan.serve.server import bind, run
@@ -44,8 +42,7 @@ def ui(
     limits = ServiceLimits()
     # Every half-typed word is embedded; a disk would be filled with them.
     segmenter = load(model, device=device, speed=speed.value, max_pixels=limits.pixels, text_cache=False)
-    app = create_app(segmenter, limits=limits, page=True)
     # A page of another name that resolves to this machine must not reach the photographs.
-    app.api.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    app = create_app(segmenter, limits=limits, page=True, hosts=[HOST, "localhost"])
     if run(app, listener, started) == signal.SIGINT:
         raise KeyboardInterrupt

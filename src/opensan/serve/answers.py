@@ -4,9 +4,10 @@ Letters: Q queries, K words, h w stride-16 grid, H W the photograph.
 """
 
 import base64
+import gzip
 import io
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,10 @@ MEDIA_TYPES = {
 }
 
 _FAST_COMPRESSION = 1
-"""zlib level of pictures: a client waits for them."""
+"""zlib level: a client waits for the answer."""
+
+_WORTH_COMPRESSING = 1024
+"""Bytes."""
 
 _MOST_WORDS = 20
 _MOST_PROPOSALS = 8
@@ -42,20 +46,31 @@ class Picture:
 
     content: bytes
     media_type: str
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 def answer(
-    segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, form: Format, confidence: bool = True
+    segmenter: Segmenter,
+    encoding: Encoding,
+    vocabulary: Vocabulary,
+    form: Format,
+    confidence: bool = True,
+    *,
+    compressed: bool = False,
 ) -> Picture:
-    """Segment and write down; without `confidence`, a map is labels only.
+    """Segment and write down; without `confidence`, a map is labels only. PNGs are compressed in any case.
 
-    Raises ValueError, one line, for words that the model cannot read.
+    Raises UserError, one line, for words that the model cannot read.
     """
     segmentation = segmenter.segment(encoding, vocabulary)
-    if form is Format.map:
-        return Picture(_map(segmentation, confidence), MAP_TYPE)
-    write = {Format.json: _json, Format.labels: _labels, Format.overlay: _overlay}[form]
-    return Picture(write(segmentation), MEDIA_TYPES[form])
+    if form in (Format.labels, Format.overlay):
+        return Picture(_labels(segmentation) if form is Format.labels else _overlay(segmentation), MEDIA_TYPES[form])
+    content = _json(segmentation) if form is Format.json else _map(segmentation, confidence)
+    headers = {"Vary": "Accept-Encoding"}
+    if compressed and len(content) >= _WORTH_COMPRESSING:
+        content = gzip.compress(content, _FAST_COMPRESSION)
+        headers["Content-Encoding"] = "gzip"
+    return Picture(content, MEDIA_TYPES[form], headers)
 
 
 def _json(segmentation: Segmentation) -> bytes:

@@ -1,7 +1,7 @@
 """The routes: what is asked, and in which form it is answered."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -10,9 +10,8 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
-from starlette.datastructures import UploadFile
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.middleware.gzip import GZipMiddleware
 
 from opensan import __version__
 from opensan.segmenters.base import Segmenter
@@ -20,9 +19,9 @@ from opensan.segmenters.results import Encoding
 from opensan.serve import answers
 from opensan.serve.cache import EncodingCache
 from opensan.serve.engine import Engine
-from opensan.serve.limits import Gate, Problem, ServiceLimits, problem_response, stopping
+from opensan.serve.limits import LEFT, Gate, Problem, ServiceLimits, problem_response, stopping
 from opensan.serve.metrics import CONTENT_TYPE, Metrics, Observer
-from opensan.serve.negotiation import best_media_type
+from opensan.serve.negotiation import accepts_gzip, best_media_type
 from opensan.serve.schemas import (
     EncodingInfo,
     Format,
@@ -37,6 +36,7 @@ from opensan.serve.schemas import (
     text_parts,
 )
 from opensan.serve.site import add_page
+from opensan.serve.uploads import uploaded
 from opensan.vocabulary import Vocabulary
 
 SWEEP_SECONDS = 5.0
@@ -85,7 +85,7 @@ _FORM = {
                 "image": {"type": "string", "format": "binary"},
                 "words": {
                     "anyOf": [comma_string(without=r"\["), _JSON_LIST],
-                    "description": "Comma string, or a JSON list.",
+                    "description": "Comma string, or a JSON list; the field may be sent several times.",
                 },
                 "background": {
                     "anyOf": [comma_string(without=r"\[", or_blank=True), _JSON_LIST],
@@ -109,16 +109,19 @@ def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
 _REASONS = {
     400: "Not readable as what it says it is.",
     401: "A bearer token is needed.",
+    403: "Only the page of this service may ask it from a browser.",
     404: "No such encoding (any more).",
     406: "None of the forms that `Accept` allows.",
     408: "The request took too long to arrive.",
     413: "The request is too long.",
-    415: "Not a photograph's media type.",
+    415: "Not a photograph's media type, or an encoded body.",
+    421: "The service is not called so.",
     422: "Not a photograph, or words that cannot be used.",
     429: "Too many wait already; `Retry-After` says when to ask again.",
     503: "The service is stopping, or the answer took too long.",
 }
-_ALWAYS = (400, 401, 408, 413, 422, 429, 503)
+_REFUSED = (401, 403, 415, 421, 503)
+_ALWAYS = (400, *_REFUSED, 408, 413, 422, 429)
 
 
 class Service:
@@ -172,13 +175,14 @@ class Service:
         accepted: bool = False,
     ) -> Response:
         vocabulary = question.vocabulary(self.limits)
+        compressed = accepts_gzip(request.headers.get("accept-encoding", ""))
         work = self.engine.ask(
-            lambda: answers.answer(self.segmenter, encoding, vocabulary, form, confidence),
+            lambda: answers.answer(self.segmenter, encoding, vocabulary, form, confidence, compressed=compressed),
             before=self.reading(vocabulary),
             accepted=accepted,
         )
         picture = await _while_there(request, work)
-        return Response(picture.content, media_type=picture.media_type)
+        return Response(picture.content, media_type=picture.media_type, headers=picture.headers)
 
 
 def create_app(
@@ -188,18 +192,22 @@ def create_app(
     token: str | None = None,
     batch: int = 4,
     page: bool = False,
+    hosts: Collection[str] | None = None,
 ) -> "Application":
     """The service of one model.
 
     Args:
         segmenter: made with `text_cache=False`, unless clients may fill this machine's disk with their words.
         limits: what clients may ask.
-        token: a secret that clients must send ("Authorization: Bearer ..."); None lets everybody in.
+        token: a secret that clients must send ("Authorization: Bearer ...") with every request but those for health and
+            readiness; None lets everybody in.
         batch: photographs of equal padded shape that go through the network together.
-        page: serve the web page at "/".
+        page: serve the web page at "/", and refuse what other web pages ask through the user's browser.
+        hosts: the names by which clients call the service ("example.org", "127.0.0.1"), without a port. Requests to
+            other names are refused, but for health and readiness. None: any name.
     """
     service = Service(segmenter, limits or ServiceLimits(), batch)
-    app = FastAPI(
+    app = FastAPIOffline(  # whose pages at /docs and /redoc need no network
         title="opensan",
         version=__version__,
         summary="Label every pixel of a photograph with words chosen at run time.",
@@ -214,17 +222,17 @@ def create_app(
     _add_errors(app)
     if page:
         add_page(app)
-    app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=1)
-    return Application(app, service, token)
+    gate = Gate(app, service.limits, token, hosts, same_origin=page)
+    return Application(app, service, gate)
 
 
 class Application:
     """The ASGI application, with what stands before the routes."""
 
-    def __init__(self, app: FastAPI, service: Service, token: str | None) -> None:
+    def __init__(self, app: FastAPI, service: Service, gate: Gate) -> None:
         self.api = app
         self.service = service
-        self.gate = Gate(app, service.limits, token)
+        self.gate = gate
         self._outermost = Observer(self.gate, service.metrics)
         app.state.gate = self.gate
 
@@ -247,14 +255,17 @@ def _add_service_routes(app: FastAPI, api: APIRouter, service: Service) -> None:
             raise Problem(503, f"nothing was finished for {service.limits.queue_seconds:g} s", {"Retry-After": "5"})
         return {"status": "ready"}
 
+    for path, answer in (("/healthz", health), ("/readyz", ready)):
+        app.head(path, include_in_schema=False)(answer)
+
     @api.get("/metrics", tags=["service"], response_class=Response, responses={
-        200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_problems(401),
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_problems(*_REFUSED),
     })  # fmt: skip
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
-    @api.get("/v1/info", tags=["service"], responses=_problems(401, 503))
+    @api.get("/v1/info", tags=["service"], responses=_problems(*_REFUSED))
     async def info() -> ServiceInfo:
         """The model, and what may be asked of it."""
         names = ("request_bytes", "pixels", "words", "characters", "templates")
@@ -269,14 +280,14 @@ def _add_service_routes(app: FastAPI, api: APIRouter, service: Service) -> None:
 def _add_segmentation_route(api: APIRouter, service: Service) -> None:
     @api.post(
         "/v1/segmentation", tags=["segmentation"], response_class=Response,
-        responses={**_FORMS, **_problems(*_ALWAYS, 406, 415)},
+        responses={**_FORMS, **_problems(*_ALWAYS, 406)},
         openapi_extra={"requestBody": {"required": True, "content": _FORM}},
     )  # fmt: skip
     async def segment(request: Request, format: Annotated[Format | None, Query()] = None) -> Response:
         """Segment a photograph, once."""
         service.engine.check_room()
         form = _form(request, format)
-        data, fields = await _uploaded(request, {"words", "background", "templates"})
+        data, fields = await uploaded(request, {"words", "background", "templates"}, service.limits.words)
         question = question_from_form(fields)
         question.vocabulary(service.limits)  # before the work, for what is wrong with it
         encoding = await _while_there(request, service.engine.encode(data))
@@ -285,20 +296,20 @@ def _add_segmentation_route(api: APIRouter, service: Service) -> None:
 
 def _add_encoding_routes(api: APIRouter, service: Service) -> None:
     @api.post(
-        "/v1/encodings", tags=["encodings"], status_code=201, responses=_problems(*_ALWAYS, 415),
+        "/v1/encodings", tags=["encodings"], status_code=201, responses=_problems(*_ALWAYS),
         openapi_extra={"requestBody": {"required": True, "content": _UPLOADED}},
     )  # fmt: skip
     async def encode(request: Request, response: Response) -> EncodingInfo:
         """Encode a photograph: its body is an image file, or a form with the file as `image`."""
         service.engine.check_room()
-        data, _ = await _uploaded(request, set())
+        data, _ = await uploaded(request, set())
         encoding = await _while_there(request, service.engine.encode(data))
         name = service.cache.add(encoding)
         height, width = encoding.sizes.image
         response.headers["Location"] = f"/v1/encodings/{name}"
         return EncodingInfo(id=name, width=width, height=height, expires_in=service.cache.seconds)
 
-    @api.delete("/v1/encodings/{id}", tags=["encodings"], status_code=204, responses=_problems(401, 404, 503))
+    @api.delete("/v1/encodings/{id}", tags=["encodings"], status_code=204, responses=_problems(*_REFUSED, 404))
     async def forget(id: str) -> None:
         """Let go of an encoding and its photograph."""
         if not service.cache.remove(id):
@@ -372,27 +383,6 @@ def _form(request: Request, format: Format | None) -> Format:
     return offered[types.index(chosen)]
 
 
-async def _uploaded(request: Request, fields: set[str]) -> tuple[bytes, dict[str, Any]]:
-    """The photograph's file, and of a form the other `fields`. Raises Problem (415, 422)."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "multipart/form-data":
-        raw = media_type.startswith("image/") or media_type == "application/octet-stream"
-        if fields or not raw:
-            wanted = "a multipart form" if fields else "image/* or a multipart form"
-            raise Problem(415, f"the photograph must come as {wanted}, not as {media_type or 'nothing'}")
-        return await request.body(), {}
-    async with request.form(max_files=1, max_fields=len(fields) + 1) as form:
-        unknown = set(form) - fields - {"image"}
-        if unknown:
-            raise Problem(
-                422, f"unknown field {sorted(unknown)[0]!r}: known are {', '.join(sorted(fields | {'image'}))}"
-            )
-        image = form.get("image")
-        if not isinstance(image, UploadFile):
-            raise Problem(422, "the form needs the photograph's file in a field 'image'")
-        return await image.read(), {name: form[name] for name in fields if name in form}
-
-
 async def _while_there(request: Request, work: Awaitable[Answer]) -> Answer:
     """`work`, given up when the client leaves."""
     task = asyncio.ensure_future(work)
@@ -400,7 +390,7 @@ async def _while_there(request: Request, work: Awaitable[Answer]) -> Answer:
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Problem(499, "the client left")
+            raise Problem(LEFT, "the client left")
         return task.result()
     finally:
         for each in (task, watcher):

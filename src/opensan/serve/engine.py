@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from batched.aio import AsyncBatchProcessor
 
+from opensan.errors import UserError
 from opensan.images import ImageError
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.results import Encoding, ReadImage
@@ -144,7 +145,7 @@ class Engine:
                     for part in before:
                         await _on(self._labellers, self._counted(part))
                     return await _on(self._labellers, self._counted(work))
-        except ValueError as error:
+        except UserError as error:
             raise Problem(422, str(error)) from None
         finally:
             self._questions -= 1

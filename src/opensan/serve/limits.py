@@ -3,7 +3,8 @@
 import asyncio
 import hmac
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -14,11 +15,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 JSON_BYTES = 1 << 20
 """Of a request without a photograph."""
 
+LEFT = 499
+"""The status of requests whose client left: it is not sent to anybody, and only counted."""
+
 UPLOADS = frozenset({"/v1/encodings", "/v1/segmentation"})
 """Paths that take photographs."""
 
 OPEN = frozenset({"/healthz", "/readyz"})
-"""Paths that answer without a token, and while the service stops."""
+"""The only paths that answer without a token, under any host name, and while the service stops."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -76,23 +82,33 @@ def stopping() -> Problem:
 
 def problem_response(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer that tells a refusal."""
-    title = HTTPStatus(status).phrase if status in set(HTTPStatus) else "Client Closed Request"
+    title = "Client Closed Request" if status == LEFT else HTTPStatus(status).phrase
     body = {"type": "about:blank", "title": title, "status": status, "detail": detail}
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 
 class Gate:
-    """Stands before the application: who may enter, how much they may bring, and how long they may take to do it.
+    """Refuses requests that may not enter, and bounds the size of the others and the time that they take to arrive.
 
     Once `closing` is set, new requests are refused with 503.
     """
 
-    def __init__(self, app: ASGIApp, limits: ServiceLimits, token: str | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: ServiceLimits,
+        token: str | None = None,
+        hosts: Collection[str] | None = None,
+        same_origin: bool = False,
+    ) -> None:
+        """See `opensan.serve.create_app` for the arguments."""
         self.app = app
         self.closing = False
         self._limits = limits
         self._inside: set[_Body] = set()
         self._token = None if token is None else token.encode()
+        self._hosts = None if hosts is None else {host.lower() for host in hosts}
+        self._same_origin = same_origin
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,12 +146,23 @@ class Gate:
         if self.closing:
             raise stopping()
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        if self._token is not None and (scope["path"].startswith("/v1/") or scope["path"] == "/metrics"):
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._hosts is not None and _name(host) not in self._hosts:
+            raise Problem(
+                421, f"this service is not called {_name(host)[:100]!r}; it is {', '.join(sorted(self._hosts))}"
+            )
+        if self._same_origin:
+            _check_origin(scope["method"], headers, host)
+        if self._token is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             # Always compared, so that the time tells nothing.
             right = hmac.compare_digest(given.strip(), self._token)
             if scheme.lower() != b"bearer" or not right:
                 raise Problem(401, "this service needs a bearer token", {"WWW-Authenticate": "Bearer"})
+        if _CONTROL.search(scope["path"]):  # a route's expression matches before a final newline too
+            raise Problem(404, "there is no such path: it holds a control character")
+        if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+            raise Problem(415, "a body must come as it is, without Content-Encoding", {"Accept-Encoding": "identity"})
         length = headers.get(b"content-length", b"")
         if length and b"transfer-encoding" in headers:  # a proxy may have read it the other way (RFC 9112, section 6.1)
             raise Problem(400, "Content-Length and Transfer-Encoding contradict each other", {"Connection": "close"})
@@ -178,6 +205,8 @@ class _Body:
             raise Problem(408, f"the request was not complete after {self._seconds:g} s") from None
         finally:
             self._timeout = None
+        if message["type"] == "http.disconnect":
+            raise Problem(LEFT, "the client left before its request was complete")
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
             self.size += size
@@ -186,6 +215,26 @@ class _Body:
                 raise _too_long(self._allowed)
             self._complete = not message.get("more_body", False)
         return message
+
+
+def _name(host: str) -> str:
+    """The host of "host:port", in lower case: "[::1]:80" is "::1"."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()
+
+
+def _check_origin(method: str, headers: Mapping[bytes, bytes], host: str) -> None:
+    """Raise Problem (403) for what another web page asks through the user's browser; programs send no such headers.
+
+    A link from another page to this one is no harm: the other page cannot read what it opens.
+    """
+    origin = headers.get(b"origin")
+    site = headers.get(b"sec-fetch-site", b"none").decode("latin-1").strip().lower()
+    link = method in ("GET", "HEAD") and headers.get(b"sec-fetch-mode") == b"navigate"
+    foreign_origin = origin is not None and origin.decode("latin-1").strip().lower() != f"http://{host.lower()}"
+    if foreign_origin or (site not in ("none", "same-origin") and not link):
+        raise Problem(403, "only the page of this service may ask it from a browser")
 
 
 def _too_long(allowed: int) -> Problem:

@@ -11,6 +11,12 @@ def best_media_type(accept: str, offered: Sequence[str]) -> str | None:
     return offered[values.index(best)] if best > 0 else None
 
 
+def accepts_gzip(accept_encoding: str) -> bool:
+    """Whether the header `accept_encoding` allows an answer compressed by gzip (RFC 9110, section 12.5.3)."""
+    values = dict(_range(part) for part in accept_encoding.split(",") if part.strip())
+    return values.get("gzip", values.get("*", 0.0)) > 0
+
+
 def _range(part: str) -> tuple[str, float]:
     media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
     value = 1.0

@@ -1,11 +1,13 @@
 """What clients send and get, as OpenAPI tells it."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from opensan.errors import UserError
 from opensan.serve.limits import Problem, ServiceLimits
 from opensan.vocabulary import Vocabulary, Word
 
@@ -77,7 +79,7 @@ class Question(_Strict):
         self._check(limits)
         try:
             return Vocabulary.parse(_plain(self.words), background=_plain(self.background), templates=self.templates)
-        except ValueError as error:
+        except UserError as error:
             raise Problem(422, str(error)) from None
 
     def _check(self, limits: ServiceLimits) -> None:
@@ -163,23 +165,37 @@ class Format(StrEnum):
     map = "map"
 
 
-def question_from_form(fields: dict[str, Any]) -> Question:
-    """From the text fields of a form; words are a comma string, or JSON if they begin with a bracket."""
-    import json
+def question_from_form(fields: Mapping[str, Sequence[str]]) -> Question:
+    """From the text fields of a form: each a comma string, or JSON if it begins with a bracket.
 
+    A field that is sent several times is one list; HTML forms and many clients send lists so.
+    """
     values: dict[str, Any] = {}
-    for name, text in fields.items():
-        if not isinstance(text, str):
-            raise Problem(422, f"the field {name!r} must be text")
-        begins_json = text.lstrip()[:1] == "["
-        try:
-            values[name] = json.loads(text) if begins_json else text
-        except (ValueError, RecursionError):
-            raise Problem(422, f"the field {name!r} is not valid JSON") from None
+    for name, texts in fields.items():
+        found = [_from_field(name, text) for text in texts]
+        if len(found) == 1:
+            values[name] = found[0]
+        else:
+            values[name] = [one for part in found for one in (_listed(name, part) if isinstance(part, str) else part)]
     try:
         return Question.model_validate(values)
     except ValidationError as error:
         raise Problem(422, one_line(error.errors())) from None
+
+
+def _from_field(name: str, text: str) -> Any:
+    """A comma string as it is, or what its JSON holds."""
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise Problem(422, f"the field {name!r} is not valid JSON") from None
+
+
+def _listed(name: str, text: str) -> list[str]:
+    """The members of a comma string. A template may hold commas."""
+    return [text] if name == "templates" else [word.strip() for word in text.split(",")]
 
 
 def text_parts(vocabulary: Vocabulary) -> list[Vocabulary]:
