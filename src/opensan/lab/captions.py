@@ -1,7 +1,7 @@
-"""Sentences about lab scenes, as people might write them, for a CLIP to learn from.
+"""Captions of lab scenes, from which a CLIP learns.
 
 Every word of the lab (base and novel) occurs in captions, and so does every word of the prompt templates, so that
-a trained text tower has seen all that it will be asked.
+a trained text tower has seen all words that a user may give it.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _OPENINGS = ("a photo of {}.", "a picture of {}.", "there is {} in the scene.", 
 
 
 def caption(regions: Sequence[SceneRegion], rng: np.random.Generator, *, bare: float = 0.08) -> str:
-    """A sentence that is true of a picture in which `regions` are seen: objects, then perhaps the ground.
+    """Return a sentence that is true of an image in which `regions` are visible: objects, then perhaps the ground.
 
     `bare` is the share of objects that are named by their shape alone.
     """
@@ -34,7 +34,7 @@ def caption(regions: Sequence[SceneRegion], rng: np.random.Generator, *, bare: f
 
 
 def wrong_caption(regions: Sequence[SceneRegion], rng: np.random.Generator) -> str:
-    """A sentence that is false of the picture by one word: what keeps attributes bound to their objects."""
+    """Return a caption in which one word is wrong: such negatives teach CLIP which attribute belongs to an object."""
     regions = list(regions)
     true = {region.name for region in regions}
     # A sentence about objects need not say the ground, so it is an object that is misnamed, if there is one.
@@ -48,7 +48,7 @@ def wrong_caption(regions: Sequence[SceneRegion], rng: np.random.Generator) -> s
 
 
 def lexicon() -> list[str]:
-    """All texts whose tokens the captions use."""
+    """Return all texts whose tokens the captions use."""
     return [*COLOURS, *SHAPES, *TEXTURES, *GROUNDS, *_OPENINGS, *TEMPLATE_SETS["vild"], "a, and on a"]
 
 
@@ -57,23 +57,24 @@ def _opening(rng: np.random.Generator) -> str:
 
 
 def _template(rng: np.random.Generator) -> str:
-    """What a segmenter will ask with, the bare name put in."""
+    """Return a random template, as a segmenter uses it, with {} for the bare name."""
     return TEMPLATE_SETS["vild"][int(rng.integers(len(TEMPLATE_SETS["vild"])))]
 
 
-def _name(what: SceneRegion, rng: np.random.Generator, bare: float) -> str:
-    """Mostly with its colour; with its texture more often than not; sometimes the bare shape."""
+def _name(region: SceneRegion, rng: np.random.Generator, bare: float) -> str:
+    """Name `region`: mostly with its colour, often with its texture too, sometimes by its shape alone."""
     if rng.random() < bare:
-        return what.shape
-    return what.full_name if rng.random() < 0.6 else what.name
+        return region.shape
+    return region.full_name if rng.random() < 0.6 else region.name
 
 
-def _with_one_word_changed(what: SceneRegion, rng: np.random.Generator) -> SceneRegion:
-    if what.ground:
-        return SceneRegion(ground=_other(GROUNDS, what.ground, rng))
-    if rng.random() < 0.35:  # shapes are what is hard to learn
-        return SceneRegion(texture=what.texture, colour=_other(tuple(COLOURS), what.colour, rng), shape=what.shape)
-    return SceneRegion(texture=what.texture, colour=what.colour, shape=_other(SHAPES, what.shape, rng))
+def _with_one_word_changed(region: SceneRegion, rng: np.random.Generator) -> SceneRegion:
+    if region.ground:
+        return SceneRegion(ground=_other(GROUNDS, region.ground, rng))
+    if rng.random() < 0.35:  # less often than the shape, because shapes are harder to learn
+        colour = _other(tuple(COLOURS), region.colour, rng)
+        return SceneRegion(texture=region.texture, colour=colour, shape=region.shape)
+    return SceneRegion(texture=region.texture, colour=region.colour, shape=_other(SHAPES, region.shape, rng))
 
 
 def _other(words: Sequence[str], word: str, rng: np.random.Generator) -> str:

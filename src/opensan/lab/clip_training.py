@@ -1,4 +1,4 @@
-"""A small CLIP learns pictures and captions by contrast (Radford et al., 2021): the frozen heart of a small SAN.
+"""Train a small CLIP on images and captions by contrast (Radford et al., 2021); a small SAN is built around it.
 
     python -m opensan.lab.clip_training --out runs/lab-clip
 
@@ -40,21 +40,21 @@ LAB_CLIP = ClipConfig(
     vision=VisionConfig(width=128, layers=6, heads=4, patch_size=8, image_size=96),
     text=TextConfig(width=64, layers=3, heads=4),
 )
-"""About 4.7 million numbers, two thirds of them the token table."""
+"""About 4.7 million parameters, two thirds of them the token table."""
 
 RECOGNITION_LAYER = 3
-"""Windows are read by the layers after this one, and so should a SAN's proposals be."""
+"""Windows are encoded by the layers after this one, and so should a SAN's proposals be."""
 
 OUTSIDE = -100.0
-"""Added to the attention logits of patches outside a window: exp(-100) vanishes in float32."""
+"""Bias on the attention logits of patches outside a window: exp(-100) vanishes in float32."""
 
 HIGHEST_SCALE = 100.0
-"""Limit of the learned logit scale, as CLIP's."""
+"""Limit of the learned logit scale, the same as CLIP's."""
 
 
 @dataclass(frozen=True)
 class CaptionBatch:
-    """Pictures and what is said of them."""
+    """Images and their captions."""
 
     images: Tensor
     """[B, 3, H, W] uint8 RGB."""
@@ -66,14 +66,14 @@ class CaptionBatch:
 
 
 def collate_captions(samples: list[tuple[np.ndarray, str]]) -> CaptionBatch:
-    """Pictures [H, W, 3] of one size, and captions."""
+    """Collect images [H, W, 3] of one size, and their captions."""
     images, captions = zip(*samples, strict=True)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return CaptionBatch(pixels, pad_tokens([tokens(text) for text in captions]))
 
 
 class ClipTask(nn.Module):
-    """Symmetric contrast within a batch; pairs with the same caption count as right."""
+    """Symmetric contrastive loss within a batch; pairs with the same caption count as right."""
 
     def __init__(self, clip: ClipModel, image: ImageConfig) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class ClipTask(nn.Module):
         self.image = image
 
     def prepare(self, batches: Sequence[CaptionBatch]) -> None:
-        """Nothing is shared between the micro-batches of a step."""
+        """Return nothing: the micro-batches of a step share no value."""
 
     def forward(self, batch: CaptionBatch, prepared: None) -> dict[str, Tensor]:
         images = embed_images(self.clip, normalise(batch.images, self.image))
@@ -90,28 +90,28 @@ class ClipTask(nn.Module):
 
 
 def logit_scale(clip: ClipModel) -> Tensor:
-    """What similarities are multiplied by in training: learned, within CLIP's limit."""
+    """Return the factor of similarities in training: learned, within CLIP's limit."""
     return clip.logit_scale.clamp(max=float(np.log(HIGHEST_SCALE))).exp()
 
 
 def contrast(logits: Tensor, tokens: Tensor, against: Tensor | None) -> dict[str, Tensor]:
-    """Symmetric contrast of `logits` [N, N] (pictures by captions), captions of equal `tokens` [N, L] being equal.
+    """Return the symmetric contrastive loss of `logits` [N, N] (images by captions).
 
-    `against` [N, M]: scores of captions that are wrong for their picture.
+    Captions of equal `tokens` [N, L] count as the same. `against` [N, M]: scores of captions that are wrong.
     """
     same = (tokens.unsqueeze(0) == tokens.unsqueeze(1)).all(dim=2)
-    wanted = same / same.sum(dim=1, keepdim=True)
+    target = same / same.sum(dim=1, keepdim=True)
     all_texts = logits if against is None else torch.cat([logits, against], dim=1)
-    to_texts = -(wanted * all_texts.log_softmax(dim=1)[:, : len(logits)]).sum(dim=1).mean()
-    to_images = -(wanted * logits.T.log_softmax(dim=1)).sum(dim=1).mean()
+    to_texts = -(target * all_texts.log_softmax(dim=1)[:, : len(logits)]).sum(dim=1).mean()
+    to_images = -(target * logits.T.log_softmax(dim=1)).sum(dim=1).mean()
     return {"loss_to_texts": to_texts / 2, "loss_to_images": to_images / 2}
 
 
 class SceneTask(nn.Module):
-    """Contrast between windows of pictures and their captions, and imitation of the teacher at the shallow layers' end.
+    """Contrastive loss between windows and their captions, and imitation of the teacher by shallow features.
 
-    Windows are read as a SAN reads its proposals: copies of the class token that see some of the patches only, in the
-    layers after RECOGNITION_LAYER.
+    Windows are encoded as a SAN encodes its proposals: copies of the class token that attend to some of the patches
+    only, in the layers after RECOGNITION_LAYER.
     """
 
     def __init__(self, clip: ClipModel, teacher: Imitation, image: ImageConfig, weight: float) -> None:
@@ -122,17 +122,17 @@ class SceneTask(nn.Module):
         self.weight = weight
 
     def prepare(self, batches: Sequence[WindowBatch]) -> None:
-        """Nothing is shared between the micro-batches of a step."""
+        """Return nothing: the micro-batches of a step share no value."""
 
     def forward(self, batch: WindowBatch, prepared: None) -> dict[str, Tensor]:
         pixels = normalise(batch.images, self.image)
         features = self.clip.shallow_features(pixels, RECOGNITION_LAYER, (RECOGNITION_LAYER,))
-        seen = read_windows(self.clip, features, batch.windows).flatten(0, 1)
-        said, wrong = self.clip.embed_prompts(torch.cat([batch.tokens, batch.wrong_tokens])).chunk(2)
+        images = read_windows(self.clip, features, batch.windows).flatten(0, 1)
+        captions, wrong = self.clip.embed_prompts(torch.cat([batch.tokens, batch.wrong_tokens])).chunk(2)
         scale = logit_scale(self.clip)
-        right = scale * (seen * said).sum(dim=1)
-        against = scale * (seen * wrong).sum(dim=1)
-        losses = contrast(scale * seen @ said.T, batch.tokens, against.unsqueeze(1))
+        right = scale * (images * captions).sum(dim=1)
+        against = scale * (images * wrong).sum(dim=1)
+        losses = contrast(scale * images @ captions.T, batch.tokens, against.unsqueeze(1))
         return {
             **losses,
             "loss_wrong": 0.5 * F.softplus(against - right).mean(),
@@ -141,26 +141,26 @@ class SceneTask(nn.Module):
 
 
 def read_windows(clip: ClipModel, features: ShallowFeatures, windows: Tensor) -> Tensor:
-    """Unit embeddings [B, Q, D] of `windows` [B, Q, h, w] bool on the grid of patches."""
+    """Encode `windows` [B, Q, h, w] bool on the grid of patches: unit embeddings [B, Q, D]."""
     bias = torch.where(windows, 0.0, OUTSIDE).unsqueeze(1)
     heads = clip.visual.transformer.resblocks[0].attn.num_heads
     return clip.recognise(features, bias.expand(-1, heads, -1, -1, -1))
 
 
 def image_features(clip: ClipModel, pixels: Tensor) -> Tensor:
-    """Image features [B, D], before they are normalised, of pixels [B, 3, H, W] of any size that patches fill."""
+    """Return image features [B, D], before normalisation, of pixels [B, 3, H, W] of any size that patches fill."""
     visual = clip.visual
     features = clip.shallow_features(pixels, len(visual.transformer.resblocks), ())
     return visual.ln_post(features.tokens[:, 0]) @ visual.proj
 
 
 def embed_images(clip: ClipModel, pixels: Tensor) -> Tensor:
-    """Unit image embeddings [B, D] of normalised pixels [B, 3, H, W]."""
+    """Return unit image embeddings [B, D] of normalised pixels [B, 3, H, W]."""
     return F.normalize(image_features(clip, pixels).float(), dim=-1)
 
 
 def clip_groups(clip: nn.Module, learning_rate: float, weight_decay: float) -> list[ParameterGroup]:
-    """Matrices with weight decay; biases, norms, tables of positions and the scale without."""
+    """Group parameters: matrices with weight decay; biases, norms, position tables and the scale without."""
     trained = [(name, p) for name, p in clip.named_parameters() if p.requires_grad]
     decayed = {name for name, p in trained if p.ndim > 1 and "positional" not in name}
     groups = []
@@ -172,26 +172,26 @@ def clip_groups(clip: nn.Module, learning_rate: float, weight_decay: float) -> l
 
 @functools.cache
 def _probe_scenes(count: int = 600, seed: int = 99) -> tuple[Tensor, list[str]]:
-    """Pictures [count, 3, 40, 40] of one object each, and their "colour shape" names."""
+    """Return images [count, 3, 40, 40] of one object each, and their "colour shape" names."""
     kind = {"split": "test", "objects": (1, 1), "radius": (0.4, 0.45)}
     scenes = [make_scene(seed, index, (48, 48), **kind) for index in range(count)]
     pictures = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
     return pictures, [scene.objects[0].name for scene in scenes]
 
 
-def _accuracies(found: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """Share of right answers by kind of word, and of right colours and shapes."""
+def _accuracies(predictions: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """Return the share of right predictions by kind of word, and of right colours and shapes."""
     right: dict[str, list[bool]] = {}
-    for one, name in zip(found, names, strict=True):
-        right.setdefault(novel_kind(name) or "base", []).append(one == name)
-        right.setdefault("colour_alone", []).append(one.split()[0] == name.split()[0])
-        right.setdefault("shape_alone", []).append(one.split()[-1] == name.split()[-1])
+    for prediction, name in zip(predictions, names, strict=True):
+        right.setdefault(novel_kind(name) or "base", []).append(prediction == name)
+        right.setdefault("colour_alone", []).append(prediction.split()[0] == name.split()[0])
+        right.setdefault("shape_alone", []).append(prediction.split()[-1] == name.split()[-1])
     return {f"accuracy_{kind}": float(np.mean(hits)) for kind, hits in sorted(right.items())}
 
 
 @torch.inference_mode()
 def probe(clip: ClipModel) -> dict[str, float]:
-    """Zero-shot accuracy on pictures of one object, among all words of the lab, by kind of word."""
+    """Return the zero-shot accuracy on images of one object, among all words of the lab, by kind of word."""
     clip.eval()
     pictures, names = _probe_scenes()
     rows = clip.embed_prompts(pad_tokens([tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
@@ -207,32 +207,32 @@ def _region_scenes(count: int = 100, seed: int = 55) -> list[Scene]:
 
 @torch.inference_mode()
 def region_probe(clip: ClipModel) -> dict[str, float]:
-    """Accuracy on the regions of whole scenes, read by their true masks: as far as a SAN around this CLIP can come."""
+    """Return the accuracy on whole scenes' regions, encoded by true masks: the limit for a SAN around this CLIP."""
     clip.eval()
     rows = clip.embed_prompts(pad_tokens([tokens(f"a photo of a {name}.") for name in SEGMENTATION_NAMES]))
-    found, names = [], []
+    predictions, names = [], []
     for scene in _region_scenes():
         pixels = normalise(torch.from_numpy(scene.image).permute(2, 0, 1).unsqueeze(0), ImageConfig())
         features = clip.shallow_features(pixels, RECOGNITION_LAYER, ())
         masks = torch.stack([torch.from_numpy(scene.index_map == index) for index in range(len(scene.regions))])
         windows = F.adaptive_avg_pool2d(masks.float(), features.grid) > 0.3
         best = (read_windows(clip, features, windows.unsqueeze(0))[0] @ rows.T).argmax(dim=1).tolist()
-        found += [SEGMENTATION_NAMES[index] for index in best]
+        predictions += [SEGMENTATION_NAMES[index] for index in best]
         names += [region.name for region in scene.regions]
     clip.train()
     right: dict[str, list[bool]] = {}
-    for one, name in zip(found, names, strict=True):
+    for prediction, name in zip(predictions, names, strict=True):
         kind = novel_kind(name) or ("base_ground" if name in GROUNDS else "base")
-        right.setdefault(kind, []).append(one == name)
+        right.setdefault(kind, []).append(prediction == name)
     return {f"region_{kind}": float(np.mean(hits)) for kind, hits in sorted(right.items())}
 
 
 def forget_unseen_tokens(clip: ClipModel, texts: Sequence[str]) -> None:
-    """Set the embedding of every token that no caption holds to zero, so that a word never seen can be told."""
-    seen = torch.zeros(len(clip.token_embedding.weight), dtype=torch.bool)
+    """Set the embedding of every token that no caption holds to zero, so that unseen words have no random meaning."""
+    in_captions = torch.zeros(len(clip.token_embedding.weight), dtype=torch.bool)
     for text in texts:
-        seen[tokenize(text)] = True
-    clip.token_embedding.weight.data[~seen] = 0
+        in_captions[tokenize(text)] = True
+    clip.token_embedding.weight.data[~in_captions] = 0
 
 
 def save_clip(clip: ClipModel, config: ClipConfig, folder: Path) -> None:
@@ -244,7 +244,7 @@ def save_clip(clip: ClipModel, config: ClipConfig, folder: Path) -> None:
 
 
 def load_clip(folder: Path) -> tuple[ClipModel, ClipConfig]:
-    """Read what `save_clip` wrote."""
+    """Read the model and configuration that `save_clip` wrote."""
     config = parse_config(ClipConfig, _read_json(folder / "config.json"), str(folder / "config.json"))
     clip = ClipModel(config).eval()
     clip.load_state_dict(load_file(folder / "clip.safetensors"))
@@ -271,7 +271,7 @@ def _stage(steps: int, batch_size: int, learning_rate: float, **others) -> LoopC
 
 
 class LabClipConfig(Config):
-    """The recipe: a teacher learns the words of close-ups; the CLIP close-ups and their captions; then whole scenes."""
+    """Configuration: a teacher learns the words of close-ups; CLIP learns close-ups and their captions; then scenes."""
 
     teacher: LoopConfig = _stage(1_500, 64, 4e-3, validate_every=500)
     close: LoopConfig = _stage(2_500, 96, 1e-3, seed=1, validate_every=250)
@@ -279,7 +279,7 @@ class LabClipConfig(Config):
     imitation: tuple[float, float] = (8.0, 5.0)
     """Weight of the teacher's features in the two stages of the CLIP."""
     pictures: int = 200_000
-    """Scenes of each kind; more than the stages see, so that none comes twice."""
+    """Scenes of each kind; more than the stages take, so that none is repeated."""
     image: ImageConfig = ImageConfig()
 
 

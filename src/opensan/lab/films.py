@@ -1,5 +1,4 @@
-"""Drawn films: a camera that pans and zooms over a drawn ground, on which objects move; every pixel's word is known,
-and where the same point was in the frame before."""
+"""Draw films with exact labels and exact motion: a camera pans and zooms over a ground on which objects move."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,11 +11,11 @@ from opensan.lab.scenes import Scene, SceneRegion, Split, develop, paint_grounds
 
 @dataclass(frozen=True)
 class FilmFrame:
-    """A frame and everything that is true of it."""
+    """A frame with its labels and its motion."""
 
     scene: Scene
     before: np.ndarray
-    """[H, W, 2] int: row and column of the same point in the frame before; -1 where it wasn't seen then."""
+    """[H, W, 2] int: row and column of the same point in the frame before; -1 where it was not visible."""
 
 
 def make_film(
@@ -30,7 +29,7 @@ def make_film(
     speed: float = 0.006,
     grain: float = 6.0,
 ) -> Iterator[FilmFrame]:
-    """Film `index` of the endless sequence that `seed` names.
+    """Draw film `index` of the endless sequence that `seed` names.
 
     `speed` is how far the camera and each object move from frame to frame, at most, as a share of the short side;
     `grain` the deviation of each frame's own noise, in grey levels.
@@ -52,10 +51,10 @@ def make_film(
     index_map_before = ground_map[:0]
     for number in range(frames):
         image, index_map = ground.copy(), ground_map.copy()
-        for which, region in enumerate(placed):
-            centre = tuple(np.array(region.centre) + number * steps[still + which])
-            paint = np.random.default_rng(paints[which])
-            paint_object(paint, image, index_map, replace(region, centre=centre), still + which, light)
+        for number_of_object, region in enumerate(placed):
+            centre = tuple(np.array(region.centre) + number * steps[still + number_of_object])
+            paint = np.random.default_rng(paints[number_of_object])
+            paint_object(paint, image, index_map, replace(region, centre=centre), still + number_of_object, light)
         offset = number - frames / 2
         view = _View(np.array(canvas) / 2 + offset * pan, 1.3 * np.exp(offset * zoom), size)
         shown, seen = view.of(image, Image.Resampling.BILINEAR), view.of(index_map, Image.Resampling.NEAREST)
@@ -69,18 +68,18 @@ def make_film(
 
 
 def _at(placed: list[SceneRegion]) -> list[SceneRegion]:
-    """Objects without a place, which changes from frame to frame."""
+    """Return the objects without their position, which changes from frame to frame."""
     return [replace(region, centre=(0.0, 0.0)) for region in placed]
 
 
 @dataclass(frozen=True)
 class _View:
-    """What the camera shows: a rectangle of the canvas."""
+    """The rectangle of the canvas that the camera shows."""
 
     centre: np.ndarray
     """(y, x) on the canvas."""
     scale: float
-    """Pixels of the canvas to one of the frame."""
+    """Canvas pixels per frame pixel."""
     size: tuple[int, int]
 
     @property
@@ -88,12 +87,12 @@ class _View:
         return self.centre - self.scale * np.array(self.size) / 2
 
     def points(self) -> np.ndarray:
-        """[H, W, 2]: where on the canvas the pixels' centres lie."""
+        """Return [H, W, 2]: the canvas positions of the pixels' centres."""
         grid = np.stack(np.indices(self.size), axis=-1) + 0.5
         return self.corner + self.scale * grid
 
     def of(self, canvas: np.ndarray, resampling: Image.Resampling) -> np.ndarray:
-        """The canvas [H', W'] or [H', W', C], as it is shown."""
+        """Return the canvas, [H', W'] or [H', W', C], as this view shows it."""
         (y, x), (height, width) = self.corner, self.size
         affine = (self.scale, 0, x, 0, self.scale, y)
         channels = canvas[..., None] if canvas.ndim == 2 else canvas
@@ -104,7 +103,7 @@ class _View:
         return shown[0] if canvas.ndim == 2 else np.stack(shown, axis=-1)
 
     def find(self, points: np.ndarray, regions: np.ndarray, index_map: np.ndarray) -> np.ndarray:
-        """[H, W, 2] int: in which pixel points of the canvas were shown; -1 where another region was, or nothing."""
+        """Return [H, W, 2] int: the pixels that show the canvas `points`; -1 where they show another region or none."""
         pixels = np.floor((points - self.corner) / self.scale).astype(int)
         inside = ((pixels >= 0) & (pixels < self.size)).all(axis=-1)
         pixels[~inside] = 0

@@ -1,7 +1,7 @@
-"""The grounds of lab scenes: ten textures made from noise, each a word.
+"""Paint the grounds of lab scenes: ten textures made from noise, each a class.
 
 Features are sized relative to the image's short side, so a scene looks the same at any size, only finer.
-Every painter gives HxWx3 float32 RGB in about 0..255 (the caller clips).
+Every painter returns HxWx3 float32 RGB in about 0..255 (the caller clips).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 Painter = Callable[[np.random.Generator, int, int, float], np.ndarray]
-"""(rng, H, W, pixels per unit) -> HxWx3; a unit is 1/128 of the short side, give or take the zoom."""
+"""(rng, H, W, pixels per unit) -> HxWx3; a unit is about 1/128 of the short side."""
 
 
 def paint_ground(rng: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
@@ -22,12 +22,12 @@ def paint_ground(rng: np.random.Generator, name: str, height: int, width: int) -
 
 @lru_cache(maxsize=1)
 def _grain() -> np.ndarray:
-    """White noise, uniform in -1..1, made once; all other noise is cut out of it and magnified."""
+    """Return white noise, uniform in -1..1, made once; all other noise is cut out of it and magnified."""
     return np.random.default_rng(20221224).uniform(-1, 1, (1536, 1536)).astype(np.float32)
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, cell_y: float, cell_x: float | None = None) -> np.ndarray:
-    """Smooth noise, HxW in about -1..1, with features of `cell_y` by `cell_x` pixels."""
+    """Return smooth noise, HxW in about -1..1, with features of `cell_y` by `cell_x` pixels."""
     cell_y = max(cell_y, height / 1500, 1.0)
     cell_x = max(cell_x if cell_x is not None else cell_y, width / 1500, 1.0)
     rows, columns = int(height / cell_y) + 3, int(width / cell_x) + 3
@@ -41,7 +41,7 @@ def _noise(rng: np.random.Generator, height: int, width: int, cell_y: float, cel
 
 
 def _clouds(rng: np.random.Generator, height: int, width: int, cell: float, octaves: int) -> np.ndarray:
-    """Fractal noise, HxW in about -1..1: each octave half the size and half the strength of the one before."""
+    """Return fractal noise, HxW in about -1..1: each octave has half the size and strength of the one before."""
     total = _noise(rng, height, width, cell).copy()
     for octave in range(1, octaves):
         total += 0.5**octave * _noise(rng, height, width, cell / 2**octave)
@@ -49,7 +49,7 @@ def _clouds(rng: np.random.Generator, height: int, width: int, cell: float, octa
 
 
 def _ramp(value: np.ndarray, *stops: Sequence[float]) -> np.ndarray:
-    """Colours between evenly spaced stops, for `value` HxW in -1..1 (clipped)."""
+    """Interpolate colours between evenly spaced stops, for `value` HxW in -1..1 (clipped)."""
     position = np.clip((value + 1) * (0.5 * (len(stops) - 1)), 0, len(stops) - 1).astype(np.float32)
     colours = np.array(stops, dtype=np.float32)
     result = np.repeat(colours[:1], value.size, axis=0).reshape(*value.shape, 3)
@@ -64,7 +64,7 @@ def _axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cells(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """A random value in -1..1 for each pair of whole numbers in `rows` and `columns` (broadcast together)."""
+    """Return a random value in -1..1 for each pair of whole numbers in `rows` and `columns` (broadcast together)."""
     table = rng.uniform(-1, 1, (61, 67)).astype(np.float32)
     return table[rows.astype(np.int64) % 61, columns.astype(np.int64) % 67]
 
@@ -95,7 +95,7 @@ def _water(rng: np.random.Generator, height: int, width: int, unit: float) -> np
 def _masonry(
     rng: np.random.Generator, height: int, width: int, tall: float, wide: float, joint: float, stagger: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A wall: (a value in -1..1 for each block, share of joint in 0..1, height across a block's edge), each HxW."""
+    """Return a wall, each HxW: (a value in -1..1 for each block, share of joint in 0..1, distance to the edge)."""
     y, x = _axes(height, width)
     y, x = y / tall + rng.random(), x / wide + rng.random()
     row = np.floor(y)
@@ -137,7 +137,7 @@ def _wood(rng: np.random.Generator, height: int, width: int, unit: float) -> np.
 
 
 def _stones(rng: np.random.Generator, height: int, width: int, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Jittered cells: (a value in -1..1 for each stone, distance to the next stone in 0..1 about), each HxW."""
+    """Return jittered cells: (a value in -1..1 for each stone, distance to the next stone in about 0..1), each HxW."""
     y, x = _axes(height, width)
     y, x = y / size + 2, x / size + 2
     row, column = np.floor(y).astype(np.int64), np.floor(x).astype(np.int64)

@@ -1,4 +1,4 @@
-"""A better start than noise for a small image tower that must learn from few pictures.
+"""Initialize a small image tower from image statistics, because it must learn from few images.
 
 Patch embedding: the principal components of patches, whitened and mixed, so that every channel carries as much as any
 other from the first step. Positions: sines and cosines of row and column, so that neighbours start as neighbours.
@@ -33,7 +33,7 @@ def informed_start(visual: VisionTower, pictures: Sequence[np.ndarray], image: I
 
 
 def waves(side: int, width: int) -> torch.Tensor:
-    """[side * side, width]: sines and cosines of the row in the first half, of the column in the second."""
+    """Return [side * side, width]: sines and cosines of the row in the first half, of the column in the second."""
     count = width // 4
     frequency = 1.5 * LONGEST_WAVE ** -(torch.arange(count) / count)
     phase = torch.arange(side)[:, None] * frequency
@@ -43,7 +43,7 @@ def waves(side: int, width: int) -> torch.Tensor:
 
 
 def _whitening(pictures: Sequence[np.ndarray], shape: torch.Size, image: ImageConfig, seed: int) -> torch.Tensor:
-    """Convolution weights of `shape` [C, 3, p, p]."""
+    """Return convolution weights of `shape` [C, 3, p, p] that whiten random patches of `pictures`."""
     width, _, patch, _ = shape
     generator = np.random.default_rng([seed, 7])
     patches = []

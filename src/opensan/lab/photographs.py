@@ -1,4 +1,4 @@
-"""The same trainers on real photographs: a small CLIP from captions, a small SAN from one set's masks, tested on two.
+"""Train the lab's small CLIP and SAN on real photographs: CLIP from captions, SAN from one data set's masks.
 
     python -m opensan.lab.photographs clip --data DIR --out runs/photo-clip
     python -m opensan.lab.photographs san --data DIR --clip runs/photo-clip --out runs/photo-san
@@ -79,7 +79,7 @@ WINDOW_LOOP = LoopConfig(
 PATCH = PHOTO_CLIP.vision.patch_size
 GRID = PHOTO_CLIP.vision.image_size // PATCH
 WINDOWS = 5
-"""In each picture."""
+"""Windows in each image."""
 
 WINDOW_VIEW = AugmentConfig(short_sides=(256, 320, 384, 448), crop=(GRID * PATCH, GRID * PATCH))
 
@@ -115,7 +115,7 @@ PHOTO_SAN = LabSanConfig(
 )
 
 Captioned = tuple[np.ndarray, str]
-"""A picture [H, W, 3] uint8 and what is said of it."""
+"""An image [H, W, 3] uint8 and its caption."""
 
 
 class CaptionedPhotographs:
@@ -147,7 +147,7 @@ class CaptionedPhotographs:
 
 
 class CaptionedCrops:
-    """Crops of labelled photographs, captioned with the words that they show (a `TrainingSource`)."""
+    """Crops of labelled photographs; the classes that a crop shows make its caption (a `TrainingSource`)."""
 
     LEAST_SHARE = 0.1
 
@@ -177,7 +177,7 @@ class CaptionedCrops:
 
 
 def _square(image: np.ndarray, side: int, generator: np.random.Generator) -> np.ndarray:
-    """A random square of `side` pixels, resized to PICTURE_SIDE, flipped half of the time."""
+    """Cut a random square of `side` pixels, resize it to PICTURE_SIDE, and flip it half of the time."""
     top, left = (int(generator.integers(whole - side + 1)) for whole in image.shape[:2])
     crop = Image.fromarray(np.ascontiguousarray(image[top : top + side, left : left + side]))
     resized = np.asarray(crop.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BILINEAR))
@@ -185,7 +185,7 @@ def _square(image: np.ndarray, side: int, generator: np.random.Generator) -> np.
 
 
 class EvenMixture:
-    """Several sources in turn, each sampled as often as the others whatever its size (a `TrainingSource`)."""
+    """Sample several sources equally often, whatever their sizes (a `TrainingSource`)."""
 
     def __init__(self, sources: Sequence) -> None:
         self.sources = sources
@@ -195,22 +195,22 @@ class EvenMixture:
         return self.longest * len(self.sources)
 
     def _at(self, index: int) -> tuple:
-        place, which = divmod(index, len(self.sources))
-        return self.sources[which], place % len(self.sources[which])
+        position, source = divmod(index, len(self.sources))
+        return self.sources[source], position % len(self.sources[source])
 
     def name(self, index: int) -> str:
-        source, place = self._at(index)
-        return source.name(place)
+        source, position = self._at(index)
+        return source.name(position)
 
     def load(self, index: int, generator: np.random.Generator) -> Captioned:
-        source, place = self._at(index)
-        return source.load(place, generator)
+        source, position = self._at(index)
+        return source.load(position, generator)
 
     collate = staticmethod(collate_captions)
 
 
 class PhotographWindows:
-    """Photographs with windows of their own captions, as `SceneTask` has them (a `TrainingSource`).
+    """Photographs with windows and a caption for each window, as `SceneTask` needs them (a `TrainingSource`).
 
     A labelled photograph gives rectangles around pixels of its words; a captioned one gives itself, once a caption.
     """
@@ -229,8 +229,8 @@ class PhotographWindows:
         if index < len(self.labelled):
             return self._rectangles(*augment(*self.labelled[index], WINDOW_VIEW, generator), generator)
         assert self.captioned is not None
-        place = int(generator.integers(len(self.captioned)))
-        loaded = [self.captioned.load(place, generator) for _ in range(WINDOWS)]
+        position = int(generator.integers(len(self.captioned)))
+        loaded = [self.captioned.load(position, generator) for _ in range(WINDOWS)]
         image = Image.fromarray(np.ascontiguousarray(loaded[0][0])).resize(WINDOW_VIEW.crop, Image.Resampling.BILINEAR)
         whole = np.ones((WINDOWS, GRID, GRID), dtype=bool)
         return np.asarray(image), whole, [tokens(text) for _, text in loaded], []
@@ -252,15 +252,15 @@ class PhotographWindows:
             seen = labels[np.kron(window, np.ones((PATCH, PATCH), dtype=bool))]
             shares = np.bincount(seen[seen >= 0], minlength=len(names)) / len(seen)
             shown = [i for i in np.argsort(-shares) if shares[i] >= 0.2 or (i == wanted and shares[i] >= 0.08)]
-            told = generator.permutation([names[i] for i in shown or [int(shares.argmax())]]).tolist()
-            texts.append(tokens(f"a photo of a {' and a '.join(told)}."))
+            words = generator.permutation([names[i] for i in shown or [int(shares.argmax())]]).tolist()
+            texts.append(tokens(f"a photo of a {' and a '.join(words)}."))
         return image, windows, texts, []
 
     collate = staticmethod(ScenePictures.collate)
 
 
 class WindowTask(nn.Module):
-    """Contrast between windows and captions, read as a SAN reads its proposals; no teacher, no false captions."""
+    """Contrastive loss between windows and captions, as in `SceneTask` but without a teacher and false captions."""
 
     def __init__(self, clip: ClipModel, image: ImageConfig) -> None:
         super().__init__()
@@ -268,17 +268,17 @@ class WindowTask(nn.Module):
         self.image = image
 
     def prepare(self, batches: Sequence[WindowBatch]) -> None:
-        """Nothing is shared between the micro-batches of a step."""
+        """Return nothing: the micro-batches of a step share no value."""
 
     def forward(self, batch: WindowBatch, prepared: None) -> dict[str, Tensor]:
         features = self.clip.shallow_features(normalise(batch.images, self.image), RECOGNITION_LAYER, ())
-        seen = read_windows(self.clip, features, batch.windows).flatten(0, 1)
-        said = self.clip.embed_prompts(batch.tokens)
-        return contrast(logit_scale(self.clip) * seen @ said.T, batch.tokens, None)
+        images = read_windows(self.clip, features, batch.windows).flatten(0, 1)
+        captions = self.clip.embed_prompts(batch.tokens)
+        return contrast(logit_scale(self.clip) * images @ captions.T, batch.tokens, None)
 
 
 def train_photo_clip(data: Path, out: Path, *, flickr: bool) -> None:
-    """Captions of crops of CamVid's training photographs and (if `flickr`) of Flickr8k's; then of windows. Resumes."""
+    """Train a CLIP on captions of CamVid crops and (if `flickr`) Flickr8k images, then on windows. Resumes."""
     camvid = SegmentationFolder(data / "camvid", "train")
     captioned = CaptionedPhotographs(data / "flickr8k_small") if flickr else None
     source = EvenMixture([CaptionedCrops(camvid), *([captioned] if captioned else [])])
@@ -300,7 +300,7 @@ def train_photo_clip(data: Path, out: Path, *, flickr: bool) -> None:
 
 
 def train_photo_san(data: Path, clip: Path, out: Path, config: LabSanConfig = PHOTO_SAN) -> None:
-    """Train on CamVid's training photographs, watch its validation ones, save `out`/model and the reports. Resumes."""
+    """Train on CamVid's training split, validate on its validation split, save `out`/model and reports. Resumes."""
     model = build_lab_san(clip, config)
     watch = validation(model, SegmentationFolder(data / "camvid", "val"), limit=25)
     result = train_san(
@@ -312,18 +312,18 @@ def train_photo_san(data: Path, clip: Path, out: Path, config: LabSanConfig = PH
 
 
 def report(data: Path, out: Path) -> None:
-    """Measure `out`/model on both sets' test photographs and write a report of each."""
+    """Evaluate `out`/model on the test split of both data sets and write a report of each."""
     model: SAN = load_folder(out / "model")
     for name in ("camvid", "labelmefacade"):
         dataset = SegmentationFolder(data / name, "test")
-        found = evaluate(dataset_predictor(model, dataset), dataset)
-        write_report(found, out / f"report-{name}", title=f"{name}, test", about={"trained on": "CamVid, train"})
-        print(f"{name:14} mIoU {100 * found.metrics.miou:.2f} %")
+        evaluation = evaluate(dataset_predictor(model, dataset), dataset)
+        write_report(evaluation, out / f"report-{name}", title=f"{name}, test", about={"trained on": "CamVid, train"})
+        print(f"{name:14} mIoU {100 * evaluation.metrics.miou:.2f} %")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("clip", "san", "report"))
+    parser.add_argument("command", choices=("clip", "san", "report"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clip", type=Path, help="the folder that `clip` wrote (for `san`)")
@@ -331,9 +331,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.what == "clip":
+    if options.command == "clip":
         train_photo_clip(options.data, options.out, flickr=not options.no_flickr)
-    elif options.what == "san":
+    elif options.command == "san":
         if options.clip is None:
             parser.error("san needs --clip")
         train_photo_san(options.data, options.clip, options.out)

@@ -1,6 +1,6 @@
-"""A small SAN around the frozen lab CLIP, trained on masks of BASE words only, measured on BASE and NOVEL ones.
+"""Train a small SAN around the frozen lab CLIP on masks of BASE words only; evaluate it on BASE and NOVEL words.
 
-The paper's claim in small: words that CLIP knows from captions, but whose masks were never seen, are segmented too.
+It tests the paper's claim at a small scale: words without masks in training are segmented if CLIP knows them.
 
     python -m opensan.lab.clip_training --out runs/lab-clip
     python -m opensan.lab.san_training train --clip runs/lab-clip --out runs/lab-san
@@ -57,7 +57,7 @@ class SceneDataset:
 
 
 class LabSanConfig(Config):
-    """How a small SAN is built and trained."""
+    """Configuration of a small SAN and of its training."""
 
     name: str = "tiny"
     scenes: int = 4_000
@@ -76,7 +76,7 @@ class LabSanConfig(Config):
         points=PointsConfig(count=1_024),
     )
     again: LoopConfig | None = None
-    """A second cycle of the learning rate over other crops, if wanted."""
+    """A second training run with a new learning-rate cycle and other crops; None for none."""
     side_adapter: SideAdapterConfig = SideAdapterConfig(
         width=96,
         depth=6,
@@ -110,7 +110,7 @@ TINY = LabSanConfig(
 
 
 def build_lab_san(clip_folder: Path, config: LabSanConfig) -> SAN:
-    """A SAN around the trained CLIP in `clip_folder`; its side adapter starts from a fixed seed."""
+    """Build a SAN around the trained CLIP in `clip_folder`; its side adapter starts from a fixed seed."""
     clip, clip_config = load_clip(clip_folder)
     model_config = ModelConfig(
         name=config.name,
@@ -128,19 +128,19 @@ def build_lab_san(clip_folder: Path, config: LabSanConfig) -> SAN:
 
 
 def base_and_novel(metrics: SegmentationMetrics) -> dict[str, float]:
-    """mIoU over base words, over novel words, and over each kind of novel word (see `opensan.lab.scenes`)."""
+    """Return mIoU over base words, over novel words, and over each kind of novel word (see `opensan.lab.scenes`)."""
     kinds: dict[str, list[float]] = {kind: [] for kind in ("base", "novel", *NOVEL_KINDS)}
-    for one in metrics.classes:
-        if np.isnan(one.iou) or one.pixels == 0:
+    for result in metrics.classes:
+        if np.isnan(result.iou) or result.pixels == 0:
             continue
-        kind = novel_kind(one.name)
+        kind = novel_kind(result.name)
         for list_name in ("base",) if kind is None else ("novel", kind):
-            kinds[list_name].append(one.iou)
+            kinds[list_name].append(result.iou)
     return {f"miou_{kind}": float(np.mean(values)) for kind, values in kinds.items() if values}
 
 
 def measure(model: SAN, count: int = 400, size: tuple[int, int] = (480, 640), seed: int = 1_000_003) -> Evaluation:
-    """Evaluate on test scenes, never drawn in training, among all base and novel words."""
+    """Evaluate on test scenes, which training never draws, with all base and novel words as classes."""
     dataset = SceneDataset(seed, count, size, "test", SEGMENTATION_NAMES)
     return evaluate(dataset_predictor(model, dataset), dataset)
 
@@ -160,10 +160,10 @@ def train_lab_san(clip_folder: Path, config: LabSanConfig, out: Path) -> None:
 
 
 def report(model: str, out: Path) -> None:
-    """Measure `model` (as `opensan.load` takes it); write the reports to `out` and print base and novel mIoU."""
-    found = measure(load_model(model))
-    figures = base_and_novel(found.metrics)
-    write_report(found, out, title="Lab scenes, base and novel words", about={"model": model})
+    """Evaluate `model` (as `opensan.load` takes it); write the reports to `out` and print base and novel mIoU."""
+    evaluation = measure(load_model(model))
+    figures = base_and_novel(evaluation.metrics)
+    write_report(evaluation, out, title="Lab scenes, base and novel words", about={"model": model})
     write_text(out / "base_and_novel.json", json.dumps(figures, indent=2) + "\n")
     for name, value in figures.items():
         print(f"{name:18} {100 * value:6.2f} %")
@@ -171,14 +171,14 @@ def report(model: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("train", "measure"))
+    parser.add_argument("command", choices=("train", "measure"))
     parser.add_argument("--clip", type=Path, help="the folder that opensan.lab.clip_training wrote (for `train`)")
-    parser.add_argument("--model", default="tiny", help="what to measure (for `measure`)")
+    parser.add_argument("--model", default="tiny", help="the model to evaluate (for `measure`)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.what == "measure":
+    if options.command == "measure":
         report(options.model, options.out)
     elif options.clip is None:
         parser.error("train needs --clip")

@@ -1,7 +1,7 @@
-"""What a small CLIP is shown of lab scenes: pictures, windows in them, and a caption for each window.
+"""Training samples of the lab's small CLIP: images of lab scenes, windows in them, and a caption for each window.
 
-A window is a rectangle of a picture that is read by itself; the whole picture is a window too. A caption names what
-its window shows. Where in the window it is, is never said, and no mask is used.
+A window is a rectangle of an image that is encoded by itself; the whole image is a window too. A caption names
+the objects in its window. It never gives their position, and no mask is used.
 """
 
 import functools
@@ -21,16 +21,16 @@ CONTEXT_LENGTH = 77
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Pictures of one size, Q windows in each, and what is said of them."""
+    """Images of one size, Q windows in each, and their captions."""
 
     images: Tensor
     """[B, 3, H, W] uint8 RGB."""
     windows: Tensor
-    """[B, Q, h, w] bool on the grid of patches; the first is the whole picture."""
+    """[B, Q, h, w] bool on the grid of patches; the first is the whole image."""
     tokens: Tensor
     """[B * Q, L] int64."""
     wrong_tokens: Tensor
-    """[B * Q, L] int64: sentences that are false by one word."""
+    """[B * Q, L] int64: captions in which one word is wrong."""
 
     def to(self, device: torch.device) -> "WindowBatch":
         tensors = (self.images, self.windows, self.tokens, self.wrong_tokens)
@@ -39,16 +39,16 @@ class WindowBatch:
 
 @dataclass(frozen=True)
 class PictureKind:
-    """Which scenes are drawn and how they are looked at."""
+    """Settings of the scenes that are drawn and of the crops taken from them."""
 
     side: int
-    """Scenes are square, of so many pixels."""
+    """Scenes are square; their side in pixels."""
     crop: int
-    """The picture is a crop of so many pixels around an object (or all of it)."""
+    """Side in pixels of the crop around an object; equal to `side` for the whole scene."""
     objects: tuple[int, int]
     radius: tuple[float, float]
     windows: int = 0
-    """Windows in each picture, besides the whole."""
+    """Windows in each image, besides the whole."""
 
 
 CLOSE_UPS = PictureKind(side=64, crop=40, objects=(1, 1), radius=(0.16, 0.38))
@@ -60,7 +60,7 @@ Picture = tuple[np.ndarray, np.ndarray, list[tuple[int, ...]], list[tuple[int, .
 
 
 class ScenePictures:
-    """Pictures of lab scenes with captions (a `TrainingSource`). Every sample is a scene of its own."""
+    """Images of lab scenes with captions (a `TrainingSource`). Every sample is a scene of its own."""
 
     def __init__(self, seed: int, count: int, kind: PictureKind, patch_size: int) -> None:
         self.seed = seed
@@ -85,9 +85,9 @@ class ScenePictures:
         kind = self.kind
         boxes = [_around(_draw(scene.objects, generator), kind.crop, kind.side, generator)]
         boxes += _windows(scene, kind.windows, generator)
-        told = [regions_in(scene, box) for box in boxes]
-        texts = [tokens(caption(regions, generator)) for regions in told]
-        wrong = [tokens(wrong_caption(regions, generator)) for regions in told]
+        regions_of_boxes = [regions_in(scene, box) for box in boxes]
+        texts = [tokens(caption(regions, generator)) for regions in regions_of_boxes]
+        wrong = [tokens(wrong_caption(regions, generator)) for regions in regions_of_boxes]
         top, left, side = boxes[0]
         image = scene.image[top : top + side, left : left + side]
         windows = np.stack([_on_grid(box, (top, left), side, self.patch_size) for box in boxes])
@@ -116,21 +116,21 @@ Box = tuple[int, int, int]
 
 
 def regions_in(scene: Scene, box: Box) -> list[SceneRegion]:
-    """What a caption of the box may name: objects mostly inside, grounds that cover a good part of it."""
+    """Return the regions that a caption of the box may name: objects mostly inside, and grounds of a large share."""
     top, left, side = box
-    seen = scene.index_map[top : top + side, left : left + side]
+    window = scene.index_map[top : top + side, left : left + side]
     everywhere = np.bincount(scene.index_map.ravel(), minlength=len(scene.regions))
-    inside = np.bincount(seen.ravel(), minlength=len(scene.regions))
+    inside = np.bincount(window.ravel(), minlength=len(scene.regions))
     return [
         region
         for region, total, count in zip(scene.regions, everywhere, inside, strict=True)
-        if count > (0.15 * seen.size if region.ground else 0.6 * total)
+        if count > (0.15 * window.size if region.ground else 0.6 * total)
     ] or [scene.regions[int(inside.argmax())]]
 
 
 @functools.lru_cache(maxsize=200_000)
 def tokens(text: str) -> tuple[int, ...]:
-    """Token numbers, cut to what CLIP reads, end of text kept: captions of strangers may be long."""
+    """Return token ids, cut to CLIP's context length with the end token kept: captions of other data may be long."""
     numbers = tokenize(text)
     return tuple(numbers if len(numbers) <= CONTEXT_LENGTH else [*numbers[: CONTEXT_LENGTH - 1], numbers[-1]])
 
@@ -139,22 +139,22 @@ def _draw(objects: Sequence[SceneRegion], generator: np.random.Generator) -> Sce
     return objects[int(generator.integers(len(objects)))]
 
 
-def _around(what: SceneRegion, side: int, room: int, generator: np.random.Generator) -> Box:
-    """A box of `side` pixels with the object in it, not in the middle, inside a scene of `room` pixels."""
-    slack = 0.8 * max(side / 2 - what.radius, 0) + 2
-    top, left = (round(c - side / 2 + generator.uniform(-slack, slack)) for c in what.centre)
+def _around(region: SceneRegion, side: int, room: int, generator: np.random.Generator) -> Box:
+    """Return a box of `side` pixels around the object, off its middle, inside a scene of `room` pixels."""
+    slack = 0.8 * max(side / 2 - region.radius, 0) + 2
+    top, left = (round(c - side / 2 + generator.uniform(-slack, slack)) for c in region.centre)
     return min(max(top, 0), room - side), min(max(left, 0), room - side), side
 
 
 def _windows(scene: Scene, count: int, generator: np.random.Generator) -> list[Box]:
-    """Windows on up to count - 1 objects, the rest on the emptiest ground that a few tries find."""
+    """Return windows on up to count - 1 objects, the rest on ground that has the fewest objects of a few tries."""
     room = len(scene.image)
     chosen = generator.permutation(len(scene.objects))[: max(count - 1, 0)]
     boxes = []
     for index in chosen:
-        what = scene.objects[index]
-        side = int(np.clip(2 * what.radius * generator.uniform(1.05, 1.5), 20, 56))
-        boxes.append(_around(what, side, room, generator))
+        region = scene.objects[index]
+        side = int(np.clip(2 * region.radius * generator.uniform(1.05, 1.5), 20, 56))
+        boxes.append(_around(region, side, room, generator))
     while len(boxes) < count:
         tries = []
         for _ in range(8):
@@ -171,7 +171,7 @@ def _share_of_objects(scene: Scene, box: Box) -> float:
 
 
 def _on_grid(box: Box, origin: tuple[int, int], side: int, patch_size: int) -> np.ndarray:
-    """[h, w] bool: the patches of the picture (at `origin`, of `side` pixels) that the box covers, at least one."""
+    """Return [h, w] bool: the patches that the box covers, at least one, of the image at `origin` of `side` pixels."""
     grid = np.zeros((side // patch_size,) * 2, dtype=bool)
     first = [round((corner - start) / patch_size) for corner, start in zip(box[:2], origin, strict=True)]
     last = [round((corner - start + box[2]) / patch_size) for corner, start in zip(box[:2], origin, strict=True)]

@@ -1,4 +1,4 @@
-"""Lab scenes: seeded pictures of textured objects on textured grounds, with exact masks and captions.
+"""Draw lab scenes: seeded images of textured objects on textured grounds, with exact masks and captions.
 
 Names compose: "[texture] colour shape" for objects ("striped blue star", "red circle") and a word for grounds
 ("grass", "night sky"). Everything is drawn by this file and `grounds.py`; no photograph is involved.
@@ -7,7 +7,7 @@ The words are split in two. BASE words may have masks and captions; NOVEL words 
 novel for one of four reasons (`novel_kind`): the whole shape is held out, the colour is, only this composition of a
 base colour and a base shape is, or the ground is.
 
-A scene depends on nothing but (seed, index, its size and kind), whatever was made before it. Letters: H W image.
+A scene depends on nothing but (seed, index, its size and kind), not on scenes drawn before. Letters: H W image.
 """
 
 from collections.abc import Callable, Sequence
@@ -124,7 +124,7 @@ SHAPES = tuple(_OUTLINES)
 
 
 def novel_kind(name: str) -> str | None:
-    """Why `name` never has masks: one of NOVEL_KINDS, or None for a base word.
+    """Return why `name` never has masks: one of NOVEL_KINDS, or None for a base word.
 
     `name` is a ground, "colour shape", or "texture colour shape". Raises ValueError on anything else.
     """
@@ -142,38 +142,38 @@ def novel_kind(name: str) -> str | None:
 
 OBJECT_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 SEGMENTATION_NAMES = (*OBJECT_NAMES, *GROUNDS)
-"""The words that segmentation is measured with: every "colour shape", then every ground."""
+"""The classes of the evaluation: every "colour shape", then every ground."""
 BASE_NAMES = tuple(name for name in SEGMENTATION_NAMES if novel_kind(name) is None)
 NOVEL_NAMES = tuple(name for name in SEGMENTATION_NAMES if novel_kind(name) is not None)
 
 
 @dataclass(frozen=True)
 class SceneRegion:
-    """What one region of a scene is: a ground, or an object of a texture ("" for none), colour and shape."""
+    """One region of a scene: a ground, or an object of a texture ("" for none), colour and shape."""
 
     ground: str = ""
     texture: str = ""
     colour: str = ""
     shape: str = ""
     radius: float = 0.0
-    """Of an object: in pixels."""
+    """Radius of an object in pixels."""
     centre: tuple[float, float] = (0.0, 0.0)
-    """Of an object: (y, x) in pixels."""
+    """Centre (y, x) of an object in pixels."""
 
     @property
     def name(self) -> str:
-        """The segmentation word: "colour shape" or the ground."""
+        """The class name: "colour shape" or the ground."""
         return self.ground or f"{self.colour} {self.shape}"
 
     @property
     def full_name(self) -> str:
-        """With the texture, where there is one."""
+        """The class name with the texture, where there is one."""
         return f"{self.texture} {self.name}".strip()
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and everything that is true of it."""
+    """An image with its labels and regions."""
 
     image: np.ndarray
     """HxWx3 uint8 RGB."""
@@ -192,7 +192,7 @@ class Scene:
 
 
 def label_map(scene: Scene, names: Sequence[str] = SEGMENTATION_NAMES) -> np.ndarray:
-    """HxW int32: each pixel's index into `names`, UNLABELLED (-1) where no name applies.
+    """Return HxW int32: each pixel's index into `names`, UNLABELLED (-1) where no name applies.
 
     A region takes the most exact of its names that is listed: "striped blue star" before "blue star" before "star".
     """
@@ -217,7 +217,7 @@ def make_scene(
     objects: tuple[int, int] = (1, 5),
     radius: tuple[float, float] = (0.11, 0.24),
 ) -> Scene:
-    """Scene `index` of the endless sequence that `seed` names.
+    """Draw scene `index` of the endless sequence that `seed` names.
 
     `size` is (H, W) in pixels, `objects` the least and most objects, `radius` their least and greatest size as a
     share of the short side. `split="masks"` draws base words only; the others draw from all words.
@@ -239,7 +239,7 @@ def _draw(rng: np.random.Generator, words: Sequence[str]) -> str:
 def paint_grounds(
     rng: np.random.Generator, height: int, width: int, split: Split
 ) -> tuple[np.ndarray, np.ndarray, list[SceneRegion]]:
-    """One ground, or (one scene in four) two that meet at a curved horizon. Float RGB in 0..255."""
+    """Paint one ground, or (one scene in four) two that meet at a curved horizon. Float RGB in 0..255."""
     words = [name for name in GROUNDS if split != "masks" or name not in NOVEL_GROUNDS]
     near = _draw(rng, words)
     image = paint_ground(rng, near, height, width)
@@ -263,7 +263,7 @@ def paint_grounds(
 def place_objects(
     rng: np.random.Generator, height: int, width: int, split: Split, count: int, radius: tuple[float, float]
 ) -> list[SceneRegion]:
-    """Objects that may touch and overlap a little, but never hide one another."""
+    """Choose objects and positions; they may touch and overlap a little, but never hide one another."""
     short = min(height, width)
     largest = radius[1] if count <= 3 else (radius[0] + radius[1]) / 2
     placed: list[SceneRegion] = []
@@ -287,11 +287,11 @@ def place_objects(
 
 
 def paint_object(
-    rng: np.random.Generator, image: np.ndarray, index_map: np.ndarray, what: SceneRegion, number: int, light: float
+    rng: np.random.Generator, image: np.ndarray, index_map: np.ndarray, region: SceneRegion, number: int, light: float
 ) -> None:
-    """Paint `what` and its shadow into `image` and its pixels into `index_map`, in place."""
+    """Paint `region` and its shadow into `image` and its pixels into `index_map`, in place."""
     height, width = index_map.shape
-    (y, x), size = what.centre, what.radius
+    (y, x), size = region.centre, region.radius
     reach = 1.5 * size + 2
     top, left = max(int(y - reach), 0), max(int(x - reach), 0)
     window = np.s_[top : min(int(y + reach) + 2, height), left : min(int(x + reach) + 2, width)]
@@ -303,11 +303,11 @@ def paint_object(
     cos, sin = np.float32(np.cos(turn) / size), np.float32(np.sin(turn) / size)
 
     def local(down: float, right: float) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates in the object's own frame, the object moved by (down, right) pixels."""
+        """Return coordinates in the object's own frame, the object moved by (down, right) pixels."""
         across, along = columns - np.float32(right), rows - np.float32(down)
         return (across * cos + along * sin) * np.float32(stretch), (along * cos - across * sin) / np.float32(stretch)
 
-    outline = _OUTLINES[what.shape]
+    outline = _OUTLINES[region.shape]
     drop = rng.uniform(0.06, 0.14) * size
     shadow = outline(*local(-drop * np.sin(light), -drop * np.cos(light))) * size
     softness = max(0.22 * size, 2.0)
@@ -316,31 +316,31 @@ def paint_object(
     u, v = local(0, 0)
     distance = outline(u, v) * np.float32(size)
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
-    surface = _surface(rng, what, u, v)
+    surface = _surface(rng, region, u, v)
     surface *= _relief(rng, distance, rows, columns, size, light)[..., None]
     patch += cover.astype(np.float32) * (surface - patch)
     index_map[window][distance < 0] = number
 
 
-def _surface(rng: np.random.Generator, what: SceneRegion, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The object's paint before lighting: its colour, and a paler or darker shade of it where the texture says so."""
-    colour = np.array(COLOURS[what.colour], dtype=np.float32)
+def _surface(rng: np.random.Generator, region: SceneRegion, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return the object's paint before lighting: its colour, with a paler or darker shade in the texture's pattern."""
+    colour = np.array(COLOURS[region.colour], dtype=np.float32)
     colour = colour * rng.uniform(0.9, 1.08) + rng.normal(0, 6, 3)
-    if not what.texture:
+    if not region.texture:
         return np.broadcast_to(colour.astype(np.float32), (*u.shape, 3)).copy()
     # White has no paler shade and black no darker one; yellow and orange turn into other colours when darkened.
-    darken = what.colour == "white" or (what.colour not in ("black", "yellow", "orange") and rng.random() < 0.5)
+    darken = region.colour == "white" or (region.colour not in ("black", "yellow", "orange") and rng.random() < 0.5)
     if darken:
-        other = colour * (0.68 if what.colour == "white" else 0.42)
+        other = colour * (0.68 if region.colour == "white" else 0.42)
     else:
-        other = colour + (0.4 if what.colour == "black" else 0.68) * (255 - colour)
+        other = colour + (0.4 if region.colour == "black" else 0.68) * (255 - colour)
     period = rng.uniform(0.36, 0.52)
     angle = rng.uniform(0, np.pi)
     u, v = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
     phase = rng.random(2)
-    if what.texture == "striped":
+    if region.texture == "striped":
         wave = np.sin(2 * np.pi * (u / period + phase[0]))
-    elif what.texture == "checked":
+    elif region.texture == "checked":
         wave = np.sin(np.pi * (u / (0.8 * period) + phase[0])) * np.sin(np.pi * (v / (0.8 * period) + phase[1])) * 2.5
     else:
         row = np.floor(v / period + phase[1])
@@ -353,7 +353,7 @@ def _surface(rng: np.random.Generator, what: SceneRegion, u: np.ndarray, v: np.n
 def _relief(
     rng: np.random.Generator, distance: np.ndarray, rows: np.ndarray, columns: np.ndarray, size: float, light: float
 ) -> np.ndarray:
-    """Brightness factors that make the flat shape a cushion lit from the angle `light`."""
+    """Return brightness factors that make the flat shape look like a cushion lit from the angle `light`."""
     depth = rng.uniform(0.16, 0.3)
     towards = (np.float32(np.sin(light)) * rows + np.float32(np.cos(light)) * columns) / np.float32(size)
     rim = np.exp(np.minimum(distance, 0) * np.float32(1 / (0.13 * size)))
@@ -361,7 +361,7 @@ def _relief(
 
 
 def develop(rng: np.random.Generator, image: np.ndarray, light: float) -> np.ndarray:
-    """Camera and weather: uneven light, colour cast, exposure and grain; to uint8."""
+    """Add the camera's effects in place (uneven light, colour cast, exposure, grain) and return uint8."""
     height, width, _ = image.shape
     down = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     right = np.linspace(-1, 1, width, dtype=np.float32)[None, :]

@@ -1,9 +1,9 @@
-"""A small convolutional network that learns words from close-ups, and then shows a ViT where to look.
+"""A small convolutional network that learns words from close-ups, and then is a target for a ViT's features.
 
 A ViT of this size has to find out that neighbouring patches belong together; from captions alone it knows colours
 after a hundred steps, but needs several thousand until it tells a heart from a circle. A convolutional network starts
 with neighbourhoods and learns the same words from a tenth of the pictures. Its feature map, which has the grid of the
-ViT's patches, is a target for every patch (FitNets; Romero et al., 2015). It is thrown away after the training.
+ViT's patches, is a target for every patch (FitNets; Romero et al., 2015). It is dropped after the training.
 
 Letters: B batch, C channels, h w grid of stride 8.
 """
@@ -27,11 +27,11 @@ _LAYERS = ((32, 5, 2), (32, 3, 1), (64, 3, 2), (64, 3, 1), (128, 3, 2), (CHANNEL
 """(channels, kernel, stride) of each convolution."""
 
 WORDS = (tuple(COLOURS), SHAPES, ("", *TEXTURES))
-"""What a caption may say of an object: a colour, a shape, a texture or none."""
+"""The attributes of an object in a caption: a colour, a shape, a texture or none."""
 
 
 class Teacher(nn.Module):
-    """Feature map [B, 160, h, w] of normalised pixels, and scores of the words of the object in the picture."""
+    """Network that makes features [B, 160, h, w] of normalised pixels, and scores of the object's words."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Teacher(nn.Module):
         self.head = nn.Linear(2 * channels, sum(map(len, WORDS)))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, words]."""
+        """Return word scores, [B, 3, H, W] -> [B, words]."""
         features = self.body(pixels)
         return self.head(torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1))
 
@@ -86,14 +86,14 @@ class CloseUpWords:
         return WordBatch(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(words))
 
 
-def words_of(what: SceneRegion) -> tuple[int, ...]:
-    """Indices into WORDS."""
-    said = (what.colour, what.shape, what.texture)
-    return tuple(words.index(word) for words, word in zip(WORDS, said, strict=True))
+def words_of(region: SceneRegion) -> tuple[int, ...]:
+    """Return the indices of the object's words in WORDS."""
+    attributes = (region.colour, region.shape, region.texture)
+    return tuple(words.index(word) for words, word in zip(WORDS, attributes, strict=True))
 
 
 class TeacherTask(nn.Module):
-    """Cross-entropy of the colour, the shape and the texture."""
+    """Cross-entropy loss of the colour, the shape and the texture."""
 
     def __init__(self, teacher: Teacher, image: ImageConfig) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class TeacherTask(nn.Module):
         self.image = image
 
     def prepare(self, batches: Sequence[WordBatch]) -> None:
-        """Nothing is shared between the micro-batches of a step."""
+        """Return nothing: the micro-batches of a step share no value."""
 
     def forward(self, batch: WordBatch, prepared: None) -> dict[str, Tensor]:
         scores = self.teacher(normalise(batch.images, self.image)).split([len(words) for words in WORDS], dim=1)
@@ -114,24 +114,24 @@ class TeacherTask(nn.Module):
 
 @torch.no_grad()
 def settle(teacher: Teacher, pixels: Tensor) -> None:
-    """Measure the batch norms' statistics on normalised `pixels`: a checkpoint of parameters does not hold them."""
+    """Measure the batch norms' statistics on normalised `pixels`: a checkpoint holds parameters only, not these."""
     for module in teacher.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None  # plain averages
     teacher.train()
-    for some in pixels.split(100):
-        teacher(some)
+    for batch in pixels.split(100):
+        teacher(batch)
     teacher.eval()
 
 
 class Imitation(nn.Module):
-    """How far patch tokens are from the teacher's features: mean squared error after a linear map."""
+    """Mean squared error between the teacher's features and a linear map of the ViT's patch tokens."""
 
     def __init__(self, teacher: Teacher, width: int, pixels: Tensor) -> None:
         """`teacher` is frozen; `width` is that of the tokens; `pixels` [B, 3, H, W], normalised, give the scale."""
         super().__init__()
-        self._teacher = [teacher.eval().requires_grad_(False)]  # in a list: no part of what is trained or saved
+        self._teacher = [teacher.eval().requires_grad_(False)]  # in a list: a submodule would be trained and saved
         self.map = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, CHANNELS))
         with torch.no_grad():
             features = teacher.body(pixels)
@@ -139,7 +139,7 @@ class Imitation(nn.Module):
         self.register_buffer("std", features.std(dim=(0, 2, 3)) + 0.1)
 
     def forward(self, patch_tokens: Tensor, pixels: Tensor) -> Tensor:
-        """`patch_tokens` [B, h * w, width] of normalised `pixels` -> a scalar, about 1 for an ignorant ViT."""
+        """`patch_tokens` [B, h * w, width] of normalised `pixels` -> a scalar, about 1 for an untrained ViT."""
         with torch.no_grad():
             features = self._teacher[0].body(pixels).flatten(2).transpose(1, 2)
         return F.mse_loss(self.map(patch_tokens), (features - self.mean) / self.std)
@@ -147,7 +147,7 @@ class Imitation(nn.Module):
 
 @torch.inference_mode()
 def word_accuracy(teacher: Teacher, image: ImageConfig, count: int = 400, seed: int = 98) -> dict[str, float]:
-    """Share of right colours, shapes and textures on close-ups that no training draws."""
+    """Return the share of right colours, shapes and textures on close-ups that no training draws."""
     source = CloseUpWords(seed, count)
     generator = np.random.default_rng(seed)
     batch = source.collate([source.load(index, generator) for index in range(count)])
