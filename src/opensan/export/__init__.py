@@ -1,4 +1,4 @@
-"""A model as files that other runtimes read: image graph, word graph, label graph, text tower (see docs/export.md)."""
+"""Export a model as graphs for other runtimes: image, words, labels, text tower (see docs/export.md)."""
 
 import os
 import shutil
@@ -40,13 +40,13 @@ def export(
     Args:
         format: "onnx", "openvino", or "torch" (torch.export's .pt2).
         dtype: of the weights: "float32", "float16" (stored so, computed with in float32), "bfloat16" (OpenVINO only:
-            stored as float16, the image graph computed with bfloat16 where the processor can), "int8".
+            stored as float16, the image graph computes in bfloat16 where the processor can), "int8".
         text: also write the text tower; without it, the folder answers `words` only.
-        words: embedded now, and written beside the graphs.
-        note: told what is being done.
+        words: a vocabulary to embed now and store beside the graphs.
+        note: called with a line about each step.
 
     Returns:
-        The folder, and what the check found. If that did not pass, no folder is left behind.
+        The folder, and the result of the check. If the check did not pass, no folder remains.
 
     Raises:
         ValueError: one line: an unknown format, a missing library, a folder that exists or can't be written.
@@ -75,7 +75,7 @@ def export(
         if found.passed:
             flush_folder(temporary)
             temporary.replace(folder)
-    except OSError as error:  # the disk is full
+    except OSError as error:  # for example a full disk
         raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -95,7 +95,7 @@ def _opened(path: Path, *, narrow: bool) -> Run:
 
 
 def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool, words: Vocabulary | None) -> None:
-    """Write all that stands beside the graphs."""
+    """Write the files that stand beside the graphs: manifest, configuration, tokens, words."""
     encoder = TextEncoder(model, disk_cache=False)
     tower, unseen = encoder.tower()
     suffix = "" if dtype == "float32" else f"-{dtype}"

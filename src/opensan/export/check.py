@@ -1,4 +1,4 @@
-"""Whether exported graphs answer as the model they were made from, on several images and vocabularies.
+"""Check that exported graphs give the results of the model, on several images and vocabularies.
 
 Letters: K words.
 """
@@ -25,21 +25,21 @@ from opensan.vocabulary import Vocabulary
 
 SCENE = ASSETS / "scenes" / "playground.png"
 SHAPES = ((1, 1), (3, 4), (3, 2), (1, 3))
-"""Height to width of the images, cut from a scene."""
+"""Height to width of the test images, which are cut from a scene."""
 WORD_COUNTS = (2, 7, 171)
-"""At most: a model may know fewer words apart."""
+"""Vocabulary sizes in the check, at most: a small model may distinguish fewer words."""
 MOST_ALIKE = 0.99
-"""Cosine of the text embeddings of two words that are told apart."""
+"""Largest cosine between the text embeddings of two words that count as different."""
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """What an export may differ by."""
+    """Largest allowed differences between an export and its model."""
 
     difference: float
     """Largest difference of a tensor from the model's, as a share of the latter's largest magnitude."""
     agreement: float
-    """Least share of equal labels."""
+    """Smallest share of equal labels."""
 
 
 LIMITS = {
@@ -48,22 +48,22 @@ LIMITS = {
     "bfloat16": Tolerances(0.5, 0.9),
     "int8": Tolerances(0.5, 0.9),
 }
-"""By dtype. bfloat16 and int8 are judged by their labels; their tensors only must be of the right size."""
+"""Limits by dtype. bfloat16 and int8 are judged by their labels; their tensors only by order of magnitude."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What was found."""
+    """Result of the check."""
 
     differences: dict[str, float]
     """Tensor -> largest difference, as in `Tolerances`."""
     agreement: float
-    """Share of equal labels of all images and vocabularies."""
+    """Share of equal labels over all images and vocabularies."""
     limits: Tolerances
 
     @property
     def passed(self) -> bool:
-        """Also False where something is not a number."""
+        """Whether all differences are within the limits; False if any is not a number."""
         fits = all(value <= self.limits.difference for value in self.differences.values())
         return fits and self.agreement >= self.limits.agreement
 
@@ -73,8 +73,8 @@ def parity(model: SAN, graphs: Mapping[str, Run], dtype: str) -> Parity:
     """Compare exported `graphs` (name -> function) with `model`."""
     differences: dict[str, float] = defaultdict(float)
 
-    def compare(name: str, found: np.ndarray, expected: torch.Tensor) -> None:
-        difference = np.abs(found - expected.numpy()).max() / max(1e-9, expected.abs().max().item())
+    def compare(name: str, result: np.ndarray, expected: torch.Tensor) -> None:
+        difference = np.abs(result - expected.numpy()).max() / max(1e-9, expected.abs().max().item())
         differences[name] = float(np.fmax(differences[name], np.nan_to_num(difference, nan=np.inf)))
 
     tree = _prompts()
@@ -90,10 +90,10 @@ def parity(model: SAN, graphs: Mapping[str, Run], dtype: str) -> Parity:
         compare("mask embeddings", embeddings, proposals.mask_embeddings)
         for count in WORD_COUNTS:
             expected = _probabilities(model, proposals, rows[:count])
-            found = _exported_probabilities(graphs, embeddings[0], rows[:count].numpy())
-            compare("class probabilities", found, expected)
+            probabilities = _exported_probabilities(graphs, embeddings[0], rows[:count].numpy())
+            compare("class probabilities", probabilities, expected)
             down, across = interpolation_matrices(masks.shape[-2:], prepared.sizes)
-            labels, _ = graphs["labels"](probabilities=found, mask_logits=masks[0], down=down, across=across)
+            labels, _ = graphs["labels"](probabilities=probabilities, mask_logits=masks[0], down=down, across=across)
             truth = label_map(proposals.mask_logits[0], expected, prepared.sizes).numpy()
             equal, total = equal + int((labels == truth).sum()), total + truth.size
     return Parity(dict(differences), equal / total, LIMITS[dtype])
@@ -105,7 +105,7 @@ def _prompts() -> PromptTree:
 
 
 def _distinct(rows: torch.Tensor) -> torch.Tensor:
-    """Those unlike all before them: between words that a small model can't tell apart, rounding decides."""
+    """Drop rows like an earlier row: rounding decides between words that a small model can't distinguish."""
     return rows[(rows @ rows.T).triu(diagonal=1).amax(dim=0) < MOST_ALIKE]
 
 
@@ -115,7 +115,7 @@ def _text(graphs: Mapping[str, Run], tree: PromptTree) -> np.ndarray:
 
 
 def _images(config: ModelConfig) -> Iterator[PreparedImage]:
-    """Prepared images of all `SHAPES`, of less than the model's usual size: this is to be quick."""
+    """Return prepared images of all `SHAPES`, smaller than the model's usual size to keep the check quick."""
     short = max(config.image.size_divisor, config.image.short_side // 2)
     small = config.image.model_copy(update={"short_side": short})
     with Image.open(SCENE) as picture:
@@ -133,5 +133,5 @@ def _probabilities(model: SAN, proposals: Proposals, rows: torch.Tensor) -> torc
 
 def _exported_probabilities(graphs: Mapping[str, Run], embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
     rows_of_word = np.arange(len(rows))[:, None]
-    (found,) = graphs["words"](mask_embeddings=embeddings, rows=rows, rows_of_word=rows_of_word)
-    return found
+    (probabilities,) = graphs["words"](mask_embeddings=embeddings, rows=rows, rows_of_word=rows_of_word)
+    return probabilities

@@ -1,4 +1,4 @@
-"""Exported programs as files of each format and weight type."""
+"""Write exported programs as files of each format and weight type."""
 
 import warnings
 from pathlib import Path
@@ -15,13 +15,13 @@ FORMATS = ("onnx", "openvino", "torch")
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 SMALL = 1024
-"""Tensors of fewer numbers keep float32: norms and biases, which cost no space."""
+"""Tensors of fewer numbers (norms, biases) keep float32, because they take little space."""
 
 ANY_SIZE = 1 << 40
 
 
 def check(format: str, dtype: str) -> None:
-    """Raises ValueError, one line, on what can't be exported, or when a library is missing."""
+    """Raise UserError if the format and dtype can't be exported or a library is missing."""
     if format not in FORMATS:
         raise UserError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
@@ -30,7 +30,7 @@ def check(format: str, dtype: str) -> None:
         raise UserError("format torch is written with float32 weights only")
     if format == "onnx" and dtype == "bfloat16":
         raise UserError(
-            "onnxruntime computes nothing in bfloat16 on a CPU: take float16, as small and more exact, or openvino"
+            "onnxruntime has no bfloat16 on a CPU: choose float16 (same size, more exact) or format openvino"
         )
     if format != "torch":
         for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -40,7 +40,7 @@ def check(format: str, dtype: str) -> None:
 
 
 def write(name: str, graph: Graph, folder: Path, format: str, dtype: str) -> Path:
-    """Write one graph to `folder`; returns its file. The matrices of the label map are inputs: they have no dtype."""
+    """Write one graph to `folder` and return its file. The label map's matrices are inputs, so they have no dtype."""
     program = graph.program()
     if format == "torch":
         path = folder / f"{name}.pt2"
@@ -52,7 +52,7 @@ def write(name: str, graph: Graph, folder: Path, format: str, dtype: str) -> Pat
 
 
 def convert(path: Path, format: str, dtype: str) -> Path:
-    """Turn a float32 .onnx into what is wanted, in its place; returns the file."""
+    """Convert a float32 .onnx in place to `format` and `dtype`; return the file."""
     if format == "onnx":
         if dtype == "int8":
             _quantize(path)
@@ -68,7 +68,7 @@ def _write_onnx(program: ExportedProgram, graph: Graph, path: Path) -> None:
     from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own innards
+        warnings.simplefilter("ignore")  # warnings about torch's own code
         converted = torch.onnx.export(
             program,
             dynamo=True,
@@ -76,7 +76,7 @@ def _write_onnx(program: ExportedProgram, graph: Graph, path: Path) -> None:
             input_names=list(graph.example),
             output_names=list(graph.outputs),
         )
-        # Weights that a graph slices and transposes become matrices: what is made smaller below is matrices.
+        # Folding turns weights that a graph slices and transposes into matrices, which the steps below can shrink.
         fold_constants(
             converted.model, onnx_shape_inference=False, input_size_limit=ANY_SIZE, output_size_limit=ANY_SIZE
         )
@@ -85,7 +85,7 @@ def _write_onnx(program: ExportedProgram, graph: Graph, path: Path) -> None:
 
 
 def _store_halves(path: Path) -> None:
-    """Store large weights as float16, read back to float32 when the graph is loaded: half the file, same arithmetic."""
+    """Store large weights as float16 and read them back as float32 at load: half the file, same arithmetic."""
     import onnx
     from onnx import numpy_helper
 
@@ -102,20 +102,20 @@ def _store_halves(path: Path) -> None:
 
 
 def _quantize(path: Path) -> None:
-    """Matrices as int8, each output channel with its own scale; activations are quantised as they come."""
+    """Quantise matrices to int8 with a scale per output channel; activations are quantised at run time."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
     model = onnx.load(path)
-    add_pre_process_metadata(model)  # constants are folded: it would ask for that on stderr
+    add_pre_process_metadata(model)  # without it, quantize_dynamic warns on stderr, though constants are folded
     quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
 
 
 def _store_int8(path: Path) -> None:
-    """Matrices as int8, each output channel with its own scale; what is computed with are floats.
+    """Store matrices as int8 with a scale per output channel; computation stays in floating point.
 
-    OpenVINO would undo `_quantize` when it reads the file.
+    `_quantize` does not serve for OpenVINO, which would undo it when it reads the file.
     """
     import onnx
     from onnx import numpy_helper
@@ -142,7 +142,7 @@ def _put_first(model, nodes) -> None:
 
 
 def _to_openvino(path: Path, *, halves: bool) -> Path:
-    """`halves` stores floats as float16."""
+    """Convert to OpenVINO's files; `halves` stores floats as float16."""
     import openvino
 
     target = path.with_suffix(".xml")

@@ -1,4 +1,4 @@
-"""The model in the pieces that are exported, each a module of tensors alone, with an example of its input.
+"""Split the model into the modules that are exported, each of tensors alone, with example inputs.
 
 Letters: B batch, Q queries, K words, R text rows, D embedding, H W image, h w mask grid, H0 W0 the answer,
 N nodes of a prompt tree, P prompts, S rows of the word that has most.
@@ -17,7 +17,7 @@ from opensan.model.maps import WIDEST_WINDOW
 from opensan.structures import PromptTree, Proposals, TextClassifier
 
 LARGEST_SIDE = 4096
-"""Pixels of the network image up to which the steps of an exported graph are known to suffice."""
+"""Sides in pixels of the network image up to which an exported graph's fixed pooling steps suffice."""
 
 
 class ImageGraph(nn.Module):
@@ -51,7 +51,7 @@ class WordGraph(nn.Module):
 
 
 class LabelGraph(nn.Module):
-    """A band of the label map, and the scores of its labels, both [rows, W0], from class probabilities [Q, K].
+    """Label a band of rows: labels and their scores, both [rows, W0], from class probabilities [Q, K].
 
     `down` [rows, h] and `across` [W0, w] resize the mask logits [Q, h, w]; scores may exceed 1.
     """
@@ -76,31 +76,31 @@ class TextGraph(nn.Module):
 
 @dataclass(frozen=True)
 class Graph:
-    """A piece to be exported."""
+    """One module to export, with its inputs and outputs."""
 
     module: nn.Module
     example: dict[str, Tensor]
-    """Input name -> a tensor of its kind; no dimension that may change is 1."""
+    """Input name -> an example; no dimension that may change is 1, because tracing would fix it."""
     dynamic: dict[str, tuple[int, ...]]
     """Input name -> the dimensions that may change."""
     outputs: tuple[str, ...]
 
     def program(self) -> ExportedProgram:
-        """The piece as torch.export sees it. Gradients are off: attention would be another operation with them."""
+        """Trace the module with torch.export. Gradients are off: with them, attention is another operation."""
         shapes = {name: {dim: Dim.DYNAMIC for dim in dims} for name, dims in self.dynamic.items()}
         with torch.no_grad():
             return torch.export.export(self.module, tuple(self.example.values()), dynamic_shapes=shapes, strict=False)
 
 
 def graphs(model: SAN, *, text: bool) -> dict[str, Graph]:
-    """Name -> piece: "image", "words", "labels", and "text" if wanted. `model` is in evaluation mode.
+    """Return name -> graph: "image", "words", "labels", and "text" if wanted. `model` is in evaluation mode.
 
-    Raises ValueError if a graph for all sizes cannot hold this model.
+    Raises UserError if a graph for all sizes cannot hold this model.
     """
     config = model.config
     _check_windows(config)
     divisor, queries, dimension = config.image.size_divisor, config.side_adapter.queries, config.clip.embed_dim
-    found = {
+    pieces = {
         "image": Graph(
             ImageGraph(model),
             {"pixels": torch.zeros(2, 3, 3 * divisor, 4 * divisor)},
@@ -130,7 +130,7 @@ def graphs(model: SAN, *, text: bool) -> dict[str, Graph]:
         ),
     }
     if text:
-        found["text"] = Graph(
+        pieces["text"] = Graph(
             TextGraph(model),
             {
                 "tokens": torch.zeros(5, dtype=torch.int64),
@@ -141,15 +141,15 @@ def graphs(model: SAN, *, text: bool) -> dict[str, Graph]:
             {"tokens": (0,), "depth": (0,), "sees": (0, 1), "ends": (0,)},
             ("embeddings",),
         )
-    return found
+    return pieces
 
 
 def _check_windows(config: ModelConfig) -> None:
-    """Raises ValueError if the attention bias is pooled from wider windows than an exported graph looks at."""
+    """Raise UserError if the attention bias is pooled from wider windows than an exported graph supports."""
     for side in range(config.image.size_divisor, LARGEST_SIDE + 1, config.image.size_divisor):
         whole = side // config.side_adapter.patch_size
         size = int(side * config.clip_scale) // config.clip.vision.patch_size
-        widest = max(-(-(place + 1) * whole // size) - place * whole // size for place in range(size))
+        widest = max(-(-(column + 1) * whole // size) - column * whole // size for column in range(size))
         if widest > WIDEST_WINDOW:
             raise UserError(
                 f"{config.name}: its side network's grid is {whole / size:.1f} times as fine as "

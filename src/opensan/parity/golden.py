@@ -1,8 +1,8 @@
-"""Goldens: recorded inputs and outputs of the official code, and the model they were made with.
+"""Read goldens: recorded inputs and outputs of the official code, and the model that made them.
 
-A golden holds no weights: each parameter is filled by a rule from its OFFICIAL name and shape, so loading it goes
-through the same table as a released checkpoint and tests that as well. The rule, like the file format, is a fact
-of those files.
+A golden holds no weights: a rule fills each parameter from its OFFICIAL name and shape, so a golden's model is loaded
+through the same table as a released checkpoint, which tests that table too. The rule and the file format are fixed
+by the recorded files.
 """
 
 import json
@@ -46,7 +46,7 @@ _SEED_SUFFIX = {"ov_classifier.text_projection": "#45"}
 
 
 def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 value of official parameter `name`: normal numbers seeded by its name, scaled by its kind."""
+    """Return the float32 value of official parameter `name`: normal numbers seeded by its name, scaled by its kind."""
     if name.endswith("logit_scale"):
         return np.full(shape, math.log(100.0), dtype=np.float32)
     generator = np.random.default_rng(zlib.crc32((name + _SEED_SUFFIX.get(name, "")).encode()))
@@ -65,7 +65,7 @@ def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def golden_config(meta: Mapping[str, Any], source: str) -> ModelConfig:
-    """The model that a golden's `meta` names, or describes in full. Raises ValueError on one we cannot build."""
+    """Return the model that a golden's `meta` names or describes in full. Raises UserError if it can't be built."""
     if meta.get("config") is None:
         if meta["model"] not in PRESETS:
             raise UserError(f"{source}: unknown model {meta['model']!r}")
@@ -99,7 +99,7 @@ def golden_config(meta: Mapping[str, Any], source: str) -> ModelConfig:
 
 
 def golden_model(config: ModelConfig) -> SAN:
-    """A SAN filled by the rule, loaded as a released checkpoint is: by official names, through the same table."""
+    """Return a SAN filled by the rule; it is loaded by official names, as a released checkpoint is."""
     shapes = {name: tuple(tensor.shape) for name, tensor in build_empty(config).state_dict().items()}
     official = {}
     for name, shape in shapes.items():
@@ -109,7 +109,7 @@ def golden_model(config: ModelConfig) -> SAN:
 
 
 def read_golden(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A golden's meta and arrays. Raises ValueError, one line, when it is not one."""
+    """Read a golden's meta and arrays. Raises UserError if the file is not a golden."""
     arrays = read_arrays(path)
     try:
         return json.loads(str(arrays.pop("meta"))), arrays
@@ -118,9 +118,9 @@ def read_golden(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, no pickles among them. Raises ValueError, one line, when it is not one."""
+    """Read all arrays of an .npz, refusing pickles. Raises UserError if the file is not a golden."""
     try:
-        if path.exists() and not is_zipfile(path):  # numpy would take it for a pickle, and advise to trust it
+        if path.exists() and not is_zipfile(path):  # numpy would take it for a pickle and suggest to trust it
             raise UserError("not a .npz file")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

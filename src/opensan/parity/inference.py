@@ -1,4 +1,4 @@
-"""Does our model answer what the official code answers? Checked on goldens, tensor by tensor."""
+"""Compare our model's tensors with those of the official code, recorded in goldens."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -31,10 +31,10 @@ LIMITS = {
     "margin": 3e-3,
     "labels": 0.0,
 }
-"""Absolute; what a right float32 implementation keeps on any number of threads, and a wrong epsilon does not."""
+"""Largest absolute differences: any correct float32 computation stays within them, a wrong epsilon does not."""
 
 CLEAR_MARGIN = 1e-4
-"""Labels must agree where our best score leads by more than this; below it, rounding decides."""
+"""Labels must agree where the best score leads by more than this; below it, rounding decides."""
 
 
 def check_inference(path: Path, device: str = "cpu") -> list[Difference]:
@@ -52,10 +52,10 @@ def check_inference(path: Path, device: str = "cpu") -> list[Difference]:
     rows = []
     for name, theirs in expected.items():
         steps = tuple(slice(None, None, step) for step in meta["steps"][name])
-        found = ours[name].cpu().numpy()[steps]
-        if found.shape != theirs.shape:
-            raise UserError(f"{path}: {name} has shape {found.shape} here and {theirs.shape} there")
-        difference = np.abs(found.astype(np.float64) - theirs.astype(np.float64)).max()
+        ours_sampled = ours[name].cpu().numpy()[steps]
+        if ours_sampled.shape != theirs.shape:
+            raise UserError(f"{path}: {name} has shape {ours_sampled.shape} here and {theirs.shape} there")
+        difference = np.abs(ours_sampled.astype(np.float64) - theirs.astype(np.float64)).max()
         rows.append(Difference(name, float(difference), LIMITS[name.split("/")[0]]))
     wrong = (labels.cpu().numpy() != arrays["labels"]) & (margin.cpu().numpy() > CLEAR_MARGIN)
     rows.append(Difference("labels (clear pixels that differ)", float(wrong.sum()), LIMITS["labels"]))
@@ -66,7 +66,7 @@ def check_inference(path: Path, device: str = "cpu") -> list[Difference]:
 def _answers(
     model: SAN, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Our tensors by the golden's names, the label map, and the margin of the best score."""
+    """Return our tensors by the golden's names, the label map, and the margin of the best score."""
     image = arrays["image"]
     prepared = prepare(image, model.config.image, resize=False)
     sizes = replace(prepared.sizes, image=tuple(arrays["output_size"].tolist()))
@@ -96,12 +96,12 @@ def _answers(
 
 
 def is_training(path: Path) -> bool:
-    """Whether a golden records a training step (its figures lie in a .json of the same name)."""
+    """Return whether a golden records a training step (its figures lie in a .json of the same name)."""
     return path.with_suffix(".json").exists()
 
 
 def run(paths: Iterable[Path]) -> bool:
-    """Check each golden, print the largest difference of each tensor, and tell whether all were within limits."""
+    """Check each golden, print the largest difference of each tensor, and return whether all were within limits."""
     good = True
     for path in map(Path, paths):
         rows = check_training(path, path.with_suffix(".json")) if is_training(path) else check_inference(path)

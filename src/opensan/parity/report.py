@@ -1,18 +1,18 @@
-"""One line of a parity report."""
+"""The result of comparing one tensor or number with the official one."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far our number is from the official one, and how far it may be."""
+    """Difference between our value and the official one, with its limit."""
 
     name: str
     value: float
-    """The largest difference found (absolute or relative, as `name` says)."""
+    """The largest difference (absolute or relative, as `name` says)."""
     limit: float
 
     @property
     def passed(self) -> bool:
-        """Within the limit (nan is not)."""
+        """Whether the difference is within the limit (nan is not)."""
         return self.value <= self.limit

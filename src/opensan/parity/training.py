@@ -1,6 +1,6 @@
-"""Training parity: losses, matches, gradients, optimizer table and first steps against the official code's figures.
+"""Compare losses, matches, gradients, the optimizer's table and the first steps with the official code's figures.
 
-In the official run a fixed grid stood in for every random point, so everything here has one right answer.
+The official run used a fixed grid in place of random points, so its figures can be compared directly.
 """
 
 import io
@@ -45,14 +45,14 @@ GOLDEN_CONFIG = ModelConfig(
     side_adapter=SideAdapterConfig(width=144, image_size=128, queries=20, fusion={0: 0, 1: 1, 2: 2, 3: 4}),
     recognition_layer=4,
 )
-"""The training golden names no model; it is that of the first tiny inference golden."""
+"""The training golden names no model; it was made with that of the first tiny inference golden."""
 
 PARAMETER_TABLES = {"parameters_tiny.json": GOLDEN_CONFIG, "parameters_b16.json": PRESETS["san-vit-b16"]}
 """Files that may lie beside a training golden: which parameters are trained, and how."""
 
 RELATIVE_LIMIT = 1e-6
 NORM_LIMIT = 1e-8
-"""Of the parameters' norms after 20 steps: wrong weight decay shows nowhere else."""
+"""Limit for the parameters' norms after 20 steps: a wrong weight decay shows nowhere else."""
 FLOAT32_LIMITS = {"mask_logits": 1e-4, "attention_bias": 3e-4, "mask_embeddings": 1e-5, "class_logits": 4e-4}
 GRID_SIDE = 64
 SCHEDULE_STEPS = 100
@@ -61,7 +61,7 @@ CLIP_NORM = 0.01
 
 @dataclass(frozen=True)
 class Golden:
-    """The official run: inputs, and what it answered."""
+    """Inputs and recorded results of the official run."""
 
     arrays: Mapping[str, np.ndarray]
     figures: Mapping
@@ -69,7 +69,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward and backward pass answers."""
+    """Results of one forward and backward pass."""
 
     losses: dict[str, Tensor]
     matches: list[Matches]
@@ -77,7 +77,7 @@ class Step:
 
 
 def check_training(arrays: Path, figures: Path, *, trajectory: bool = True) -> list[Difference]:
-    """Compare a training run with the official one, in float64 where nothing else is said.
+    """Compare a training run with the official one, in float64 unless a row says otherwise.
 
     The tables of parameters that lie beside the golden are compared too.
 
@@ -126,7 +126,7 @@ def _read(arrays: Path, figures: Path) -> Golden:
 
 @torch.no_grad()
 def _text_classifier(model: SAN, golden: Golden) -> TextClassifier:
-    """The golden's words in float64: the text encoder's own rows are float32, too coarse to compare 20 steps."""
+    """Return the golden's words in float64: the text encoder's float32 rows are too coarse to compare 20 steps."""
     vocabulary = Vocabulary.parse(golden.figures["words"], templates=golden.figures["templates"])
     rows = [model.embed_prompts(pad_tokens([tokenize(p) for p in row])).mean(0) for row in vocabulary.prompts()]
     unit = functional.normalize(torch.stack(rows), dim=1)
@@ -153,19 +153,19 @@ def check_parameter_table(model: SAN, table: Mapping, source: str) -> list[Diffe
     both = ours.keys() & theirs.keys()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows = [Difference(f"{source}: parameters of one side only", float(len(ours.keys() ^ theirs.keys())), 0.0)]
-    for place, what in enumerate(("shape", "trained", "learning rate", "weight decay")):
-        differing = [name for name in both if ours[name][place] != theirs[name][place]]
-        rows.append(Difference(f"{source}: parameters of another {what}", float(len(differing)), 0.0))
+    for position, property_name in enumerate(("shape", "trained", "learning rate", "weight decay")):
+        differing = [name for name in both if ours[name][position] != theirs[name][position]]
+        rows.append(Difference(f"{source}: parameters of another {property_name}", float(len(differing)), 0.0))
     rows.append(Difference(f"{source}: trained numbers", float(abs(trained - table["trained"])), 0.0))
     return rows
 
 
 def _pixels(model: SAN, golden: Golden) -> Tensor:
-    """The golden's two images as one float64 batch, zero-padded after normalisation."""
-    # float32 constants, then float64: those of the official float64 run.
+    """Return the golden's two images as one float64 batch, zero-padded after normalisation."""
+    # The constants are rounded to float32 before float64, as in the official float64 run.
     mean = torch.tensor(model.config.image.mean).double()
     std = torch.tensor(model.config.image.std).double()
-    images = [(torch.from_numpy(golden.arrays[f"image_{one}"]).double() - mean) / std for one in "ab"]
+    images = [(torch.from_numpy(golden.arrays[f"image_{letter}"]).double() - mean) / std for letter in "ab"]
     height, width = _padded_size(model, golden)
     return torch.stack(
         [functional.pad(i.permute(2, 0, 1), (0, width - i.shape[1], 0, height - i.shape[0])) for i in images]
@@ -174,16 +174,17 @@ def _pixels(model: SAN, golden: Golden) -> Tensor:
 
 def _padded_size(model: SAN, golden: Golden) -> tuple[int, int]:
     divisor = model.config.image.size_divisor
-    shapes = [golden.arrays[f"image_{one}"].shape for one in "ab"]
+    shapes = [golden.arrays[f"image_{letter}"].shape for letter in "ab"]
     height, width = (-(-max(shape[side] for shape in shapes) // divisor) * divisor for side in (0, 1))
     return height, width
 
 
 def _targets(model: SAN, golden: Golden) -> MaskTargets:
     height, width = _padded_size(model, golden)
-    masks = [torch.from_numpy(golden.arrays[f"target_masks_{one}"]) for one in "ab"]
+    masks = [torch.from_numpy(golden.arrays[f"target_masks_{letter}"]) for letter in "ab"]
     padded = [functional.pad(m, (0, width - m.shape[2], 0, height - m.shape[1])) for m in masks]
-    return MaskTargets.from_masks(padded, [torch.from_numpy(golden.arrays[f"target_labels_{one}"]) for one in "ab"])
+    labels = [torch.from_numpy(golden.arrays[f"target_labels_{letter}"]) for letter in "ab"]
+    return MaskTargets.from_masks(padded, labels)
 
 
 def _forward(model: SAN, pixels: Tensor, targets: MaskTargets, text: TextClassifier) -> Step:
@@ -209,7 +210,7 @@ def _relative(name: str, ours: Tensor | float, theirs: float, limit: float = REL
 
 
 def _check_outputs(outputs: Mapping[str, Tensor], golden: Golden) -> list[Difference]:
-    """The supervised blocks' outputs; the golden's are of the float32 run."""
+    """Compare the supervised blocks' outputs with the golden's, which are of the float32 run."""
     rows = []
     for name, ours in outputs.items():
         theirs = golden.arrays[f"expect/{name}"]
@@ -232,12 +233,12 @@ def _check_matches(matches: Sequence[Matches], expected: Mapping[str, list]) -> 
 
 
 def _check_gradients(model: SAN, official: Mapping[str, str], golden: Golden) -> list[Difference]:
-    """Norms of all gradients to the float64 run; the full gradients to the float32 run, by their largest entry."""
+    """Compare the norms of all gradients with the float64 run, and full gradients with the float32 run."""
     figures = golden.figures["float64"]
     gradients = {official[name]: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
     expected = figures["grad_norms"]
-    # A gradient that vanishes in theory (a key's bias) has a norm of rounding errors only: compare to the largest.
+    # A gradient that is zero in theory (a key's bias) has a norm of rounding errors: divide by the largest norm.
     floor = 1e-9 * max(expected.values())
     worst = max(
         abs(norms[name] - expected[name]) / max(expected[name], floor) for name in norms.keys() & expected.keys()
@@ -261,7 +262,7 @@ def _joint_norm(tensors) -> float:
 
 
 class _GoldenSource:
-    """The golden's batch, again and again (a `TrainingSource`)."""
+    """The golden's batch at every step (a `TrainingSource`)."""
 
     def __init__(self, pixels: Tensor, targets: MaskTargets) -> None:
         self.batch = _GoldenBatch(pixels, targets)
@@ -289,7 +290,7 @@ class _GoldenBatch:
 
 
 class _GoldenTask(nn.Module):
-    """The golden's forward pass: float64, and fixed points."""
+    """The golden's forward pass in float64 with fixed points."""
 
     def __init__(self, model: SAN, text: TextClassifier) -> None:
         super().__init__()
@@ -302,11 +303,11 @@ class _GoldenTask(nn.Module):
 
 
 class _Enough(Exception):
-    """The schedule is longer than the golden."""
+    """Raised to end the run after the golden's steps: its learning-rate schedule is longer."""
 
 
 class _Figures:
-    """Keeps a run's figures (a `RunLogger`)."""
+    """Logger that keeps a run's figures (a `RunLogger`)."""
 
     def __init__(self) -> None:
         self.steps: list[Mapping[str, float]] = []
@@ -329,7 +330,7 @@ def _check_trajectory(
     text: TextClassifier,
     figures: Mapping,
 ) -> list[Difference]:
-    """The trainer's steps on the fixed batch: losses and norms at every step, and the parameters they end at."""
+    """Compare the trainer's steps on the fixed batch: losses and norms of every step, and the final parameters."""
     trajectory = figures["trajectory"]
     steps = _train(model, text, _GoldenSource(pixels, targets), len(trajectory))
     worst = dict.fromkeys(("learning rate", "gradient norm", "losses"), 0.0)
@@ -350,7 +351,7 @@ def _check_trajectory(
 
 
 def _train(model: SAN, text: TextClassifier, source: _GoldenSource, count: int) -> list[Mapping[str, float]]:
-    """Train `model` for `count` steps of the golden's schedule; the figures of each."""
+    """Train `model` for `count` steps of the golden's schedule and return the figures of each step."""
 
     def stop(_step: int) -> dict[str, float]:
         raise _Enough
@@ -362,7 +363,7 @@ def _train(model: SAN, text: TextClassifier, source: _GoldenSource, count: int) 
     with (
         tempfile.TemporaryDirectory() as folder,
         torch.random.fork_rng(),
-        redirect_stderr(io.StringIO()),  # its progress is nobody's business
+        redirect_stderr(io.StringIO()),  # hides the progress bar
         suppress(_Enough),
     ):
         groups = san_parameter_groups(model)

@@ -1,1 +1,1 @@
-"""A training from one file: the model and data it names, validation with pictures, the model folder at the end."""
+"""Train from one configuration file, which names model and data; write validations and the final model folder."""

@@ -1,4 +1,4 @@
-"""The configuration file of `opensan train`: plain YAML, checked, and never executed."""
+"""Read the configuration file of `opensan train`: plain YAML, checked, and never executed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from opensan.train.trackers import TrackerName
 
 
 class StartConfig(Config):
-    """What training begins with."""
+    """The model and weights that training starts from."""
 
     model: str = "san-vit-b16"
     """san-vit-b16, san-vit-l14, tiny, a model folder; with `weights: model` also an official .pth or a hub id."""
@@ -25,14 +25,14 @@ class StartConfig(Config):
 
 
 class DataConfig(Config):
-    """A split of a prepared data set."""
+    """One split of a prepared data set."""
 
     folder: Path
-    """images/, labels/, classes.txt and lists of photographs."""
+    """images/, labels/, classes.txt and lists of images."""
     split: str = "train"
     """The name of a list, without .txt."""
     ignored: tuple[str, ...] = ()
-    """Classes that are no words: their pixels count as unlabelled."""
+    """Classes to ignore: their pixels count as unlabelled."""
 
 
 class TrainingDataConfig(DataConfig):
@@ -43,18 +43,18 @@ class TrainingDataConfig(DataConfig):
 
 
 class ValidationConfig(DataConfig):
-    """What is measured every `loop.validate_every` steps and after the last; miou marks the best checkpoint."""
+    """Validation every `loop.validate_every` steps and after the last; mIoU marks the best checkpoint."""
 
     split: str = "val"
     """The name of a list, without .txt."""
     limit: Positive | None = None
-    """Photographs to measure, spread evenly over the split; null: all."""
+    """Images to measure, spread evenly over the split; null: all."""
     pictures: NotNegative = 6
-    """Photographs in the picture panel, spread evenly over the split."""
+    """Images in the picture panel, spread evenly over the split."""
 
 
 class _Sources(Config):
-    """What comes first in the file."""
+    """The fields that stand first in the file."""
 
     start: StartConfig = StartConfig()
     data: tuple[TrainingDataConfig, ...]
@@ -63,7 +63,7 @@ class _Sources(Config):
 
 
 class RecipeConfig(SanTrainingConfig, _Sources):
-    """Everything that `opensan train` needs. What is not said is the official recipe's."""
+    """All settings of `opensan train`. Defaults are the official recipe's."""
 
     loggers: tuple[TrackerName, ...] = ()
     """Besides log.csv: tensorboard, wandb, trackio, mlflow; each needs its package."""
@@ -75,7 +75,7 @@ class RecipeConfig(SanTrainingConfig, _Sources):
     """The run's folder; one that holds this run already is continued."""
 
     def training(self) -> SanTrainingConfig:
-        """What the numbers of the run follow from, besides the model and the data."""
+        """Return the settings that the run's numbers depend on, besides the model and the data."""
         return SanTrainingConfig(**{name: getattr(self, name) for name in SanTrainingConfig.model_fields})
 
     @model_validator(mode="after")
@@ -83,7 +83,7 @@ class RecipeConfig(SanTrainingConfig, _Sources):
         if not self.data:
             raise UserError("data: names no training set")
         if (self.validation is None) != (self.loop.validate_every == 0):
-            raise UserError("`validation` says on what and `loop.validate_every` how often: give both or neither")
+            raise UserError("`validation` names the data and `loop.validate_every` the interval: give both or neither")
         return self
 
 
@@ -98,7 +98,7 @@ def _coco_stuff(model: str) -> RecipeConfig:
 
 
 def read_recipe(source: str, overrides: Sequence[str] = ()) -> RecipeConfig:
-    """The configuration in a YAML file, or the preset of that name, with "key=value" overrides.
+    """Read the configuration of a YAML file or preset, with "key=value" overrides.
 
     Raises ValueError, one line, naming the file or override and the key.
     """
@@ -112,14 +112,14 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         raise UserError(f"{source}: not a readable configuration ({_first_line(error)}){known}") from None
     if not isinstance(data, dict):
         raise UserError(f"{source}: not a configuration: `key: value` lines are expected")
-    # Overrides first: they may give what the file lacks.
+    # Overrides come first: they may supply a key that the file lacks.
     for text in overrides:
         _apply(data, text)
     return parse_config(RecipeConfig, data, source)
 
 
 def override(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeConfig:
-    """The same with "dotted.key=value" overrides; values are YAML. Raises ValueError, one line."""
+    """Return `recipe` with "dotted.key=value" overrides; values are YAML. Raises UserError, one line."""
     data = recipe.model_dump(mode="json")
     for text in overrides:
         _apply(data, text)
@@ -127,7 +127,7 @@ def override(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeConfig:
 
 
 def _apply(data: dict[str, Any], text: str) -> None:
-    """Set one "a.b.0.c=value" in a tree of plain data, making what is missing on the way."""
+    """Set one "a.b.0.c=value" in a tree of plain data, creating the nodes that are missing."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -135,7 +135,7 @@ def _apply(data: dict[str, Any], text: str) -> None:
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise UserError(f"{text}: {value!r} is no YAML value ({_first_line(error)})") from None
+        raise UserError(f"{text}: {value!r} is not a YAML value ({_first_line(error)})") from None
     _put(data, parts, parsed, text)
 
 
@@ -143,20 +143,20 @@ def _put(tree: Any, parts: list[str], value: Any, text: str) -> None:
     name, rest = parts[0], parts[1:]
     if isinstance(tree, list):
         if not name.isdecimal() or int(name) > len(tree):
-            raise UserError(f"{text}: a list of {len(tree)} has no place {name!r} (places count from 0)")
-        place: Any = int(name)
-        if place == len(tree):
+            raise UserError(f"{text}: a list of {len(tree)} has no element {name!r} (the first is 0)")
+        key: Any = int(name)
+        if key == len(tree):
             tree.append(None)
     elif isinstance(tree, dict):
-        place = name
+        key = name
     else:
         raise UserError(f"{text}: {name!r} is no part of {tree!r}")
     if not rest:
-        tree[place] = value
+        tree[key] = value
         return
-    if (tree.get(place) if isinstance(tree, dict) else tree[place]) is None:
-        tree[place] = [] if rest[0].isdecimal() else {}
-    _put(tree[place], rest, value, text)
+    if (tree.get(key) if isinstance(tree, dict) else tree[key]) is None:
+        tree[key] = [] if rest[0].isdecimal() else {}
+    _put(tree[key], rest, value, text)
 
 
 def _first_line(error: Exception) -> str:
@@ -166,4 +166,4 @@ def _first_line(error: Exception) -> str:
 
 
 RECIPES = {name: _coco_stuff(name) for name in ("san-vit-b16", "san-vit-l14")}
-"""The official recipes, on COCO-Stuff 171, for one process; with n, batch_size=32/n keeps 32 photographs a step."""
+"""The official recipes, on COCO-Stuff 171, for one process; with n, batch_size=32/n keeps 32 images a step."""

@@ -1,4 +1,4 @@
-"""What a run's folder holds for people: the configuration, pictures of validations, and the curves of the run."""
+"""Write a run's files for people: the configuration, validation pictures, and charts of the curves."""
 
 import csv
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class RunFolderFiles:
             self._draw()
 
     def _draw(self) -> None:
-        """The curves, from the CSV files, which hold the whole run however often it was continued."""
+        """Draw the curves from the CSV files, which hold the whole run even if it was resumed."""
         log, validation = _columns(self.folder / "log.csv"), _columns(self.folder / "validation.csv")
         picture = charts(
             {
@@ -66,6 +66,6 @@ def _columns(path: Path) -> dict[str, list[float]]:
     }
 
 
-def _series(columns: Mapping[str, list[float]], wanted: Mapping[str, str]) -> dict[str, Series]:
-    """Columns as lines over steps; those that the file lacks are left out."""
-    return {name: Series(columns["step"], columns[key]) for name, key in wanted.items() if key in columns}
+def _series(columns: Mapping[str, list[float]], columns_of_lines: Mapping[str, str]) -> dict[str, Series]:
+    """Return columns as lines over steps; columns that the file lacks are left out."""
+    return {name: Series(columns["step"], columns[key]) for name, key in columns_of_lines.items() if key in columns}

@@ -1,4 +1,4 @@
-"""From a configuration to a running training, and to the model folder it leaves."""
+"""Run a training from its configuration and write the trained model's folder."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -31,25 +31,25 @@ from opensan.train.trackers import make_trackers
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The model that a finished run leaves."""
+    """The model folder that a finished run wrote."""
 
     folder: Path
     step: int
-    """After how many steps it is: the best of the validations, or else the last."""
+    """The training step of its weights: the best validation's if there were any, else the last."""
 
 
 def run_recipe(recipe: RecipeConfig) -> tuple[RunResult, SavedModel | None]:
-    """Train as `recipe` says, from where an earlier call left off; under torchrun together with the other processes.
+    """Train as `recipe` says, resuming an earlier run; under torchrun together with the other processes.
 
     A finished run leaves a model folder, `recipe.out`/model.
 
     Raises:
         ValueError: one line, before anything is trained: folders, lists, classes, sizes, weights or packages.
-        ConnectionError: weights that a hub did not give.
+        ConnectionError: a hub did not provide the weights.
         Diverged: see `opensan.train.loop.Trainer.run`.
     """
     with process_group(_device(recipe.device)) as group:
-        data = [(open_data(one), one.weight) for one in recipe.data]
+        data = [(open_data(source), source.weight) for source in recipe.data]
         held_out = open_data(recipe.validation) if recipe.validation else None
         trackers = make_trackers(recipe.loggers, recipe.out, recipe.project, recipe.model_dump(mode="json"))
         on_main(lambda: check_writable(recipe.out))
@@ -79,26 +79,26 @@ def _device(name: str) -> torch.device:
 
 
 def open_data(config: DataConfig) -> SegmentationFolder:
-    """The split that `config` names. Raises ValueError, one line, if there is none or it is empty."""
+    """Open the split that `config` names. Raises UserError if it does not exist or is empty."""
     folder = SegmentationFolder(config.folder.expanduser(), config.split, ignored=config.ignored)
     if len(folder) == 0:
-        raise UserError(f"{config.folder / config.split}.txt: lists no photograph that exists")
+        raise UserError(f"{config.folder / config.split}.txt: lists no image that exists")
     return folder
 
 
 def start_model(start: StartConfig, seed: int) -> SAN:
-    """The model that training begins with, on the CPU.
+    """Return the model that training starts from, on the CPU.
 
     Raises:
         ValueError: no such model or weights, or they do not fit together; one line.
-        ConnectionError: weights that a hub did not give.
+        ConnectionError: a hub did not provide the weights.
     """
     if start.weights == "model":
         return load_model(start.model)
     config = _start_config(start.model)
     if start.weights == "clip":
         return san_around_clip(config, start.clip, seed=seed)
-    warnings.warn(f"start.weights=random: CLIP knows nothing, so {config.name} will learn nothing", stacklevel=2)
+    warnings.warn(f"start.weights=random: CLIP is untrained, so {config.name} will learn nothing", stacklevel=2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_san(config)
@@ -117,7 +117,7 @@ def _start_config(name: str) -> ModelConfig:
 def _validation(
     model: SAN, held_out: SegmentationDataset, recipe: RecipeConfig
 ) -> tuple[Callable[[int], Mapping[str, float]], Callable[[int], Mapping[str, Image]] | None]:
-    """What measures the model while it is trained, and what makes its pictures."""
+    """Return the function that validates the model, and the one that draws its predictions (None for no pictures)."""
     measure = validation(model, held_out, limit=recipe.validation.limit)
 
     def validate(step: int) -> Mapping[str, float]:
@@ -130,20 +130,20 @@ def _validation(
 
 
 def _panel(predict: Predictor, held_out: SegmentationDataset, count: int) -> dict[str, Image]:
-    """The same photographs at every call, spread evenly."""
+    """Draw predictions for `count` images, spread evenly over the data set: the same images at every call."""
     count = min(count, len(held_out))
     rows = []
     for index in (number * len(held_out) // count for number in range(count)):
         try:
             image, truth = held_out[index]
-        except (OSError, ValueError):  # the evaluation has said so
+        except (OSError, ValueError):  # the evaluation has reported this image
             continue
         rows.append(PanelRow(held_out.name(index), image, truth, predict(image)))
     return {"validation": panel(rows, held_out.vocabulary.names)} if rows else {}
 
 
 def _save_model(model: SAN, recipe: RecipeConfig) -> SavedModel:
-    """Write the best model of the run, if validations marked one, or the last."""
+    """Write the best model of the run if validations marked one, else the last."""
     step = recipe.loop.steps
     best = None
     try:

@@ -1,4 +1,4 @@
-"""A configuration as YAML, each field with what it means."""
+"""Print a configuration as YAML with a comment for each field."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ COMMENT_COLUMN = 40
 
 
 def to_yaml(config: Config) -> str:
-    """All of `config`, defaults too, as commented YAML that reads back as the same configuration."""
+    """Return all of `config`, defaults too, as commented YAML that reads back as the same configuration."""
     return "\n".join(_lines(config, "")) + "\n"
 
 
@@ -38,7 +38,7 @@ def _purpose(config: Config) -> str:
 
 
 def _flow(value: Any) -> str:
-    """A value on one line."""
+    """Return a value as YAML on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.removesuffix("\n").removesuffix("\n...")
 

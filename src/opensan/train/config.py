@@ -1,4 +1,4 @@
-"""Configuration of a training run: plain typed data, unknown keys are an error."""
+"""Configuration of a training run: typed fields; an unknown key is an error."""
 
 from typing import Annotated
 
@@ -15,7 +15,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 
 
 class LoopConfig(Config):
-    """How a run goes, whatever is trained."""
+    """Settings of the training loop, whatever model is trained."""
 
     steps: Positive = 60_000
     """Updates of the weights."""
@@ -24,9 +24,9 @@ class LoopConfig(Config):
     accumulate: Positive = 1
     """Micro-batches a step: n of them give the update of n ranks with one each."""
     learning_rate: float = 1e-4
-    """AdamW's, at the first step."""
+    """AdamW's learning rate at the first step."""
     weight_decay: float = 1e-4
-    """Decoupled; LayerNorms of the side network, queries and position tables have none."""
+    """Decoupled weight decay; LayerNorms of the side network, queries and position tables have none."""
     poly_power: float = 0.9
     """The learning rate at step s is learning_rate * (1 - s / steps) ** poly_power."""
     warmup: NotNegative = 0
@@ -34,14 +34,14 @@ class LoopConfig(Config):
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.01
     """Limit of the joint L2 norm of all gradients."""
     precision: Precision = "auto"
-    """What the forward pass is computed in: auto (bfloat16 on a GPU that has it, float16 with a loss scale on another,
+    """Number format of the forward pass: auto (bfloat16 on a GPU that has it, float16 with a loss scale on another,
     float32 on a CPU), float32, bfloat16 or float16. Weights, losses and optimizer stay float32."""
     parallel: Parallel = "ddp"
     """With several processes: ddp (each holds the model) or fsdp (they split it)."""
     activation_checkpointing: bool = False
     """Compute the blocks' activations again in the backward pass instead of keeping them."""
     seed: NotNegative = 0
-    """Of the samples' order, of augmentation, of points, and of a new side adapter."""
+    """Seed of the samples' order, of augmentation, of points, and of a new side adapter."""
     workers: NotNegative = 0
     """Processes that read and augment samples; 0 does it in the training process."""
     save_every: Positive = 500
@@ -64,27 +64,27 @@ HARMLESS = {
     "log_every",
     "validate_every",
 }
-"""Loop settings that change no number of the run (but for rounding): they may differ when it is resumed. So may
-`accumulate`, because what counts, the micro-batches a step of all processes together, is compared for itself."""
+"""Loop settings that change results only by rounding: they may differ when a run is resumed. So may `accumulate`,
+because the number of micro-batches of all processes in a step is compared instead."""
 
 
 class PointsConfig(Config):
-    """At how many points masks are compared (see opensan.train.points.RandomPoints)."""
+    """Number and choice of the points at which masks are compared (see opensan.train.points.RandomPoints)."""
 
     count: Positive = 12_544
     """Points of each mask, and of each image in matching."""
     oversampling: Annotated[float, Field(ge=1)] = 3.0
-    """So many times more are drawn to choose uncertain ones from."""
+    """Candidates per point, from which the uncertain ones are chosen."""
     importance: Annotated[float, Field(ge=0, le=1)] = 0.75
     """Share of the points that are the most uncertain; the rest is random."""
 
 
 class SanTrainingConfig(Config):
-    """Training a SAN on labelled photographs. The defaults are the official recipe's."""
+    """Training a SAN on labelled images. Defaults are the official recipe's."""
 
     loop: LoopConfig = LoopConfig()
     augment: AugmentConfig = AugmentConfig()
     points: PointsConfig = PointsConfig()
     loss_weights: LossWeights = LossWeights()
     no_object_weight: float = 0.1
-    """Weight of queries without a segment in the class loss."""
+    """Class-loss weight of queries without a segment."""

@@ -1,4 +1,4 @@
-"""The set criterion: class, mask and dice losses of matched queries at every supervised block (Mask2Former, SAN).
+"""Set criterion: class, mask and dice losses of matched queries at every supervised block (Mask2Former, SAN).
 
 Letters: B batch, Q queries, K words, N matched masks, P points, h w stride-16 grid.
 """
@@ -15,12 +15,12 @@ from opensan.train.targets import Targets
 
 
 def mask_normalizer(targets: Sequence[Targets], device: torch.device | str) -> float:
-    """What mask losses are divided by: the mean number of segments over ranks and micro-batches, at least 1.
+    """Return the divisor of mask losses: the mean number of segments over ranks and micro-batches, at least 1.
 
     `targets` are all micro-batches of one step on this rank. The mean, not the sum, because gradients are averaged over
     ranks and micro-batches afterwards; so n micro-batches, n ranks and one large batch give the same gradient.
     """
-    total = float(sum(sum(one.counts) for one in targets))
+    total = float(sum(sum(batch.counts) for batch in targets))
     batches = len(targets)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         shared = torch.tensor(total, device=device)
@@ -31,7 +31,7 @@ def mask_normalizer(targets: Sequence[Targets], device: torch.device | str) -> f
 
 
 class SetCriterion:
-    """Matches queries with segments and answers the weighted losses by name.
+    """Set criterion that matches queries with segments and returns weighted losses by name.
 
     Names: `loss_ce`, `loss_mask`, `loss_dice` for the last block; with suffix `_0`, `_1`, ... for the auxiliary ones.
     """
@@ -44,7 +44,7 @@ class SetCriterion:
     def __call__(
         self, outputs: Sequence[LayerOutput], targets: Targets, normalizer: float
     ) -> tuple[dict[str, Tensor], list[Matches]]:
-        """Losses, already weighted (their sum is trained on), and each layer's matches.
+        """Return the losses, already weighted (training minimises their sum), and each layer's matches.
 
         `outputs`: the last block's first, then the auxiliary ones. `normalizer`: from `mask_normalizer`.
         Computed in float32 at least, whatever the precision of the model.
@@ -63,18 +63,18 @@ class SetCriterion:
         return losses, matches
 
     def _class_loss(self, output: LayerOutput, targets: Targets, pairs: Matches) -> Tensor:
-        """Cross entropy over all queries of the batch; a query without a segment should say no-object (index K)."""
+        """Return the cross entropy over all queries; the class of a query without a segment is no-object (K)."""
         logits = output.class_logits
         no_object = logits.shape[2] - 1
-        wanted = torch.full(logits.shape[:2], no_object, device=logits.device)
-        wanted[pairs.image, pairs.query] = targets.classes[pairs.image, pairs.segment]
+        classes = torch.full(logits.shape[:2], no_object, device=logits.device)
+        classes[pairs.image, pairs.query] = targets.classes[pairs.image, pairs.segment]
         # The weight is a float32 number in the official code, also where the rest is float64.
         class_weights = torch.ones(no_object + 1, device=logits.device)
         class_weights[no_object] = self.no_object_weight
-        return functional.cross_entropy(logits.transpose(1, 2), wanted, class_weights.to(logits.dtype))
+        return functional.cross_entropy(logits.transpose(1, 2), classes, class_weights.to(logits.dtype))
 
     def _mask_losses(self, mask_logits: Tensor, targets: Targets, pairs: Matches) -> tuple[Tensor, Tensor]:
-        """BCE (mean over points) and dice, summed over the matched masks. Without any: 0, and gradients of 0."""
+        """Return BCE (mean over points) and dice, summed over matched masks; without any, 0 with gradients of 0."""
         matched = mask_logits[pairs.image, pairs.query]
         points = self.points.for_masks(matched.detach())
         logits = read_at_points(matched.unsqueeze(1), points).squeeze(1)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: a CSV row every few steps, and a progress bar for whoever watches."""
+"""Log a run: a CSV row every few steps, and a progress bar."""
 
 import csv
 import io
@@ -20,19 +20,19 @@ from opensan.files import write_text
 
 
 class RunLogger(Protocol):
-    """Where a run's figures and pictures go besides its CSV files. Called in the main process only."""
+    """Receiver of a run's figures and pictures besides its CSV files. Called in the main process only."""
 
     def start(self, step: int) -> None:
-        """The run begins, or goes on, after `step` steps; what was logged of later ones will come again."""
+        """Begin or resume the run after `step` steps; later steps that were logged before will be logged again."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures after `step` steps, by name; those of validation are called `validation/NAME`."""
+        """Log figures after `step` steps, by name; those of validation are called `validation/NAME`."""
 
     def pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
-        """Pictures made at a validation, by name."""
+        """Log pictures of a validation, by name."""
 
     def close(self) -> None:
-        """The run ends, in whatever way."""
+        """End the run, finished or not."""
 
 
 class CsvLog:
@@ -74,12 +74,12 @@ def _line(cells: list) -> str:
 
 
 def _shown(value: float | str) -> str:
-    # repr of a float is exact: two runs can be compared to the last bit.
+    # repr keeps every bit of a float, so that two runs can be compared exactly.
     return repr(value) if isinstance(value, float) else str(value)
 
 
 class _BarAndFigures(Progress):
-    """A bar, and under it a line of figures, which would leave it no room."""
+    """A progress bar with a line of figures below it, because both do not fit on one line."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -88,10 +88,10 @@ class _BarAndFigures(Progress):
 
 
 class TrainingProgress:
-    """A progress bar on a terminal; elsewhere a line now and then."""
+    """A progress bar on a terminal; otherwise a line from time to time."""
 
     def __init__(self, steps: int, first_step: int, *, quiet: bool = False) -> None:
-        """`quiet`: show nothing, in a process that is not the main one."""
+        """`quiet`: show nothing, in processes other than the main one."""
         self.console = Console(stderr=True, quiet=quiet)
         self._bar = _BarAndFigures(
             TextColumn("{task.description}"),
@@ -114,11 +114,11 @@ class TrainingProgress:
         self._bar.stop()
 
     def advance(self, step: int) -> None:
-        """`step` steps are done."""
+        """Show that `step` steps are done."""
         self._bar.update(self._task, completed=step)
 
     def show(self, step: int, figures: Mapping[str, float]) -> None:
-        """Show the newest figures; the log has those that there is no room for."""
+        """Show the newest figures that fit on a line; the log has all."""
         text = summary(figures)
         self._bar.update(self._task, figures=text)
         if not self.console.is_terminal:
@@ -127,12 +127,12 @@ class TrainingProgress:
             self.say(f"{step}/{self._steps}{eta}: {text}")
 
     def say(self, message: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the bar."""
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def summary(figures: Mapping[str, float]) -> str:
-    """A step's figures on a line of a terminal: the losses of the last block, the learning rate, speed and memory."""
+    """Return a step's figures as one line: the losses of the last block, the learning rate, speed and memory."""
     last_block = {name: value for name, value in figures.items() if re.fullmatch(r"loss_[a-z]+", name)}
     parts = [" ".join(f"{name.removeprefix('loss_')} {value:.3g}" for name, value in last_block.items())]
     if "loss" in figures:
@@ -149,7 +149,7 @@ def summary(figures: Mapping[str, float]) -> str:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB: of the device where it counts it, else of this process; nan where the system cannot say."""
+    """Return the peak memory in MiB: of the device if it counts it, else of this process; nan if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

@@ -1,4 +1,4 @@
-"""Which query answers for which segment: minimum-cost bipartite matching (DETR; Mask2Former's costs at points).
+"""Match queries with segments: minimum-cost bipartite matching (DETR; Mask2Former's costs at points).
 
 Letters: B batch, Q queries, K words, M segments of an image, N matched masks, P points, h w stride-16 grid.
 """
@@ -17,7 +17,7 @@ from opensan.train.targets import NO_SEGMENT, Targets
 
 
 class LossWeights(Config):
-    """How much each of the three losses counts; the matching costs use the same weights."""
+    """Weights of the three losses; the matching costs use the same."""
 
     classification: float = 2.0
     """Cross entropy."""
@@ -42,17 +42,17 @@ class Matches:
     """N pairs of a query and a segment, by image, then by query."""
 
     image: Tensor
-    """[N] int64: place in the batch."""
+    """[N] int64: index in the batch."""
     query: Tensor
     """[N] int64."""
     segment: Tensor
-    """[N] int64: place among the image's segments."""
+    """[N] int64: index among the image's segments."""
 
 
 def matching_costs(
     output: LayerOutput, targets: Targets, points: Tensor, values: Tensor, weights: LossWeights
 ) -> Tensor:
-    """What it costs each query to answer for each segment: [B, Q, M].
+    """Return the cost of matching each query with each segment: [B, Q, M].
 
     `points` [B, P, 2] and the segments' `values` at them [B, M, P]. Columns beyond an image's segments mean nothing.
     """
@@ -73,9 +73,9 @@ def matching_costs(
 def match(outputs: Sequence[LayerOutput], targets: Targets, points: Tensor, weights: LossWeights) -> list[Matches]:
     """Match every layer's queries with the segments, each layer for itself, at the shared `points` [B, P, 2]."""
     values = targets.at_shared_points(points)
-    # One copy to the host for all layers: it waits for the device.
+    # One copy to the host for all layers, because each copy waits for the device.
     costs = torch.stack([matching_costs(output, targets, points, values, weights) for output in outputs]).cpu()
-    # A loss that is not finite must be seen and reported as a loss, not as an error of the assignment.
+    # A loss that is not finite must be reported as a loss, not as an error of the assignment.
     costs = costs.nan_to_num(nan=0.0).numpy()
     matches = []
     for layer in costs:

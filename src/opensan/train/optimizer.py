@@ -1,4 +1,4 @@
-"""SAN's optimizer: which parameters are trained, with which weight decay, and the schedule of the learning rate."""
+"""Build SAN's optimizer: trained parameters, their weight decay, and the schedule of the learning rate."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def san_parameter_groups(
 
 
 def build_adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
-    """AdamW with decoupled decay, betas (0.9, 0.999) and eps 1e-8; each group remembers its own initial rate."""
+    """Return AdamW with decoupled decay, betas (0.9, 0.999), eps 1e-8; each group keeps its own initial rate."""
     return torch.optim.AdamW(
         [
             {
@@ -53,7 +53,7 @@ def build_adamw(groups: Iterable[ParameterGroup]) -> torch.optim.AdamW:
 
 
 def poly_factor(step: int, steps: int, power: float = 0.9, warmup: int = 0) -> float:
-    """What the initial learning rate is multiplied with at `step` = 0, 1, ...: (1 - step / steps) ** power.
+    """Return the factor of the initial learning rate at `step` = 0, 1, ...: (1 - step / steps) ** power.
 
     `warmup` steps rise linearly to it (SAN itself has none).
     """
@@ -68,7 +68,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
-    """Scale all gradients together so that their joint L2 norm is at most `limit`. Returns the norm before, a scalar.
+    """Scale all gradients so that their joint L2 norm is at most `limit`; return the norm before, a scalar tensor.
 
     The factor is limit / (norm + 1e-6), as in the official code. The norm stays on the device.
     """

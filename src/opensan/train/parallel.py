@@ -1,4 +1,4 @@
-"""What is done to a task from outside: spread over processes, made to need less memory. Model code knows of neither."""
+"""Distribute a training task over processes and reduce its memory, without changes to the model's code."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ Parallel = Literal["ddp", "fsdp"]
 def spread(
     task: nn.Module, groups: Sequence[ParameterGroup], blocks: Sequence[nn.Module], parallel: Parallel
 ) -> tuple[nn.Module, list[ParameterGroup], list[nn.Module]]:
-    """What to call in place of `task`, what to optimise in place of `groups`, what is checkpointed for `blocks`.
+    """Return the task to call, the groups to optimise and the blocks to checkpoint, distributed as `parallel` says.
 
     `ddp`: every process holds the whole task, and gradients are averaged. `fsdp`: a copy of the task whose parameters
     are split over the processes and gathered block by block when needed; the task itself goes to the CPU and waits for
@@ -34,7 +34,7 @@ def spread(
     if world_size() == 1:
         return task, groups, blocks
     if parallel == "ddp":
-        # Parameters are made equal to the main process's here.
+        # DistributedDataParallel copies the main process's parameters to the others here.
         return DistributedDataParallel(task, gradient_as_bucket_view=True), groups, blocks
     return _shard(task, groups, blocks)
 
@@ -55,7 +55,7 @@ def _shard(
         fully_shard(module, mesh=mesh, ignored_params=scalars)
     split_parameters = dict(split.named_parameters())
     groups = [
-        replace(group, parameters=tuple(split_parameters[parameter_names[id(one)]] for one in group.parameters))
+        replace(group, parameters=tuple(split_parameters[parameter_names[id(old)]] for old in group.parameters))
         for group in groups
     ]
     return split, groups, split_blocks
@@ -63,7 +63,7 @@ def _shard(
 
 @contextmanager
 def gradients_exchanged(model: nn.Module, exchanged: bool) -> Iterator[None]:
-    """Whether the backward pass of a forward pass inside averages gradients over the processes, or only sums them."""
+    """Make backward passes of forward passes inside average gradients over processes, or only sum them locally."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(exchanged)
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not exchanged else nullcontext():
@@ -74,9 +74,9 @@ def gradients_exchanged(model: nn.Module, exchanged: bool) -> Iterator[None]:
 def whole_task(
     task: nn.Module, own: Sequence[ParameterGroup], trained: Sequence[ParameterGroup], device: torch.device
 ) -> Iterator[None]:
-    """Inside, the task that was spread has the values reached so far, on `device`. Every process must enter.
+    """Give the original task the trained values, on `device`, for the `with` block. Every process must enter.
 
-    Where the task is itself what is trained, that is so anyway.
+    If the task itself is trained, it has them already.
     """
     pairs = [
         (parameter, value)
@@ -94,12 +94,12 @@ def whole_task(
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """`tensor` as one piece; where it is split, every process must ask."""
+    """Return `tensor` as one piece; if it is split, every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole `tensor` split over the processes, and on the device, as `like` is."""
+    """Split a whole `tensor` over the processes, and move it to the device, as `like` is."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
         return tensor
@@ -107,7 +107,7 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict with whole tensors. Every process must ask."""
+    """Return the optimizer's state dict with whole tensors. Every process must call this."""
     state = optimizer.state_dict()
     entries = {
         index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
@@ -117,7 +117,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up what `optimizer_state` gave."""
+    """Load a state that `optimizer_state` returned."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = {
         index: {
@@ -131,7 +131,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 @contextmanager
 def activations_checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, the blocks keep only their inputs for the backward pass, and compute the rest again in it.
+    """Make the blocks keep only their inputs for the backward pass and compute the rest again in it.
 
     Gradients are the same; the price is a second forward pass of the blocks.
     """

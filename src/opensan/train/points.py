@@ -1,4 +1,4 @@
-"""Points in the unit square at which masks are compared instead of at every pixel.
+"""Compare masks at points of the unit square instead of at every pixel.
 
 A point is (x, y) in [0, 1] x [0, 1], from the top left corner to the bottom right one, over an image's whole area
 whatever its resolution. Reading is bilinear between pixel centres and zero outside (torch's grid_sample with
@@ -21,11 +21,11 @@ def read_at_points(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The four pixels that a bilinear reading at `points` [..., P, 2] mixes, and their weights.
+    """Return the four pixels that a bilinear reading at `points` [..., P, 2] mixes, and their weights.
 
     Returns flat pixel indices [..., 4, P] int64 in a `height` x `width` image, and weights [..., 4, P] in the points'
     dtype; a pixel outside of the image has weight 0 (and an index inside). For a binary mask b, the sum over the four
-    of weight * b[index] is what `read_at_points` gives: with it, a label map answers for every one of its segments at
+    of weight * b[index] is what `read_at_points` returns: with it, one label map serves for all of its segments at
     once, and no mask is ever made.
     """
     x = points[..., 0] * width - 0.5
@@ -40,17 +40,17 @@ def corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 class PointSource(Protocol):
-    """Where the criterion compares masks. Handed in, so that a test can put known points in place of random ones."""
+    """Source of the points at which the criterion compares masks; a test can use known points."""
 
     def shared(self, images: int, like: Tensor) -> Tensor:
-        """Points for matching, one set an image: [images, P, 2] on the device and in the dtype of `like`."""
+        """Return points for matching, one set an image: [images, P, 2] on the device and in the dtype of `like`."""
 
     def for_masks(self, mask_logits: Tensor) -> Tensor:
-        """Points for the mask losses, one set a matched mask: [N, P, 2] for `mask_logits` [N, h, w]."""
+        """Return points for the mask losses, one set a matched mask: [N, P, 2] for `mask_logits` [N, h, w]."""
 
 
 class RandomPoints:
-    """Uniform points for matching; for the losses mostly the uncertain ones (PointRend, section 3.1; SAN's recipe).
+    """Random points: uniform for matching, mostly uncertain ones for losses (PointRend, section 3.1; SAN's recipe).
 
     Of `oversampling` times `count` uniform points a mask, the `importance` share of `count` with logits nearest to 0
     is kept; the rest are fresh uniform points. Random numbers come from torch's generator of the device.
@@ -76,7 +76,7 @@ class RandomPoints:
 
 
 class FixedPoints:
-    """The same points for everything: what a reproducible comparison of losses needs."""
+    """The same points for every mask, for reproducible comparisons of losses."""
 
     def __init__(self, points: Tensor) -> None:
         """`points` [P, 2]."""
@@ -84,7 +84,7 @@ class FixedPoints:
 
     @classmethod
     def grid(cls, side: int) -> "FixedPoints":
-        """The centres of `side` x `side` equal cells."""
+        """Return the centres of `side` x `side` equal cells."""
         centres = (torch.arange(side, dtype=torch.float64) + 0.5) / side
         rows, columns = torch.meshgrid(centres, centres, indexing="ij")
         return cls(torch.stack((columns.flatten(), rows.flatten()), dim=1))

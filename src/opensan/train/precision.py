@@ -1,4 +1,4 @@
-"""In which number format the forward pass is computed, and the loss scale that float16 needs.
+"""Choose the number format of the forward pass, and scale losses for float16.
 
 Weights, losses, gradients and the optimizer's state are float32 whatever is chosen here.
 """
@@ -13,7 +13,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """What the forward pass is computed in on `device`; None: float32.
+    """Return the dtype of the forward pass on `device`; None for float32.
 
     `auto` is bfloat16 on a CUDA device that has it, float16 on another one, and float32 elsewhere.
     """
@@ -27,10 +27,10 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
 class LossScale:
     """Keeps float16 gradients within range: the loss is multiplied by a power of two, the gradients divided by it.
 
-    It halves when gradients overflow, and doubles after 2,000 good steps (torch's GradScaler does the same; here the
-    decision follows from the joint gradient norm, which all ranks share, however the parameters are spread over them).
-    An overflow above the floor of 1 is a matter of scale, not of the run: that step is skipped but not counted among
-    those that stop it. At the floor it is the run's own.
+    The scale halves when gradients overflow, and doubles after 2,000 good steps (torch's GradScaler does the same; here
+    the decision follows from the joint gradient norm, which all ranks share, however the parameters are distributed).
+    An overflow at a scale above 1 is due to the scale: the step is skipped, and is not one of the failed steps that
+    stop the run. At a scale of 1 it is.
     """
 
     START = 65_536.0
@@ -45,16 +45,16 @@ class LossScale:
     def remove_from(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide the gradients by the scale, in place; exact but for underflow, because it is a power of two."""
         if self.enabled:
-            torch._foreach_mul_([one.grad for one in parameters if one.grad is not None], 1 / self.value)
+            torch._foreach_mul_([owner.grad for owner in parameters if owner.grad is not None], 1 / self.value)
 
     def step_was_good(self) -> None:
-        """The gradients were finite."""
+        """Count a step with finite gradients."""
         self._good_steps += 1
         if self.enabled and self._good_steps == self.GROWTH_INTERVAL:
             self.value, self._good_steps = self.value * 2, 0
 
     def shrink(self) -> bool:
-        """The gradients were not finite: halve the scale. False if it cannot be blamed, being off or at its floor."""
+        """Halve the scale after gradients that were not finite; False if it is off or 1, so that the run is at fault."""
         if not self.enabled or self.value <= self.FLOOR:
             return False
         self.value, self._good_steps = self.value / 2, 0
@@ -64,6 +64,6 @@ class LossScale:
         return {"value": self.value, "good_steps": self._good_steps} if self.enabled else None
 
     def load(self, state: dict[str, float] | None) -> None:
-        """Go on from `state`, unless the run had none, or needs none here: `auto` is what the device does best."""
+        """Continue from `state`; without effect if the run had no scale or this device needs none."""
         if self.enabled and state is not None:
             self.value, self._good_steps = state["value"], int(state["good_steps"])

@@ -1,4 +1,4 @@
-"""Training a SAN on labelled photographs.
+"""Train a SAN on labelled images.
 
 Letters: B batch, K words, Q queries, H W image.
 """
@@ -34,20 +34,20 @@ from opensan.train.targets import LabelMapTargets
 
 @dataclass(frozen=True)
 class SegmentationBatch:
-    """Crops and what they should answer."""
+    """Crops and their segments."""
 
     images: Tensor
     """[B, 3, H, W] uint8 RGB."""
     targets: LabelMapTargets
     dataset: int = 0
-    """Which of the training data sets, and so which vocabulary."""
+    """Index of the training data set, and so of its vocabulary."""
 
     def to(self, device: torch.device) -> "SegmentationBatch":
-        """The same on `device`."""
+        """Return the batch on `device`."""
         return replace(self, images=self.images.to(device, non_blocking=True), targets=self.targets.to(device))
 
     def pin_memory(self) -> "SegmentationBatch":
-        """The same in memory that a GPU copies from by itself."""
+        """Return the batch in pinned memory, from which a GPU copies asynchronously."""
         return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
 
 
@@ -55,7 +55,7 @@ class SegmentationSource:
     """Augmented crops of a labelled data set (a `TrainingSource`)."""
 
     def __init__(self, dataset: SegmentationDataset, config: AugmentConfig, number: int = 0) -> None:
-        """`number`: which of the training data sets it is."""
+        """`number`: index of this data set among the training data sets."""
         self.dataset = dataset
         self.config = config
         self.number = number
@@ -86,15 +86,15 @@ class SanTask(nn.Module):
         self.texts = tuple(texts)
 
     def blocks(self) -> list[nn.Module]:
-        """The modules that activation checkpointing and FSDP take one by one."""
+        """Return the modules that activation checkpointing and FSDP treat separately."""
         return self.model.blocks()
 
     def prepare(self, batches: Sequence[SegmentationBatch]) -> float:
-        """The number that mask losses of the step are divided by."""
+        """Return the divisor of the step's mask losses."""
         return mask_normalizer([batch.targets for batch in batches], batches[0].images.device)
 
     def forward(self, batch: SegmentationBatch, normalizer: float) -> dict[str, Tensor]:
-        """Weighted losses by name."""
+        """Return weighted losses by name."""
         proposals = self.model.propose(normalise(batch.images, self.model.config.image), supervise=True)
         text = self.texts[batch.dataset]
         outputs = [
@@ -105,7 +105,7 @@ class SanTask(nn.Module):
 
 
 def normalise(images: Tensor, config: ImageConfig) -> Tensor:
-    """[B, 3, H, W] uint8 -> float32, by the model's mean and standard deviation."""
+    """Normalise [B, 3, H, W] uint8 to float32 by the model's mean and standard deviation."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (config.mean, config.std))
     return (images.float() - mean) / std
 
@@ -124,10 +124,10 @@ def train_san(
 ) -> RunResult:
     """Train `model` (in place) on `dataset`; `out` is the run's folder (see `opensan.train.loop.Trainer`).
 
-    `dataset` may be several data sets, each with its weight: every micro-batch is of one of them, with its words,
-    and their shares of the samples are as the weights. Processes that torchrun started train together, each on its own
+    `dataset` may be several data sets, each with its weight: every micro-batch is from one of them, with its words,
+    and their shares of the samples follow the weights. Processes that torchrun started train together, each on its own
     device. CLIP's weights are not trained and not in the run's checkpoints: a run is continued with the same CLIP.
-    Raises ValueError when the crop does not suit the model, or the run had another CLIP, and what `Trainer.run` raises.
+    Raises UserError if the crop does not suit the model or the run had another CLIP, and the errors of `Trainer.run`.
     """
     divisor = model.config.image.size_divisor
     if any(side % divisor for side in config.augment.crop):
@@ -137,7 +137,7 @@ def train_san(
             "every parameter of the model is frozen, as in a SanSegmenter; train opensan.checkpoints.load_model"
         )
     datasets = list(dataset) if isinstance(dataset, list | tuple) else [(dataset, 1.0)]
-    sources = tuple(SegmentationSource(one, config.augment, number) for number, (one, _) in enumerate(datasets))
+    sources = tuple(SegmentationSource(data, config.augment, number) for number, (data, _) in enumerate(datasets))
     mixture = DatasetMixture(sources, tuple(weight for _, weight in datasets))
     points = RandomPoints(config.points.count, config.points.oversampling, config.points.importance)
     criterion = SetCriterion(points, config.loss_weights, config.no_object_weight)
@@ -145,7 +145,7 @@ def train_san(
     with process_group(device) as group:
         model.to(group.device)
         encoder = TextEncoder(model)
-        task = SanTask(model, [encoder.classifier(one.vocabulary) for one, _ in datasets], criterion)
+        task = SanTask(model, [encoder.classifier(data.vocabulary) for data, _ in datasets], criterion)
         trainer = Trainer(
             task,
             mixture,
@@ -168,8 +168,8 @@ def train_san(
 def _description(
     model: SAN, datasets: Sequence[tuple[SegmentationDataset, float]], config: SanTrainingConfig
 ) -> dict[str, object]:
-    """The run's config.json: what its numbers follow from."""
-    mixture = [{"samples": len(one), "words": one.vocabulary.names, "weight": weight} for one, weight in datasets]
+    """Return the run's config.json: all settings that its numbers depend on."""
+    mixture = [{"samples": len(data), "words": data.vocabulary.names, "weight": weight} for data, weight in datasets]
     return {
         "model": model.config.model_dump(mode="json"),
         "clip": _clip_fingerprint(model),
@@ -179,7 +179,7 @@ def _description(
 
 
 def _clip_fingerprint(model: SAN) -> str:
-    """A hash of frozen tensors that no two trained CLIPs share."""
+    """Return a hash of frozen tensors that differ between any two trained CLIPs."""
     digest = hashlib.sha256()
     for tensor in (model.clip.visual.proj, model.clip.visual.class_embedding, model.clip.text_projection):
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -1,6 +1,6 @@
-"""The endless, seeded stream of training batches.
+"""Stream training batches endlessly from seeds.
 
-Which sample stands at a position of the stream depends on (seed, position) alone, and so do the random numbers of its
+The sample at a position of the stream depends on (seed, position) alone, and so do the random numbers of its
 augmentation. A run's whole data state is therefore its step number, with any number of workers.
 """
 
@@ -16,31 +16,31 @@ from torch.utils.data import DataLoader, Dataset
 from opensan.errors import UserError
 
 MOST_REPLACEMENTS = 10
-"""So many broken samples in a row mean that the data set is broken, not a file."""
+"""After so many broken samples in a row the data set is at fault, not a file."""
 
 MIXTURE_ROUND = 1_000
-"""Over so many micro-batches the sources' shares are exact."""
+"""The sources' shares are exact over so many micro-batches."""
 
 
 class TrainingSource(Protocol):
-    """What can be trained on: samples that are loaded, augmented, and collected to batches."""
+    """A training set: samples that are loaded, augmented, and collected to batches."""
 
     def __len__(self) -> int:
-        """The number of samples."""
+        """Return the number of samples."""
 
     def name(self, index: int) -> str:
-        """What messages call the sample."""
+        """Return the sample's name for messages."""
 
     def load(self, index: int, generator: np.random.Generator) -> Any:
         """Read and augment a sample, drawing from `generator` only. Raises OSError or ValueError if it is broken."""
 
     def collate(self, samples: list[Any]) -> Any:
-        """A batch: an object with `to(device)`, and `pin_memory()` if copies to a GPU are to overlap with its work."""
+        """Return a batch: an object with `to(device)`, and with `pin_memory()` for asynchronous copies to a GPU."""
 
 
 @dataclass(frozen=True)
 class DatasetMixture:
-    """Several sources. Every micro-batch is of one of them, so a source may have a vocabulary of its own.
+    """Several sources. Each micro-batch comes from one of them, so every source may have its own vocabulary.
 
     Sources get micro-batches, and thereby samples, in proportion to their weights, whatever their sizes.
     """
@@ -60,7 +60,7 @@ class DatasetMixture:
                 raise UserError(f"training data set {source + 1} has less than 1/{MIXTURE_ROUND} of the weight")
 
     def batches_a_round(self) -> list[int]:
-        """How many of MIXTURE_ROUND micro-batches each source gets (largest remainders)."""
+        """Return how many of MIXTURE_ROUND micro-batches each source gets (largest remainders)."""
         exact = np.array(self.weights) / sum(self.weights) * MIXTURE_ROUND
         counts = np.floor(exact).astype(int)
         missing = MIXTURE_ROUND - counts.sum()
@@ -70,20 +70,20 @@ class DatasetMixture:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A micro-batch, and what to say about it."""
+    """A micro-batch, and the samples that could not be read."""
 
     batch: Any
     names: tuple[str, ...]
     broken: tuple[str, ...]
-    """Reasons why samples could not be read; others were taken in their place."""
+    """Errors of samples that could not be read and were replaced by others."""
 
     def pin_memory(self) -> "LoadedBatch":
-        """The same in memory that a GPU copies from by itself, if the batch can be put there."""
+        """Return it in pinned memory, from which a GPU copies asynchronously, if the batch supports it."""
         return replace(self, batch=self.batch.pin_memory()) if hasattr(self.batch, "pin_memory") else self
 
 
 class MixtureOrder:
-    """Number of a micro-batch in the stream -> (its source, its number among that source's micro-batches)."""
+    """Order of the stream: number of a micro-batch -> (its source, its number among that source's micro-batches)."""
 
     def __init__(self, mixture: DatasetMixture, seed: int) -> None:
         self.counts = mixture.batches_a_round()
@@ -91,7 +91,7 @@ class MixtureOrder:
         self._round = lru_cache(maxsize=2)(self._make_round)
 
     def _make_round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each micro-batch of a round: its source, and how many of that source come before it in the round."""
+        """Return for each micro-batch of a round: its source, and how many of that source precede it in the round."""
         sources = np.repeat(np.arange(len(self.counts)), self.counts)
         sources = np.random.default_rng([self.seed, 3, number]).permutation(sources)
         before = np.zeros_like(sources)
@@ -100,14 +100,14 @@ class MixtureOrder:
         return sources, before
 
     def __call__(self, number: int) -> tuple[int, int]:
-        round_number, place = divmod(number, MIXTURE_ROUND)
+        round_number, offset = divmod(number, MIXTURE_ROUND)
         sources, before = self._round(round_number)
-        source = int(sources[place])
-        return source, round_number * self.counts[source] + int(before[place])
+        source = int(sources[offset])
+        return source, round_number * self.counts[source] + int(before[offset])
 
 
 class SampleOrder:
-    """Position among a source's samples in the stream -> sample: every epoch a permutation of its own."""
+    """Order of a source's samples in the stream: position -> sample, with a new permutation in every epoch."""
 
     def __init__(self, samples: int, seed: int, source: int = 0) -> None:
         self.samples = samples
@@ -116,17 +116,17 @@ class SampleOrder:
         self._permutation = lru_cache(maxsize=2)(self._make_permutation)
 
     def _make_permutation(self, epoch: int) -> np.ndarray:
-        # A last 0 changes nothing for numpy, so the first source of a mixture draws as a source alone does.
+        # numpy ignores a last 0, so the first source of a mixture draws the same numbers as a source alone.
         return np.random.default_rng([self.seed, 0, epoch, self.source]).permutation(self.samples)
 
     def __call__(self, position: int) -> int:
-        epoch, place = divmod(position, self.samples)
-        return int(self._permutation(epoch)[place])
+        epoch, offset = divmod(position, self.samples)
+        return int(self._permutation(epoch)[offset])
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A sample on its way into a batch."""
+    """A sample, or the errors of those that it replaces, on its way into a batch."""
 
     source: int
     sample: Any
@@ -135,17 +135,17 @@ class _Item:
 
 
 class _Positions(Dataset):
-    """The stream as a data set: (source, position among the source's samples) is an index."""
+    """Data set view of the stream, indexed by (source, position among the source's samples)."""
 
     def __init__(self, sources: Sequence[TrainingSource], seed: int) -> None:
         self.sources = sources
         self.seed = seed
-        self.orders = None  # made in the worker: the caches of permutations do not travel between processes
+        self.orders = None  # made in the worker, because cached permutations are not sent between processes
 
     def __getitem__(self, index: tuple[int, int]) -> _Item | ValueError:
-        """The error that ends the run is answered, not raised: what workers raise arrives with pages of traceback."""
+        """Load a sample. Errors that end the run are returned, because a worker's exception adds pages of traceback."""
         number, position = index
-        self.orders = self.orders or [SampleOrder(len(one), self.seed, i) for i, one in enumerate(self.sources)]
+        self.orders = self.orders or [SampleOrder(len(source), self.seed, i) for i, source in enumerate(self.sources)]
         source = self.sources[number]
         generator = np.random.default_rng([self.seed, 1, position, number])
         sample = self.orders[number](position)
@@ -206,7 +206,7 @@ def stream(
     world: int = 1,
     pin_memory: bool = False,
 ) -> Iterator[Sequence[LoadedBatch]]:
-    """The micro-batches of each step from `first_step` to `steps` - 1. To leave off early, close the iterator."""
+    """Yield the micro-batches of each step from `first_step` to `steps` - 1. To stop early, close the iterator."""
     mixture = source if isinstance(source, DatasetMixture) else DatasetMixture((source,), (1.0,))
     positions = _Positions(mixture.sources, seed)
     order = MixtureOrder(mixture, seed)
@@ -224,8 +224,8 @@ def stream(
             yield [_checked(next(batches)) for _ in range(accumulate)]
     finally:
         if workers:
-            # Not when the garbage is collected: a traceback may keep it to the end of the interpreter, which waits for
-            # processes that it has sent a signal to, and these ignore signals.
+            # Do not wait for garbage collection: a traceback may hold the iterator until the interpreter ends, which
+            # then waits for the workers, and these ignore its signals.
             batches._shutdown_workers()
 
 
@@ -236,6 +236,6 @@ def _checked(loaded: LoadedBatch | ValueError) -> LoadedBatch:
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """Ctrl-C and a cluster's SIGTERM reach the workers too; they must go on until the trainer has saved and left."""
+    """Ignore Ctrl-C and SIGTERM in a worker: it must go on until the trainer has saved and stopped."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What a batch of images should answer: segments, each with a class.
+"""Training targets of a batch of images: segments, each with a class.
 
 Letters: B batch, M most segments of an image in the batch, N matched masks, P points, H W image.
 """
@@ -14,27 +14,27 @@ from torch import Tensor
 from opensan.train.points import corners
 
 NO_SEGMENT = -2
-"""Fills `classes` where an image has fewer segments than M. Not -1: that marks unlabelled pixels in label maps."""
+"""Fills `classes` where an image has fewer segments than M; -1 would mean unlabelled, as in label maps."""
 
 
 class Targets(Protocol):
-    """The segments of a batch, read at points only."""
+    """Segments of a batch, whose masks are read at points only."""
 
     classes: Tensor
     """[B, M] int64: the class of each segment, NO_SEGMENT after an image's last."""
     counts: tuple[int, ...]
-    """B numbers of segments, known without asking the device."""
+    """The number of segments of each of the B images; known without a transfer from the device."""
 
     def at_shared_points(self, points: Tensor) -> Tensor:
-        """Every segment's mask at its image's `points` [B, P, 2]: [B, M, P] in [0, 1]."""
+        """Return every segment's mask at its image's `points` [B, P, 2]: [B, M, P] in [0, 1]."""
 
     def at_own_points(self, image: Tensor, segment: Tensor, points: Tensor) -> Tensor:
-        """The masks of N segments (`image`, `segment`: [N] int64), each at its own `points` [N, P, 2]: [N, P]."""
+        """Return N segments' masks (`image`, `segment`: [N] int64), each at its own `points` [N, P, 2]: [N, P]."""
 
 
 @dataclass(frozen=True)
 class LabelMapTargets:
-    """One segment for each class in an image's label map: semantic segmentation, without a mask in memory."""
+    """Semantic targets: one segment for each class in an image's label map; no mask is held in memory."""
 
     maps: Tensor
     """[B, H, W] integer: class of each pixel, negative where unlabelled."""
@@ -52,13 +52,13 @@ class LabelMapTargets:
         return cls(stacked, torch.tensor(rows, dtype=torch.int64).reshape(len(maps), widest), counts)
 
     def to(self, device: torch.device | str) -> "LabelMapTargets":
-        """The same on `device`."""
+        """Return the targets on `device`."""
         return replace(
             self, maps=self.maps.to(device, non_blocking=True), classes=self.classes.to(device, non_blocking=True)
         )
 
     def pin_memory(self) -> "LabelMapTargets":
-        """The same in memory that a GPU copies from by itself."""
+        """Return the targets in pinned memory, from which a GPU copies asynchronously."""
         return replace(self, maps=self.maps.pin_memory(), classes=self.classes.pin_memory())
 
     def at_shared_points(self, points: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class LabelMapTargets:
         indices, weights = corners(points, height, width)
         pixels = self.maps.flatten(1)
         values = points.new_zeros(*self.classes.shape, points.shape[1])
-        for corner in range(4):  # one at a time: a fourth of the memory of all at once
+        for corner in range(4):  # one at a time, which takes a fourth of the memory
             labels = pixels.gather(1, indices[:, corner]).unsqueeze(1)
             values += weights[:, None, corner] * (labels == self.classes.unsqueeze(2))
         return values
@@ -80,7 +80,7 @@ class LabelMapTargets:
 
 @dataclass(frozen=True)
 class MaskTargets:
-    """Segments as masks of their own: they may overlap, and several may share a class."""
+    """Targets with a mask for each segment: masks may overlap, and several may share a class."""
 
     masks: Tensor
     """[B, M, H, W] of 0 and 1, any dtype."""
@@ -90,8 +90,8 @@ class MaskTargets:
     @classmethod
     def from_masks(cls, masks: Sequence[Tensor], classes: Sequence[Tensor]) -> "MaskTargets":
         """Collect per image `masks` [M, H, W] and `classes` [M]; smaller images get 0 at the bottom and right."""
-        counts = tuple(len(one) for one in classes)
-        height, width = max(one.shape[1] for one in masks), max(one.shape[2] for one in masks)
+        counts = tuple(map(len, classes))
+        height, width = (max(image_masks.shape[axis] for image_masks in masks) for axis in (1, 2))
         all_masks = masks[0].new_zeros(len(masks), max(counts), height, width)
         all_classes = torch.full((len(masks), max(counts)), NO_SEGMENT, dtype=torch.int64)
         for index, (image_masks, image_classes) in enumerate(zip(masks, classes, strict=True)):
@@ -101,7 +101,7 @@ class MaskTargets:
         return cls(all_masks, all_classes, counts)
 
     def to(self, device: torch.device | str) -> "MaskTargets":
-        """The same on `device`."""
+        """Return the targets on `device`."""
         return replace(
             self, masks=self.masks.to(device, non_blocking=True), classes=self.classes.to(device, non_blocking=True)
         )

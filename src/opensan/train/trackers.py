@@ -1,4 +1,4 @@
-"""Experiment trackers that a run can report to, besides its own files. Each is imported when a run begins."""
+"""Report a run to experiment trackers. Each tracker is imported when a run begins."""
 
 import importlib.util
 import uuid
@@ -17,10 +17,10 @@ TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class _Tracker:
-    """What all trackers are made from. Nothing is opened before `start`, which a refused run does not reach."""
+    """Base class of trackers. It opens nothing before `start`, which a run with wrong settings never reaches."""
 
     def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
-        """`folder` is the run's, and its name the run's name; `settings` its configuration as plain data."""
+        """`folder` is the run's folder, whose name is the run's name; `settings` its configuration as plain data."""
         self.folder = folder
         self.project = project
         self.settings = dict(settings)
@@ -32,7 +32,7 @@ class TensorBoard(_Tracker):
     def start(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Later steps will come again: what was written of them is hidden.
+        # Steps after this one are repeated: purge what an earlier process wrote of them.
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -50,7 +50,7 @@ class TensorBoard(_Tracker):
 
 
 class WeightsAndBiases(_Tracker):
-    """A run of wandb; one that goes on has the id it had, and wandb ignores steps that it has already."""
+    """A run of wandb; a resumed run keeps its id, and wandb ignores steps that it has already."""
 
     def start(self, step: int) -> None:
         import wandb
@@ -79,7 +79,7 @@ class WeightsAndBiases(_Tracker):
 
 
 class Trackio(_Tracker):
-    """A run of trackio, which knows runs by their names; one that goes on has the name it had."""
+    """A run of trackio, which identifies runs by name; a resumed run keeps its name."""
 
     def start(self, step: int) -> None:
         import trackio
@@ -93,8 +93,8 @@ class Trackio(_Tracker):
         self._trackio.log(dict(figures), step=step)
 
     def pictures(self, step: int, pictures: Mapping[str, Image]) -> None:
-        made = {name: self._trackio.Image(np.asarray(picture.convert("RGB"))) for name, picture in pictures.items()}
-        self._trackio.log(made, step=step)
+        images = {name: self._trackio.Image(np.asarray(picture.convert("RGB"))) for name, picture in pictures.items()}
+        self._trackio.log(images, step=step)
 
     def close(self) -> None:
         if hasattr(self, "_run"):
@@ -102,7 +102,7 @@ class Trackio(_Tracker):
 
 
 class MLflow(_Tracker):
-    """A run of mlflow, at the address that its own variable MLFLOW_TRACKING_URI gives."""
+    """A run of mlflow, at the address in mlflow's own variable MLFLOW_TRACKING_URI."""
 
     def start(self, step: int) -> None:
         import mlflow
@@ -137,7 +137,7 @@ _TRACKERS: dict[TrackerName, type[_Tracker]] = {
 def make_trackers(
     names: Sequence[TrackerName], folder: Path, project: str, settings: Mapping[str, Any]
 ) -> list[RunLogger]:
-    """Trackers of the run in `folder`, whose whole configuration is `settings`.
+    """Return the trackers for the run in `folder`, whose whole configuration is `settings`.
 
     Raises ValueError, one line with the command that helps, if a tracker's package is not installed.
     """
@@ -148,5 +148,5 @@ def make_trackers(
 
 
 def _kept(path: Path) -> str | None:
-    """The name under which the tracker knows the run, if it had begun before."""
+    """Return the tracker's name of the run, if an earlier process stored it."""
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
