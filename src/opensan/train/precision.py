@@ -54,7 +54,7 @@ class LossScale:
             self.value, self._good_steps = self.value * 2, 0
 
     def shrink(self) -> bool:
-        """Halve the scale after gradients that were not finite; False if it is off or 1, so that the run is at fault."""
+        """Halve the scale after gradients that were not finite; return False if it is off or already 1."""
         if not self.enabled or self.value <= self.FLOOR:
             return False
         self.value, self._good_steps = self.value / 2, 0
