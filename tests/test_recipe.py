@@ -137,9 +137,9 @@ def test_overrides_reach_every_place():
         ("loop.qqqqq=x", r"loop\.qqqqq: no such key \(known: steps, batch_size, .*\)"),
         ("loop.steps=-1", r"loop\.steps: .*greater than 0, not -1"),
         ("loop.steps=many", r"loop\.steps: .*, not 'many'"),
-        ("data.3.folder=x", "a list of 1 has no place '3'"),
+        ("data.3.folder=x", "a list of 1 has no element '3'"),
         ("loop.steps.x=1", "'x' is no part of 60000"),
-        ("augment.crop=[1,2", "no YAML value"),
+        ("augment.crop=[1,2", "not a YAML value"),
         ("loop.steps", "form key=value"),
         ("loggers=[print]", "tensorboard"),
         ("validation=null", "give both or neither"),
@@ -186,7 +186,7 @@ def test_what_is_missing_is_told_before_anything_is_trained(tmp_path, recipe_fil
     assert "test.txt: does not exist" in refused("validation.split=test")
     assert "has no class sky to ignore" in refused("data.0.ignored=[sky]")
     (squares / "empty.txt").write_text("\n")
-    assert "empty.txt: lists no photograph" in refused("data.0.split=empty")
+    assert "empty.txt: lists no image" in refused("data.0.split=empty")
     assert "augment.crop (64, 65): both sides must be multiples of 32" in refused("augment.crop=[64,65]")
     assert "start.model: no preset 'san'" in refused("start.model=san")
     assert "OpenAI has no CLIP" in refused("start.clip=openai")
