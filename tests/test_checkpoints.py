@@ -18,7 +18,7 @@ import torch
 
 from opensan.checkpoints import build_empty, load_folder, load_model, load_official, save_folder
 from opensan.checkpoints.official import BUFFERS, from_official, official_name, official_shape, to_official
-from opensan.config import PRESETS
+from opensan.config import PRESETS, ModelConfig, parse_config
 
 SMALLEST = "side_adapter.head.bias_scale.weight"
 OFFICIAL_SMALLEST = "side_adapter_network.mask_decoder.bias_scaling.weight"
@@ -432,3 +432,18 @@ def test_a_kill_leaves_a_whole_file(tmp_path, small_config):
         state = load_folder(target).state_dict()
         assert len({number for tensor in state.values() for number in tensor.unique().tolist()}) == 1
         assert state[SMALLEST].item() != 0, "no save ever ended"
+
+
+def test_the_family_of_a_backbone_is_told_by_its_kind(small_config, tmp_path):
+    """A configuration without a kind is a CLIP's; an unknown kind, and a key of another family, are refused by name."""
+    data = json.loads(small_config.model_dump_json())
+    del data["clip"]["kind"]
+
+    def with_kind(kind: str) -> dict:
+        return data | {"clip": data["clip"] | {"kind": kind}}
+
+    assert parse_config(ModelConfig, data, "config.json") == small_config
+    unknown = refusal(parse_config, ModelConfig, with_kind("perceiver"), "config.json")
+    assert unknown.startswith("config.json: clip.kind: 'perceiver' is not one of") and "clip_vit" in unknown
+    other = refusal(parse_config, ModelConfig, with_kind("clip_resnet"), "config.json")
+    assert other.startswith("config.json: clip.vision.heads: no such key")

@@ -171,7 +171,7 @@ def test_a_failed_check_leaves_nothing_behind(exported, model, tmp_path, monkeyp
         formats, "write", lambda name, graph, where, *_: shutil.copy(folder / f"{name}.onnx", where / f"{name}.onnx")
     )
     assert export(model, tmp_path / "same")[1].passed
-    changed = exporting.SAN(model.config, clip=model.clip, side_adapter=model.side_adapter)  # another "no object"
+    changed = exporting.SAN(model.config, backbone=model.clip, side_adapter=model.side_adapter)  # another "no object"
     changed.no_object_embedding.data = -model.no_object_embedding.data
     _, found = export(changed, tmp_path / "changed")
     assert not found.passed

@@ -25,6 +25,8 @@ from opensan.text.prompt_tree import prompt_trees
 from opensan.text.tokenizer import clip_tokenizer
 from opensan.vocabulary import Vocabulary
 
+from .conftest import lively_model
+
 GOLDENS = Path(__file__).parent / "goldens"
 WORDS = "road, car|automobile|taxi, adding machine, Tennis Racket, sky"
 
@@ -41,6 +43,9 @@ class Counting:
         self.prompts += len(tree.ends)
         self.tokens += len(tree.tokens)
         return self._model.embed_prompt_tree(tree)
+
+    def embed_prompts(self, tokens):
+        return self._model.embed_prompts(tokens)
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +140,21 @@ def test_a_tree_answers_as_its_prompts_do_alone(small_model, most):
     prompts = sorted(tuple(tokenize(text)) for row in Vocabulary.parse(WORDS).prompts() for text in row)
     trees = [small_model.embed_prompt_tree(tree.to("cpu")) for tree in prompt_trees(prompts, most)]
     torch.testing.assert_close(torch.cat(trees), small_model.embed_prompts(pad_tokens(prompts)), rtol=0, atol=1e-6)
+
+
+def test_a_bidirectional_tower_is_never_read_through_the_prompt_tree(small_config):
+    """There, a token's output depends on what follows it: through a tree, rows are silently wrong."""
+    clip = small_config.clip
+    both_ways = clip.model_copy(update={"text": clip.text.model_copy(update={"causal": False})})
+    model = lively_model(small_config.model_copy(update={"clip": both_ways}))
+    counting = Counting(model)
+    vocabulary = Vocabulary.parse(WORDS)
+    rows = TextEncoder(counting, disk_cache=False).rows(vocabulary)
+    assert counting.prompts == 0
+    torch.testing.assert_close(torch.from_numpy(rows), plain_rows(model, vocabulary), atol=1e-5, rtol=1e-5)
+    through_trees = TextEncoder(model, disk_cache=False)
+    model.clip.causal_text = through_trees.causal = True
+    assert abs(through_trees.rows(vocabulary) - rows).max() > 1e-3, "the trap would have been noticed"
 
 
 def test_asking_again_runs_nothing_and_a_new_word_only_itself(small_model, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from opensan.errors import UserError
 
@@ -77,8 +77,54 @@ class ClipConfig(Config):
             raise UserError(f"recognition_layer {recognition_layer} is not between 1 and {self.vision.layers - 1}")
 
 
-AnyClipConfig = ClipConfig
+class ResNetVisionConfig(Config):
+    """The image tower of the family "clip_resnet": OpenAI's modified ResNet with attention pooling."""
+
+    layers: tuple[LayerCount, LayerCount, LayerCount, LayerCount]
+    """Bottlenecks of each stage."""
+    width: Count = 64
+    """Channels of the stem; the last stage gives 32 times as many."""
+    image_size: Count = 224
+    """Side in pixels of the square image that the pooling's position table was trained for."""
+
+
+class ClipResNetConfig(Config):
+    """The family "clip_resnet": a CLIP around a modified ResNet (RN50 and its like), as open_clip builds it."""
+
+    kind: Literal["clip_resnet"]
+    embed_dim: Count
+    quick_gelu: bool
+    """Of the text tower. OpenAI's weights need QuickGELU."""
+    vision: ResNetVisionConfig
+    text: TextConfig
+
+    def check_layers(self, recognition_layer: int) -> None:
+        """Raise UserError unless all five maps (stem and stages) are shallow and widths fit heads."""
+        _check_all_shallow(recognition_layer, 4)
+        if self.vision.width % 2 or self.text.width % self.text.heads:
+            raise UserError("clip: vision.width must be even, and text.width a multiple of text.heads")
+
+
+def _check_all_shallow(recognition_layer: int, layers: int) -> None:
+    if recognition_layer != layers:
+        raise UserError(
+            f"recognition_layer {recognition_layer} is not {layers}: this kind of backbone recognises by pooling what "
+            "its last layer gives"
+        )
+
+
+def _kind(value: object) -> object:
+    """The family of a backbone's configuration, given as data or as an object."""
+    return value.get("kind", "clip_vit") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+AnyClipConfig = Annotated[
+    Annotated[ClipConfig, Tag("clip_vit")] | Annotated[ClipResNetConfig, Tag("clip_resnet")], Discriminator(_kind)
+]
 """Of the backbone: one class a family, told apart by `kind`. A family that is not named is "clip_vit"."""
+
+KINDS = {member.__metadata__[0].tag for member in get_args(get_args(AnyClipConfig)[0])}
+"""The families of backbones."""
 
 
 class SideAdapterConfig(Config):
@@ -154,9 +200,13 @@ def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:
         errors = error.errors()
         # A misspelt key is also a missing one: the misspelling says more.
         first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-        where = ".".join(str(part) for part in first["loc"]) or "top level"
+        loc = tuple(part for part in first["loc"] if part not in KINDS)  # pydantic adds which family it took
+        where = ".".join(str(part) for part in loc) or "top level"
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: {where}: no such key{_nearest_key(kind, first['loc'])}") from None
+            raise UserError(f"{source}: {where}: no such key{_nearest_key(kind, loc)}") from None
+        if first["type"] == "union_tag_invalid":
+            known = ", ".join(sorted(KINDS))
+            raise UserError(f"{source}: {where}.kind: {first['ctx']['tag']!r} is not one of {known}") from None
         told = first["msg"].removeprefix("Value error, ")
         given = f", not {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
         raise UserError(f"{source}: {where}: {told}{given}") from None

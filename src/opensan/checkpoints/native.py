@@ -43,10 +43,12 @@ def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
             raise UserError(
                 f"{source}: {name} has shape {tuple(found.shape)}, config.json asks for {tuple(tensor.shape)}"
             )
-        if not found.is_floating_point():
-            raise UserError(f"{source}: {name} holds {found.dtype}, not floating-point numbers")
+        if found.is_floating_point() != tensor.is_floating_point():
+            kind = "floating-point" if tensor.is_floating_point() else "whole"
+            raise UserError(f"{source}: {name} holds {found.dtype}, not {kind} numbers")
     # Weights may be stored in half precision to be small; they are computed with in float32.
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True, assign=True)
+    full = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
+    model.load_state_dict(full, strict=True, assign=True)
     return model
 
 
@@ -75,7 +77,10 @@ def save_folder(model: SAN, folder: str | os.PathLike, dtype: torch.dtype = torc
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     with atomic_paths(folder / WEIGHTS_NAME, folder / CONFIG_NAME) as (weights, config):
         try:
             save_file(state, weights)

@@ -43,6 +43,7 @@ class TextEncoder(TextRows):
         clip = model.config.clip
         super().__init__(clip.text.context_length, clip.embed_dim, disk_cache=disk_cache, cache_dir=cache_dir)
         self._model = model
+        self.causal = model.clip.causal_text
         self._tower: Tower | None = None
         self._classifiers: Recent[TextClassifier] = Recent(ROWS_IN_MEMORY)
         self._work = threading.Lock()
@@ -91,9 +92,12 @@ class TextEncoder(TextRows):
     def _embed_tree(self, tree: PromptTree) -> np.ndarray:
         return self._model.embed_prompt_tree(tree.to(self._device)).float().cpu().numpy()
 
+    def _embed_prompts(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        return self._model.embed_prompts(pad_tokens(prompts).to(self._device)).float().cpu().numpy()
+
     def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._model.clip.named_parameters():
-            if not name.startswith("visual.") and name != "logit_scale":
+            if self._model.clip.is_text(name):
                 yield name, parameter
 
     def _signature(self) -> tuple:

@@ -33,6 +33,9 @@ ROWS_AT_ONCE = 256
 NODES_ON_CPU = 256
 """Tokens of a prompt tree: each is compared with all others, which costs a CPU more than it gains from longer trees."""
 
+PROMPTS_AT_ONCE = 64
+"""Prompts that a bidirectional tower embeds together."""
+
 ROWS_IN_MEMORY = 65_536
 """Rows kept in memory: 128 MiB at D = 512."""
 
@@ -66,8 +69,12 @@ def row_key(tower: str, prompts: Sequence[str]) -> bytes:
 
 
 class TextRows:
-    """Text rows of any vocabulary, remembered. A subclass runs the tower: `_current_tower` and `_embed_tree`."""
+    """Text rows of any vocabulary, remembered. A subclass runs the tower: `_current_tower`, and `_embed_tree` if the
+    tower is causal, else `_embed_prompts`."""
 
+    causal = True
+    """Whether the tower is causal. Only then are prompts embedded as trees: in any other tower, a token's output
+    depends on what follows it."""
     most_nodes = NODES_ON_CPU
     """Tokens of the prompt trees that `_embed_tree` is given."""
 
@@ -87,6 +94,10 @@ class TextRows:
 
     def _embed_tree(self, tree: PromptTree) -> np.ndarray:
         """[P, D] float32, unit length: the prompts of `tree`."""
+        raise NotImplementedError
+
+    def _embed_prompts(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """[P, D] float32, unit length: `prompts`, each its token numbers, one by one."""
         raise NotImplementedError
 
     def rows(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> np.ndarray:
@@ -138,9 +149,15 @@ class TextRows:
         prompts = sorted(numbers)
         share = sum(map(len, rows)) / len(prompts)  # of the progress bar, which counts equal prompts too
         found = []
-        for tree in prompt_trees(prompts, self.most_nodes):
-            found.append(self._embed_tree(tree))
-            advance(len(tree.ends) * share)
+        if self.causal:
+            for tree in prompt_trees(prompts, self.most_nodes):
+                found.append(self._embed_tree(tree))
+                advance(len(tree.ends) * share)
+        else:
+            for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+                batch = prompts[start : start + PROMPTS_AT_ONCE]
+                found.append(self._embed_prompts(batch))
+                advance(len(batch) * share)
         places = np.array([numbers[prompt] for prompt in prompts])
         embeddings = np.concatenate(found)[places.argsort()]
         means = np.stack([embeddings[member].mean(axis=0) for member in members])

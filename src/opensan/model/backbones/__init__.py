@@ -13,4 +13,8 @@ def build_backbone(config: AnyClipConfig) -> Backbone:
         from opensan.model.backbones.clip_vit import ClipModel
 
         return ClipModel(config)
+    if config.kind == "clip_resnet":
+        from opensan.model.backbones.clip_resnet import ClipResNet
+
+        return ClipResNet(config)
     raise AssertionError(config.kind)

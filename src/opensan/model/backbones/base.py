@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from opensan.model.maps import adaptive_max_pool
 from opensan.structures import PromptTree
 
 
@@ -64,7 +65,7 @@ class Backbone(nn.Module):
         """Embed what each query attends to: unit mask embeddings [B, Q, D].
 
         `attention_bias` [B, N, Q, h', w'] is on the side network's grid and real-valued; it is brought to the tower's
-        (`opensan.model.maps.adaptive_max_pool`) and steers where each of the Q queries looks. With a bias of zeros,
+        (`pool_bias`) and steers where each of the Q queries looks. With a bias of zeros,
         all are the tower's own image embedding.
         """
         raise NotImplementedError
@@ -88,3 +89,14 @@ class Backbone(nn.Module):
     def is_text(self, name: str) -> bool:
         """Whether the parameter or buffer `name` of the backbone belongs to the text tower."""
         raise NotImplementedError
+
+
+def as_tokens(maps: Tensor) -> FeatureMap:
+    """A map of channels, [B, C, h, w], as tokens [B, h * w, C] with their grid."""
+    return FeatureMap(maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3]))
+
+
+def pool_bias(attention_bias: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bring `attention_bias` [B, N, Q, h', w'] to `grid` by the maximum of each window: [B, N, Q, h * w]."""
+    pooled = adaptive_max_pool(attention_bias.flatten(0, 1), grid)
+    return pooled.view(*attention_bias.shape[:3], -1)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensan.config import ClipConfig, VisionConfig
-from opensan.model.backbones.base import Backbone, FeatureMap, ShallowFeatures
+from opensan.model.backbones.base import Backbone, FeatureMap, ShallowFeatures, pool_bias
 from opensan.model.backbones.text_tower import TextTower
-from opensan.model.maps import adaptive_max_pool, embed_patches, resize_position_table
+from opensan.model.maps import embed_patches, resize_position_table
 from opensan.model.transformer import ClipBlocks, QuickGELU
 
 
@@ -72,9 +72,8 @@ class ClipModel(TextTower, Backbone):
 
         What is steered are Q copies of the class token (SLS tokens), by the bias max-pooled to CLIP's grid.
         """
-        batch, heads, queries = attention_bias.shape[:3]
-        pooled = adaptive_max_pool(attention_bias.flatten(0, 1), features.grid)
-        steering = pooled.view(batch, heads, queries, -1)
+        steering = pool_bias(attention_bias, features.grid)
+        queries = steering.shape[2]
         x = torch.cat([features.tokens[:, :1].expand(-1, queries, -1), features.tokens], dim=1)
         *blocks, last = self.visual.transformer.resblocks[features.last_layer :]
         for block in blocks:
