@@ -36,7 +36,7 @@ def photograph(path: Path, seed: int = 0, size: tuple[int, int] = (60, 45)) -> P
 
 def files_in(folder: Path) -> set[str]:
     """Without what a run keeps its books in."""
-    books = ("manifest.jsonl", ".opensan.lock")
+    books = ("manifest.sqlite",)
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in books)
     return {str(path.relative_to(folder)) for path in files}
 

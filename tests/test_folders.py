@@ -4,25 +4,44 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
+import sqlite3
+import threading
 import time
+import weakref
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 import opensan
+from opensan.errors import UserError
 from opensan.images import list_images
-from opensan.jobs.folder import Broken, FolderRun, Written, plan, without_results
-from opensan.outputs import DATASETS, FORMATS
+from opensan.jobs.folder import (
+    OF_THE_DISK,
+    Broken,
+    FolderRun,
+    Job,
+    Question,
+    Written,
+    complete_data_sets,
+    label_one,
+    plan,
+    without_results,
+)
+from opensan.jobs.ledger import Ledger
+from opensan.outputs import DATASETS, FORMATS, check_writable
+from opensan.segmenters.san import SanSegmenter
 from opensan.vocabulary import Vocabulary
 
 ALL = (*FORMATS, *DATASETS)
 WORDS = "road, car|automobile, sky"
-BOOKS = ("manifest.jsonl", ".opensan.lock")
+BOOKS = ("manifest.sqlite", "manifest.sqlite-journal", ".opensan.lock")
 
 
 @pytest.fixture
@@ -55,9 +74,13 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def records(out: Path) -> list[dict]:
-    """The manifest's whole lines about photographs."""
-    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True) if (out / "manifest.jsonl").exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n") and '"place"' in line]
+    """What the ledger says of images; a run may be writing it."""
+    if not (out / "manifest.sqlite").exists():
+        return []
+    with closing(sqlite3.connect(out / "manifest.sqlite", timeout=30)) as rows:
+        tables = rows.execute("SELECT name FROM sqlite_schema").fetchall()
+        found = rows.execute("SELECT value FROM done WHERE key GLOB 'image *' ORDER BY rowid") if tables else []
+        return [json.loads(value) for (value,) in found]
 
 
 def test_second_run_does_nothing(segmenter, tmp_path):
@@ -132,36 +155,80 @@ def test_mixed_shapes_and_batches_change_nothing(segmenter, tmp_path, batch):
         assert (found == segmenter.segment(path, WORDS).labels).mean() > 0.999
 
 
-def test_nothing_in_a_manifest_is_believed(segmenter, tmp_path):
+def change_rows(out: Path, statement: str, *values: object) -> None:
+    with closing(sqlite3.connect(out / "manifest.sqlite")) as rows, rows:
+        rows.execute(statement, values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE done SET value = replace(value, '0/000.labels.png', '../mine.txt')",
+        "UPDATE done SET value = replace(value, '\"0/000\"', '\"../mine.txt\"')",
+        "UPDATE done SET value = replace(value, '0/000.labels.png', 'MINE')",
+        'UPDATE done SET value = replace(value, \'"source": [\', \'"source": ["x", \')',
+        "UPDATE done SET value = substr(value, 1, 40)",
+        "UPDATE done SET value = x'00ff00' WHERE key GLOB 'image *'",
+        "UPDATE done SET value = '[]'",
+        "CREATE TRIGGER t AFTER INSERT ON done BEGIN DELETE FROM done; END",
+        "CREATE VIEW v AS SELECT 1",
+        "DROP TABLE done",
+    ],
+)
+def test_nothing_in_a_manifest_is_believed(segmenter, tmp_path, change):
     folder, out = photographs(tmp_path / "in", 2), tmp_path / "out"
     run_folder(segmenter, folder, out)
     mine = tmp_path / "mine.txt"
     mine.write_text("mine")
-    text = (out / "manifest.jsonl").read_text()
-    for bad in (
-        text.replace("0/000.labels.png", "../mine.txt"),
-        text.replace("0/000.labels.png", str(mine)),
-        "[1, 2]\n" + text.replace('"source": [', '"source": ["x", '),
-        text[: len(text) // 2],
-        "\0\n{}\n",
-    ):
-        (out / "manifest.jsonl").write_text(bad)
-        written, _, _ = run_folder(segmenter, folder, out)
-        assert written and mine.read_text() == "mine"
-        assert sorted(record["place"] for record in records(out)) == ["0/000", "1/001"]
+    change_rows(out, change.replace("MINE", str(mine)))
+    written, _, _ = run_folder(segmenter, folder, out)
+    assert written and mine.read_text() == "mine"
+    assert sorted(record["place"] for record in records(out)) == ["0/000", "1/001"]
+
+
+@pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"\xff" * 2000])
+def test_a_damaged_ledger_is_kept_aside_and_told(segmenter, tmp_path, content):
+    folder, out = photographs(tmp_path / "in", 2), tmp_path / "out"
+    run_folder(segmenter, folder, out)
+    (out / "manifest.sqlite").write_bytes(content)
+    written, _, notes = run_folder(segmenter, folder, out)
+    assert len(written) == 2 and notes == [f"{out / 'manifest.sqlite'}: was damaged, kept as manifest.sqlite.damaged"]
+    assert (out / "manifest.sqlite.damaged").read_bytes() == content
+
+
+def test_the_ledger_of_an_earlier_version_is_taken_over(segmenter, tmp_path):
+    """Version 0.1.0 had manifest.jsonl: what it says is neither ignored nor lost."""
+    folder, out = photographs(tmp_path / "in", 3), tmp_path / "out"
+    run_folder(segmenter, folder, out)
+    with closing(sqlite3.connect(out / "manifest.sqlite")) as rows:
+        ((key, settings),) = rows.execute("SELECT key, value FROM done WHERE key GLOB 'settings *'")
+    lines = [{"settings_key": key.removeprefix("settings "), **json.loads(settings)}, *records(out)]
+    old = [json.dumps(line) for line in lines] + ['{"place": "0/0']  # a killed run's half line
+    (out / "manifest.sqlite").unlink()
+    (out / "manifest.jsonl").write_text("\n".join(old))
+    (out / "1" / "001.labels.png").write_text("corrected")
+    written, _, notes = run_folder(segmenter, folder, out)
+    assert written == ["1/001"] and (out / "1" / "001.labels.png.changed").read_text() == "corrected"
+    assert notes[0].startswith(f"{out / 'manifest.jsonl'}: of an earlier version") and len(notes) == 2
+    assert run_folder(segmenter, folder, out) == ([], [], [])
+    assert not (out / "manifest.jsonl").exists()
 
 
 def test_two_runs_do_not_share_a_folder(segmenter, tmp_path):
     folder, out = photographs(tmp_path / "in", 1), tmp_path / "out"
     out.mkdir()
-    with FileLock(out / ".opensan.lock"), pytest.raises(ValueError, match="another run is writing there"):
+    with Ledger(out), pytest.raises(ValueError, match="another run is writing there"):
         run_folder(segmenter, folder, out)
     assert run_folder(segmenter, folder, out)[0] == ["0/000"]
 
 
 def test_left_over_files_go_and_others_stay(segmenter, tmp_path):
     folder, out = photographs(tmp_path / "in", 1), tmp_path / "out"
-    left = ["0/.000.labels.abcd_123.part.png", "voc/JPEGImages/0/.000.png.part", "voc/.labelmap.abcdefgh.part.txt"]
+    left = [
+        "0/.000.labels.abcd_123.part.png",
+        "voc/JPEGImages/0/.000.abcd_123.part.png",
+        "voc/.labelmap.abcdefgh.part.txt",
+    ]
     left += ["0/.opensan.abcd_123.part", ".opensan.abcd_123.part"]
     others = ["0/.other.labels.abcd_123.part.png", "0/.000.labels.part.png", "0/000.labels.abcd_123.part.png"]
     for name in (*left, *others):
@@ -171,14 +238,148 @@ def test_left_over_files_go_and_others_stay(segmenter, tmp_path):
     assert [name for name in (*left, *others) if (out / name).exists()] == others
 
 
-def test_a_folder_that_can_not_be_written(segmenter, tmp_path):
+def test_a_write_error_belongs_to_its_image(segmenter, tmp_path):
     folder = photographs(tmp_path / "in", 3)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "1").write_text("in the way")
-    with pytest.raises(ValueError, match="cannot write there") as caught:
-        run_folder(segmenter, folder, tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert [record["place"] for record in records(tmp_path / "out")] == ["0/000"]
+    written, broken, _ = run_folder(segmenter, folder, tmp_path / "out", ["png", "coco"])
+    assert written == ["0/000", "2/002"]
+    assert len(broken) == 1 and broken[0].startswith(f"{folder}/1/001.png: its results can't be written to ")
+    assert "\n" not in broken[0]
+    images = json.loads((tmp_path / "out" / "coco/annotations/instances_all.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["0/000.png", "2/002.png"]
+
+
+@pytest.mark.parametrize("number", sorted(OF_THE_DISK))
+def test_a_full_disk_ends_the_run_with_its_name(segmenter, tmp_path, monkeypatch, number):
+    def full(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    folder, out = photographs(tmp_path / "in", 3), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(UserError, match=re.escape(f"{out}: cannot write there ({os.strerror(number)})")):
+            run_folder(segmenter, folder, out)
+    assert records(out) == [] and not list(out.rglob("*.part*"))
+    assert len(run_folder(segmenter, folder, out)[0]) == 3
+
+
+@pytest.mark.parametrize("formats", [["png"], ["png", "overlay", "json"], [*ALL]])
+def test_a_long_name_costs_its_image_alone(segmenter, tmp_path, formats):
+    """255 bytes are what a name may have. Temporary names need no more than the results' own."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    names = ["a", "b" * 236, "\u4e16" * 78, "c" * 246, "d"]
+    for name in names:
+        Image.new("RGB", (64, 48), "teal").save(folder / f"{name}.png")
+    for _ in range(2):
+        written, broken, _ = run_folder(segmenter, folder, out, formats)
+        assert len(broken) == 1 and broken[0].startswith(f"{folder / names[3]}.png: its results can't be written")
+    assert [record["place"] for record in records(out)] == [names[0], names[1], names[4], names[2]]
+    assert written == []
+
+
+def test_names_that_are_not_utf_8(segmenter, tmp_path):
+    """As old archives and cameras have them. Data sets list names as text, and can't."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    names = [b"caf\xe9.png", b"a.png", b"\xff\xfe.png", b"z.png"]
+    for name in names:
+        Image.new("RGB", (64, 48), "teal").save(folder / os.fsdecode(name))
+    written, broken, _ = run_folder(segmenter, folder, out, ["png", "overlay", "json"])
+    assert len(written) == 4 and not broken
+    assert run_folder(segmenter, folder, out, ["png", "overlay", "json"]) == ([], [], [])
+    written, broken, _ = run_folder(segmenter, folder, out, ALL)
+    assert sorted(written) == ["a", "z"] and len(broken) == 2 and all("not UTF-8" in reason for reason in broken)
+
+
+@pytest.mark.parametrize("how", ["renamed over", "written again", "cut"])
+def test_an_image_that_is_replaced_while_it_is_read_is_done_again(segmenter, tmp_path, monkeypatch, how):
+    folder, out = photographs(tmp_path / "in", 2), tmp_path / "out"
+    image, other = folder / "0" / "000.png", tmp_path / "other.png"
+    Image.effect_noise((60, 45), 90).convert("RGB").save(other)
+    through = SanSegmenter.read
+
+    def read(self, path):
+        found = through(self, path)
+        if path == image:
+            if how == "renamed over":
+                shutil.copy(other, folder / "new")
+                (folder / "new").replace(image)
+            elif how == "written again":
+                image.write_bytes(other.read_bytes())
+            else:
+                image.write_bytes(image.read_bytes()[:60])
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SanSegmenter, "read", read)
+        assert len(run_folder(segmenter, folder, out)[0]) == 2
+    written, broken, _ = run_folder(segmenter, folder, out)
+    assert (written, len(broken)) == (([], 1) if how == "cut" else (["0/000"], 0))
+    if how != "cut":
+        found = np.asarray(Image.open(out / "0/000.labels.png"))
+        np.testing.assert_array_equal(found, segmenter.segment(image, WORDS).labels)
+
+
+class Counting(SanSegmenter):
+    """Counts the images that are in memory."""
+
+    def __init__(self, *arguments, **settings) -> None:
+        super().__init__(*arguments, **settings)
+        self.alive, self.most, self.lock = 0, 0, threading.Lock()
+
+    def read(self, image):
+        found = super().read(image)
+        with self.lock:
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+        weakref.finalize(found.array, self._gone)
+        return found
+
+    def _gone(self) -> None:
+        with self.lock:
+            self.alive -= 1
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_no_more_images_are_in_memory_than_documented(small_model, tmp_path, batch):
+    """Odd shapes wait for others of theirs: here each image has a shape of its own."""
+    long_sides = range(96, 385, 32)
+    folder = photographs(
+        tmp_path / "in", 19, (*((side, 96) for side in long_sides), *((96, side) for side in long_sides))
+    )
+    segmenter = Counting(small_model, text_cache=False)
+    written, *_ = run_folder(segmenter, folder, tmp_path / "out", batch=batch)
+    assert len(written) == 19
+    assert 2 * batch <= segmenter.most <= 4 * batch
+
+
+def _label_in_process(model: Path, question: Question, jobs: list[Job]) -> list[Written | Broken]:
+    torch.set_num_threads(1)
+    segmenter = opensan.load(model)
+    return [label_one(segmenter, question, job) for job in jobs]
+
+
+def test_another_scheduler_can_drive_the_work(model_folder, segmenter, tmp_path, one_thread):
+    """The jobs go through processes that know no ledger, which is filled afterwards: the same as a run's."""
+    folder, out = photographs(tmp_path / "in", 8), tmp_path / "out"
+    (folder / "broken.png").write_text("no image")
+    run_folder(segmenter, folder, tmp_path / "run", ["png", "coco"])
+    jobs = plan(list_images([folder]), [folder])
+    question = Question(Vocabulary.parse(WORDS), check_writable(out), ("png", "coco"))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        parts = pool.map(_label_in_process, [model_folder] * 3, [question] * 3, [jobs[i::3] for i in range(3)])
+        found = [one for part in parts for one in part]
+    assert [one.job.image.name for one in found if isinstance(one, Broken)] == ["broken.png"]
+    with Ledger(out) as ledger:
+        for one in found:
+            if isinstance(one, Written):
+                ledger.add(one.record)
+        complete_data_sets(question, jobs, ledger.records)
+    assert contents(out) == contents(tmp_path / "run")
+    written, broken, _ = run_folder(segmenter, folder, out, ["png", "coco"])
+    assert written == [] and len(broken) == 1
 
 
 def test_results_below_the_photographs_are_left_out(tmp_path):

@@ -1,18 +1,25 @@
-"""Writing files so that nothing a user made is ever lost or half-written."""
+"""Write files so that nothing a user made is ever lost or half-written, and keep two runs out of one folder."""
 
 import errno
 import filecmp
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from opensan.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 """The folder of the models, class lists, tokens and scenes that come with the package."""
 TRIAL = "opensan"
 """The file that is begun, and never finished, to see whether a folder can be written to."""
+SHORT_NAME = 64
+"""Bytes of a file name that every file system can hold: a temporary name may be so long whatever its target's is."""
+
+_TEMPORARY = re.compile(r"\.(?P<stem>.*)\.[a-z0-9_]{8}\.part(?P<suffix>\..*)?", re.DOTALL)
 
 
 @contextmanager
@@ -33,6 +40,8 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     Name last the file that every reader needs. All files are on disk before the first is renamed. If the process dies
     between two renames, the last file is missing (or kept, where its content does not change), so a reader never takes
     a mixture of old and new files for one result.
+
+    An OSError that names no file, as that of a full disk, is given the target's name.
     """
     paths = [Path(target) for target in targets]
     temporaries: list[Path] = []
@@ -43,27 +52,60 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
             temporary = temporary_path(path)
             temporary.touch(exist_ok=False)
             temporaries.append(temporary)
+        mode = temporaries[0].stat().st_mode  # by the user's umask
         yield temporaries
         for temporary in temporaries:
+            if temporary.stat().st_mode != mode:  # a library has put a private file in its place
+                temporary.chmod(mode)
             with temporary.open("r+b") as written:  # Windows flushes only what is open for writing
                 os.fsync(written.fileno())
         if len(paths) > 1 and paths[-1].exists() and not filecmp.cmp(paths[-1], temporaries[-1], shallow=False):
             paths[-1].unlink()
         for temporary, path in zip(temporaries, paths, strict=True):
             temporary.replace(path)
-    except BaseException:
+        flush_folder(paths[0].parent)
+    except BaseException as error:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, *map(str, temporaries)):
+            error.filename = str(paths[-1])
+            error.filename2 = None
         raise
 
 
 def temporary_path(target: Path) -> Path:
-    """A name beside `target` for what will be renamed to it.
+    """Return a new name beside `target` for what will be renamed to it; `remove_temporaries` knows such names.
 
-    Not the standard library's, which makes private files: to give them the usual permissions, one must know the umask,
-    which can only be read by changing it, for all threads.
+    It is not longer than the target's, or SHORT_NAME bytes, so that it exists wherever the target can. The standard
+    library's temporary files are private: to give them the usual permissions, one must know the umask, which can only
+    be read by changing it, for all threads.
     """
-    return target.with_name(f".{target.stem}.{secrets.token_hex(4)}.part{target.suffix}")
+    stem, suffix = _shortened(target)
+    return target.with_name(f".{stem}.{secrets.token_hex(4)}.part{suffix}")
+
+
+def _shortened(target: Path) -> tuple[str, str]:
+    """Return as much of the target's stem as its temporary name has room for, and its suffix if it is a short one."""
+    suffix = target.suffix if len(os.fsencode(target.suffix)) <= 16 else ""
+    stem = target.name.removesuffix(suffix)
+    room = max(len(os.fsencode(target.name)), SHORT_NAME) - len(os.fsencode(f"..12345678.part{suffix}"))
+    while len(os.fsencode(stem)) > room:
+        stem = stem[:-1]
+    return stem, suffix
+
+
+def remove_temporaries(folder: Path, targets: Iterable[str] | None = None) -> None:
+    """Remove the temporary files in `folder` that a killed process left: all, or those of the names `targets`.
+
+    For folders that the caller holds (see `hold`): those of a process that still writes would go too.
+    """
+    wanted = None if targets is None else {_shortened(folder / name) for name in targets}
+    if folder.is_dir():
+        for entry in os.scandir(folder):
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match and (wanted is None or (match["stem"], match["suffix"] or "") in wanted):
+                with suppress(OSError):  # a folder, or not ours to remove
+                    Path(entry.path).unlink()
 
 
 def flush_folder(folder: Path) -> None:
@@ -73,26 +115,93 @@ def flush_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems have no such call
+            raise
     finally:
         os.close(handle)
 
 
 def link(source: Path, target: Path) -> None:
     """Link `target` to `source`; where links can't be made, hard links or copies are."""
-    temporary = target.with_name(f".{target.name}.part")  # not atomic_path's, which makes a file first
-    for make in (os.symlink, os.link, shutil.copyfile):
-        try:
-            make(source.absolute(), temporary)
-            break
-        except OSError as error:
-            failure = error
-    else:
-        raise failure
-    temporary.replace(target)
-    temporary.unlink(missing_ok=True)  # renaming does nothing if both are hard links to one file
+    temporary = temporary_path(target)  # not atomic_path's, which makes a file first
+    try:
+        for make in (os.symlink, os.link, shutil.copyfile):
+            try:
+                make(source.absolute(), temporary)
+                break
+            except OSError as error:
+                failure = error
+        else:
+            raise failure
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)  # renaming does nothing if both are hard links to one file
 
 
 def write_text(target: str | os.PathLike, text: str) -> None:
     """Write `text` as UTF-8 to `target`, all or nothing."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def keep_aside(file: Path, mark: str = "changed") -> Path:
+    """Rename `file` to "NAME.changed" (or "NAME.changed2", ...), a name that nothing has, and return that path."""
+    aside, number = file.with_name(f"{file.name}.{mark}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = file.with_name(f"{file.name}.{mark}{number}")
+    return file.rename(aside)
+
+
+@contextmanager
+def hold(lock: Path, busy: str) -> Iterator[None]:
+    """Hold the file `lock`, whose folder exists, for this process alone; it is removed at the end.
+
+    It is removed while it is held, and whoever gets it looks whether it is still the file of that name: nobody holds a
+    lock that others can't see. A process that dies, in whatever way, lets go of it.
+
+    Raises:
+        UserError: `busy`, if another process holds it; or the file system has no locks.
+    """
+    handle = _locked(lock, busy)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open files; its folder may be gone with the finished work
+            lock.unlink()
+        os.close(handle)
+
+
+def _locked(lock: Path, busy: str) -> int:
+    """Open and lock a file; returns its descriptor."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            _lock_now(handle)
+            if os.path.samestat(os.fstat(handle), lock.stat()):
+                return handle
+        except FileNotFoundError:
+            pass  # it was removed by the process that held it before
+        except (BlockingIOError, PermissionError):
+            os.close(handle)
+            raise UserError(busy) from None
+        except OSError as error:
+            os.close(handle)
+            raise UserError(
+                f"{lock.parent}: its file system has no file locks ({error.strerror}), which keep two runs apart; "
+                "choose a folder on another one, and copy the results"
+            ) from None
+        os.close(handle)
+
+
+def _lock_now(handle: int) -> None:
+    """Lock an open file without waiting. Raises BlockingIOError or PermissionError if another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -65,7 +65,7 @@ def segment(
 
     Writes for each image STEM.labels.png (the label map), STEM.overlay.png (with a legend) and STEM.segments.json
     (areas, confidences, COCO masks). Folders keep their structure under --out. A broken image does not stop the
-    others; it is listed at the end, and the exit code is 1. Several images are noted in manifest.jsonl: a stopped run
+    others; it is listed at the end, and the exit code is 1. Several images are noted in manifest.sqlite: a stopped run
     goes on with the same command, and what is done is not done again.
     """
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)

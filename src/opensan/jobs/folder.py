@@ -1,30 +1,38 @@
-"""Whole folders: photographs stream through the model into label maps, pictures, records and data sets.
+"""Label whole folders: images stream through the model into label maps, pictures, records and data sets.
 
-Memory does not grow with their number, and a run that was stopped, however it was, goes on where it was: a manifest in
-the results says of each photograph what was made of it, by which model, with which words.
+    plan -> jobs -> label_one, or FolderRun's threads and batches -> records -> the ledger
+
+Memory does not grow with their number, and a run that was stopped, however it was, goes on where it was: the ledger in
+the results says of each image what was made of it, by which model, with which words.
 """
 
+import errno
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from opensan import outputs
 from opensan.errors import UserError
 from opensan.images import ImageError
-from opensan.jobs.ledger import Manifest, Record, Settings, Stamp, remove_left_over
+from opensan.jobs.ledger import Ledger, Record, Stamp, settings_key, settings_of
 from opensan.outputs.datasets import DATASETS, Dataset, Labelled, Member
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    from opensan.segmenters.base import Segmenter
     from opensan.segmenters.results import ReadImage, Segmentation
-    from opensan.segmenters.san import SanSegmenter
 
 MAX_THREADS = 4
 """That read, and that write."""
+
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+"""Errors in writing that the next image would meet too; others belong to the image."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,31 +48,59 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What is asked of every image of a run, and what is written of the answers."""
+
+    vocabulary: Vocabulary
+    out: Path
+    """The folder for all results."""
+    formats: tuple[str, ...]
+    """Of `outputs.FORMATS` and `outputs.DATASETS`."""
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        """The formats that are data sets of all images."""
+        return [DATASETS[name] for name in self.formats if name in DATASETS]
+
+    def paths(self, job: Job) -> list[str]:
+        """An image's files, below the results."""
+        paths = []
+        for name in self.formats:
+            if name in DATASETS:
+                paths += DATASETS[name].paths(job.place, job.image.suffix)
+            else:
+                paths.append(f"{job.place}{outputs.FORMATS[name]}")
+        return paths
+
+
+@dataclass(frozen=True)
 class Written:
-    """A photograph is done: its files are complete, and the manifest says so."""
+    """An image is done: its files are complete."""
 
     job: Job
     areas: dict[str, float]
     """Each word's share of all pixels, in [0, 1]."""
     unlabelled: float
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A photograph in memory, and the file it is from."""
-
-    job: Job
-    image: "ReadImage"
-    source: Stamp
+    record: Record
+    """What the ledger is to say of it."""
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A photograph that can't be read."""
+    """An image that can't be read, or whose results can't be written."""
 
     job: Job
     reason: str
     """One line, naming it."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An image in memory, and the file it is from."""
+
+    job: Job
+    image: "ReadImage"
+    source: Stamp
 
 
 def plan(images: Sequence[Path], arguments: Sequence[Path]) -> list[Job]:
@@ -107,8 +143,84 @@ def absolute(path: Path) -> Path:
     return Path(os.path.normpath(path.absolute()))
 
 
+def label_one(segmenter: "Segmenter", question: Question, job: Job) -> Written | Broken:
+    """Label one image and write its files: the work of a run, without its ledger, for schedulers of any kind.
+
+    Any process may do it, in any order. Whoever drives it adds the records to a `Ledger`, as `FolderRun` does, and at
+    the end calls `complete_data_sets`. Raises UserError if the disk is full or can't be written to.
+    """
+    read = _read(segmenter, question, job)
+    if isinstance(read, Broken):
+        return read
+    (encoding,) = segmenter.encode_read([read.image])
+    return _write(question, job, read.source, segmenter.segment(encoding, question.vocabulary))
+
+
+def complete_data_sets(question: Question, jobs: Sequence[Job], done: Container[str]) -> None:
+    """Write what data sets say of all images: of those `jobs` whose places are `done`, in their order."""
+    members = [Member(job.place, job.image.suffix) for job in jobs if job.place in done]
+    for dataset in question.datasets if members else ():
+        try:
+            dataset.complete(question.out, members, question.vocabulary.names)
+        except OSError as error:
+            raise UserError(f"{error.filename or question.out}: cannot write there ({error.strerror})") from error
+
+
+def _read(segmenter: "Segmenter", question: Question, job: Job) -> _Read | Broken:
+    if question.datasets and not _is_text(f"{job.place}{job.image.suffix}"):
+        return Broken(job, f"{job.image}: its name is not UTF-8, so that data sets can't list it; rename it")
+    try:
+        source = Stamp.of(job.image)  # before it is read: if it is replaced meanwhile, the next run sees that
+        return _Read(job, segmenter.read(job.image), source)
+    except ImageError as error:
+        return Broken(job, str(error))
+    except OSError as error:
+        return Broken(job, f"{job.image}: can't be read ({error.strerror or error})")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _write(question: Question, job: Job, source: Stamp, segmentation: "Segmentation") -> Written | Broken:
+    """Write all of an image's files."""
+    place = question.out / job.place
+    own = [name for name in question.formats if name in outputs.FORMATS]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if own:
+            segmentation.save(place.parent, place.name, own)
+        labelled = Labelled(
+            job.place,
+            job.image,
+            segmentation.labels,
+            segmentation.names,
+            lambda: outputs.mean_confidence(segmentation.labels, segmentation.confidence, len(segmentation.names)),
+            segmentation.encoding.model,
+        )
+        for dataset in question.datasets:
+            dataset.add(question.out, labelled)
+        paths = {path: question.out / path for path in question.paths(job)}
+        files = {path: source if file.is_symlink() else Stamp.of(file) for path, file in paths.items()}
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or str(cause)
+        if cause.errno in OF_THE_DISK:
+            raise UserError(f"{question.out}: cannot write there ({reason})") from None
+        return Broken(job, f"{job.image}: its results can't be written to {place.parent} ({reason})")
+    unlabelled = float((segmentation.labels < 0).mean())
+    key = settings_key(settings_of(segmentation.segmenter, question.vocabulary))
+    return Written(job, segmentation.areas, unlabelled, Record(job.place, str(job.image), source, key, files))
+
+
 class FolderRun:
-    """Segments many photographs into one folder of results.
+    """Segments many images into one folder of results.
 
         run = FolderRun(segmenter, Vocabulary.parse("road, sky"), plan(images, [folder]), Path("out"), ["png", "coco"])
         with run:
@@ -116,12 +228,12 @@ class FolderRun:
                 print(done)
 
     What an earlier run has completed, with the same model, words and settings, is not made again. Opening it raises
-    ValueError, one line, on a folder that can't be written, that another run is writing to, and on unknown formats.
+    UserError on a folder that can't be written, that another run is writing to, and on unknown formats.
     """
 
     def __init__(
         self,
-        segmenter: "SanSegmenter",
+        segmenter: "Segmenter",
         vocabulary: Vocabulary,
         jobs: Sequence[Job],
         out: Path,
@@ -129,82 +241,70 @@ class FolderRun:
         *,
         batch: int = 1,
     ) -> None:
-        """`batch` photographs of one padded shape go through the network together; at most 4 times as many are in
-        memory, being read, waiting for others of their shape, and being written.
+        """`batch` images of one padded shape go through the network together; at most 4 times as many are in memory:
+        being read, waiting for others of their shape, and being written.
         """
         outputs.check_formats_of_many(formats, len(vocabulary.names))
         self._segmenter = segmenter
-        self._vocabulary = vocabulary
+        self._question = Question(vocabulary, outputs.check_writable(out), tuple(dict.fromkeys(formats)))
         self._jobs = jobs
-        self._out = outputs.check_writable(out)
-        self._formats = list(dict.fromkeys(formats))
         self._batch = batch
-        self._settings = Settings(
-            model=segmenter.fingerprint,
-            vocabulary=vocabulary.to_dict(),
-            speed=segmenter.speed,
-            dtype=str(segmenter.dtype).removeprefix("torch."),
-        )
-        self.notes: list[str] = []
+        self._ledger = Ledger(out)
+        self.notes = self._ledger.notes
         """What a user should know of an earlier run's results, once the run is open; each one line."""
         self.pending: list[Job] = []
         """What is to be done, once the run is open."""
 
     def __enter__(self) -> "FolderRun":
-        self._manifest = Manifest(self._out)
-        try:
-            remove_left_over(self._out, self._paths_of_all())
-            self._look_at_earlier_results()
-        except BaseException:
-            self._manifest.close()
-            raise
+        question = self._question
+        with ExitStack() as stack:
+            stack.enter_context(self._ledger)
+            for dataset in question.datasets:
+                self._ledger.remove_left_over(f"{dataset.folder}/{path}" for path in dataset.finished)
+            wanted = {job.place: (job.image, question.paths(job)) for job in self._jobs}
+            pending = set(self._ledger.begin(settings_of(self._segmenter, question.vocabulary), wanted))
+            self.pending = [job for job in self._jobs if job.place in pending]
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manifest.close()
+        self._stack.close()
 
     def results(self) -> Iterator[Written | Broken]:
-        """Do what is pending, in about the order of the jobs; then write what data sets say of all photographs.
+        """Do what is pending, in about the order of the jobs; then write what data sets say of all images.
 
-        Raises ValueError, one line, where results can't be written. What was done by then is complete.
+        Raises UserError where no results can be written. What was done by then is complete.
         """
         threads = min(self._batch, MAX_THREADS)
-        writing: deque[Future[tuple[Written, Record]]] = deque()
+        writing: deque[Future[Written | Broken]] = deque()
         with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
-            try:
-                for group in self._groups(readers):
-                    if isinstance(group, Broken):
-                        yield group
-                        continue
-                    encodings = self._segmenter.encode_read([one.image for one in group], batch_size=self._batch)
-                    sources = [(one.job, one.source) for one in group]
-                    group.clear()  # the encodings hold the photographs
-                    for job, source in sources:
-                        if len(writing) >= self._batch:
-                            yield self._noted(writing.popleft())
-                        segmentation = self._segmenter.segment(encodings.pop(0), self._vocabulary)
-                        writing.append(writers.submit(self._write, job, source, segmentation))
-                        del segmentation
-                while writing:
-                    yield self._noted(writing.popleft())
-            finally:
-                for future in writing:
-                    if future.exception() is None:
-                        self._noted(future)
-        self._complete_data_sets()
+            for group in self._groups(readers):
+                if isinstance(group, Broken):
+                    yield group
+                    continue
+                encodings = self._segmenter.encode_read([one.image for one in group], batch_size=self._batch)
+                sources = [(one.job, one.source) for one in group]
+                group.clear()  # the encodings hold the images
+                for job, source in sources:
+                    if len(writing) >= self._batch:
+                        yield writing.popleft().result()
+                    segmentation = self._segmenter.segment(encodings.pop(0), self._question.vocabulary)
+                    writing.append(writers.submit(self._complete, job, source, segmentation))
+                    del segmentation
+            while writing:
+                yield writing.popleft().result()
+        complete_data_sets(self._question, self._jobs, self._ledger.records)
+
+    def _complete(self, job: Job, source: Stamp, segmentation: "Segmentation") -> Written | Broken:
+        written = _write(self._question, job, source, segmentation)
+        if isinstance(written, Written):
+            self._ledger.add(written.record)
+        return written
 
     def _groups(self, readers: Executor) -> Iterator[list[_Read] | Broken]:
-        """Photographs of equal padded shape, up to a batch; not more than two batches wait for more of their shape."""
-
-        def read(job: Job) -> _Read | Broken:
-            try:
-                return _Read(job, self._segmenter.read(job.image), Stamp.of(job.image))
-            except ImageError as error:
-                return Broken(job, str(error))
-            except OSError as error:
-                return Broken(job, f"{job.image}: can't be read ({error.strerror or error})")
-
+        """Images of equal padded shape, up to a batch; fewer than two batches wait for more of their shape."""
         waiting: dict[tuple[int, int], list[_Read]] = {}
+        read = partial(_read, self._segmenter, self._question)
         for found in ahead(readers, read, self.pending, self._batch):
             if isinstance(found, Broken):
                 yield found
@@ -218,92 +318,6 @@ class FolderRun:
                 yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
         while waiting:
             yield waiting.pop(next(iter(waiting)))
-
-    def _write(self, job: Job, source: Stamp, segmentation: "Segmentation") -> tuple[Written, Record]:
-        """All of a photograph's files, and what the manifest is to say of them."""
-        place = self._out / job.place
-        own = [name for name in self._formats if name in outputs.FORMATS]
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if own:
-                segmentation.save(place.parent, place.name, own)
-            labelled = Labelled(
-                job.place,
-                job.image,
-                segmentation.labels,
-                segmentation.names,
-                lambda: outputs.mean_confidence(segmentation.labels, segmentation.confidence, len(segmentation.names)),
-                self._settings.model,
-            )
-            for dataset in self._datasets():
-                dataset.add(self._out, labelled)
-            paths = {path: self._out / path for path in self._paths(job)}
-            files = {path: source if file.is_symlink() else Stamp.of(file) for path, file in paths.items()}
-        except OSError as error:
-            raise UserError(f"{self._out}: cannot write there ({error.strerror or error})") from None
-        unlabelled = float((segmentation.labels < 0).mean())
-        return (
-            Written(job, segmentation.areas, unlabelled),
-            Record(job.place, str(job.image), source, self._settings.key, files),
-        )
-
-    def _noted(self, future: "Future[tuple[Written, Record]]") -> Written:
-        written, record = future.result()
-        self._manifest.append(record)
-        return written
-
-    def _paths(self, job: Job) -> list[str]:
-        """A photograph's files, below the results."""
-        paths = []
-        for name in self._formats:
-            if name in DATASETS:
-                paths += DATASETS[name].paths(job.place, job.image.suffix)
-            else:
-                paths.append(f"{job.place}{outputs.FORMATS[name]}")
-        return paths
-
-    def _paths_of_all(self) -> Iterator[str]:
-        for job in self._jobs:
-            yield from self._paths(job)
-        for dataset in self._datasets():
-            yield from (f"{dataset.folder}/{path}" for path in dataset.finished)
-
-    def _datasets(self) -> list[Dataset]:
-        return [DATASETS[name] for name in self._formats if name in DATASETS]
-
-    def _look_at_earlier_results(self) -> None:
-        others: Counter[str] = Counter()
-        kept_aside = 0
-        for job in self._jobs:
-            record = self._manifest.records.get(job.place)
-            if record is None:
-                self.pending.append(job)
-                continue
-            if record.settings != self._settings.key:
-                before = self._manifest.settings.get(record.settings)
-                others[self._settings.difference(before)] += 1
-            elif self._is_complete(job, record):
-                continue
-            self.pending.append(job)
-            kept_aside += record.keep_changed(self._out)
-            del self._manifest.records[job.place]  # its files are about to be replaced
-        for difference, count in others.items():
-            self.notes.append(f"{count} of {len(self._jobs)} images were done with {difference}: they are done again")
-        if kept_aside:
-            self.notes.append(f"{kept_aside} results were changed since they were written: kept as *.changed")
-        self._manifest.begin(self._settings)
-
-    def _is_complete(self, job: Job, record: Record) -> bool:
-        return (
-            record.source.still_holds(job.image)
-            and set(self._paths(job)) <= record.files.keys()
-            and all(stamp.still_holds(self._out / path) for path, stamp in record.files.items())
-        )
-
-    def _complete_data_sets(self) -> None:
-        members = [Member(job.place, job.image.suffix) for job in self._jobs if job.place in self._manifest.records]
-        for dataset in self._datasets() if members else ():
-            dataset.complete(self._out, members, self._vocabulary.names)
 
 
 def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:

@@ -1,55 +1,36 @@
-"""What was made of which photograph: manifest.jsonl, beside the results.
+"""What was made of which image: manifest.sqlite, beside the results.
 
-A line of JSON a photograph, and one for each settings (model, words) that lines refer to. Lines are only ever appended
-while a run goes on; when one begins, the file is written anew, all or nothing, without what no longer holds.
+A row for each image whose files are complete, with the settings (model, words) that they were made with. When a run
+begins, what no longer holds is taken out; what somebody has changed since is kept aside as NAME.changed.
 """
 
 import hashlib
 import json
-import os
-import re
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from io import FileIO
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from opensan.files import TRIAL, hold, keep_aside, remove_temporaries
+from opensan.journal import Journal, difference
+from opensan.vocabulary import Vocabulary
 
-from opensan.errors import UserError
-from opensan.files import TRIAL, atomic_path
+if TYPE_CHECKING:
+    from opensan.segmenters.base import Segmenter
 
-NAME = "manifest.jsonl"
+NAME = "manifest.sqlite"
+LOCK = ".opensan.lock"
+BEFORE = "manifest.jsonl"
+"""What the ledger was in version 0.1.0: read once, and taken over."""
 
-_VERSION = 1
+VERSION = 1
 """Of what is written: to be raised when the same words and model give other files."""
 
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides what the files hold, besides the photograph."""
-
-    model: str
-    """Fingerprint of the weights."""
-    vocabulary: Mapping[str, Any]
-    speed: str
-    dtype: str
-    version: int = _VERSION
-
-    @property
-    def key(self) -> str:
-        """Equal settings have equal keys."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
-    def difference(self, before: "Settings | None") -> str:
-        """ "another model, other words": how `before` differed."""
-        if before is None:
-            return "other settings"
-        changes = {"model": "another model", "vocabulary": "other words"}
-        fields = [name for name, value in asdict(self).items() if asdict(before)[name] != value]
-        return ", ".join(changes.get(name, f"another {name}") for name in fields)
+_SETTINGS, _IMAGE = "settings ", "image "
+"""Beginnings of the journal's keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +43,12 @@ class Stamp:
 
     @classmethod
     def of(cls, path: Path) -> "Stamp":
-        """Raises OSError if it can't be read."""
+        """Read the file. Raises OSError if it can't be read."""
         stat = path.stat()
         return cls(stat.st_size, stat.st_mtime_ns, _checksum(path))
 
     def still_holds(self, path: Path) -> bool:
-        """Whether the file is as it was; a copy, with a time of its own, is compared by its content."""
+        """Tell whether the file is as it was; a copy, with a time of its own, is compared by its content."""
         try:
             stat = path.stat()
             if stat.st_size != self.size:
@@ -75,6 +56,11 @@ class Stamp:
             return stat.st_mtime_ns == self.mtime_ns or _checksum(path) == self.crc32
         except OSError:
             return False
+
+    @property
+    def plain(self) -> list[int]:
+        """As JSON has it."""
+        return [self.size, self.mtime_ns, self.crc32]
 
 
 def _checksum(path: Path) -> int:
@@ -87,9 +73,10 @@ def _checksum(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was made of a photograph."""
+    """What was made of an image."""
 
     place: str
+    """The beginning of its results' paths, below the folder for all results."""
     image: str
     source: Stamp
     settings: str
@@ -97,134 +84,159 @@ class Record:
     files: Mapping[str, Stamp]
     """By path below the results."""
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        files = {path: stamp.plain for path, stamp in self.files.items()}
+        return {
+            "place": self.place,
+            "image": self.image,
+            "source": self.source.plain,
+            "settings": self.settings,
+            "files": files,
+        }
+
+    @classmethod
+    def parse(cls, data: Any) -> "Record | None":
+        """Read what `plain` gave; None of anything else, such as a path that leads out of the results."""
+        try:
+            stamps = {path: Stamp(*map(int, stamp)) for path, stamp in data["files"].items()}
+            if any(Path(path).anchor or ".." in Path(path).parts for path in (data["place"], *stamps)):
+                return None
+            return cls(data["place"], data["image"], Stamp(*map(int, data["source"])), data["settings"], stamps)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def is_complete(self, image: Path, out: Path, paths: Iterable[str]) -> bool:
+        """Tell whether the image and all files are as they were, and these `paths` are among them."""
+        return (
+            self.source.still_holds(image)
+            and set(paths) <= self.files.keys()
+            and all(stamp.still_holds(out / path) for path, stamp in self.files.items())
+        )
+
     def keep_changed(self, out: Path) -> int:
         """Rename those of the files that somebody has changed, before they are made anew; how many there were."""
-        count = 0
-        for path, stamp in self.files.items():
-            file = out / path
-            if file.is_file() and not file.is_symlink() and not stamp.still_holds(file):
-                file.rename(_unused(file))
-                count += 1
-        return count
+        changed = [
+            file
+            for file, stamp in ((out / path, stamp) for path, stamp in self.files.items())
+            if file.is_file() and not file.is_symlink() and not stamp.still_holds(file)
+        ]
+        for file in changed:
+            keep_aside(file)
+        return len(changed)
 
 
-def _unused(file: Path) -> Path:
-    """ "x.png.changed", or with a number."""
-    name, number = file.with_name(f"{file.name}.changed"), 1
-    while name.exists():
-        number += 1
-        name = file.with_name(f"{file.name}.changed{number}")
-    return name
+def settings_of(segmenter: "Segmenter", vocabulary: Vocabulary) -> dict[str, Any]:
+    """All that labels depend on, besides the image, as plain data."""
+    return {
+        "model": segmenter.fingerprint,
+        "vocabulary": vocabulary.to_dict(),
+        "speed": str(getattr(segmenter, "speed", "")),
+        "dtype": str(getattr(segmenter, "dtype", "")).removeprefix("torch."),
+        "version": VERSION,
+    }
 
 
-class Manifest:
-    """The manifest of a folder of results, held by one run at a time."""
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """Equal settings have equal keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Ledger:
+    """The ledger of a folder of results. Use as a context manager; one run at a time can."""
 
     def __init__(self, out: Path) -> None:
-        """Raises ValueError, one line, if another run holds it."""
-        self._path = out / NAME
-        self._lock = FileLock(out / ".opensan.lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{out}: another run is writing there; wait for it, or choose another --out") from None
-        self.settings: dict[str, Settings] = {}
+        """`out` is an existing folder."""
+        self._out = out
         self.records: dict[str, Record] = {}
         """By place."""
-        self._file: FileIO | None = None
-        if self._path.exists():
-            self._read()
+        self._settings: dict[str, Any] = {}
+        self.notes: list[str] = []
+        """What a user should know of it; each one line."""
 
-    def _read(self) -> None:
-        with self._path.open("rb") as file:
-            for line in file:
-                try:
-                    self._take(json.loads(line))
-                except (ValueError, TypeError, KeyError, AttributeError):
-                    continue  # half a line of a killed run: that photograph is done again
+    def __enter__(self) -> "Ledger":
+        """Raises UserError if another run holds it."""
+        busy = f"{self._out}: another run is writing there; wait for it, or choose another --out"
+        with ExitStack() as stack:
+            stack.enter_context(hold(self._out / LOCK, busy))
+            self._journal = stack.enter_context(Journal(self._out / NAME))
+            if self._journal.damaged:
+                self.notes.append(f"{self._out / NAME}: was damaged, kept as {self._journal.damaged.name}")
+            self._take_over()
+            for key, value in self._journal.items():
+                if key.startswith(_SETTINGS):
+                    self._settings[key.removeprefix(_SETTINGS)] = value
+                elif record := Record.parse(value):
+                    self.records[record.place] = record
+            self._stack = stack.pop_all()
+        return self
 
-    def _take(self, data: Mapping[str, Any]) -> None:
-        if "settings_key" in data:
-            key = data.pop("settings_key")
-            self.settings[key] = Settings(**data)
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _take_over(self) -> None:
+        """Read the ledger of an earlier version, if there is one."""
+        old = self._out / BEFORE
+        if not old.is_file():
             return
-        stamps = {path: Stamp(*map(int, stamp)) for path, stamp in data["files"].items()}
-        if any(Path(path).anchor or ".." in Path(path).parts for path in stamps):
-            raise UserError("a path that leads out of the results")
-        source = Stamp(*map(int, data["source"]))
-        self.records[data["place"]] = Record(data["place"], data["image"], source, data["settings"], stamps)
+        rows = []
+        for line in old.read_bytes().splitlines():
+            try:
+                data = json.loads(line)
+            except ValueError:
+                continue  # half a line of a killed run
+            if record := Record.parse(data):
+                rows.append((_IMAGE + record.place, record.plain, b""))
+            elif isinstance(data, dict) and "settings_key" in data:
+                rows.append((_SETTINGS + str(data.pop("settings_key")), data, b""))
+        self._journal.put_all(rows)
+        old.unlink()
+        self.notes.append(f"{old}: of an earlier version; what it says of {len(rows)} results is now in {NAME}")
 
-    def begin(self, settings: Settings) -> None:
-        """Write the manifest anew with `records` as they are now, and open it for more."""
-        self.settings[settings.key] = settings
-        used = {settings.key, *(record.settings for record in self.records.values())}
-        with atomic_path(self._path) as temporary, temporary.open("wb") as file:
-            for key, one in self.settings.items():
-                if key in used:
-                    file.write(_line({"settings_key": key, **asdict(one)}))
-            for record in self.records.values():
-                file.write(_record_line(record))
-        self._file = self._path.open("ab", buffering=0)
+    def begin(self, settings: Mapping[str, Any], wanted: Mapping[str, tuple[Path, list[str]]]) -> list[str]:
+        """Decide what is to be done: returns the places, in their order, whose files are not complete.
 
-    def append(self, record: Record) -> None:
-        """Say that a photograph's files are complete."""
+        `wanted` has the image and its files' paths of each place. Of the places that are to be done, what the ledger
+        says is forgotten, and what somebody has changed is kept aside; `notes` tell how many.
+        """
+        key, paths = settings_key(settings), [path for _, files in wanted.values() for path in files]
+        self.remove_left_over(paths)
+        pending, stale, others, kept = [], [], Counter(), 0
+        for place, (image, files) in wanted.items():
+            record = self.records.get(place)
+            if record is None:
+                pending.append(place)
+                continue
+            if record.settings != key:
+                others[difference(self._settings.get(record.settings), settings)] += 1
+            elif record.is_complete(image, self._out, files):
+                continue
+            pending.append(place)
+            stale.append(place)
+            kept += record.keep_changed(self._out)
+            del self.records[place]  # its files are about to be replaced
+        self._journal.forget(_IMAGE + place for place in stale)
+        used = {record.settings for record in self.records.values()}
+        self._journal.forget(_SETTINGS + old for old in self._settings.keys() - used)
+        self._journal.put(_SETTINGS + key, settings)
+        self._settings[key] = settings
+        for what, count in others.items():
+            self.notes.append(f"{count} of {len(wanted)} images were done with {what}: they are done again")
+        if kept:
+            self.notes.append(f"{kept} results were changed since they were written: kept as *.changed")
+        return pending
+
+    def remove_left_over(self, paths: Iterable[str]) -> None:
+        """Remove temporary files that a killed run left beside `paths` (below the results), and its trials."""
+        targets: dict[Path, set[str]] = defaultdict(set)
+        targets[self._out].add(TRIAL)
+        for path in paths:
+            targets[(self._out / path).parent].update((Path(path).name, TRIAL))
+        for folder, names in targets.items():
+            remove_temporaries(folder, names)
+
+    def add(self, record: Record) -> None:
+        """Say that an image's files are complete. Threads may call it."""
+        self._journal.put(_IMAGE + record.place, record.plain)
         self.records[record.place] = record
-        line = _record_line(record)
-        if self._file.write(line) < len(line):
-            raise UserError(f"{self._path}: cannot write there (the disk is full)")
-
-    def close(self) -> None:
-        """Leave it to the next run."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        self._lock.release()
-
-
-def _record_line(record: Record) -> bytes:
-    stamps = {path: _plain(stamp) for path, stamp in record.files.items()}
-    return _line(
-        {
-            "place": record.place,
-            "image": record.image,
-            "source": _plain(record.source),
-            "settings": record.settings,
-            "files": stamps,
-        }
-    )
-
-
-def _plain(stamp: Stamp) -> list[int]:
-    return [stamp.size, stamp.mtime_ns, stamp.crc32]
-
-
-def _line(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data).encode() + b"\n"
-
-
-# As `files.atomic_path` names them, and `files.link`.
-_TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[a-z0-9_]{8}\.part(?P<suffix>\.[^.]*)?")
-_TEMPORARY_LINK = re.compile(r"\.(?P<name>.+)\.part")
-
-
-def remove_left_over(out: Path, paths: Iterable[str]) -> None:
-    """Remove temporary files that a killed run left beside `paths` (below `out`): theirs, the manifest's, trials."""
-    targets: dict[Path, set[str]] = defaultdict(set)
-    targets[out].add(NAME)
-    for path in paths:
-        targets[(out / path).parent].add(Path(path).name)
-    for folder, names in targets.items():
-        if folder.is_dir():
-            for entry in os.scandir(folder):
-                if _target_of(entry.name) & (names | {TRIAL}):
-                    Path(entry.path).unlink(missing_ok=True)
-
-
-def _target_of(name: str) -> set[str]:
-    """The names of the files that a temporary file of this name may become."""
-    names = set()
-    if match := _TEMPORARY.fullmatch(name):
-        names.add(match["stem"] + (match["suffix"] or ""))
-    if match := _TEMPORARY_LINK.fullmatch(name):
-        names.add(match["name"])
-    return names

@@ -84,7 +84,7 @@ def check_writable(folder: str | os.PathLike) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "a file is in the way" if in_the_way else getattr(error, "strerror", None) or error
-        raise UserError(f"{folder}: cannot write there ({reason})") from None
+        raise UserError(f"{folder}: cannot write there ({reason})") from error
 
 
 class _EnoughProof(Exception):
@@ -144,7 +144,7 @@ def save(
             data = record(labels, names, areas, confidence(), vocabulary, model)
             write_text(paths["json"], json.dumps(data, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:  # the disk is full, or the name too long
-        raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
+        raise UserError(f"{error.filename or folder}: cannot write there ({error.strerror or error})") from error
     return paths
 
 
