@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from opensan.distributed import barrier, gather_objects, is_main, on_main, process_group, sum_over_ranks
+from opensan.errors import UserError
 from tests.ranks import run_ranks
 
 
@@ -27,7 +28,7 @@ def test_two_processes_share_sums_objects_and_the_main_ones_work(tmp_path: Path)
         (tmp_path / f"done-{group.rank}").touch()
 
     def refuse() -> None:
-        raise ValueError("only rank 0 knows")
+        raise UserError("only rank 0 knows")
 
     run_ranks(work)
     assert {path.name for path in tmp_path.iterdir()} == {"done-0", "done-1"}

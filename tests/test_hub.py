@@ -67,9 +67,9 @@ class Client:
             raise AssertionError(f"no answer for {source}: does it try again and again?") from None
 
     def refused(self, source) -> str:
-        """The ConnectionError's message: one line that says what works."""
+        """The HubError's message: one line that says what works."""
         answer = self.load(source)
-        assert answer.get("kind") == "ConnectionError", answer
+        assert answer.get("kind") == "HubError", answer
         message = answer["message"]
         assert "\n" not in message and not answer["chained"]
         assert message.startswith(f"{source}: tried http://127.0.0.1:")
@@ -298,12 +298,12 @@ def test_a_preset_checks_what_it_was_given(client, hub, small_model, small_confi
     torch.save({"model": to_official(small_model.state_dict(), small_config)}, wrong)
     hub.put(OFFICIAL, "san_vit_b_16.pth", wrong.getvalue())
     answer = client.load("san-vit-b16")
-    assert answer["kind"] == "ValueError" and "\n" not in answer["message"]
+    assert answer["kind"] == "UserError" and "\n" not in answer["message"]
     assert "san_vit_b_16.pth: does not hold this model's weights: missing clip_rec_head." in answer["message"]
 
     hub.put(OFFICIAL, "san_vit_large_14.pth", b"<html>Please log in to this network</html>")
     answer = client.load("san-vit-l14")
-    assert answer["kind"] == "ValueError" and "not a readable PyTorch checkpoint" in answer["message"]
+    assert answer["kind"] == "UserError" and "not a readable PyTorch checkpoint" in answer["message"]
 
 
 def test_a_transfer_that_breaks_off_leaves_nothing_behind(client, hub, model_files):
@@ -319,5 +319,5 @@ def test_a_transfer_that_breaks_off_leaves_nothing_behind(client, hub, model_fil
 def test_a_name_that_is_no_hub_id(client, hub):
     for source in ("lab/..", "lab/-small-", "a" * 100 + "/b"):
         answer = client.load(source)
-        assert answer["kind"] == "ValueError" and "\n" not in answer["message"], answer
+        assert answer["kind"] == "UserError" and "\n" not in answer["message"], answer
     assert not hub.requests

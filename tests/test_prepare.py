@@ -20,6 +20,7 @@ from opensan.data.prepare import Photograph, Source
 from opensan.data.prepare.engine import JOURNAL, prepare
 from opensan.data.prepare.source import Labelled
 from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
 
@@ -120,7 +121,7 @@ def test_where_links_can_not_be_made_files_are_hard_links_or_copies(tmp_path, mo
 
 
 def fail(message: str) -> np.ndarray:
-    raise ValueError(message)
+    raise UserError(message)
 
 
 def test_a_broken_photograph_is_left_out_and_tried_again(tmp_path):

@@ -17,6 +17,7 @@ from torch import nn
 
 from opensan.config import parse_config
 from opensan.data.augment import AugmentConfig
+from opensan.errors import UserError
 from opensan.train.checkpoint import CheckpointFolder
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
 from opensan.train.log import CsvLog
@@ -41,7 +42,7 @@ class Numbers:
 
     def load(self, index: int, generator: np.random.Generator) -> tuple[float, float, int]:
         if index == self.broken:
-            raise ValueError("cannot be read")
+            raise UserError("cannot be read")
         return index / 10, index / 5 + generator.normal(), index
 
     def collate(self, samples: list) -> torch.Tensor:
@@ -265,7 +266,7 @@ class AllBroken(Numbers):
     """No sample can be read."""
 
     def load(self, index: int, generator: np.random.Generator) -> tuple[float, float, int]:
-        raise ValueError("cannot be read")
+        raise UserError("cannot be read")
 
 
 def test_no_worker_outlives_a_run_that_fails(tmp_path):

@@ -112,14 +112,14 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def on_main(action: Callable[[], Result]) -> Result:
-    """Call `action` in the main process only; every rank gets its result, or the ValueError or OSError it raised."""
+    """Call `action` in the main process only; every rank gets its result, or the UserError or OSError it raised."""
     if not _together():
         return action()
     outcome: list[Any] = [None, None]
     if is_main():
         try:
             outcome[0] = action()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     result, error = outcome

@@ -42,7 +42,7 @@ def san_around_clip(config: ModelConfig, source: str | os.PathLike, *, seed: int
 
     Raises:
         ValueError: no such weights, or not this CLIP's; one line, naming what differs.
-        ConnectionError: the hub did not give the file.
+        HubError: the hub did not give the file.
     """
     path = _weights_path(source, config)
     state = _checked(_read(path), config.clip, str(path))

@@ -9,7 +9,7 @@ import torch
 from opensan.checkpoints.native import WEIGHTS_NAME, load_folder
 from opensan.checkpoints.pickles import first_line, load_official
 from opensan.config import CONFIG_NAME, PRESETS, ModelConfig, read_config
-from opensan.errors import UserError
+from opensan.errors import HubError, UserError
 from opensan.files import ASSETS
 from opensan.model import SAN, build_san
 
@@ -29,7 +29,7 @@ def load_model(source: str | os.PathLike) -> SAN:
 
     Raises:
         ValueError: one line saying what was wrong with the file, or what `source` could have been.
-        ConnectionError: the hub did not give the file; says what was tried and what works without a network.
+        HubError: the hub did not give the file; says what was tried and what works without a network.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -82,7 +82,7 @@ INSTEAD_OF_A_MODEL = (
 
 
 def download(model: str, repository: str, filename: str, advice: str = INSTEAD_OF_A_MODEL) -> Path:
-    """The cached or freshly downloaded file. Raises ConnectionError with what was tried and what to do."""
+    """The cached or freshly downloaded file. Raises HubError with what was tried and what to do."""
     from huggingface_hub import (
         constants,
         get_hf_file_metadata,
@@ -106,7 +106,7 @@ def download(model: str, repository: str, filename: str, advice: str = INSTEAD_O
     except HFValidationError as error:
         raise UserError(f"{repository!r} is not a hub id ({first_line(error)})") from None
     except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
-        raise ConnectionError(
+        raise HubError(
             f"{model}: tried {constants.ENDPOINT}/{repository} for {filename} and the cache {constants.HF_HUB_CACHE}: "
             f"{_reason(error)}; {advice}"
         ) from None

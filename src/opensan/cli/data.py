@@ -102,7 +102,7 @@ def prepare(
     note(f"reading {source}")
     try:
         opened = reader.open(source, **values)
-    except ConnectionError:  # an OSError too, and told in one line already
+    except UserError:  # of a hub, an OSError too
         raise
     except OSError as error:
         raise UserError(f"{error.filename or source}: can't be read ({error.strerror or error})") from None

@@ -74,7 +74,7 @@ def segment(
     kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
     try:
         outputs.check_formats_of_many(kinds, len(vocabulary.names))
-    except ValueError as error:
+    except UserError as error:
         raise UsageError(f"--format: {error}") from None
     outputs.check_writable(out)
 

@@ -1,5 +1,6 @@
 """What all commands share: one-line errors and warnings, and consoles."""
 
+import errno
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """The exit code that shells give a command stopped by Ctrl-C."""
+
+
+_OF_THE_MACHINE = frozenset(
+    getattr(errno, name, None)  # not all systems have all
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "ENOMEM", "EMFILE", "ENFILE", "EIO", "ESTALE", "EPIPE"),
+        *("EROFS", "EACCES", "EPERM", "ENAMETOOLONG"),
+    )
+) - {None}
+"""Errors that the user of the machine can mend: a full disk, a file that may not be read. Others are faults of ours."""
 
 
 class UsageError(UserError):
@@ -37,7 +48,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Turn what users can cause into one line on stderr and an exit code; leave tracebacks to mistakes of ours."""
+    """Turn a UserError into one line on stderr and an exit code; leave the traceback of any other exception."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a word that the terminal cannot show must not end the work
@@ -48,7 +59,7 @@ def reporting_errors() -> Iterator[None]:
         except (KeyboardInterrupt, typer.Abort) as interrupt:
             complain(": ".join(["interrupted", *map(str, interrupt.args)]))
             sys.exit(INTERRUPTED)
-        except (UserError, ConnectionError) as error:
+        except UserError as error:
             complain(f"error: {error}")
             sys.exit(2 if isinstance(error, UsageError) else 1)
         except ModuleNotFoundError as error:
@@ -56,12 +67,13 @@ def reporting_errors() -> Iterator[None]:
                 raise
             complain(f"error: this needs {error.name}, which is not installed; pip install opensan brings all it needs")
             sys.exit(1)
-        except OSError as error:  # of the machine: a full disk, a file that may not be read
-            complain(f"error: {error.filename + ': ' if error.filename else ''}{error.strerror or error}")
-            sys.exit(1)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+                complain(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+                sys.exit(1)
             # typer has carried click inside itself since 0.26 and used the real one before: known by what it can do.
             if not hasattr(error, "format_message"):
+                error.add_note("This is a fault of opensan, not of yours: please report it with the lines above.")
                 raise
             command = getattr(getattr(error, "ctx", None), "command_path", "opensan")
             complain(f"error: {error.format_message().rstrip('.')} (see {command} --help)")

@@ -176,7 +176,7 @@ class _Task:
             return None
         try:
             labels = read_labelled(self.image, label, self.values)[1]
-        except ValueError as error:
+        except UserError as error:
             return str(error)
         classes = len(self.values)
         return np.bincount(np.where(labels < 0, classes, labels).ravel(), minlength=classes + 1)

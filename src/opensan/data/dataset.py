@@ -19,7 +19,7 @@ class SegmentationDataset(Protocol):
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Photograph [H, W, 3] uint8 RGB, and labels [H, W] int16: 0..K-1, or -1 where unlabelled.
 
-        Raises OSError or ValueError, naming the file, when it can't be read.
+        Raises `opensan.errors.UserError` or OSError, naming the file, when it can't be read.
         """
 
     def name(self, index: int) -> str:

@@ -14,6 +14,7 @@ from rich.progress import track
 
 from opensan.assemble.labels import label_map
 from opensan.data.dataset import SegmentationDataset
+from opensan.errors import UserError
 from opensan.evaluate.metrics import Confusion, Counts, SegmentationMetrics
 from opensan.images import prepare
 from opensan.model import SAN
@@ -98,7 +99,7 @@ def evaluate(
     for index in track(indices, "evaluating", console=Console(stderr=True), disable=not progress, transient=True):
         try:
             image, truth = dataset[index]
-        except (OSError, ValueError) as error:
+        except (UserError, OSError) as error:
             broken.append(f"{dataset.name(index)}: {error}")
             continue
         counts.update(truth, predict(image))

@@ -43,7 +43,7 @@ class MeasurableDataset(SegmentationDataset, Protocol):
     """A data set whose evaluation can be planned and resumed."""
 
     def size(self, index: int) -> tuple[int, int]:
-        """(H, W) of a photograph without decoding it. Raises OSError or ValueError."""
+        """(H, W) of a photograph without decoding it. Raises UserError or OSError."""
 
     def file(self, index: int) -> Path:
         """Where the photograph is."""
@@ -159,7 +159,7 @@ def _plan(dataset: MeasurableDataset, predictor: BatchPredictor, batch: int, wor
     def shape(index: int) -> object:
         try:
             return predictor.shape(dataset.size(index))
-        except (OSError, ValueError):
+        except (UserError, OSError):
             return "unreadable"  # reading it will say why
 
     groups: Mapping[object, list[int]] = defaultdict(list)
@@ -246,7 +246,7 @@ class _Run:
             for index, future in ahead.popleft():
                 try:
                     readable.append((index, *future.result()))
-                except (OSError, ValueError) as error:
+                except (UserError, OSError) as error:
                     self._progress.broken[index] = f"{self._dataset.name(index)}: {error}"
                     self._advance(1)
             indices, truths, prepared = map(list, zip(*readable, strict=True)) if readable else ([], [], [])

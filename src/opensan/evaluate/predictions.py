@@ -116,7 +116,7 @@ class SavedPredictions:
                 entry = json.loads(file.read(end - start))
                 try:
                     labels[decode_mask(_segmentation(entry), *size)] = self._class(entry)
-                except ValueError as error:
+                except UserError as error:
                     raise UserError(f"{self.path}: prediction for {name}: {error}") from None
         return labels
 

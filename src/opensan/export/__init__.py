@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from opensan.config import CONFIG_NAME, EXPORT_NAME
-from opensan.errors import UserError
+from opensan.errors import UserError, writing
 from opensan.export import formats
 from opensan.export.check import Parity, parity
 from opensan.export.traced import graphs
@@ -56,27 +56,26 @@ def export(
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another folder, or move it away")
     model = model.eval().requires_grad_(False)
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(folder)
         temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
     try:
         runs = {}
         for name, graph in graphs(model, text=text).items():
             note(f"exporting {name}")
-            path = formats.write(name, graph, temporary, format, dtype)
+            with writing(folder):
+                path = formats.write(name, graph, temporary, format, dtype)
             runs[name] = _opened(path, narrow=name == "image" and dtype == "bfloat16")
-        _describe(model, temporary, format, dtype, text, words)
+        with writing(folder):
+            _describe(model, temporary, format, dtype, text, words)
         note("checking")
         found = parity(model, runs, dtype)
         del runs
         if found.passed:
-            flush_folder(temporary)
-            temporary.replace(folder)
-    except OSError as error:  # for example a full disk
-        raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
+            with writing(folder):
+                flush_folder(temporary)
+                temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder, found

@@ -45,7 +45,7 @@ def run_recipe(recipe: RecipeConfig) -> tuple[RunResult, SavedModel | None]:
 
     Raises:
         ValueError: one line, before anything is trained: folders, lists, classes, sizes, weights or packages.
-        ConnectionError: a hub did not provide the weights.
+        HubError: a hub did not provide the weights.
         Diverged: see `opensan.train.loop.Trainer.run`.
     """
     with process_group(_device(recipe.device)) as group:
@@ -91,7 +91,7 @@ def start_model(start: StartConfig, seed: int) -> SAN:
 
     Raises:
         ValueError: no such model or weights, or they do not fit together; one line.
-        ConnectionError: a hub did not provide the weights.
+        HubError: a hub did not provide the weights.
     """
     if start.weights == "model":
         return load_model(start.model)
@@ -110,7 +110,7 @@ def _start_config(name: str) -> ModelConfig:
         return read_config(folder / CONFIG_NAME)
     try:
         return preset_config(name)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"start.model: {error}, or a model folder") from None
 
 
@@ -136,7 +136,7 @@ def _panel(predict: Predictor, held_out: SegmentationDataset, count: int) -> dic
     for index in (number * len(held_out) // count for number in range(count)):
         try:
             image, truth = held_out[index]
-        except (OSError, ValueError):  # the evaluation has reported this image
+        except (UserError, OSError):  # the evaluation has reported this image
             continue
         rows.append(PanelRow(held_out.name(index), image, truth, predict(image)))
     return {"validation": panel(rows, held_out.vocabulary.names)} if rows else {}
@@ -148,7 +148,7 @@ def _save_model(model: SAN, recipe: RecipeConfig) -> SavedModel:
     best = None
     try:
         best = CheckpointFolder(recipe.out / "checkpoints", recipe.loop.keep).load_best()
-    except ValueError as error:
+    except UserError as error:
         warnings.warn(f"{error}: the last model is kept in place of the best", stacklevel=2)
     if best:
         load_parameters(san_parameter_groups(model), best["parameters"], str(recipe.out))

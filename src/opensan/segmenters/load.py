@@ -46,7 +46,7 @@ def load(
 
     Raises:
         ValueError: unknown model or option, a damaged file, or a missing library; one line.
-        ConnectionError: the hub did not answer; says what was tried and what works offline.
+        HubError: the hub did not answer; says what was tried and what works offline.
     """
     folder = exported_folder(source)
     if folder is None:

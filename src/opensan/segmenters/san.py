@@ -155,7 +155,7 @@ def load_san(
 
     Raises:
         ValueError: unknown model or device, or a damaged file; one line.
-        ConnectionError: the hub did not answer; says what was tried and what works offline.
+        HubError: the hub did not answer; says what was tried and what works offline.
     """
     if random_weights is None:
         model = load_model(source)

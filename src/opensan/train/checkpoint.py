@@ -48,7 +48,7 @@ class CheckpointFolder:
         for path in self._newest_first("step"):
             try:
                 return _read(path), messages
-            except (OSError, ValueError) as error:
+            except (UserError, OSError) as error:
                 messages.append(f"{error}; falling back to the checkpoint before")
                 path.replace(path.with_suffix(".damaged"))
         return None, messages

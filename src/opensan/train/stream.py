@@ -32,7 +32,7 @@ class TrainingSource(Protocol):
         """Return the sample's name for messages."""
 
     def load(self, index: int, generator: np.random.Generator) -> Any:
-        """Read and augment a sample, drawing from `generator` only. Raises OSError or ValueError if it is broken."""
+        """Read and augment a sample, drawing from `generator` only. Raises UserError or OSError if it is broken."""
 
     def collate(self, samples: list[Any]) -> Any:
         """Return a batch: an object with `to(device)`, and with `pin_memory()` for asynchronous copies to a GPU."""
@@ -142,7 +142,7 @@ class _Positions(Dataset):
         self.seed = seed
         self.orders = None  # made in the worker, because cached permutations are not sent between processes
 
-    def __getitem__(self, index: tuple[int, int]) -> _Item | ValueError:
+    def __getitem__(self, index: tuple[int, int]) -> _Item | UserError:
         """Load a sample. Errors that end the run are returned, because a worker's exception adds pages of traceback."""
         number, position = index
         self.orders = self.orders or [SampleOrder(len(source), self.seed, i) for i, source in enumerate(self.sources)]
@@ -154,14 +154,14 @@ class _Positions(Dataset):
             name = source.name(sample)
             try:
                 return _Item(number, source.load(sample, generator), name, tuple(broken))
-            except (OSError, ValueError) as error:
+            except (UserError, OSError) as error:
                 broken.append(f"{name}: {error}")
                 if len(broken) == MOST_REPLACEMENTS:
                     return UserError(f"{len(broken)} broken samples in a row, the last: {broken[-1]}")
             sample = int(generator.integers(len(source)))
 
-    def collate(self, items: list[_Item | ValueError]) -> LoadedBatch | ValueError:
-        if error := next((item for item in items if isinstance(item, ValueError)), None):
+    def collate(self, items: list[_Item | UserError]) -> LoadedBatch | UserError:
+        if error := next((item for item in items if isinstance(item, UserError)), None):
             return error
         return LoadedBatch(
             self.sources[items[0].source].collate([item.sample for item in items]),
@@ -229,8 +229,8 @@ def stream(
             batches._shutdown_workers()
 
 
-def _checked(loaded: LoadedBatch | ValueError) -> LoadedBatch:
-    if isinstance(loaded, ValueError):
+def _checked(loaded: LoadedBatch | UserError) -> LoadedBatch:
+    if isinstance(loaded, UserError):
         raise loaded
     return loaded
 

@@ -172,7 +172,7 @@ def _wanted(source: Source, splits: Sequence[str] | None) -> tuple[list[Photogra
     for name, count in counts.items():
         try:
             canonical.check_name(name)
-        except ValueError as error:
+        except UserError as error:
             refused[name] = str(error)
         if count > 1:
             refused[name] = f"{count} images have this name, so labels could be either's; rename all but one"
@@ -229,7 +229,7 @@ def _journalled(lines: Iterable[str]) -> Iterator[PhotographRecord]:
     for line in lines:
         try:
             yield canonical.parse_record(line, JOURNAL)
-        except ValueError:
+        except UserError:
             continue  # half a line of a killed run: that photograph is prepared again
 
 
@@ -251,7 +251,7 @@ class _Task:
             read = self.photograph.labels()
             labelled = read if isinstance(read, Labelled) else Labelled(read, ())
             values = _label_values(labelled.labels, pixels.shape[:2], self.classes)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             reason = " ".join(str(error).split())
             return LeftOut(self.photograph.name, reason, getattr(error, "unknown_value", None))
         return self._write(image, values, labelled.left_out)

@@ -205,7 +205,7 @@ class _Instances:
         for name, label, segmentation in self.objects:
             try:
                 layers.add(mask_of(segmentation, *self.size), label)
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"{self.name}: {name}: {error}") from None
         return turn(layers.labels)
 

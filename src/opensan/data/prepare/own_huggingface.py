@@ -18,7 +18,7 @@ import numpy as np
 from opensan.data.prepare.own_labels import class_values, from_values, read_map
 from opensan.data.prepare.own_photographs import NO_SPLIT, below, evaluation_split, vocabulary_of, without
 from opensan.data.prepare.source import Photograph, Reader, Source
-from opensan.errors import UserError
+from opensan.errors import HubError, UserError
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def _download(repo: str, folder: Path) -> None:
             if any(folder.rglob("*.parquet")) or any(folder.rglob("*.arrow")):
                 return
     except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
-        raise ConnectionError(
+        raise HubError(
             f"repo={repo}: the hub did not give it ({' '.join(str(error).split())[:200]}); "
             f"download its .parquet files elsewhere, put them into {folder}, and leave repo= out"
         ) from None

@@ -177,5 +177,5 @@ def vocabulary_of(names: Sequence[str], place: str) -> Vocabulary:
     """Class names as they are. Raises ValueError, beginning with `place`, on none, blank or repeated ones."""
     try:
         return Vocabulary(tuple(Word(name) for name in names))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{place}: {error}") from None
