@@ -70,6 +70,30 @@ def test_same_labels_as_in_python(run, tmp_path, model_folder):
     np.testing.assert_array_equal(np.where(found == 255, -1, found), expected)
 
 
+def test_lists_given_in_several_options_are_one(run, tmp_path, model_folder):
+    image = photograph(tmp_path / "x.png", 5)
+    code, _, stderr = run("segment", image, "--words", "road", "--words", "sky|heaven, car", "--background", "sea",
+        "--background", '["wall"]', "--model", model_folder, "--out", tmp_path, "--format", "png", "--format", "json")  # fmt: skip
+    assert (code, stderr) == (0, "")
+    vocabulary = json.loads((tmp_path / "x.segments.json").read_text())["vocabulary"]
+    assert vocabulary["words"] == ["road", {"name": "sky", "synonyms": ["heaven"]}, "car"]
+    assert vocabulary["background"] == ["sea", "wall"]
+    assert (tmp_path / "x.labels.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--words-set", "pascal_voc_20", "--words-set", "ade20k_150"), "--words-set was given 2 times: choose one"),
+        (("--words", "a", "--templates", "vild", "--templates", "single"), "--templates was given 2 times"),
+        (("--words", '{"words": ["a"]}', "--words", "b"), "a JSON object is a whole vocabulary"),
+    ],
+)
+def test_options_that_are_no_lists_are_given_once(run, tmp_path, options, says):
+    code, _, stderr = run("segment", photograph(tmp_path / "x.png", 5), *options, "--out", tmp_path)
+    assert code == 2 and says in stderr and len(stderr.strip().splitlines()) == 1
+
+
 def test_folder_with_broken_files(run, tmp_path, model_folder):
     folder, out = tmp_path / "in", tmp_path / "out"
     photograph(folder / "a.jpg", 1)

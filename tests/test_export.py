@@ -124,6 +124,10 @@ def test_known_words_need_no_text_tower(exported, tmp_path):
         san.segment(check.SCENE, "sky,street", background="car").labels,
         whole.segment(check.SCENE, "sky,street", background="car").labels,
     )
+    assert np.array_equal(
+        san.segment(check.SCENE, "Sky, STREET", background=" Car").labels,  # capitals and spaces reach no token
+        whole.segment(check.SCENE, "sky,street", background="car").labels,
+    )
     with pytest.raises(ValueError, match=r"word 'dog': .* knows only road, street, car, sky"):
         san.segment(check.SCENE, "sky,dog")
     (folder / "words.safetensors").write_bytes(b"nothing")

@@ -156,6 +156,83 @@ def test_bad_words_get_one_line(spec, says):
     assert says in error_of(lambda: Vocabulary.parse(spec))
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ('["night sky", "brick"]', ["night sky", "brick"]),
+        ("['night sky', \"rock 'n' roll\"]", ["night sky", "rock 'n' roll"]),
+        ("('road', 'car')", ["road", "car"]),
+        ('["road, route", {"name": "car"}]', ["road, route", "car"]),
+        ("road; car", ["road", "car"]),
+        ("道路、车，天空", ["道路", "车", "天空"]),
+        ("دارة، سيارة", ["دارة", "سيارة"]),
+        ("road\ncar\r\n\nsky\n", ["road", "car", "sky"]),
+        ("road,\ncar,\nsky", ["road", "car", "sky"]),
+        ('"road, route", car', ["road, route", "car"]),
+        ("“road”, ‘car’, 'sky'", ["road", "‘car’", "sky"]),
+        ('"a, b"; c', ["a, b", "c"]),
+        ("\ufeffroad, c\u00adar\u200b", ["road", "car"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),  # a joiner that Persian needs
+        ("12\" pipe, '57 Chevy, 24/7, 3D model, (old) church", ['12" pipe', "'57 Chevy", "24/7", "3D model", "(old) church"]),
+    ],
+)
+def test_text_lists_words_as_people_write_them(text, names):
+    assert Vocabulary.parse(text).names == names
+    assert [word.name for word in Vocabulary.parse(["x"], background=text).words[1:]] == names
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("road, route; car", "has commas and semicolons"),
+        ("[night sky, brick]", "begins like a list and is none"),
+        ("['road'", "begins like a list and is none"),
+        ("('road'", "begins like a list and is none"),
+        ("[" * 100_000, "begins like a list and is none"),
+        ('{"road", "car"}', "begins like a list and is none"),
+        ('["road", 5]', "word 2 is 5: a word is text"),
+        ('{"road": 0, "car": 1}', "unknown key 'road'"),
+        ("words.txt", "looks like a file: give it as --words-file"),
+        (r"C:\data\words", "looks like a file"),
+        ("../words", "looks like a file"),
+        ("0: road, 1: car", "word 1 '0: road' has a number"),
+        ("road=0, car=1", "word 1 'road=0' has a number"),
+        ("1. road\n2. car", "word 1 '1. road' has a number"),
+        ("- road\n- car", "begins with '-'"),
+        ('"road, car"', "all words stand in one pair of quotation marks"),
+        ("'road, car'", "all words stand in one pair of quotation marks"),
+        ('"road, car', "none ends it"),
+        ('"big" road, car', "quotation marks inside"),
+        ("road, \u200b, car", "word 2 is blank"),
+        ("\u200b", "empty"),
+        ("road;;car", "word 2 is blank"),
+    ],
+)
+def test_text_that_is_no_clear_list_is_refused(text, says):
+    assert says in error_of(lambda: Vocabulary.parse(text))
+
+
+def test_text_may_be_a_whole_vocabulary():
+    vocabulary = Vocabulary.parse('{"words": ["road"], "background": ["sky"]}')
+    assert [(word.name, word.absorbs) for word in vocabulary.words] == [("road", False), ("sky", True)]
+
+
+def test_in_a_list_each_text_is_a_word_whatever_it_holds():
+    names = ["a; b", "words.txt", "0: road", '"quoted"', "- x", "道、路"]
+    vocabulary = Vocabulary.parse(names)
+    assert vocabulary.names == names
+    assert Vocabulary.parse(vocabulary.to_dict()) == vocabulary
+
+
+def test_a_single_text_is_no_list_of_synonyms():
+    assert "synonyms of 'vehicle' must be a list of texts, not 'car'" in error_of(lambda: Word("vehicle", "car"))
+    assert "prompts of 'vehicle'" in error_of(lambda: Word("vehicle", ("car",), "a car"))
+
+
+def test_words_that_look_alike_are_repetitions():
+    assert error_of(lambda: Vocabulary.parse(["road", "ro\u200bad"])) == "word 2 'road' repeats word 1 'road'"
+
+
 def test_words_that_tokens_tell_apart_are_no_repetition():
     assert Vocabulary.parse("Maße, Masse").names == ["Maße", "Masse"]
 
@@ -198,6 +275,50 @@ def test_text_file(tmp_path):
     assert Vocabulary.parse(path, background="other").words[-1] == Word("other", absorbs=True)
 
 
+def test_text_files_of_windows(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_bytes("road\r\nStraße\r\n".encode("utf-16"))  # PowerShell's ">", with its mark
+    assert Vocabulary.from_file(path).names == ["road", "Straße"]
+
+
+def test_yaml_files(tmp_path):
+    path = tmp_path / "words.yaml"
+    for text in ("- road, route\n- {name: car, synonyms: [taxi]}\n", "words: ['road, route', car|taxi]\n"):
+        path.write_text(text)
+        assert Vocabulary.from_file(path).row_class == [0, 1, 1]
+    path.write_text("train: images\nnames:\n  0: road\n  1: car\n")  # YOLO's data.yaml
+    assert Vocabulary.from_file(path).names == ["road", "car"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("words.yaml", "- road\n- no\n", "word 2 is False: a word is text, or in quotation marks"),
+        ("words.yaml", "names: {1: road, 2: car}\n", "numbers are not 0, 1, 2"),
+        ("words.yaml", "[" * 100_000, "not valid YAML"),
+        ("words.yaml", "- !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("words.yaml", "a: &a [x, x]\nb: &b [*a, *a]\nnames: [*b, *b]\n", "word 1 is"),
+        ("words.txt", "- road\n- car\n", "line 1 '- road' begins with '-'"),
+        ("words.txt", "road, car, sky\n", "has commas, which belong to a name: put each word on a line"),
+        ("words.txt", "road\ncar; sky\n", "line 2 'car; sky' has ';'"),
+        ("words.txt", "0: road\n1: car\n", "line 1 '0: road' has a number"),
+        ("words.csv", "id,name\n0,road\n", "line 1 'id,name' is of a table"),
+        ("words.csv", "name\nroad\n", "line 1 'name' is a heading"),
+    ],
+)
+def test_word_files_that_are_no_clear_list_are_refused(tmp_path, name, text, says):
+    path = tmp_path / name
+    path.write_text(text)
+    message = error_of(lambda: Vocabulary.from_file(path))
+    assert says in message and message.startswith(str(path))
+
+
+def test_json_in_a_text_file(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text('["road, route",\n "car"]')
+    assert Vocabulary.from_file(path).names == ["road, route", "car"]
+
+
 def test_text_file_errors_name_the_line(tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("# comment\nroad\n\nsky\nRoad\n")
@@ -220,7 +341,7 @@ def test_json_files(tmp_path):
     [
         (b"", "empty"),
         (b"# nothing\n", "empty"),
-        (b"\xff\xfer\x00o\x00", "not UTF-8 text"),
+        (b"stra\xdfe\n", "not UTF-8 text"),
         (b"road\x00sky", "binary"),
         (b"x" * (32 * 2**20 + 1), "longer than 32 MiB"),
     ],

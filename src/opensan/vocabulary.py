@@ -15,15 +15,13 @@ from typing import Any
 
 from opensan.errors import UserError
 from opensan.files import ASSETS
+from opensan.word_lists import lines_of, listed_names, read_text, read_words, short, without_invisible, word_list
 
 UNLABELLED = -1
 """The label of a pixel that no word got: an absorbing (background) word won it."""
 
 MAX_WORDS = 65_534
 """Label maps are written as 16-bit PNG at most, with 65,535 for unlabelled."""
-
-MAX_FILE_BYTES = 32 * 2**20
-"""Longer word files are refused unread; 65,534 words take a megabyte or two."""
 
 TEMPLATE_SETS = {
     "single": ("a photo of a {}.",),
@@ -54,12 +52,16 @@ _WORD_KEYS = {"name", "text", "synonyms", "prompts", "background"}
 _VOCABULARY_KEYS = {"words", "background", "templates"}
 # Control characters would reach the terminal; a line break would make two words of one where words stand a line each;
 # lone surrogates (undecodable bytes of a command line) can't be written.
+_BAR = re.compile("[|｜]")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Word:
-    """One class."""
+    """One class. Characters that can't be seen (zero-width spaces and their like) are left out of all texts.
+
+    Raises ValueError, one line, if synonyms or prompts are a single text.
+    """
 
     name: str
     """What results call it."""
@@ -71,8 +73,12 @@ class Word:
     """A background or "other" word: it takes pixels, and they are reported as unlabelled."""
 
     def __post_init__(self):
-        object.__setattr__(self, "synonyms", tuple(self.synonyms) or (self.name,))
-        object.__setattr__(self, "prompts", self.prompts and tuple(self.prompts))
+        for field in ("synonyms", "prompts"):
+            if isinstance(texts := getattr(self, field), str):
+                raise UserError(f"{field} of {short(self.name)} must be a list of texts, not {short(texts)}")
+        object.__setattr__(self, "name", _visible(self.name))
+        object.__setattr__(self, "synonyms", tuple(map(_visible, self.synonyms)) or (self.name,))
+        object.__setattr__(self, "prompts", self.prompts and tuple(map(_visible, self.prompts)))
 
 
 @dataclass(frozen=True)
@@ -121,8 +127,10 @@ class Vocabulary:
         Args:
             spec: one of
 
-                - a string `"road, car|automobile|taxi, sky"`: commas separate words, `|` separates synonyms, the first
-                  of which is the display name;
+                - a string `"road, car|automobile|taxi, sky"`: commas (or semicolons, line breaks, and their like in
+                  other scripts) separate words, `|` separates synonyms, the first of which is the display name. A word
+                  in quotation marks may hold commas;
+                - a string that is a JSON or Python list, `'["road", "sky"]'`: what that list is;
                 - a list of such names, in which a comma is part of the name: `["road, route", "car|taxi"]`;
                 - a list of dicts with `"name"` and, if wanted, `"text"` (what prompts say instead of the name),
                   `"synonyms"`, `"prompts"`, `"background"`;
@@ -135,6 +143,8 @@ class Vocabulary:
         """
         if isinstance(spec, os.PathLike):
             return cls.from_file(spec, background=background, templates=templates)
+        if isinstance(spec, str):
+            spec = word_list(spec)
         if isinstance(spec, Vocabulary):
             words, own_templates = spec.words, spec.templates
         elif isinstance(spec, Mapping):
@@ -150,13 +160,13 @@ class Vocabulary:
     def from_file(
         cls, path: str | os.PathLike[str], *, background: object = (), templates: Templates | None = None
     ) -> "Vocabulary":
-        """Read a word file (UTF-8, at most 32 MiB).
+        """Read a word file (UTF-8, or UTF-16 with its byte order mark; at most 32 MiB).
 
         Args:
-            path: `.json` holds a list as in `parse`, `{"names": [...]}` like the ready sets, or an object with "words",
-                "background" and "templates". Anything else is text, a word a line: `|` separates synonyms, commas
-                belong to the name, blank lines are skipped, and `#` at the start of a line or after white space begins
-                a comment.
+            path: `.json` and `.yaml` hold a list as in `parse`, `{"names": [...]}` like the ready sets, or an object
+                with "words", "background" and "templates". Anything else is text, a word a line: `|` separates
+                synonyms, commas belong to the name, blank lines are skipped, and `#` at the start of a line or after
+                white space begins a comment.
             background: as in `parse`.
             templates: as in `parse`.
 
@@ -164,16 +174,13 @@ class Vocabulary:
             ValueError: one line naming the file and the place.
         """
         path = Path(path)
-        text = _read(path)
         try:
-            if path.suffix.lower() == ".json":
-                spec: object = _from_json(text)
-            else:
-                lines = list(_lines(text))
-                spec = tuple(_named(line, f"line {number}") for number, line in lines)
-                _check_words(spec, [f"line {number}" for number, _ in lines])
+            spec, places = read_words(path)
+            if places is not None:
+                spec = tuple(_named(text, place) for text, place in zip(spec, places, strict=True))
+                _check_words(spec, places)
             return cls.parse(spec, background=background, templates=templates)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
     @classmethod
@@ -203,16 +210,12 @@ def ready_sets() -> list[str]:
 
 
 def _words(spec: object) -> tuple[Word, ...]:
-    """The words of a comma string or of a list; not yet checked."""
+    """The words of a text or of a list; not yet checked."""
     if isinstance(spec, str):
-        return (
-            tuple(_named(part.strip(), f"word {n}") for n, part in enumerate(spec.split(","), 1))
-            if spec.strip()
-            else ()
-        )
+        spec = word_list(spec)
     if isinstance(spec, list | tuple):
         return tuple(_word(entry, f"word {n}") for n, entry in enumerate(spec, 1))
-    raise UserError(f"words must be a string or a list, not {type(spec).__name__} ({_short(spec)})")
+    raise UserError(f"words must be a string or a list, not {type(spec).__name__} ({short(spec)})")
 
 
 def _word(entry: object, place: str) -> Word:
@@ -222,18 +225,19 @@ def _word(entry: object, place: str) -> Word:
     if isinstance(entry, str):
         return _named(entry, place)
     if not isinstance(entry, Mapping):
-        raise UserError(f'{place} is {_short(entry)}: a word is text, or a dict with "name"')
+        hint = ", or in quotation marks" if isinstance(entry, bool | int | float | None) else ""  # YAML reads "no" as False
+        raise UserError(f'{place} is {short(entry)}: a word is text{hint}, or a dict with "name"')
     for key in entry:
         if key not in _WORD_KEYS:
             raise UserError(f"{place} has an unknown key {key!r}: known are {', '.join(sorted(_WORD_KEYS))}")
     if not isinstance(entry.get("name"), str):
-        raise UserError(f'{place} needs a "name" that is text, not {_short(entry.get("name"))}')
-    place = f"{place} ({_short(entry['name'])})"
+        raise UserError(f'{place} needs a "name" that is text, not {short(entry.get("name"))}')
+    place = f"{place} ({short(entry['name'])})"
     text = entry.get("text", entry["name"])
     if not isinstance(text, str):
-        raise UserError(f'{place}: "text" must be text, not {_short(text)}')
+        raise UserError(f'{place}: "text" must be text, not {short(text)}')
     if not isinstance(entry.get("background", False), bool):
-        raise UserError(f'{place}: "background" must be true or false, not {_short(entry["background"])}')
+        raise UserError(f'{place}: "background" must be true or false, not {short(entry["background"])}')
     prompts = _texts(entry, "prompts", place)
     return Word(
         entry["name"], (text, *_texts(entry, "synonyms", place)), prompts or None, entry.get("background", False)
@@ -243,45 +247,45 @@ def _word(entry: object, place: str) -> Word:
 def _texts(entry: Mapping, key: str, place: str) -> tuple[str, ...]:
     texts = entry.get(key) or ()
     if isinstance(texts, str) or not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-        raise UserError(f'{place}: "{key}" must be a list of texts, not {_short(texts)}')
+        raise UserError(f'{place}: "{key}" must be a list of texts, not {short(texts)}')
     return tuple(texts)
 
 
 def _named(text: str, place: str) -> Word:
     """ "car|automobile|taxi" -> a word called "car" with three synonyms."""
-    if "|" not in text:
+    if not _BAR.search(text):
         return Word(text)
-    synonyms = tuple(part.strip() for part in text.split("|"))
+    synonyms = tuple(part.strip() for part in _BAR.split(without_invisible(text)))
     if not all(synonyms):
-        raise UserError(f"{place} ({_short(text)}): synonym {synonyms.index('') + 1} is blank")
+        raise UserError(f"{place} ({short(text)}): synonym {synonyms.index('') + 1} is blank")
     return Word(synonyms[0], synonyms)
 
 
 def _words_and_templates(data: Mapping) -> tuple[tuple[Word, ...], tuple[str, ...]]:
     """The content of a JSON object: a ready set's {"names"} or {"words", "background", "templates"}."""
     if "names" in data and "words" not in data:
-        return _words(_list_of(data, "names")), TEMPLATE_SETS["vild"]
+        return _words(_list_of({"names": listed_names(data["names"])}, "names")), TEMPLATE_SETS["vild"]
     for key in data:
         if key not in _VOCABULARY_KEYS:
-            raise UserError(f'unknown key {_short(key)}: a vocabulary has "words", "background" and "templates"')
+            raise UserError(f'unknown key {short(key)}: a vocabulary has "words", "background" and "templates"')
     background = _words(_list_of(data, "background")) if "background" in data else ()
     templates = data.get("templates", "vild")
     # Data from outside may name a template set, but never a file to read.
     if isinstance(templates, str) and templates not in TEMPLATE_SETS:
-        raise UserError(f'"templates" must be {_set_names()} or a list, not {_short(templates)}')
+        raise UserError(f'"templates" must be {_set_names()} or a list, not {short(templates)}')
     absorbing = tuple(Word(word.name, word.synonyms, word.prompts, True) for word in background)
     return _words(_list_of(data, "words")) + absorbing, _templates(templates)
 
 
 def _list_of(data: Mapping, key: str) -> list | tuple:
     if not isinstance(data.get(key), list | tuple):
-        raise UserError(f'"{key}" must be a list of words, not {_short(data.get(key))}')
+        raise UserError(f'"{key}" must be a list of words, not {short(data.get(key))}')
     return data[key]
 
 
 def _word_to_plain(word: Word) -> str | dict[str, Any]:
     """The shortest entry that `_word` reads back to an equal word (absorbing aside)."""
-    if word.synonyms == (word.name,) and word.prompts is None and "|" not in word.name:
+    if word.synonyms == (word.name,) and word.prompts is None and not _BAR.search(word.name):
         return word.name
     plain: dict[str, Any] = {"name": word.name}
     if word.synonyms[0] != word.name:
@@ -313,31 +317,35 @@ def _check_words(words: Sequence[Word], places: Sequence[str]) -> None:
     for index, word in enumerate(words):
         _check_text(word.name, places[index])
         for text in word.synonyms:
-            _check_text(text, f"{places[index]} ({_short(word.name)}): a synonym")
+            _check_text(text, f"{places[index]} ({short(word.name)}): a synonym")
         for text in word.prompts or ():
-            _check_text(text, f"{places[index]} ({_short(word.name)}): a prompt")
+            _check_text(text, f"{places[index]} ({short(word.name)}): a prompt")
         texts = word.synonyms if word.name in word.synonyms else (*word.synonyms, word.name)
         own = set()
         for text in texts:
             key = _key(text)
             first = owner.setdefault(key, index)
             if key in own:
-                raise UserError(f"{places[index]} ({_short(word.name)}): synonym {_short(text)} stands there twice")
+                raise UserError(f"{places[index]} ({short(word.name)}): synonym {short(text)} stands there twice")
             if first != index:
-                synonym = "" if text == word.name else f" (synonym {_short(text)})"
+                synonym = "" if text == word.name else f" (synonym {short(text)})"
                 raise UserError(
-                    f"{places[index]} {_short(word.name)}{synonym} repeats {places[first]} {_short(words[first].name)}"
+                    f"{places[index]} {short(word.name)}{synonym} repeats {places[first]} {short(words[first].name)}"
                 )
             own.add(key)
 
 
 def _check_text(text: object, place: str) -> None:
     if not isinstance(text, str):
-        raise UserError(f"{place} is {_short(text)}: it must be text")
+        raise UserError(f"{place} is {short(text)}: it must be text")
     if not text.strip():
         raise UserError(f"{place} is blank")
     if _UNPRINTABLE.search(text):
-        raise UserError(f"{place} ({_short(text)}) has a line break or control character, or is not valid text")
+        raise UserError(f"{place} ({short(text)}) has a line break or control character, or is not valid text")
+
+
+def _visible(text: object) -> object:
+    return without_invisible(text) if isinstance(text, str) else text
 
 
 def _key(text: str) -> str:
@@ -350,18 +358,18 @@ def _templates(spec: Templates) -> tuple[str, ...]:
     if isinstance(spec, str) and spec in TEMPLATE_SETS:
         return TEMPLATE_SETS[spec]
     if isinstance(spec, str) and ("{}" in spec or not re.search(r"[./\\]", spec)):
-        raise UserError(f"unknown template set {_short(spec)}: choose {_set_names()}, or give a text file or a list")
+        raise UserError(f"unknown template set {short(spec)}: choose {_set_names()}, or give a text file or a list")
     if isinstance(spec, str | os.PathLike):
         path = Path(spec)
-        templates = tuple(line for _, line in _lines(_read(path)))
         try:
+            templates = tuple(line for _, line in lines_of(read_text(path)))
             _check_templates(templates)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{path}: {error}") from None
         return templates
     if isinstance(spec, list | tuple):
         return tuple(spec)
-    raise UserError(f"templates must be {_set_names()}, a text file or a list, not {_short(spec)}")
+    raise UserError(f"templates must be {_set_names()}, a text file or a list, not {short(spec)}")
 
 
 def _check_templates(templates: Sequence[str]) -> None:
@@ -371,52 +379,10 @@ def _check_templates(templates: Sequence[str]) -> None:
     for number, template in enumerate(templates, 1):
         _check_text(template, f"template {number}")
         if template.count("{}") != 1:
-            raise UserError(f'template {number} {_short(template)} must hold "{{}}" exactly once, where the word goes')
+            raise UserError(f'template {number} {short(template)} must hold "{{}}" exactly once, where the word goes')
         if first.setdefault(template, number) != number:
-            raise UserError(f"template {number} {_short(template)} repeats template {first[template]}")
+            raise UserError(f"template {number} {short(template)} repeats template {first[template]}")
 
 
 def _set_names() -> str:
     return " or ".join(f'"{name}"' for name in TEMPLATE_SETS)
-
-
-def _read(path: Path) -> str:
-    """The text of a file. Raises ValueError, one line, on one that can't be read, is too long, or is not text."""
-    try:
-        # Bounded by what is read, not by what the file system says: a pipe or a device has no size.
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
-    except ValueError:  # a NUL in the name
-        raise UserError(f"{str(path)!r}: not a file name") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise UserError(f"{path}: longer than {MAX_FILE_BYTES // 2**20} MiB, not a list of words")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    if "\0" in text:
-        raise UserError(f"{path}: binary data, not text")
-    return text
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """(line number, content) of the lines that hold anything but comments."""
-    for number, line in enumerate(text.splitlines(), 1):
-        content = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
-        if content:
-            yield number, content
-
-
-def _from_json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({error})") from None
-
-
-def _short(value: object) -> str:
-    """repr, cut to what fits in a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

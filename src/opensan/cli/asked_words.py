@@ -1,39 +1,76 @@
 """How commands are asked for words."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from opensan.cli.terminal import UsageError
 from opensan.vocabulary import Vocabulary
+from opensan.word_lists import word_list
 
 Words = Annotated[
-    str | None,
-    typer.Option(help='What to look for: "road, car|automobile|taxi, sky" (| joins synonyms).', show_default=False),
+    list[str] | None,
+    typer.Option(
+        help='What to look for: "road, car|automobile|taxi, sky" (| joins synonyms). May be given several times.',
+        show_default=False,
+    ),
 ]
 WordsFile = Annotated[
-    Path | None, typer.Option(help="The words from a file: a word a line, or JSON.", show_default=False)
+    list[Path] | None,
+    typer.Option(help="The words from a file: a word a line, JSON, or YAML.", show_default=False),
 ]
 WordsSet = Annotated[
-    str | None, typer.Option(help="A ready label set; `opensan words` lists them.", show_default=False)
+    list[str] | None, typer.Option(help="A ready label set; `opensan words` lists them.", show_default=False)
 ]
-Background = Annotated[str, typer.Option(help="Words whose pixels are reported as unlabelled.", show_default=False)]
+Background = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Words whose pixels are reported as unlabelled. May be given several times.", show_default=False
+    ),
+]
 Templates = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(help="Prompts: vild (the default), single, or a file with one a line.", show_default=False),
 ]
 
+T = TypeVar("T")
+
 
 def asked_vocabulary(
-    words: str | None, words_file: Path | None, words_set: str | None, background: str, templates: str | None
+    words: Sequence[str] | None,
+    words_file: Sequence[Path] | None,
+    words_set: Sequence[str] | None,
+    background: Sequence[str] | None,
+    templates: Sequence[str] | None,
 ) -> Vocabulary:
     """The words that a command was given. Raises UsageError unless they were given in exactly one way."""
     given = {"--words": words, "--words-file": words_file, "--words-set": words_set}
-    if sum(value is not None for value in given.values()) != 1:
+    if sum(bool(value) for value in given.values()) != 1:
         raise UsageError(f"give the words by exactly one of {', '.join(given)}")
-    if words_file is not None:
-        return Vocabulary.from_file(words_file, background=background, templates=templates)
-    if words_set is not None:
-        return Vocabulary.ready(words_set, background=background, templates=templates)
-    return Vocabulary.parse(words, background=background, templates=templates)
+    more = {"background": _joined("--background", background), "templates": _single("--templates", templates)}
+    if words_file:
+        return Vocabulary.from_file(_single("--words-file", words_file), **more)
+    if words_set:
+        return Vocabulary.ready(_single("--words-set", words_set), **more)
+    return Vocabulary.parse(_joined("--words", words), **more)
+
+
+def _joined(option: str, texts: Sequence[str] | None) -> Any:
+    """The lists of an option that was given several times, as one."""
+    if not texts:
+        return ()
+    if len(texts) == 1:
+        return texts[0]
+    lists = [word_list(text) for text in texts]
+    if not all(isinstance(listed, list) for listed in lists):
+        raise UsageError(f"{option}: a JSON object is a whole vocabulary: give it alone")
+    return [word for listed in lists for word in listed]
+
+
+def _single(option: str, values: Sequence[T] | None) -> T | None:
+    """The value of an option that is no list; the command line would silently drop all but the last."""
+    if values and len(values) > 1:
+        raise UsageError(f"{option} was given {len(values)} times: choose one")
+    return values[0] if values else None

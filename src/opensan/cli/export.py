@@ -45,7 +45,7 @@ def export(
     words: Words = None,
     words_file: WordsFile = None,
     words_set: WordsSet = None,
-    background: Background = "",
+    background: Background = None,
     templates: Templates = None,
     random_weights: Annotated[
         int | None,
@@ -62,7 +62,7 @@ def export(
     is 1 if they are too large.
     """
     known = None
-    if background or any(given is not None for given in (words, words_file, words_set, templates)):
+    if background or any((words, words_file, words_set, templates)):
         known = asked_vocabulary(words, words_file, words_set, background, templates)
     note(f"loading {model}")
     from opensan.checkpoints import load_model, random_model

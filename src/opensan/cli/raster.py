@@ -30,7 +30,7 @@ def segment_raster(
     words: Words = None,
     words_file: WordsFile = None,
     words_set: WordsSet = None,
-    background: Background = "",
+    background: Background = None,
     templates: Templates = None,
     model: Annotated[str, typer.Option(help="As for `opensan segment`.")] = "san-vit-b16",
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("out"),

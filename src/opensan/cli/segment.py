@@ -30,7 +30,7 @@ def segment(
     words: Words = None,
     words_file: WordsFile = None,
     words_set: WordsSet = None,
-    background: Background = "",
+    background: Background = None,
     templates: Templates = None,
     model: Annotated[
         str,
@@ -41,14 +41,15 @@ def segment(
     ] = "san-vit-b16",
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("out"),
     formats: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             "--format",
             metavar="LIST",
-            help="What to write, of: png (label map), overlay, json; and as data sets of all: coco, yolo, voc, "
-            "labelstudio.",
+            help="What to write, of: png (label map), overlay, json (these three are the default); and as data sets "
+            "of all: coco, yolo, voc, labelstudio. With commas between, or given several times.",
+            show_default=False,
         ),
-    ] = "png,overlay,json",
+    ] = None,
     device: Device = "cpu",
     speed: Annotated[
         Speed, typer.Option(help="fast: about twice as fast where the processor has bfloat16, nearly the same labels.")
@@ -71,7 +72,8 @@ def segment(
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
     from opensan import outputs  # imported only now, like all that --help can do without
 
-    kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
+    listed = ",".join(formats) if formats is not None else "png,overlay,json"
+    kinds = [kind.strip() for kind in listed.split(",") if kind.strip()]
     try:
         outputs.check_formats_of_many(kinds, len(vocabulary.names))
     except UserError as error:

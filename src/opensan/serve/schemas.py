@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 
 from opensan.errors import UserError
 from opensan.serve.limits import Problem, ServiceLimits
 from opensan.vocabulary import Vocabulary, Word
+from opensan.word_lists import word_list
 
 PROMPTS_AT_ONCE = 256
 """Embedded while other questions wait: about a second of B/16 on a CPU."""
@@ -73,6 +74,16 @@ class Question(_Strict):
         | Annotated[list[_Template], Field(json_schema_extra={"minItems": 1, "uniqueItems": True})]
         | None
     ) = Field(None, description='The prompts: a set\'s name, or texts with one "{}" each.')
+
+    @field_validator("words", "background", mode="before")
+    @classmethod
+    def _listed(cls, words: Any) -> Any:
+        """The entries that a text lists."""
+        if not isinstance(words, str):
+            return words
+        if not isinstance(listed := word_list(words), list):
+            raise UserError("an object with words and background: send them as fields of their own")
+        return listed
 
     def vocabulary(self, limits: ServiceLimits) -> Vocabulary:
         """Raises Problem (422), one line, if it is more than `limits` allow or cannot be used."""
@@ -166,36 +177,28 @@ class Format(StrEnum):
 
 
 def question_from_form(fields: Mapping[str, Sequence[str]]) -> Question:
-    """From the text fields of a form: each a comma string, or JSON if it begins with a bracket.
+    """From the text fields of a form: words as everywhere, templates a set's name, a text, or a JSON list.
 
     A field that is sent several times is one list; HTML forms and many clients send lists so.
     """
-    values: dict[str, Any] = {}
-    for name, texts in fields.items():
-        found = [_from_field(name, text) for text in texts]
-        if len(found) == 1:
-            values[name] = found[0]
-        else:
-            values[name] = [one for part in found for one in (_listed(name, part) if isinstance(part, str) else part)]
     try:
+        values = {name: _from_field(name, texts) for name, texts in fields.items()}
         return Question.model_validate(values)
     except ValidationError as error:
         raise Problem(422, one_line(error.errors())) from None
+    except UserError as error:
+        raise Problem(422, str(error)) from None
 
 
-def _from_field(name: str, text: str) -> Any:
-    """A comma string as it is, or what its JSON holds."""
-    if not text.lstrip().startswith("["):
-        return text
+def _from_field(name: str, texts: Sequence[str]) -> Any:
+    if name != "templates":  # these may hold commas
+        return texts[0] if len(texts) == 1 else [word for text in texts for word in Question._listed(text)]
+    if len(texts) > 1 or not texts[0].lstrip().startswith("["):
+        return texts[0] if len(texts) == 1 else list(texts)
     try:
-        return json.loads(text)
+        return json.loads(texts[0])
     except (ValueError, RecursionError):
         raise Problem(422, f"the field {name!r} is not valid JSON") from None
-
-
-def _listed(name: str, text: str) -> list[str]:
-    """The members of a comma string. A template may hold commas."""
-    return [text] if name == "templates" else [word.strip() for word in text.split(",")]
 
 
 def text_parts(vocabulary: Vocabulary) -> list[Vocabulary]:
@@ -220,6 +223,8 @@ def one_line(errors: Any) -> str:
     error = errors[0]
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON ({error['ctx']['error']})"
+    if error["type"] == "value_error":  # of ours: a whole sentence
+        return str(error["ctx"]["error"])
     field = next((part for part in error["loc"] if part in _FORMS), None)
     if field is not None:  # pydantic tells what is wrong by each of the forms that would be right
         return f"{field}: {_FORMS[field]}"
@@ -236,15 +241,13 @@ _FORMS = {
 }
 
 
-def _plain(words: Words) -> str | list[Any]:
-    if isinstance(words, str):
-        return words
+def _plain(words: Words) -> list[Any]:
     return [word if isinstance(word, str) else word.model_dump(exclude_none=True) for word in words]
 
 
 def _texts(words: Words) -> Iterator[str]:
     """All texts that the model would read, before templates."""
-    for word in words.split(",") if isinstance(words, str) else words:
+    for word in words:
         if isinstance(word, str):
             yield from word.split("|")
         else:

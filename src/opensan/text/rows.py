@@ -64,8 +64,12 @@ class Tower:
 
 
 def row_key(tower: str, prompts: Sequence[str]) -> bytes:
-    """What the mean embedding of `prompts` is kept under; `tower` is the fingerprint of what embeds them."""
-    return hashlib.sha256("\0".join([tower, *prompts]).encode()).digest()
+    """What the mean embedding of `prompts` is kept under; `tower` is the fingerprint of what embeds them.
+
+    Prompts that differ in capitals or white space alone, which reach no token, have one key.
+    """
+    same = (" ".join(prompt.lower().split()) for prompt in prompts)
+    return hashlib.sha256("\0".join([tower, *same]).encode()).digest()
 
 
 class TextRows:

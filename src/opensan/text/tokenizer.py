@@ -6,8 +6,8 @@ merges, then start and end of text.
 
 import functools
 import gzip
+import heapq
 import html
-import math
 from itertools import pairwise
 
 import regex
@@ -64,18 +64,28 @@ class Tokenizer:
             return (self._number[piece],)
         parts = [self._letters[byte] for byte in piece.encode()]
         parts[-1] += _WORD_END
-        while len(parts) > 1:
-            best = min(pairwise(parts), key=lambda pair: self._rank.get(pair, math.inf))
-            if best not in self._rank:
-                break
-            joined: list[str] = []
-            for part in parts:
-                if joined and (joined[-1], part) == best:
-                    joined[-1] += part
-                else:
-                    joined.append(part)
-            parts = joined
-        return tuple(self._number[part] for part in parts)
+        count = len(parts)
+        before, after = list(range(-1, count - 1)), list(range(1, count + 1))
+        # The pair that joining makes comes later in the merges than the pair joined, so that one place at a time from the
+        # left gives what all places at once give.
+        places = [(self._rank[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in self._rank]
+        heapq.heapify(places)
+        while places:
+            rank, at = heapq.heappop(places)
+            beside = after[at]
+            if beside >= count or self._rank.get((parts[at], parts[beside])) != rank:
+                continue  # one of the two was joined to another part
+            parts[at] += parts[beside]
+            parts[beside] = ""
+            after[at] = after[beside]
+            if after[at] < count:
+                before[after[at]] = at
+            for begin in (before[at], at):
+                if begin >= 0 and after[begin] < count:
+                    rank = self._rank.get((parts[begin], parts[after[begin]]))
+                    if rank is not None:
+                        heapq.heappush(places, (rank, begin))
+        return tuple(self._number[part] for part in parts if part)
 
 
 def _repaired(text: str) -> str:

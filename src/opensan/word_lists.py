@@ -1,0 +1,244 @@
+"""Lists of words as people write them: a line of text, a JSON or Python list, a text, JSON or YAML file.
+
+Commands, Python, the service and files all read words here, so that one rule holds everywhere.
+"""
+
+import ast
+import codecs
+import json
+import re
+import reprlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from opensan.errors import UserError
+
+MAX_FILE_BYTES = 32 * 2**20
+"""Longer word files are refused unread; 65,534 words take a megabyte or two."""
+
+MAX_YAML_BYTES = 2**20
+"""YAML is read a hundred times more slowly than JSON."""
+
+_COMMAS = ",，、،﹐､"
+_SEMICOLONS = ";；؛"
+_QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»", "「": "」"}
+# Characters that nobody sees, of which a word copied from a page or a chat may be full: they would make another word.
+_INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+# The joiners matter inside a script or a picture that uses them, and nowhere else.
+_STRAY_JOINER = re.compile("(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])")
+_FILE = re.compile(r"^(?:[a-z]:[\\/]|~?/|\.{1,2}[\\/]|\\\\)|\.(?:txt|json|ya?ml|csv|tsv)$", re.IGNORECASE)
+_NUMBERED = re.compile(r"^\d+\s*(?:[:=]\s*|[.)]\s+)\D|^\D[^:=]*[:=]\s*\d+$")
+_BULLET = re.compile(r"[-*•]\s")
+_HEADINGS = {"name", "names", "word", "words", "class", "classes", "label", "labels", "category", "categories"}
+
+
+def word_list(text: str) -> Any:
+    """The words that a text lists: plain entries, as a JSON file may hold them, not yet checked.
+
+    Commas separate words (also `、`, `，` and line breaks; or semicolons, if there is no comma). A word in quotation
+    marks may hold them. A text that begins with a bracket is a JSON or Python list, or a JSON object.
+
+    Raises:
+        UserError: one line; the text is no list of words, or it is not clear which.
+    """
+    text = _INVISIBLE.sub("", text).strip()
+    if text[:1] in ("[", "{") or re.match(r"\(\s*['\"]", text):
+        return _literal(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    parts: list[str] = []
+    used: set[str] = set()
+    for number, line in enumerate(lines, 1):
+        found = _split(line, used)
+        if number < len(lines) and found[-1] == "":  # "road,\ncar": the line break adds nothing to the comma
+            found.pop()
+        parts += found
+    if used & set(_COMMAS) and used & set(_SEMICOLONS):
+        raise UserError(
+            f"{short(text)} has commas and semicolons: separate words by one of them, and put a word that holds the "
+            'other in quotation marks ("...")'
+        )
+    if parts and parts[0][:1] == "'" and parts[-1][-1:] == "'" and len(parts) > 1 and parts[0][-1:] != "'":
+        raise UserError(f"all words stand in one pair of quotation marks ({short(text)}): leave these out")
+    parts = [part[1:-1].strip() if len(part) > 2 and part[0] == part[-1] == "'" else part for part in parts]
+    for number, part in enumerate(parts, 1):
+        _refuse_no_word(part, f"word {number}")
+    return parts
+
+
+def read_words(path: Path) -> tuple[Any, list[str] | None]:
+    """The words of a file: what it holds, and for a text file what to call each entry in an error ("line 7").
+
+    Raises:
+        UserError: one line, without the path.
+    """
+    text = read_text(path)
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return _from_json(text), None
+    if suffix in (".yaml", ".yml"):
+        return _from_yaml(text), None
+    if text.lstrip()[:1] in ("[", "{"):
+        return _literal(text), None
+    lines = list(lines_of(text))
+    for number, line in lines:
+        _refuse_line(line, f"line {number}", table=suffix in (".csv", ".tsv"))
+    if suffix in (".csv", ".tsv") and lines and lines[0][1].lower() in _HEADINGS:
+        raise UserError(f"line {lines[0][0]} {short(lines[0][1])} is a heading: leave it out")
+    if len(lines) == 1 and "," in lines[0][1]:
+        raise UserError(
+            f"its only line, {short(lines[0][1])}, has commas, which belong to a name: put each word on a line"
+        )
+    return [line for _, line in lines], [f"line {number}" for number, _ in lines]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, UTF-8 or UTF-16 with its mark. Raises UserError on one that can't be read or is no text."""
+    try:
+        # Bounded by what is read, not by what the file system says: a pipe or a device has no size.
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror})") from None
+    except ValueError:  # a NUL in the name
+        raise UserError("not a file name") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise UserError(f"longer than {MAX_FILE_BYTES // 2**20} MiB, not a list of words")
+    # PowerShell's ">" writes UTF-16.
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8 text") from None
+    if "\0" in text:
+        raise UserError("binary data, not text")
+    return text
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """(line number, content) of the lines that hold anything but comments."""
+    for number, line in enumerate(text.splitlines(), 1):
+        content = _INVISIBLE.sub("", re.split(r"(?:^|\s)#", line, maxsplit=1)[0]).strip()
+        if content:
+            yield number, content
+
+
+def without_invisible(text: str) -> str:
+    """`text` without characters that cannot be seen and say nothing: zero-width spaces, soft hyphens, and their like."""
+    return text if text.isascii() else _STRAY_JOINER.sub("", _INVISIBLE.sub("", text))
+
+
+def short(value: object) -> str:
+    """repr on one line, cut to what fits in a message."""
+    text = repr(value[:80]) if isinstance(value, str) else " ".join(_repr.repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+_repr = reprlib.Repr()  # of a list of lists of lists, by reference, the whole repr would fill the memory
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 60, 60
+
+
+def _split(line: str, used: set[str]) -> list[str]:
+    """The parts of a line; a part in quotation marks may hold separators, and loses the marks. Adds to those `used`."""
+    parts, begin, closing = [], 0, ""
+    for place, character in enumerate(line):
+        if closing:
+            closing = "" if character == closing else closing
+        elif character in _COMMAS or character in _SEMICOLONS:
+            used.add(character)
+            parts.append(line[begin:place].strip())
+            begin = place + 1
+        elif character in _QUOTES and not line[begin:place].strip():
+            closing = _QUOTES[character]
+    parts.append(line[begin:].strip())
+    if closing:
+        raise UserError(f"{short(parts[-1])} begins with a quotation mark, and none ends it")
+    return [_unquoted(part, len(parts)) for part in parts]
+
+
+def _unquoted(part: str, count: int) -> str:
+    if part[:1] not in _QUOTES:
+        return part
+    closing = _QUOTES[part[0]]
+    if len(part) < 2 or part.find(closing, 1) != len(part) - 1:
+        raise UserError(f"{short(part)} has quotation marks inside: put all of the word in one pair, or leave them out")
+    if count == 1 and any(mark in part for mark in _COMMAS + _SEMICOLONS):
+        raise UserError(f"all words stand in one pair of quotation marks ({short(part)}): leave these out")
+    return part[1:-1].strip()
+
+
+def _refuse_no_word(text: str, place: str) -> None:
+    """Refuse what stands in lists of words and is none."""
+    if _FILE.search(text):
+        raise UserError(
+            f"{place} {short(text)} looks like a file: give it as --words-file, or in Python as a pathlib.Path"
+        )
+    if _NUMBERED.search(text):
+        raise UserError(f"{place} {short(text)} has a number: give the names alone; their order numbers them from 0")
+    if _BULLET.match(text):
+        raise UserError(f"{place} {short(text)} begins with {text[0]!r}, as lists in notes do: leave it out")
+
+
+def _refuse_line(line: str, place: str, *, table: bool) -> None:
+    """The same for a line of a word file, where commas belong to the name."""
+    if table and re.search(r'[,;\t"]', line):
+        raise UserError(f"{place} {short(line)} is of a table: give a text file with a word on each line, or JSON")
+    if mark := next((mark for mark in (*_SEMICOLONS, *_COMMAS[1:]) if mark in line), None):
+        raise UserError(
+            f'{place} {short(line)} has {mark!r}: put each word on a line of its own, or write JSON ({{"name": ...}}) '
+            "if it belongs to the name"
+        )
+    _refuse_no_word(line, place)
+
+
+def _literal(text: str) -> Any:
+    """A JSON or Python list, or a JSON object, that a text is. YAML's lists without quotation marks are refused."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        found = _python_literal(text)
+    if isinstance(found, list | tuple | dict):
+        return list(found) if isinstance(found, tuple) else found
+    raise UserError(
+        f'{short(text)} begins like a list and is none: write ["road", "car"], or the words alone with commas between'
+    )
+
+
+def _python_literal(text: str) -> Any:
+    """What Python's literal `text` is: no name and no call, so nothing is run. None if it is none."""
+    try:
+        with warnings.catch_warnings():  # about a backslash
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON ({error})") from None
+
+
+def _from_yaml(text: str) -> Any:
+    import yaml
+
+    if len(text) > MAX_YAML_BYTES:
+        raise UserError(f"more than {MAX_YAML_BYTES // 2**20} MiB of YAML: give a text file with a word on each line")
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(f"not valid YAML ({' '.join(str(error).split())[:200]})") from None
+    return [] if found is None else found
+
+
+def listed_names(names: object) -> object:
+    """A list of names from a list, or from a mapping of the numbers 0, 1, ... to names, as YOLO's data files have it."""
+    if not isinstance(names, Mapping):
+        return names
+    numbers = {str(number): name for number, name in names.items()}
+    if list(numbers) != [str(number) for number in range(len(numbers))]:
+        raise UserError(f"the names' numbers are not 0, 1, 2, ... in order: {short(list(numbers))}")
+    return list(numbers.values())
