@@ -139,6 +139,28 @@ def test_a_field_that_is_sent_several_times_is_a_list(service):
     refused(send(*[("words", "sky")] * 600), 400, "Too many fields")
 
 
+def test_text_lists_words_by_the_one_rule(service):
+    """Of a form, and of a JSON body whose words are text."""
+    form = lambda text: service.client.post("/v1/segmentation", **multipart((b"words", text.encode())))  # noqa: E731
+    encoded = service.client.post("/v1/encodings", files={"image": photograph()}).json()["id"]
+    body = lambda text: service.client.post(  # noqa: E731
+        f"/v1/encodings/{encoded}/segmentation", json={"words": text}
+    )
+    for ask in (form, body):
+        for text in (
+            '["night sky", "brick"]',
+            "['night sky', 'brick']",
+            "night sky; brick",
+            "night sky、brick",
+            "night sky\nbrick",
+        ):
+            assert words_of(ask(text)) == ["night sky", "brick"], text
+        refused(ask("[night sky, brick]"), 422, "begins like a list")
+        refused(ask("a, b; c"), 422, "commas and semicolons")
+        refused(ask("words.txt"), 422, "looks like a file")
+        refused(ask('{"words": ["a"]}'), 422, "fields of their own")
+
+
 def test_forms_of_any_charset_are_read_or_refused(service, log):
     def send(words: bytes, charset: bytes = b"") -> httpx.Response:
         return service.client.post("/v1/segmentation", **multipart((b"words", words), content_type=charset))

@@ -173,7 +173,10 @@ def test_bad_words_get_one_line(spec, says):
         ('"a, b"; c', ["a, b", "c"]),
         ("\ufeffroad, c\u00adar\u200b", ["road", "car"]),
         ("می\u200cخواهم", ["می\u200cخواهم"]),  # a joiner that Persian needs
-        ("12\" pipe, '57 Chevy, 24/7, 3D model, (old) church", ['12" pipe', "'57 Chevy", "24/7", "3D model", "(old) church"]),
+        (
+            "12\" pipe, '57 Chevy, 24/7, 3D model, (old) church",
+            ['12" pipe', "'57 Chevy", "24/7", "3D model", "(old) church"],
+        ),
     ],
 )
 def test_text_lists_words_as_people_write_them(text, names):

@@ -225,7 +225,9 @@ def _word(entry: object, place: str) -> Word:
     if isinstance(entry, str):
         return _named(entry, place)
     if not isinstance(entry, Mapping):
-        hint = ", or in quotation marks" if isinstance(entry, bool | int | float | None) else ""  # YAML reads "no" as False
+        hint = (
+            ", or in quotation marks" if isinstance(entry, bool | int | float | None) else ""
+        )  # YAML reads "no" as False
         raise UserError(f'{place} is {short(entry)}: a word is text{hint}, or a dict with "name"')
     for key in entry:
         if key not in _WORD_KEYS:

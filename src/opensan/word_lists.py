@@ -201,7 +201,7 @@ def _literal(text: str) -> Any:
     if isinstance(found, list | tuple | dict):
         return list(found) if isinstance(found, tuple) else found
     raise UserError(
-        f'{short(text)} begins like a list and is none: write ["road", "car"], or the words alone with commas between'
+        f'{short(text)} begins like a list and is none: write JSON, ["road", "car"], or the words alone with commas between'
     )
 
 

@@ -26,9 +26,7 @@ WordsSet = Annotated[
 ]
 Background = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Words whose pixels are reported as unlabelled. May be given several times.", show_default=False
-    ),
+    typer.Option(help="Words whose pixels are reported as unlabelled. May be given several times.", show_default=False),
 ]
 Templates = Annotated[
     list[str] | None,

@@ -5,6 +5,22 @@ const key = (text) => text.split("|")[0].trim().toLowerCase().replace(/\s+/g, " 
 /** "car | taxi |" -> "car|taxi". */
 export const tidy = (text) => text.split("|").map((part) => part.trim()).filter(Boolean).join("|");
 
+// What separates words in a line of text; `opensan.word_lists` has the same.
+const SEPARATORS = /[,，、،﹐､;；؛\r\n]/;
+
+/** The words of pasted text: of a JSON list, or of a line or lines. */
+function pasted(text) {
+  if (text.trim().startsWith("[")) {
+    try {
+      const listed = JSON.parse(text);
+      if (Array.isArray(listed) && listed.every((word) => typeof word === "string")) return listed;
+    } catch {
+      // no list: plain text
+    }
+  }
+  return text.split(SEPARATORS);
+}
+
 export const css = (colour) => `rgb(${colour.join(" ")})`;
 
 export function percent(share) {
@@ -22,6 +38,7 @@ export class Words {
     this.words = []; // {text, shown, element}
     input.addEventListener("input", (event) => this.#typed(event));
     input.addEventListener("keydown", (event) => this.#pressed(event));
+    input.addEventListener("paste", (event) => this.#pasted(event));
     chips.addEventListener("keydown", (event) => this.#pressedOnChip(event));
   }
 
@@ -115,11 +132,20 @@ export class Words {
   }
 
   #typed(event) {
-    if (this.input.value.includes(",") && !event.isComposing) {
-      const parts = this.input.value.split(",");
+    if (SEPARATORS.test(this.input.value) && !event.isComposing) {
+      const parts = this.input.value.split(SEPARATORS);
       this.input.value = parts.pop().trimStart();
       parts.forEach((part) => this.#add(part));
     }
+    this.onChange(event);
+  }
+
+  /** A field of one line would join pasted lines without anything between them. */
+  #pasted(event) {
+    const parts = pasted(event.clipboardData.getData("text"));
+    if (parts.length < 2) return;
+    event.preventDefault();
+    parts.forEach((part) => this.#add(part));
     this.onChange(event);
   }
 
