@@ -72,8 +72,9 @@ def test_same_labels_as_in_python(run, tmp_path, model_folder):
 
 def test_lists_given_in_several_options_are_one(run, tmp_path, model_folder):
     image = photograph(tmp_path / "x.png", 5)
-    code, _, stderr = run("segment", image, "--words", "road", "--words", "sky|heaven, car", "--background", "sea",
-        "--background", '["wall"]', "--model", model_folder, "--out", tmp_path, "--format", "png", "--format", "json")  # fmt: skip
+    words = ("--words", "road", "--words", "sky|heaven, car", "--background", "sea", "--background", '["wall"]')
+    formats = ("--format", "png", "--format", "json")
+    code, _, stderr = run("segment", image, *words, "--model", model_folder, "--out", tmp_path, *formats)
     assert (code, stderr) == (0, "")
     vocabulary = json.loads((tmp_path / "x.segments.json").read_text())["vocabulary"]
     assert vocabulary["words"] == ["road", {"name": "sky", "synonyms": ["heaven"]}, "car"]

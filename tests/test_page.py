@@ -242,6 +242,20 @@ def test_hover_and_click_tell_the_region(page, segmenter):
     expect(page.locator("#mask")).to_be_hidden()
 
 
+def test_pasted_lists_become_words(page):
+    open_picture(page)
+    paste = """text => {
+      const data = new DataTransfer();
+      data.setData("text", text);
+      document.querySelector("#word-input-a").dispatchEvent(
+        new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+    }"""
+    for text in ('["night sky", "grass, dry"]', "brick; white moon", "water、sand\nsnow"):
+        page.evaluate(paste, text)
+    names = page.locator(".chip .name")
+    expect(names).to_have_text(["night sky", "grass, dry", "brick", "white moon", "water", "sand", "snow"])
+
+
 def test_two_vocabularies_side_by_side(page, segmenter):
     open_picture(page)
     words_of(page, "night sky, brick, ")

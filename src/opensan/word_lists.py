@@ -125,7 +125,7 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
 
 
 def without_invisible(text: str) -> str:
-    """`text` without characters that cannot be seen and say nothing: zero-width spaces, soft hyphens, and their like."""
+    """`text` without characters that cannot be seen and say nothing, as zero-width spaces and soft hyphens."""
     return text if text.isascii() else _STRAY_JOINER.sub("", _INVISIBLE.sub("", text))
 
 
@@ -201,7 +201,8 @@ def _literal(text: str) -> Any:
     if isinstance(found, list | tuple | dict):
         return list(found) if isinstance(found, tuple) else found
     raise UserError(
-        f'{short(text)} begins like a list and is none: write JSON, ["road", "car"], or the words alone with commas between'
+        f'{short(text)} begins like a list and is none: write JSON, ["road", "car"], or the words alone with commas '
+        "between"
     )
 
 
@@ -235,7 +236,7 @@ def _from_yaml(text: str) -> Any:
 
 
 def listed_names(names: object) -> object:
-    """A list of names from a list, or from a mapping of the numbers 0, 1, ... to names, as YOLO's data files have it."""
+    """A list of names as it is, or of a mapping of the numbers 0, 1, ... to names, as YOLO's data files have it."""
     if not isinstance(names, Mapping):
         return names
     numbers = {str(number): name for number, name in names.items()}

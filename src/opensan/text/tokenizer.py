@@ -66,8 +66,8 @@ class Tokenizer:
         parts[-1] += _WORD_END
         count = len(parts)
         before, after = list(range(-1, count - 1)), list(range(1, count + 1))
-        # The pair that joining makes comes later in the merges than the pair joined, so that one place at a time from the
-        # left gives what all places at once give.
+        # The pair that joining makes comes later in the merges than the pair joined, so that one place at a time, from
+        # the left, gives what all places at once give.
         places = [(self._rank[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in self._rank]
         heapq.heapify(places)
         while places:
