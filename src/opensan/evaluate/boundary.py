@@ -1,4 +1,4 @@
-"""Boundary IoU (Cheng et al., CVPR 2021) of label maps: how well contours fit, which plain IoU hardly sees.
+"""Boundary IoU (Cheng et al., CVPR 2021) of label maps: measures how well contours fit, which IoU hardly shows.
 
 A class's band is the part of its mask within d pixels (chessboard distance) of another label or of the image's edge:
 what d erosions by a 3 x 3 square take away. One pass over a label map gives the bands of all its classes.
@@ -12,18 +12,18 @@ BAND_SHARE = 0.02
 """Width of the band as a share of the image's diagonal (the paper's, section 4)."""
 
 _OUTSIDE = -2
-"""What lies beyond the edge: no label of the image's."""
+"""Value of pixels beyond the image's edge; not a label."""
 
 
 def band_width(shape: tuple[int, int]) -> int:
-    """d in pixels for an image of (H, W)."""
+    """Return the band's width in pixels for an image of (H, W)."""
     return max(1, round(BAND_SHARE * math.hypot(*shape)))
 
 
 def boundary_band(labels: np.ndarray, width: int) -> np.ndarray:
-    """Bool [H, W]: the pixels with another label, or the outside, within `width` pixels; labels [H, W] are -1 or more.
+    """Return bool [H, W]: pixels within `width` of another label or the image's edge; labels [H, W] are -1 or more.
 
-    A square is of one label exactly if no two neighbours in it differ, so looking for differing neighbours will do.
+    A square has one label exactly if no two neighbours in it differ, so it is enough to look for differing neighbours.
     """
     padded = np.pad(labels, width, constant_values=_OUTSIDE)
     across = padded[:, 1:] != padded[:, :-1]
@@ -35,7 +35,7 @@ def boundary_band(labels: np.ndarray, width: int) -> np.ndarray:
 
 
 def _any_of_next(flags: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """Whether any of the `length` flags from each place on is set; shorter than `flags` by length - 1 along `axis`."""
+    """Return whether any of the `length` flags from each index on is set; `length` - 1 fewer along `axis`."""
     flags = flags.swapaxes(0, axis)
     reach = 1
     while reach < length:
@@ -46,7 +46,7 @@ def _any_of_next(flags: np.ndarray, length: int, axis: int) -> np.ndarray:
 
 
 def band_counts(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """[K, 3] int64: pixels of each class's band in the truth, in the prediction, and in both.
+    """Return [K, 3] int64: pixels of each class's band in the truth, in the prediction, and in both.
 
     truth and predicted are [H, W] with 0..K-1 or -1. Where the truth is unlabelled nothing is counted, and both maps
     end there as they end at the image's edge.

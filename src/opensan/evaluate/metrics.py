@@ -1,4 +1,4 @@
-"""Segmentation metrics from counts of pixels, whatever the number of photographs.
+"""Compute segmentation metrics from counts of pixels, in memory that does not grow with the number of images.
 
 Two rules for the mean IoU are in use and papers mix them, so each has its own name here:
 `miou` is the mean over classes that occur in the ground truth (common since July 2022; SAN's logs), `miou_union`
@@ -16,13 +16,13 @@ from opensan.evaluate.boundary import band_counts
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """One class."""
+    """Metrics of one class."""
 
     name: str
     iou: float
     """Intersection over union in [0, 1]; nan for a class that neither occurs nor is predicted."""
     accuracy: float
-    """Share of its pixels that are found, in [0, 1]; nan for a class that does not occur."""
+    """Share of its pixels with the right label, in [0, 1]; nan for a class that does not occur."""
     boundary_iou: float
     """IoU of its boundary bands (see `opensan.evaluate.boundary`); nan as for `iou`."""
     pixels: int
@@ -33,19 +33,19 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Pixels of one class that were taken for another."""
+    """Pixels of one class that were predicted as another."""
 
     truth: str
     predicted: str
     """"unlabelled" where no class was given."""
     pixels: int
     share: float
-    """Of the true class's pixels, in [0, 1]."""
+    """Share of the true class's pixels, in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class SegmentationMetrics:
-    """All figures, in [0, 1]; nan when no class qualifies."""
+    """All metrics, in [0, 1]; nan when no class qualifies."""
 
     miou: float
     """Mean IoU over the classes that occur in the ground truth."""
@@ -62,26 +62,26 @@ class SegmentationMetrics:
     classes: tuple[ClassMetrics, ...]
 
     def summary(self) -> dict[str, float]:
-        """The figures of all classes together, by name."""
+        """Return the metrics over all classes, by name."""
         names = ("miou", "miou_union", "fwiou", "mean_accuracy", "pixel_accuracy", "boundary_iou")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """One photograph, counted: small however many classes there are."""
+    """Counts of one image; small for any number of classes."""
 
     pairs: np.ndarray
-    """[P] int64: places in the flat confusion matrix that are not zero, ascending."""
+    """[P] int64: flat indices of the confusion matrix's entries that are not zero, ascending."""
     pixels: np.ndarray
-    """[P] int64: what stands there."""
+    """[P] int64: the values of these entries."""
     band_classes: np.ndarray
     """[C] int64: the classes that have a boundary in the truth or the prediction."""
     bands: np.ndarray
     """[C, 3] int64: pixels of their bands in the truth, in the prediction, in both."""
 
     def figures(self, num_classes: int) -> tuple[float, float]:
-        """The photograph's own mIoU over the classes in its ground truth, and its pixel accuracy; nan without any."""
+        """Return the image's own mIoU over the classes in its ground truth, and its pixel accuracy; nan without any."""
         rows, columns = np.divmod(self.pairs, num_classes + 1)
         hits = rows == columns
         truth = np.bincount(rows, self.pixels, num_classes)
@@ -92,7 +92,7 @@ class ImageCounts:
 
 
 def count_image(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> ImageCounts:
-    """Count one photograph.
+    """Count the pixels of one image.
 
     Args:
         truth: [H, W] integers, 0..K-1, or negative where unlabelled (those pixels are not counted).
@@ -104,9 +104,9 @@ def count_image(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> I
     if truth.shape != predicted.shape:
         raise UserError(f"the prediction has shape {predicted.shape}, the ground truth {truth.shape}")
     truth, predicted = np.maximum(truth, -1).astype(np.int32), np.maximum(predicted, -1).astype(np.int32)
-    for what, labels in (("ground truth", truth), ("prediction", predicted)):
+    for source, labels in (("ground truth", truth), ("prediction", predicted)):
         if labels.size and labels.max() >= num_classes:
-            raise UserError(f"the {what} holds label {labels.max()}, there are {num_classes} classes")
+            raise UserError(f"the {source} holds label {labels.max()}, there are {num_classes} classes")
     labelled = truth >= 0
     columns = predicted[labelled]
     columns[columns < 0] = num_classes
@@ -118,7 +118,7 @@ def count_image(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> I
 
 
 class Counts:
-    """Sums over photographs; constant memory."""
+    """Sums of counts over images; constant memory."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -128,16 +128,16 @@ class Counts:
         """[K, 3]: pixels of each class's boundary band in the truth, in the prediction, in both."""
 
     def add(self, image: ImageCounts) -> None:
-        """Add a photograph's counts."""
+        """Add an image's counts."""
         self.confusion.ravel()[image.pairs] += image.pixels
         self.bands[image.band_classes] += image.bands
 
     def update(self, truth: np.ndarray, predicted: np.ndarray) -> None:
-        """Count a photograph and add it; arguments and errors as for `count_image`."""
+        """Count an image and add it; arguments and errors as for `count_image`."""
         self.add(count_image(truth, predicted, self.num_classes))
 
     def metrics(self, names: Sequence[str]) -> SegmentationMetrics:
-        """The figures; `names` are the K classes'."""
+        """Return all metrics; `names` are the K classes'."""
         right = self.confusion.diagonal()
         truth = self.confusion.sum(1)
         predicted = self.confusion[:, :-1].sum(0)
@@ -153,11 +153,11 @@ class Counts:
             mean_accuracy=_mean(accuracy[occurs]),
             pixel_accuracy=float(right.sum() / truth.sum()) if occurs.any() else float("nan"),
             boundary_iou=_mean(boundary_iou[occurs]),
-            classes=tuple(ClassMetrics(*one) for one in classes),
+            classes=tuple(ClassMetrics(*figures) for figures in classes),
         )
 
     def worst_confusions(self, names: Sequence[str], count: int = 20) -> list[Confusion]:
-        """The pairs of classes with the most wrong pixels, most first."""
+        """Return the pairs of classes with the most wrong pixels, most first."""
         wrong = self.confusion.copy()
         np.fill_diagonal(wrong, 0)
         order = np.argsort(-wrong, axis=None, kind="stable")[:count]

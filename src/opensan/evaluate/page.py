@@ -1,6 +1,6 @@
-"""A page to look at: the figures, and the best and worst photographs beside their ground truth and prediction.
+"""Write an HTML page with the metrics, and the best and worst images beside ground truth and prediction.
 
-A folder that can be moved or zipped: `index.html` and its pictures, no scripts, nothing from elsewhere.
+The folder can be moved or zipped: `index.html` and its pictures, no scripts, nothing loaded from elsewhere.
 """
 
 import math
@@ -20,10 +20,10 @@ from opensan.outputs.colours import palette
 from opensan.outputs.drawing import blend
 
 SHOWN = 8
-"""Photographs of each kind, best and worst."""
+"""Images of each kind, best and worst."""
 
 LONG_SIDE = 480
-"""Of the pictures, in pixels."""
+"""Longest side of the pictures, in pixels."""
 
 _MISTAKE = (213, 35, 35)
 _PICTURES = ("photograph", "ground truth", "prediction", "mistakes")
@@ -54,7 +54,7 @@ def write_page(
     title: str,
     about: Mapping[str, str],
 ) -> Path:
-    """Write `folder`/index.html and `folder`/pictures/, predicting what is shown once more. Returns the page."""
+    """Write `folder`/index.html and `folder`/pictures/, predicting the shown images once more. Returns the page."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     best, worst = best_and_worst(evaluation.photographs)
     parts = []
@@ -72,14 +72,14 @@ def write_page(
 
 
 def best_and_worst(photographs: Sequence[Photograph]) -> tuple[list[Photograph], list[Photograph]]:
-    """The photographs with the highest and with the lowest mIoU, extremes first; none is in both."""
-    ranked = sorted((one for one in photographs if not math.isnan(one.miou)), key=lambda one: (one.miou, one.index))
+    """Return the images with the highest and with the lowest mIoU, extremes first; none is in both."""
+    ranked = sorted((image for image in photographs if not math.isnan(image.miou)), key=lambda it: (it.miou, it.index))
     count = min(SHOWN, len(ranked) // 2)
     return ranked[::-1][: min(SHOWN, len(ranked) - count)], ranked[:count]
 
 
 def _figures(evaluation: Evaluation, about: Mapping[str, str]) -> str:
-    """What was measured, all classes together, and the worst confusions."""
+    """Return the metrics over all classes and the worst confusions as HTML."""
     facts = {**about, "photographs": f"{evaluation.images:,}"}
     if evaluation.broken:
         facts["not readable"] = f"{len(evaluation.broken):,} photographs (metrics.json names them)"
@@ -87,9 +87,9 @@ def _figures(evaluation: Evaluation, about: Mapping[str, str]) -> str:
     for name, value in evaluation.metrics.summary().items():
         rows.append(f"<tr><th>{FIGURES[name]}<td>{percent(value)} %")
     confusions = [
-        f"<tr><td>{escape(one.truth)}<td>{escape(one.predicted)}"
-        f'<td class="number">{one.pixels:,}<td class="number">{percent(one.share)} %'
-        for one in evaluation.confusions
+        f"<tr><td>{escape(pair.truth)}<td>{escape(pair.predicted)}"
+        f'<td class="number">{pair.pixels:,}<td class="number">{percent(pair.share)} %'
+        for pair in evaluation.confusions
     ]
     heading = "<tr><th>pixels of<th>taken for<th>pixels<th>share of the class"
     return (
@@ -99,10 +99,10 @@ def _figures(evaluation: Evaluation, about: Mapping[str, str]) -> str:
     )
 
 
-def _photograph(folder: Path, dataset: SegmentationDataset, predictor: BatchPredictor, one: Photograph) -> str:
-    """One photograph's section; its pictures are written."""
-    image, truth = dataset[one.index]
-    (labels,) = predictor.predict([predictor.prepare(one.name, image)])
+def _photograph(folder: Path, dataset: SegmentationDataset, predictor: BatchPredictor, result: Photograph) -> str:
+    """Write one image's pictures and return its section."""
+    image, truth = dataset[result.index]
+    (labels,) = predictor.predict([predictor.prepare(result.name, image)])
     names = dataset.vocabulary.names
     image, truth, labels = _smaller(image, truth, labels)
     colours = palette(len(names))
@@ -116,28 +116,28 @@ def _photograph(folder: Path, dataset: SegmentationDataset, predictor: BatchPred
     )
     figures = []
     for number, (kind, pixels) in enumerate(zip(_PICTURES, pictures, strict=True)):
-        # The photograph's name may hold anything, so files are named by its number.
-        path = f"pictures/{one.index:06d}-{number}.jpg"
+        # The image's name may hold any character, so files are named by its number.
+        path = f"pictures/{result.index:06d}-{number}.jpg"
         with atomic_path(folder / path) as temporary:
             Image.fromarray(pixels).save(temporary, quality=88)
         figures.append(
             f'<figure><img src="{path}" alt="{kind}" width="{pixels.shape[1]}" height="{pixels.shape[0]}" '
             f'loading="lazy"><figcaption>{kind}</figcaption></figure>'
         )
-    shown = f"mIoU {percent(one.miou)} %, pixel accuracy {percent(one.pixel_accuracy)} %"
+    figures_line = f"mIoU {percent(result.miou)} %, pixel accuracy {percent(result.pixel_accuracy)} %"
     return (
-        f'<section><h3>{escape(one.name)} <span class="figures">{shown}</span></h3>\n'
+        f'<section><h3>{escape(result.name)} <span class="figures">{figures_line}</span></h3>\n'
         f'<div class="pictures">{"".join(figures)}</div>\n{_legend(names, colours, truth, labels)}</section>'
     )
 
 
 def _legend(names: Sequence[str], colours: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> str:
-    """The classes of both maps, largest in the ground truth first; predicted mistakes without any are said so."""
+    """Return the classes of both maps as HTML, largest in the ground truth first; classes without truth are marked."""
     counts = np.bincount(truth[truth >= 0], minlength=len(names))
-    found = np.bincount(labels[labels >= 0], minlength=len(names))
+    predicted = np.bincount(labels[labels >= 0], minlength=len(names))
     entries = []
-    for label in np.lexsort((-found, -counts)):
-        if counts[label] or found[label]:
+    for label in np.lexsort((-predicted, -counts)):
+        if counts[label] or predicted[label]:
             colour = "#{:02x}{:02x}{:02x}".format(*colours[label])
             only = "" if counts[label] else ' <span class="figures">(not there)</span>'
             entries.append(f'<li><i style="background:{colour}"></i>{escape(names[label])}{only}</li>')
@@ -145,7 +145,7 @@ def _legend(names: Sequence[str], colours: np.ndarray, truth: np.ndarray, labels
 
 
 def _smaller(image: np.ndarray, *maps: np.ndarray) -> tuple[np.ndarray, ...]:
-    """All at no more than LONG_SIDE pixels: the photograph resampled, the label maps by nearest pixels."""
+    """Resize to at most LONG_SIDE pixels a side: the image resampled, the label maps by nearest pixels."""
     height, width = image.shape[:2]
     scale = min(1.0, LONG_SIDE / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))

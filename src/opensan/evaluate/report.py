@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people and programs: JSON, CSV and Markdown."""
+"""Write an evaluation's results as JSON, CSV and Markdown."""
 
 import csv
 import io
@@ -19,19 +19,19 @@ FIGURES = {
     "pixel_accuracy": "pixel accuracy",
     "boundary_iou": "boundary IoU",
 }
-"""What people read for the names in `SegmentationMetrics.summary`."""
+"""Names of the metrics in reports, by their names in `SegmentationMetrics.summary`."""
 
 
 def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, about: Mapping[str, str]) -> None:
     """Write `metrics.json`, `metrics.md`, and tables `classes.csv`, `confusions.csv`, `photographs.csv` to `folder`.
 
-    `about`: what was measured (model, data set, command), for whoever reads the files.
+    `about`: facts about the evaluation for readers (model, data set, command).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metrics = evaluation.metrics
-    classes = [asdict(one) for one in metrics.classes]
-    confusions = [asdict(one) for one in evaluation.confusions]
+    classes = [asdict(figures) for figures in metrics.classes]
+    confusions = [asdict(pair) for pair in evaluation.confusions]
     plain = {
         "title": title,
         "about": dict(about),
@@ -41,16 +41,16 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, abou
         "classes": classes,
         "confusions": confusions,
     }
-    # nan is no JSON: what does not exist is null.
+    # JSON has no nan: a metric that does not exist is null.
     write_text(folder / "metrics.json", json.dumps(_without_nan(plain), indent=2, ensure_ascii=False) + "\n")
     _write_table(folder / "classes.csv", classes)
     _write_table(folder / "confusions.csv", confusions)
-    _write_table(folder / "photographs.csv", [asdict(one) for one in evaluation.photographs])
+    _write_table(folder / "photographs.csv", [asdict(image) for image in evaluation.photographs])
     write_text(folder / "metrics.md", markdown(evaluation, title=title, about=about))
 
 
 def _write_table(path: Path, rows: Sequence[Mapping]) -> None:
-    """A CSV; without rows, none."""
+    """Write a CSV; without rows, remove it."""
     if not rows:
         path.unlink(missing_ok=True)
         return
@@ -62,7 +62,7 @@ def _write_table(path: Path, rows: Sequence[Mapping]) -> None:
 
 
 def markdown(evaluation: Evaluation, *, title: str, about: Mapping[str, str]) -> str:
-    """The figures as a Markdown section: all classes together, each class, the worst confusions (percent)."""
+    """Return the metrics as a Markdown section: over all classes, each class, the worst confusions (percent)."""
     metrics = evaluation.metrics
     summary = metrics.summary()
     lines = [f"## {title}", "", *(f"- {key}: {value}" for key, value in about.items())]
@@ -71,19 +71,19 @@ def markdown(evaluation: Evaluation, *, title: str, about: Mapping[str, str]) ->
     lines += ["", _row(FIGURES[name] for name in summary), _row(["---"] * len(summary))]
     lines += [_row(map(percent, summary.values()))]
     lines += ["", "| class | IoU | accuracy | boundary IoU | share of pixels |", "|---|---|---|---|---|"]
-    pixels = max(sum(one.pixels for one in metrics.classes), 1)
-    for one in metrics.classes:
-        figures = one.iou, one.accuracy, one.boundary_iou, one.pixels / pixels
-        lines.append(_row([_cell(one.name), *map(percent, figures)]))
+    pixels = max(sum(figures.pixels for figures in metrics.classes), 1)
+    for of_class in metrics.classes:
+        figures = of_class.iou, of_class.accuracy, of_class.boundary_iou, of_class.pixels / pixels
+        lines.append(_row([_cell(of_class.name), *map(percent, figures)]))
     if evaluation.confusions:
         lines += ["", "| pixels of | taken for | pixels | share of the class |", "|---|---|---|---|"]
-    for one in evaluation.confusions:
-        lines.append(_row([_cell(one.truth), _cell(one.predicted), f"{one.pixels:,}", percent(one.share)]))
+    for pair in evaluation.confusions:
+        lines.append(_row([_cell(pair.truth), _cell(pair.predicted), f"{pair.pixels:,}", percent(pair.share)]))
     return "\n".join(lines) + "\n"
 
 
 def percent(share: float) -> str:
-    """A share as percent with two digits; a dash for nan."""
+    """Return a share as percent with two digits; a dash for nan."""
     return "–" if math.isnan(share) else f"{100 * share:.2f}"
 
 
@@ -97,7 +97,7 @@ def _cell(text: str) -> str:
 
 def _without_nan(value):
     if isinstance(value, dict):
-        return {key: _without_nan(one) for key, one in value.items()}
+        return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_without_nan(one) for one in value]
+        return [_without_nan(part) for part in value]
     return None if isinstance(value, float) and math.isnan(value) else value

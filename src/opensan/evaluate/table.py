@@ -1,4 +1,4 @@
-"""SAN's table: a model's mIoU on the benchmarks, with the official figures beside it."""
+"""Make SAN's table: a model's mIoU on the benchmarks, with the official figures beside it."""
 
 import json
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ BENCHMARKS = {
     "pascal_context_459": "PC-459",
     "ade20k_847": "ADE-847",
 }
-"""Label set -> what papers call the benchmark, in the order of SAN's table."""
+"""Label set -> the benchmark's name in papers, in the order of SAN's table."""
 
 # mIoU in percent over the classes in the ground truth, from the logs of the released checkpoints.
 _OFFICIAL = {
     "SAN B/16": dict(zip(BENCHMARKS, (41.93, 93.95, 54.07, 27.56, 16.71, 10.21), strict=True)),
     "SAN L/14-336": dict(zip(BENCHMARKS, (45.57, 95.18, 57.53, 31.93, 20.83, 12.96), strict=True)),
 }
-# By the older rule (classes in the ground truth or in a prediction), as SAN's paper prints them.
+# By the older rule (classes in the ground truth or in a prediction), as in SAN's paper.
 _OFFICIAL_UNION = {"SAN B/16": {"pascal_context_459": 12.6}, "SAN L/14-336": {"pascal_context_459": 15.7}}
 
 _ROWS_OF_MODEL = {"san-vit-b16": ("SAN B/16",), "san-vit-l14": ("SAN L/14-336",)}
@@ -32,40 +32,40 @@ _ROWS_OF_MODEL = {"san-vit-b16": ("SAN B/16",), "san-vit-l14": ("SAN L/14-336",)
 
 @dataclass(frozen=True)
 class Measured:
-    """One data set's place in the table."""
+    """The evaluation of one data set, with its column of the table."""
 
     name: str
-    """Of the folder."""
+    """Name of the folder."""
     label_set: str | None
-    """One of BENCHMARKS, or else: a column without an official figure."""
+    """One of BENCHMARKS; None or another for a column without an official figure."""
     evaluation: Evaluation
 
 
 def table(measured: list[Measured], model: str) -> dict[str, Mapping[str, float | int | None]]:
-    """Row -> column -> figure in percent (photographs: their number), None where there is none.
+    """Return row -> column -> figure in percent (row "photographs": their number), None where there is none.
 
-    The columns are the benchmarks, measured or not, then the other data sets, by the names of their folders; so is a
-    second one of a benchmark's classes. `model`: its configuration's name; the official rows are those of the same
+    The columns are the benchmarks, measured or not, then the other data sets by the names of their folders, among them
+    a second one of a benchmark's classes. `model`: its configuration's name; the official rows are those of the same
     architecture, or all if it is none of SAN's.
     """
     columns: dict[str, tuple[str | None, Measured | None]] = {title: (key, None) for key, title in BENCHMARKS.items()}
-    for one in measured:
-        title = BENCHMARKS.get(one.label_set)
+    for data in measured:
+        title = BENCHMARKS.get(data.label_set)
         if title is not None and columns[title][1] is None:
-            columns[title] = (one.label_set, one)
+            columns[title] = (data.label_set, data)
         else:
-            columns[one.name if one.name not in columns else f"{one.name} (own)"] = (None, one)
+            columns[data.name if data.name not in columns else f"{data.name} (own)"] = (None, data)
     rows = {}
 
     def add(name: str, figure) -> None:
-        found = {title: figure(key, one) for title, (key, one) in columns.items()}
-        rows[name] = {title: None if value != value else value for title, value in found.items()}  # nan is no JSON
+        figures = {title: figure(key, data) for title, (key, data) in columns.items()}
+        rows[name] = {title: None if value != value else value for title, value in figures.items()}  # JSON has no nan
 
     def measured_row(name: str, attribute: str) -> None:
-        add(name, lambda _, one: one and 100 * getattr(one.evaluation.metrics, attribute))
+        add(name, lambda _, data: data and 100 * getattr(data.evaluation.metrics, attribute))
 
     official = _ROWS_OF_MODEL.get(model, tuple(_OFFICIAL))
-    add("photographs", lambda _, one: one and one.evaluation.images)
+    add("photographs", lambda _, data: data and data.evaluation.images)
     measured_row("mIoU (ground truth)", "miou")
     for name in official:
         add(f"official {name}", lambda key, _, name=name: _OFFICIAL[name].get(key))
@@ -80,12 +80,12 @@ def table(measured: list[Measured], model: str) -> dict[str, Mapping[str, float 
 
 
 def missing(measured: list[Measured]) -> list[str]:
-    """The benchmarks that were not measured, as papers call them."""
-    return [title for key, title in BENCHMARKS.items() if key not in {one.label_set for one in measured}]
+    """Return the names of the benchmarks that were not measured."""
+    return [title for key, title in BENCHMARKS.items() if key not in {data.label_set for data in measured}]
 
 
 def as_markdown(rows: Mapping[str, Mapping[str, float | int | None]]) -> str:
-    """The table for people; a dash where there is no figure."""
+    """Return the table as Markdown; a dash where there is no figure."""
     columns = list(next(iter(rows.values())))
     heads = (column.replace("|", "\\|") for column in columns)
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]

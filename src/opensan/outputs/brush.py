@@ -1,9 +1,9 @@
-"""Masks as Label Studio's brush stores them: runs of bytes, packed into bits.
+"""Encode masks as Label Studio's brush stores them: runs of bytes, packed into bits.
 
-The stream says how many values follow (32 bits), the bits of a value less one (5), and four widths of a count, each
-less one (4 x 4). Then come blocks: a bit that says whether it repeats one value, which width its count has (2 bits),
-the count less one, and the value or values. The values are those of the mask as an RGBA picture, row by row: each pixel
-stands there four times, as 0 or 255.
+The stream starts with the number of values (32 bits), the bits of a value less one (5), and four widths of a count,
+each less one (4 x 4). Then come blocks: a bit that says whether it repeats one value, the number of the width of its
+count (2 bits), the count less one, and the value or values. The values are those of the mask as an RGBA picture, row by
+row: each pixel has four values, all 0 or all 255.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ _CHANNELS = 4
 
 
 def brush_rle(mask: np.ndarray) -> list[int]:
-    """The bytes of a mask [H, W] bool."""
+    """Return the bytes of a mask [H, W] bool."""
     flat = mask.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     counts = np.diff(np.append(starts, flat.size)) * _CHANNELS
@@ -30,7 +30,7 @@ def brush_rle(mask: np.ndarray) -> list[int]:
 
 
 def _blocks(count: int, value: bool) -> list[str]:
-    """A run of equal values, as few blocks."""
+    """Return a run of equal values as few blocks."""
     longest = 1 << _COUNT_BITS[-1]
     whole, rest = divmod(count, longest)
     lengths = [longest] * whole + ([rest] if rest else [])
@@ -38,5 +38,5 @@ def _blocks(count: int, value: bool) -> list[str]:
 
 
 def _block(count: int, value: bool) -> str:
-    which = next(index for index, bits in enumerate(_COUNT_BITS) if count <= 1 << bits)
-    return f"1{which:02b}{count - 1:0{_COUNT_BITS[which]}b}{'1' * 8 if value else '0' * 8}"
+    width = next(index for index, bits in enumerate(_COUNT_BITS) if count <= 1 << bits)
+    return f"1{width:02b}{count - 1:0{_COUNT_BITS[width]}b}{'1' * 8 if value else '0' * 8}"

@@ -1,4 +1,4 @@
-"""Line charts as pictures: how a run went, at a glance."""
+"""Draw line charts, for example of a training's losses."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from opensan.outputs.drawing import FAINT_COLOUR, TEXT_COLOUR
 from opensan.outputs.fonts import font_for
 
 WIDTH, HEIGHT = 560, 340
-"""Of one chart, in pixels."""
+"""Size of one chart, in pixels."""
 
 FINE = 2
-"""Charts are drawn so many times larger and then reduced, which smooths the lines."""
+"""Charts are drawn larger by this factor and then reduced, which smooths the lines."""
 
 GRID_COLOUR = (225, 225, 225)
 LETTERS = 13
@@ -34,19 +34,19 @@ class Series:
         return Series([x for x, _ in pairs], [y for _, y in pairs])
 
     def smoothed(self) -> "Series":
-        """The mean of each point and its neighbours, 1/50 of the series."""
+        """Return the mean of each point and its neighbours, 1/50 of the series."""
         reach = len(self.y) // (2 * SMOOTHED)
         parts = [self.y[max(0, i - reach) : i + reach + 1] for i in range(len(self.y))]
         return Series(self.x, [sum(part) / len(part) for part in parts])
 
 
 def charts(pictures: Mapping[str, Mapping[str, Series]], columns: int = 2) -> Image.Image:
-    """Charts by title in a grid, row by row; each holds series by name. Without any point a chart is left out."""
+    """Draw charts by title in a grid, row by row; each holds series by name. A chart without points is left out."""
     drawn = []
     for title, series in pictures.items():
-        finite = {name: one.finite() for name, one in series.items()}
-        if shown := {name: one for name, one in finite.items() if one.x}:
-            drawn.append(_chart(title, shown))
+        finite = {name: line.finite() for name, line in series.items()}
+        if with_points := {name: line for name, line in finite.items() if line.x}:
+            drawn.append(_chart(title, with_points))
     columns = max(1, min(columns, len(drawn)))
     rows = max(1, math.ceil(len(drawn) / columns))
     canvas = Image.new("RGB", (columns * WIDTH, rows * HEIGHT), "white")
@@ -61,8 +61,8 @@ def _chart(title: str, series: Mapping[str, Series]) -> Image.Image:
     letters = LETTERS * FINE
     left, top, right, bottom = (FINE * side for side in (64, 52, WIDTH - 24, HEIGHT - 36))
     draw.text((left, 14 * FINE), title, TEXT_COLOUR, font_for(title, letters + 2), anchor="lm")
-    xs = [x for one in series.values() for x in one.x]
-    ys = [y for one in series.values() for y in one.y]
+    xs = [x for line in series.values() for x in line.x]
+    ys = [y for line in series.values() for y in line.y]
     x_axis, y_axis = _Axis(min(xs), max(xs), left, right), _Axis(min(ys), max(ys), bottom, top)
     for value in y_axis.ticks():
         y = y_axis.place(value)
@@ -73,16 +73,16 @@ def _chart(title: str, series: Mapping[str, Series]) -> Image.Image:
         draw.line((x, bottom, x, bottom + 4 * FINE), FAINT_COLOUR, FINE)
         draw.text((x, bottom + 14 * FINE), _shown(value), FAINT_COLOUR, font_for("0", letters), anchor="mm")
     draw.line((left, bottom, right, bottom), FAINT_COLOUR, FINE)
-    place = left
-    for (name, one), colour in zip(series.items(), palette(len(series)).tolist(), strict=True):
-        _line(draw, one, x_axis, y_axis, tuple(colour))
-        place = _name(draw, name, place, 36 * FINE, tuple(colour)) if len(series) > 1 else place
+    next_left = left
+    for (name, line), colour in zip(series.items(), palette(len(series)).tolist(), strict=True):
+        _line(draw, line, x_axis, y_axis, tuple(colour))
+        next_left = _name(draw, name, next_left, 36 * FINE, tuple(colour)) if len(series) > 1 else next_left
     return canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
 def _line(draw: ImageDraw.ImageDraw, series: Series, x_axis: "_Axis", y_axis: "_Axis", colour: tuple) -> None:
-    def points(one: Series) -> list[tuple[float, float]]:
-        return [(x_axis.place(x), y_axis.place(y)) for x, y in zip(one.x, one.y, strict=True)]
+    def points(line: Series) -> list[tuple[float, float]]:
+        return [(x_axis.place(x), y_axis.place(y)) for x, y in zip(line.x, line.y, strict=True)]
 
     if len(series.x) == 1:
         [(x, y)] = points(series)
@@ -96,7 +96,7 @@ def _line(draw: ImageDraw.ImageDraw, series: Series, x_axis: "_Axis", y_axis: "_
 
 
 def _name(draw: ImageDraw.ImageDraw, name: str, left: float, y: float, colour: tuple) -> float:
-    """A line's name with its colour; returns where the next one may begin."""
+    """Draw a line's name with its colour; return where the next one may begin."""
     font = font_for(name, LETTERS * FINE)
     draw.line((left, y, left + 14 * FINE, y), colour, 3 * FINE)
     draw.text((left + 19 * FINE, y), name, TEXT_COLOUR, font, anchor="lm")
@@ -118,7 +118,7 @@ class _Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """About five round values within the scale."""
+        """Return about five round values within the scale."""
         span = self.high - self.low
         if span <= 0:
             return [self.low]

@@ -1,4 +1,4 @@
-"""Letters for words in any script, as far as the fonts of this machine go."""
+"""Find fonts on this machine for words in any script."""
 
 import functools
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-# The first is looked for everywhere; the others, and then all fonts that are installed, only when a word has
-# characters that the earlier ones lack.
+# The first font is tried for every text; the others, and then all installed fonts, only when a text has characters
+# that the earlier ones lack.
 _FONTS = (
     "DejaVuSans.ttf",
     "NotoSansCJK-Regular.ttc",
@@ -22,30 +22,30 @@ _FONTS = (
 )
 
 _STYLES = ("bold", "italic", "oblique", "light", "thin", "black", "mono", "condensed", "serif")
-"""Fonts with one of these in their names come last."""
+"""Fonts with one of these in their names are tried last."""
 
 _BOXES = ("lastresort", "adobeblank", "notdef")
-"""Fonts that claim to have every character, and draw a box."""
+"""Fonts that claim to have every character, but draw a box."""
 
 _SUFFIXES = {".ttf", ".ttc", ".otf", ".otc"}
 
 _PROBE_LETTERS = 20
-"""The size at which fonts are asked what they have. Those of one size, with coloured pictures, do not open."""
+"""The size at which fonts are asked for their characters. Fonts of one fixed size (colour emoji) do not open at it."""
 
 
 def font_for(text: str, letters: int) -> ImageFont.FreeTypeFont:
-    """The first font on this machine that has all characters of `text`, else the one that has most of them."""
+    """Return the first font on this machine that has all characters of `text`, else the one that has most of them."""
     return _font(_best(text), letters) or _built_in_font(letters)
 
 
 def readable(text: str) -> str:
-    """`text` on one line, with something else for the characters that would be boxes: "e", "automobile", "U+8DEF"."""
+    """Return `text` on one line, with replacements for characters without a glyph: "e", "automobile", "U+8DEF"."""
     best = _best(text)
     return " ".join("".join(_or_description(character, best) for character in text).split())
 
 
 def shortened(text: str, width: int, letters: int) -> str:
-    """`text`, or as much of it as fits into `width` pixels, with an ellipsis."""
+    """Return `text`, or as much of it as fits into `width` pixels, with an ellipsis."""
     if text_width(text, letters) <= width:
         return text
     fits, too_long = 0, len(text)
@@ -59,7 +59,7 @@ def shortened(text: str, width: int, letters: int) -> str:
 
 
 def text_width(text: str, letters: int) -> float:
-    """In pixels."""
+    """Return the width of `text` in pixels."""
     return font_for(text, letters).getlength(text)
 
 
@@ -67,16 +67,16 @@ def _or_description(character: str, font: str) -> str:
     if character.isspace() or _has(font, character):
         return character
     letter = unicodedata.normalize("NFD", character)[0]
-    if _has(font, letter):  # without its accent
+    if _has(font, letter):  # the letter without its accent
         return letter
     name = unicodedata.name(character, "")
     if unicodedata.category(character) == "Cf" or name.startswith("VARIATION SELECTOR"):
-        return ""  # says how its neighbours are drawn
+        return ""  # a format character, which has no glyph of its own
     return f" {name.lower()} " if unicodedata.category(character) == "So" else f" U+{ord(character):04X} "
 
 
 def _best(text: str) -> str:
-    """The name or path of a font; "" for Pillow's own."""
+    """Return the name or path of the best font; "" for Pillow's own."""
     characters = {character for character in text if not character.isspace()}
     first = next((name for name in _FONTS if _font(name, _PROBE_LETTERS)), "")
     if text.isascii():
@@ -93,16 +93,16 @@ def _best(text: str) -> str:
 
 @functools.cache
 def _installed() -> list[str]:
-    """All fonts of this machine, plain ones first."""
-    found = {path for folder in _folders() for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES}
-    names = {path: path.stem.lower() for path in found}
-    plain = [path for path in found if not any(box in names[path] for box in _BOXES)]
+    """Return all fonts of this machine, regular styles first."""
+    paths = {path for folder in _folders() for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES}
+    names = {path: path.stem.lower() for path in paths}
+    plain = [path for path in paths if not any(box in names[path] for box in _BOXES)]
     plain.sort(key=lambda path: (any(style in names[path] for style in _STYLES), names[path], path))
     return list(map(str, plain))
 
 
 def _folders() -> list[Path]:
-    """Where the system and the user keep fonts."""
+    """Return the folders in which the system and the user keep fonts."""
     home = Path.home()
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")
@@ -124,13 +124,13 @@ def _font(name: str, letters: int, layout: ImageFont.Layout | None = None) -> Im
 
 @functools.cache
 def _built_in_font(letters: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, which knows little more than ASCII."""
+    """Return Pillow's own font, which has little more than ASCII."""
     return ImageFont.load_default(letters)
 
 
 @functools.cache
 def _has(name: str, character: str) -> bool:
-    """Whether the font draws `character` otherwise than a character that no font has."""
+    """Return whether the font draws `character` differently from a character that no font has."""
     # Better layouts add a circle to an accent that stands alone, even to a missing one.
     font = _font(name, _PROBE_LETTERS, ImageFont.Layout.BASIC) if name else _built_in_font(_PROBE_LETTERS)
     if font is None:

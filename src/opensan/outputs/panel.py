@@ -1,4 +1,4 @@
-"""Photographs, ground truth and prediction side by side: what a validation shows people."""
+"""Draw images, ground truth and predictions side by side, for validations in training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from opensan.outputs.drawing import TEXT_COLOUR, Entry, blend, with_legend
 from opensan.outputs.fonts import font_for, readable, shortened
 
 TILE = 380
-"""No picture is wider or higher, in pixels."""
+"""Largest width and height of an image in the panel, in pixels."""
 
 GAP = 8
 LETTERS = 15
@@ -20,19 +20,19 @@ LINE = 24
 
 @dataclass(frozen=True)
 class PanelRow:
-    """One photograph."""
+    """One image with its ground truth and prediction."""
 
     name: str
     image: np.ndarray
     """[H, W, 3] uint8 RGB."""
     truth: np.ndarray
-    """[H, W] int, index into the names; negative where unlabelled, and the photograph shows there."""
+    """[H, W] int, index into the names; negative where unlabelled, and the image shows there."""
     predicted: np.ndarray
-    """The same."""
+    """[H, W] int, as `truth`."""
 
 
 def panel(rows: Sequence[PanelRow], names: Sequence[str]) -> Image.Image:
-    """One RGB picture: a row for each photograph, and a legend of the words that occur, most pixels first.
+    """Draw one RGB picture: a row for each image, and a legend of the words that occur, most pixels first.
 
     Args:
         rows: at least one.
