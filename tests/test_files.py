@@ -120,7 +120,7 @@ def test_a_file_system_without_locks_is_told_in_a_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", none)
     with (
-        pytest.raises(UserError, match="has no file locks .No locks available.") as caught,
+        pytest.raises(UserError, match=r"has no file locks .No locks available.") as caught,
         hold(tmp_path / "l", "busy"),
     ):
         pass
