@@ -1,5 +1,6 @@
 """Rasters in and out: what is read, what is refused, and that results lie where the image lies."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -252,7 +253,8 @@ def arguments(scene, out):
 def test_the_command_writes_all_its_results_and_nothing_else(tmp_path, scene, capsys):
     out = tmp_path / "out"
     assert not run(*arguments(scene, out))
-    assert {path.name for path in out.iterdir()} == {"scene.labels.tif", "scene.polygons.geojson", "scene.preview.png"}
+    files = {"scene.labels.tif", "scene.polygons.geojson", "scene.preview.png"}
+    assert {path.name for path in out.iterdir()} == {"manifest.sqlite"} | files
     with rasterio.open(out / "scene.labels.tif") as file:
         assert (file.height, file.width, file.crs.to_epsg()) == (400, 500, 32632)
     assert json.loads((out / "scene.polygons.geojson").read_text())["features"]
@@ -272,8 +274,8 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path, scene, capsys):
         append = strips.StripFile.append
         def killed(self, labels):
             if self.finished == 1:
-                self._file.write(labels.astype(self.dtype).tobytes()[:1000])
-                self._file.flush()
+                self._journal._rows.execute("BEGIN")
+                self._journal._rows.execute("INSERT INTO done VALUES ('1', '[]', ?)", (bytes(10**7),))
                 os.kill(os.getpid(), signal.SIGKILL)
             append(self, labels)
         strips.StripFile.append = killed
@@ -287,6 +289,41 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path, scene, capsys):
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
     for name in ("scene.labels.tif", "scene.polygons.geojson"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_images_of_one_stem_keep_their_results(tmp_path, capsys):
+    """Map tools write a.tif beside a.png. What has the same whole name too is refused."""
+    folders, out = [tmp_path / "one", tmp_path / "two"], tmp_path / "out"
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        picture = make_scene(3, number, (120, 200), split="test").image
+        Image.fromarray(picture).save(folder / "a.png")
+        Image.fromarray(picture[::-1]).save(folder / "a.tif")
+    whole = {}
+    for folder, name in itertools.product(folders[:1], ("a.png", "a.tif")):
+        assert not run(*arguments(folder / name, tmp_path / name))
+        assert not run(*arguments(folder / name, out))
+        whole[name] = (tmp_path / name / "a.labels.tif").read_bytes()
+    assert not run(*arguments(folders[0] / "a.png", out))  # again: its name stays
+    assert {path.name for path in out.glob("*.labels.tif")} == {"a.labels.tif", "a.tif.labels.tif"}
+    assert (out / "a.labels.tif").read_bytes() == whole["a.png"]
+    assert (out / "a.tif.labels.tif").read_bytes() == whole["a.tif"]
+    capsys.readouterr()
+    assert run(*arguments(folders[1] / "a.tif", out)) == 1
+    assert f"holds the results of {folders[0] / 'a.tif'}, which have the same names" in capsys.readouterr().err
+    assert (out / "a.tif.labels.tif").read_bytes() == whole["a.tif"]
+
+
+def test_what_somebody_changed_is_kept_and_other_work_is_told(tmp_path, scene, capsys):
+    out = tmp_path / "out"
+    assert not run(*arguments(scene, out))
+    (out / "scene.polygons.geojson").write_text("corrected")
+    assert not run(*arguments(scene, out), "--background", "sky")
+    assert (out / "scene.polygons.geojson.changed").read_text() == "corrected"
+    said = capsys.readouterr().err
+    assert "1 of 1 images were done with other words: they are done again" in said
+    assert "1 results were changed since they were written: kept as *.changed" in said
+    assert json.loads((out / "scene.polygons.geojson").read_text())["type"] == "FeatureCollection"
 
 
 @pytest.mark.parametrize(
@@ -314,7 +351,7 @@ def test_a_full_disk_is_told_in_a_line_and_loses_nothing(tmp_path, scene, capsys
         patch.setattr(geotiff, "write_labels", full)
         assert run(*arguments(scene, out)) == 1
     assert capsys.readouterr().err.strip().endswith("cannot write there (No space left on device)")
-    assert [path.name for path in out.iterdir()] == [".scene.labels.part"]
+    assert {path.name for path in out.iterdir()} == {".scene.labels.part", "manifest.sqlite"}
     assert not run(*arguments(scene, out))
     assert "going on after 3 of 3 strips" in capsys.readouterr().err
 

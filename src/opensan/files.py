@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -155,16 +156,20 @@ def keep_aside(file: Path, mark: str = "changed") -> Path:
 
 
 @contextmanager
-def hold(lock: Path, busy: str) -> Iterator[None]:
+def hold(lock: Path, busy: str, *, wait: float = 0) -> Iterator[None]:
     """Hold the file `lock`, whose folder exists, for this process alone; it is removed at the end.
 
     It is removed while it is held, and whoever gets it looks whether it is still the file of that name: nobody holds a
     lock that others can't see. A process that dies, in whatever way, lets go of it.
 
     Raises:
-        UserError: `busy`, if another process holds it; or the file system has no locks.
+        UserError: `busy`, if another process holds it for `wait` seconds; or the file system has no locks.
     """
-    handle = _locked(lock, busy)
+    deadline = time.monotonic() + wait
+    while (handle := _locked(lock)) is None:
+        if time.monotonic() >= deadline:
+            raise UserError(busy)
+        time.sleep(0.05)
     try:
         yield
     finally:
@@ -173,8 +178,8 @@ def hold(lock: Path, busy: str) -> Iterator[None]:
         os.close(handle)
 
 
-def _locked(lock: Path, busy: str) -> int:
-    """Open and lock a file; returns its descriptor."""
+def _locked(lock: Path) -> int | None:
+    """Open and lock a file; returns its descriptor, or None if another process has it."""
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
@@ -185,7 +190,7 @@ def _locked(lock: Path, busy: str) -> int:
             pass  # it was removed by the process that held it before
         except (BlockingIOError, PermissionError):
             os.close(handle)
-            raise UserError(busy) from None
+            return None
         except OSError as error:
             os.close(handle)
             raise UserError(

@@ -83,7 +83,7 @@ class Journal:
 
         Returns the other work that was forgotten, if there was any.
         """
-        work = json.loads(json.dumps(work))
+        work = as_json(work)
         before = self.get(_WORK)
         if before == work:
             return None
@@ -130,13 +130,18 @@ class Journal:
             self._rows.executemany(statement, rows)
 
 
+def as_json(plain: Any) -> Any:
+    """Plain data as it comes back from JSON: tuples as lists."""
+    return json.loads(json.dumps(plain, default=str))
+
+
 def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
     """Say in which settings `before` differed: "another model, other words"."""
     if before is None:
         return "other settings"
-    said = {"vocabulary": "other words", "data": "other data"}
+    said = {"model": "another model", "vocabulary": "other words"}
     names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
-    return ", ".join(said.get(name, f"another {name}") for name in names)
+    return ", ".join(said.get(name, f"other {name}") for name in names)
 
 
 def _key(key: str) -> str:

@@ -14,10 +14,13 @@ from opensan.errors import UserError
 
 if TYPE_CHECKING:
     from opensan.jobs.geotiff import GeoRaster
+    from opensan.jobs.ledger import SingleResult
     from opensan.jobs.strips import StripFile
     from opensan.jobs.tiles import Tiling
     from opensan.segmenters.san import SanSegmenter
     from opensan.vocabulary import Vocabulary
+
+LABELS = ".labels.tif"
 
 PREVIEW_SIDE = 2048
 """Pixels of the preview's longer side."""
@@ -84,6 +87,7 @@ def segment_raster(
         raster = geotiff.GeoRaster(image, bands=chosen, stretch=percentiles)
         try:
             note(f"loading {model}")
+            from opensan.jobs.ledger import SingleResult
             from opensan.jobs.strips import StripFile
             from opensan.jobs.tiles import Tiling
             from opensan.segmenters.san import load_san
@@ -92,13 +96,14 @@ def segment_raster(
             segmenter.text.classifier(vocabulary)  # before the work: it finds words that do not fit
             tiling = Tiling.plan(raster.size, tile or segmenter.model.config.image.short_side, overlap)
             work = _work(raster, segmenter, vocabulary, tiling)
-            part = out / f".{image.stem}.labels.part"
+            result = SingleResult(out, image, raster.stat, LABELS, work)
+            part = out / f".{result.name}.labels.part"
             with StripFile(part, work, tiling.strips, raster.size[1]) as strips:
                 _label(segmenter, raster, vocabulary, tiling, strips, batch)
-                _write(raster, strips, vocabulary.names, out, image.stem, polygons, min_pixels)
-                part.unlink()
+                _write(raster, strips, vocabulary.names, out, result, polygons, min_pixels)
+                strips.remove()
         except OSError as error:  # the disk is full, or the name too long
-            raise UserError(f"{out}: cannot write there ({error.strerror or error})") from None
+            raise UserError(f"{error.filename or out}: cannot write there ({error.strerror or error})") from None
         finally:
             raster.close()
 
@@ -114,9 +119,8 @@ def _numbers(option: str, text: str | None, kind: type) -> "tuple[Any, ...] | No
 
 def _work(raster: "GeoRaster", segmenter: "SanSegmenter", vocabulary: "Vocabulary", tiling: "Tiling") -> dict[str, Any]:
     """All that the labels depend on: unfinished work is gone on with only if none of it has changed."""
-    state = raster.path.stat()
     return {
-        "image": [str(raster.path.absolute()), state.st_size, state.st_mtime_ns],
+        "image": [str(raster.path.absolute()), raster.stat.st_size, raster.stat.st_mtime_ns],
         "bands": raster.bands,
         "stretch": raster.stretch,
         "model": [segmenter.fingerprint, segmenter.speed, str(segmenter.dtype)],
@@ -138,6 +142,8 @@ def _label(
 
     from opensan.jobs.tiles import label_by_tiles
 
+    if strips.other_work is not None:
+        complain(f"{strips.path}: unfinished work with {strips.other_work}: it is begun anew")
     if strips.finished:
         complain(f"going on after {strips.finished} of {len(tiling.strips)} strips")
     try:
@@ -166,7 +172,7 @@ def _write(
     strips: "StripFile",
     names: Sequence[str],
     out: Path,
-    stem: str,
+    result: "SingleResult",
     polygons: bool,
     min_pixels: int,
 ) -> None:
@@ -175,7 +181,10 @@ def _write(
     from opensan.jobs import geotiff
 
     console = output_console()
-    label_path, preview = out / f"{stem}.labels.tif", out / f"{stem}.preview.png"
+    label_path, preview = out / f"{result.name}{LABELS}", out / f"{result.name}.preview.png"
+    outlines = [out / f"{result.name}.polygons.geojson"] if polygons else []
+    for line in result.replace([label_path, preview, *outlines]):
+        complain(line)
     note("writing the label raster")
     pixels = geotiff.write_labels(label_path, strips, raster, names)
     total = raster.size[0] * raster.size[1]
@@ -184,11 +193,11 @@ def _write(
         small = geotiff.reduced_labels(label_path, PREVIEW_SIDE)
         outputs.overlay(raster.reduced(PREVIEW_SIDE), small, names, areas).save(temporary)
     written = [f"wrote {label_path}", f"wrote {preview}"]
-    if polygons:
+    for path in outlines:
         note("writing polygons")
-        path = out / f"{stem}.polygons.geojson"
         count = geotiff.write_polygons(path, label_path, names, min_pixels=min_pixels)
         written.append(f"wrote {path} ({count:,} polygons)")
+    result.add([label_path, preview, *outlines])
     metres = geotiff.square_metres(raster.crs, raster.transform)
     table = word_table(
         areas,

@@ -104,6 +104,8 @@ class GeoRaster:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: {'not a file' if self.path.exists() else 'does not exist'}")
+        self.stat = self.path.stat()
+        """Of the file before it was opened: if it is replaced, the next run sees that."""
         try:
             self._file = rasterio.open(self.path.absolute(), driver=_format(self.path))
         except (rasterio.errors.RasterioIOError, OSError) as error:

@@ -6,6 +6,7 @@ begins, what no longer holds is taken out; what somebody has changed since is ke
 
 import hashlib
 import json
+import os
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensan.errors import UserError
 from opensan.files import TRIAL, hold, keep_aside, remove_temporaries
-from opensan.journal import Journal, difference
+from opensan.journal import Journal, as_json, difference
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ NAME = "manifest.sqlite"
 LOCK = ".opensan.lock"
 BEFORE = "manifest.jsonl"
 """What the ledger was in version 0.1.0: read once, and taken over."""
+
+LONGEST_WAIT = 60.0
+"""Seconds that a raster or a video waits for others to make their entries."""
 
 VERSION = 1
 """Of what is written: to be raised when the same words and model give other files."""
@@ -146,9 +151,10 @@ def settings_key(settings: Mapping[str, Any]) -> str:
 class Ledger:
     """The ledger of a folder of results. Use as a context manager; one run at a time can."""
 
-    def __init__(self, out: Path) -> None:
-        """`out` is an existing folder."""
+    def __init__(self, out: Path, *, wait: float = 0) -> None:
+        """`out` is an existing folder; another run there is waited for so many seconds."""
         self._out = out
+        self._wait = wait
         self.records: dict[str, Record] = {}
         """By place."""
         self._settings: dict[str, Any] = {}
@@ -156,10 +162,10 @@ class Ledger:
         """What a user should know of it; each one line."""
 
     def __enter__(self) -> "Ledger":
-        """Raises UserError if another run holds it."""
+        """Raise UserError if another run holds it."""
         busy = f"{self._out}: another run is writing there; wait for it, or choose another --out"
         with ExitStack() as stack:
-            stack.enter_context(hold(self._out / LOCK, busy))
+            stack.enter_context(hold(self._out / LOCK, busy, wait=self._wait))
             self._journal = stack.enter_context(Journal(self._out / NAME))
             if self._journal.damaged:
                 self.notes.append(f"{self._out / NAME}: was damaged, kept as {self._journal.damaged.name}")
@@ -200,6 +206,7 @@ class Ledger:
         `wanted` has the image and its files' paths of each place. Of the places that are to be done, what the ledger
         says is forgotten, and what somebody has changed is kept aside; `notes` tell how many.
         """
+        settings = as_json(settings)
         key, paths = settings_key(settings), [path for _, files in wanted.values() for path in files]
         self.remove_left_over(paths)
         pending, stale, others, kept = [], [], Counter(), 0
@@ -240,3 +247,54 @@ class Ledger:
         """Say that an image's files are complete. Threads may call it."""
         self._journal.put(_IMAGE + record.place, record.plain)
         self.records[record.place] = record
+
+
+class SingleResult:
+    """The entry of one raster or video in the ledger of its results' folder, which is held for moments only.
+
+    So several may be worked on at a time. Their unfinished work has journals of its own.
+    """
+
+    def __init__(self, out: Path, image: Path, stat: os.stat_result, end: str, settings: Mapping[str, Any]) -> None:
+        """Choose the name of its results: the image's stem; its whole name, if the stem is that of another image's.
+
+        `stat` is of the image before it was opened; `end` is that of its main file, ".labels.tif". Raises UserError if
+        results of another image have both names.
+        """
+        self._out, self._image, self._settings = out, image, settings
+        self.source = Stamp(stat.st_size, stat.st_mtime_ns, 0)  # reading it whole would take long
+        records = {}
+        if (out / NAME).exists() or (out / BEFORE).exists():
+            with Ledger(out, wait=LONGEST_WAIT) as ledger:
+                records = ledger.records
+        free = [
+            name
+            for name in (image.stem, image.name)
+            if (record := records.get(f"{name}{end}")) is None or self._is_of(record)
+        ]
+        if not free:
+            other = records[f"{image.name}{end}"].image
+            raise UserError(f"{out}: holds the results of {other}, which have the same names; choose another --out")
+        self.name = free[0]
+        """The beginning of its files' names."""
+        self._place = f"{self.name}{end}"
+
+    def _is_of(self, record: Record) -> bool:
+        return record.image == str(self._image.absolute()) or record.source == self.source
+
+    def replace(self, paths: Iterable[Path]) -> list[str]:
+        """Make way for new results at `paths`: what somebody has changed of earlier ones is kept aside.
+
+        Returns lines for the user.
+        """
+        with Ledger(self._out, wait=LONGEST_WAIT) as ledger:
+            files = [path.relative_to(self._out).as_posix() for path in paths]
+            ledger.begin(self._settings, {self._place: (self._image, files)})
+            return ledger.notes
+
+    def add(self, paths: Iterable[Path]) -> None:
+        """Say that the results at `paths` are complete."""
+        files = {path.relative_to(self._out).as_posix(): Stamp.of(path) for path in paths}
+        image, key = str(self._image.absolute()), settings_key(self._settings)
+        with Ledger(self._out, wait=LONGEST_WAIT) as ledger:
+            ledger.add(Record(self._place, image, self.source, key, files))

@@ -1,22 +1,21 @@
 """A label map that grows strip by strip on disk, so that work which is killed goes on where it stopped."""
 
-import json
-import os
+import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from opensan.errors import UserError
+from opensan.files import hold
+from opensan.journal import Journal, difference
 
 
 class StripFile:
-    """Labels [H, W] in a plain file: one line of JSON that says what work this is, then the rows as they come.
+    """Labels [H, W] in a journal, a row a strip.
 
-    Use as a context manager; only one process at a time can. A file of other work is begun anew, and a strip that was
-    written in part is written again.
+    Use as a context manager; only one process at a time can. Strips of other work are forgotten.
     """
 
     def __init__(self, path: Path, work: Mapping[str, Any], strips: Sequence[tuple[int, int]], width: int) -> None:
@@ -26,55 +25,63 @@ class StripFile:
         """
         self.path = path
         self.dtype = np.dtype(label_dtype(work["words"]))
-        self._header = json.dumps({"opensan": 1, **work}, sort_keys=True).encode() + b"\n"
+        self._work = work
         self._strips = strips
         self._width = width
-        self._lock = FileLock(path.with_name(path.name + ".lock"), timeout=0)
+        self._read: tuple[int, np.ndarray] | None = None
         self.finished = 0
         """Strips that are written."""
+        self.other_work: str | None = None
+        """In what the work differed of which strips were found, and forgotten: "other words"."""
 
     def __enter__(self) -> "StripFile":
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise UserError(f"{self.path}: another run is writing it; wait for it, or choose another --out") from None
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
-        if self._file.read(len(self._header)) != self._header:
-            self._file.seek(0)
-            self._file.truncate()
-            self._file.write(self._header)
-        size = self._file.seek(0, 2)
-        ends = [self._offset(bottom) for _, bottom in self._strips]
-        self.finished = sum(end <= size for end in ends)
-        end = ends[self.finished - 1] if self.finished else len(self._header)
-        self._file.truncate(end)
-        self._file.seek(end)
+        busy = f"{self.path}: another run is writing it; wait for it, or choose another --out"
+        with ExitStack() as stack:
+            stack.enter_context(hold(self.path.with_name(f"{self.path.name}.lock"), busy))
+            self._journal = stack.enter_context(Journal(self.path))
+            if self._journal.damaged:
+                self._journal.damaged.unlink()
+            other = self._journal.begin(self._work)
+            self.other_work = None if other is None else difference(other, self._work)
+            while self.finished < len(self._strips) and self._journal.get(str(self.finished)) is not None:
+                self.finished += 1
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._stack.close()
+
+    def remove(self) -> None:
+        """Remove the file: its labels have found another place."""
+        self._journal.close()
+        self.path.unlink()
 
     def append(self, labels: np.ndarray) -> None:
         """Write the next strip, [rows, W] int, -1 for unlabelled (the highest value: -1, cut to the file's bits)."""
         top, bottom = self._strips[self.finished]
         assert labels.shape == (bottom - top, self._width), labels.shape
-        self._file.write(labels.astype(self.dtype).tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())  # rows count as finished by the file's size, also after a loss of power
+        data = zlib.compress(labels.astype(self.dtype).tobytes(), 1)
+        self._journal.put(str(self.finished), [top, bottom], data)
         self.finished += 1
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
-        """Rows [bottom - top, W] of what is written, as stored."""
-        self._file.seek(self._offset(top))
-        rows = np.frombuffer(self._file.read(self._offset(bottom) - self._offset(top)), dtype=self.dtype)
-        return rows.reshape(bottom - top, self._width)
+        """Read rows [bottom - top, W] of what is written, as stored."""
+        parts = [
+            self._strip(number)[max(top - first, 0) : bottom - first]
+            for number, (first, last) in enumerate(self._strips[: self.finished])
+            if first < bottom and last > top
+        ]
+        return np.concatenate(parts)
 
-    def _offset(self, row: int) -> int:
-        return len(self._header) + row * self._width * self.dtype.itemsize
+    def _strip(self, number: int) -> np.ndarray:
+        if self._read is None or self._read[0] != number:
+            top, bottom = self._strips[number]
+            size = (bottom - top) * self._width * self.dtype.itemsize
+            rows = zlib.decompressobj().decompress(self._journal.data(str(number)), size)  # never more than that
+            self._read = number, np.frombuffer(rows, dtype=self.dtype).reshape(bottom - top, self._width)
+        return self._read[1]
 
 
 def label_dtype(words: int) -> str:
-    """What stores so many words and "unlabelled", which is its highest value."""
+    """Name the type that stores so many words and "unlabelled", which is its highest value."""
     return "uint8" if words <= 255 else "uint16"
