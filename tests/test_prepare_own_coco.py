@@ -100,7 +100,7 @@ def test_wrong_segments_are_named(tmp_path, segments, message):
 def test_wrong_panoptic_pngs_are_named(tmp_path):
     write_panoptic(tmp_path, "val", SEGMENTS, IDS)
     png = tmp_path / "annotations" / "panoptic_val" / "1.png"
-    Image.fromarray(np.zeros((2, 3), np.uint8)).save(png)
+    Image.fromarray(np.ones((2, 3), np.uint8)).save(png)
     with pytest.raises(ValueError, match=r"1.png: one channel; COCO panoptic PNGs are RGB"):
         labels_of(open_panoptic(tmp_path))
     Image.fromarray(np.zeros((3, 3, 3), np.uint8)).save(png)

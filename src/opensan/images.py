@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from opensan.config import ImageConfig
 from opensan.errors import UserError
+from opensan.pixels import deep_grey
 from opensan.structures import ImageSizes
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndar
 # Raster formats that Pillow decodes itself. Not EPS and its like, which are handed to an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
 # Photographs of other programs: whoever has them in a folder takes them for segmented, unless told otherwise.
-_FOREIGN_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"})
+FOREIGN_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"})
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 # EXIF orientation -> the transposition that puts the photograph upright.
 _UPRIGHT = {
@@ -204,7 +205,7 @@ def _images_below(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(parent, name) for name in files if not name.startswith(".")]
         images += [path for path in paths if path.suffix.lower() in known_suffixes()]
-        foreign += [path for path in paths if path.suffix.lower() in _FOREIGN_SUFFIXES]
+        foreign += [path for path in paths if path.suffix.lower() in FOREIGN_SUFFIXES]
     if foreign:
         warnings.warn(f"{folder}: left out, as their format can't be read: {_first_names(foreign)}", stacklevel=3)
     if not images:
@@ -318,7 +319,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # 16-bit PGM arrives as 32-bit integers, scaled by Pillow to 0..65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         to_8_bit = ((np.arange(65_536) + 128) // 257).astype(np.uint8)
-        return Image.fromarray(to_8_bit[np.asarray(image)]).convert("RGB")
+        return Image.fromarray(to_8_bit[deep_grey(image)]).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "floating-point"
         raise ImageError(f"{kind} pixels have no known range; convert it to 8 or 16 bits first")

@@ -9,9 +9,10 @@ import numpy as np
 
 from opensan.data import canonical
 from opensan.data.canonical import ClassCount, DatasetManifest, FileRecord, PhotographRecord
+from opensan.data.class_list import read_class_list
 from opensan.data.pool import run_all
 from opensan.data.prepare import READERS, Reader
-from opensan.data.segmentation_folder import find_listed, label_file, read_labelled
+from opensan.data.segmentation_folder import find_listed, label_file, label_table, read_labelled
 from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
@@ -25,7 +26,8 @@ class FolderCheck:
         """None: the folder was not written by `opensan data prepare`; there are no counts and checksums to compare."""
         self.problems: list[str] = []
         """One line each, naming the file; empty if all is well."""
-        self._vocabulary = Vocabulary.from_file(_part(root, "classes.txt"))
+        self._classes = read_class_list(_part(root, "classes.txt"))
+        self._vocabulary = self._classes.vocabulary
         self._splits: dict[str, list[Path]] = {}
         for split in self._lists(root):
             self._splits[split], missing = find_listed(root, split)
@@ -71,11 +73,12 @@ class FolderCheck:
             workers: processes.
             progress: told the number of photographs done, as they are.
         """
-        values = np.arange(len(self._vocabulary.words), dtype=np.int16)
+        words = len(self._vocabulary.words)
+        values = label_table(self._classes.values, range(words))
         recorded = self._records is not None
         records = self._records or {}
-        tasks = [_Task(file, values, records.get(file.name), recorded, quick) for file in self._files]
-        images, pixels = np.zeros(len(values), dtype=np.int64), np.zeros(len(values), dtype=np.int64)
+        tasks = [_Task(file, values, words, records.get(file.name), recorded, quick) for file in self._files]
+        images, pixels = np.zeros(words, dtype=np.int64), np.zeros(words, dtype=np.int64)
         total = 0
         with closing(run_all(tasks, workers)) as results:
             for file, found in zip(self._files, results, strict=True):
@@ -151,16 +154,17 @@ def _strangers(root: Path, files: list[Path]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Task:
-    """Look at one photograph; what is wrong with it, or None."""
+    """Look at one image: what is wrong with it, or the pixels of each word and those unlabelled; None if `quick`."""
 
     image: Path
     values: np.ndarray
+    words: int
     record: PhotographRecord | None
     recorded: bool
     """The folder has records, so this should have one."""
     quick: bool
 
-    def __call__(self) -> str | None:
+    def __call__(self) -> str | np.ndarray | None:
         label = label_file(self.image)
         if self.image.is_symlink() and not self.image.exists():
             return f"{self.image}: the photograph it links to is gone ({self.image.readlink()})"
@@ -178,8 +182,7 @@ class _Task:
             labels = read_labelled(self.image, label, self.values)[1]
         except UserError as error:
             return str(error)
-        classes = len(self.values)
-        return np.bincount(np.where(labels < 0, classes, labels).ravel(), minlength=classes + 1)
+        return np.bincount(np.where(labels < 0, self.words, labels).ravel(), minlength=self.words + 1)
 
 
 def _difference(file: Path, expected: FileRecord, quick: bool) -> str | None:

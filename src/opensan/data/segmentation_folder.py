@@ -1,23 +1,29 @@
 """The canonical layout of a labelled data set on disk.
 
 images/NAME.jpg     photographs, any format that Pillow reads
-labels/NAME.png     index PNG: pixel value = line of classes.txt, counted from 0.
+labels/NAME.png     index PNG: pixel value = line of classes.txt, counted from 0, or the number before the class.
                     8-bit with 255 unlabelled, or 16-bit with 65535 unlabelled
-classes.txt         a class a line, `|` between synonyms
+classes.txt         a class a line ("7: car" where classes have numbers), `|` between synonyms
 SPLIT.txt           the photographs of a split, one a line: with or without suffix
 """
 
 import hashlib
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from opensan.data.class_list import read_class_list
 from opensan.errors import UserError
 from opensan.images import image_size, open_image
+from opensan.pixels import Pixels, one_reading, read_pixels
 from opensan.vocabulary import UNLABELLED, Vocabulary
+
+_NO_CLASS = -2
+"""In a table of labels: a value that no class has."""
 
 
 class SegmentationFolder:
@@ -38,13 +44,14 @@ class SegmentationFolder:
         """
         self.root = Path(root)
         self.split = split
-        full = Vocabulary.from_file(_existing(self.root / "classes.txt"))
+        classes = read_class_list(_existing(self.root / "classes.txt"))
+        full = classes.vocabulary
         kept = [word for word in full.words if word.name not in ignored]
         if unknown := set(ignored) - set(full.names):
             raise UserError(f"{self.root / 'classes.txt'}: has no class {', '.join(sorted(unknown))} to ignore")
         self.vocabulary = Vocabulary(tuple(kept), full.templates)
         place = {word.name: index for index, word in enumerate(self.vocabulary.words)}
-        self._label_of_value = np.array([place.get(word.name, UNLABELLED) for word in full.words], dtype=np.int16)
+        self._label_of_value = label_table(classes.values, [place.get(word.name, UNLABELLED) for word in full.words])
         self._files = self._listed_files()
 
     def _listed_files(self) -> list[tuple[Path, Path]]:
@@ -85,6 +92,13 @@ class SegmentationFolder:
         return read_labelled(*self._files[index], self._label_of_value)
 
 
+def label_table(values: Sequence[int], labels: Sequence[int]) -> np.ndarray:
+    """[K] int16: the label of each pixel value up to the largest of `values`; `_NO_CLASS` of values in between."""
+    table = np.full(max(values) + 1, _NO_CLASS, dtype=np.int16)
+    table[list(values)] = labels
+    return table
+
+
 def find_listed(root: Path, split: str) -> tuple[list[Path], list[str]]:
     """The photographs that a list names, in its order, and the names that no file in images/ has."""
     path = _existing(root / f"{split}.txt")
@@ -106,7 +120,8 @@ def label_file(image: Path) -> Path:
 def read_labelled(image_path: Path, label_path: Path, label_of_value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A photograph [H, W, 3] uint8 RGB and its labels [H, W] int16.
 
-    `label_of_value` [K] int16 has the label of each value below K. Raises ValueError, one line, naming the file.
+    `label_of_value` [K] int16 has the label of each value below K, as `label_table` makes it. Raises ValueError, one
+    line, naming the file.
     """
     image = open_image(image_path)
     labels = _read_labels(label_path, label_of_value)
@@ -120,30 +135,36 @@ def read_labelled(image_path: Path, label_path: Path, label_of_value: np.ndarray
 
 def _read_labels(path: Path, label_of_value: np.ndarray) -> np.ndarray:
     """The label map at `path`, [H, W] int16."""
-    values = read_index_png(path)
+    pixels = _read_index_png(path)
+    read = {"stored": partial(_labels_of, pixels.stored, path, label_of_value)}
+    if pixels.differs:
+        read["shown"] = partial(_labels_of, pixels.grey, path, label_of_value)
+    return one_reading(pixels, str(path), read, "save it as 8 or 16-bit grey with the classes' numbers")
+
+
+def _labels_of(values: np.ndarray, path: Path, label_of_value: np.ndarray) -> np.ndarray:
     ignore = 255 if values.dtype == np.uint8 else 65_535
     known = min(len(label_of_value), ignore)
     table = np.full(ignore + 1, UNLABELLED, dtype=np.int16)
     table[:known] = label_of_value[:known]
-    wrong = (values >= known) & (values != ignore)
+    wrong = ((values >= known) & (values != ignore)) | (table[values] == _NO_CLASS)
     if wrong.any():
+        classes = np.count_nonzero(label_of_value != _NO_CLASS)
         raise UserError(
-            f"{path}: holds the value {values[wrong][0]}; "
-            f"classes.txt has {len(label_of_value)} classes, {ignore} is unlabelled"
+            f"{path}: holds the value {values[wrong][0]}; classes.txt has {classes} classes, {ignore} is unlabelled"
         )
     return table[values]
 
 
-def read_index_png(path: Path) -> np.ndarray:
-    """Pixel values of an index PNG, [H, W] uint8 or uint16. Raises ValueError on any other kind of image."""
+def _read_index_png(path: Path) -> Pixels:
+    """Pixels of an index PNG. Raises ValueError on any other kind of image."""
     try:
         with Image.open(path) as file:
-            if file.mode not in ("L", "P", "I;16", "I;16B", "I"):
+            if file.mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
                 raise UserError(f"{path}: an image of mode {file.mode}, not an index PNG of 8 or 16 bits")
-            values = np.asarray(file)
+            return read_pixels(file)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable label PNG ({error})") from None
-    return values if values.dtype == np.uint8 else values.astype(np.uint16)
 
 
 def _existing(path: Path) -> Path:

@@ -29,14 +29,12 @@ def _incomplete(folder: Path, needs: str, missing: str = "no photographs with la
     return UserError(f"{folder}: {missing}; {needs}")
 
 
-def _index_png(path: Path, label_set: str) -> np.ndarray:
-    return raw.labels_of(raw.read_png(path, ("L", "P")), raw.table_of(label_set), path)
-
-
 def _two_folders(images: Path, labels: Path, split: str, label_set: str) -> Iterator[Photograph]:
     """Photographs X.jpg with labels X.png; where one of the two is missing, the engine says so."""
     for stem in sorted(raw.stems(images, ".jpg") | raw.stems(labels, ".png")):
-        yield Photograph(stem, (split,), images / f"{stem}.jpg", partial(_index_png, labels / f"{stem}.png", label_set))
+        yield Photograph(
+            stem, (split,), images / f"{stem}.jpg", partial(raw.index_labels, labels / f"{stem}.png", label_set)
+        )
 
 
 # COCO-Stuff
@@ -82,7 +80,7 @@ def open_voc(folder: Path) -> Source:
         for split in ("train", "val"):
             if (listed := root / f"ImageSets/Segmentation/{split}.txt").exists():
                 for name in raw.read_list(listed):
-                    labels = partial(_index_png, root / f"SegmentationClass/{name}.png", "pascal_voc_20")
+                    labels = partial(raw.index_labels, root / f"SegmentationClass/{name}.png", "pascal_voc_20")
                     yield Photograph(name, (split,), root / f"JPEGImages/{name}.jpg", labels)
 
     return _source("pascal_voc_20", photographs(), root, VOC_NEEDS)

@@ -346,6 +346,10 @@ def _write_lists(
         write_text(out / f"{split}.txt", "".join(f"{file}\n" for file in files))
         counts[split] = len(files)
     canonical.write_records(out / canonical.FILES, [records[name] for name in sorted(records)])
+    class_counts = canonical.class_counts(records.values(), len(request.classes))
+    notes = list(source.notes)
+    if source.first_is_free and class_counts[0].pixels == 0 and any(count.pixels for count in class_counts):
+        notes.append(source.first_is_free)
     manifest = DatasetManifest(
         request=request,
         label_set=source.label_set,
@@ -354,8 +358,8 @@ def _write_lists(
         photographs=len(records),
         files_sha256=canonical.file_record(out / canonical.FILES).sha256,
         left_out=left_out,
-        notes=tuple(source.notes),
-        counts=canonical.class_counts(records.values(), len(request.classes)),
+        notes=tuple(notes),
+        counts=class_counts,
         pixels=sum(record.width * record.height for record in records.values()),
     )
     canonical.write_manifest(out, manifest)

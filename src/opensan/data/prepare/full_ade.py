@@ -66,7 +66,7 @@ def _at_most_512(path: Path) -> Path | bytes:
 def _coded_classes(path: Path) -> np.ndarray:
     """The labels beside a photograph: red and green code a class, blue an instance."""
     path = path.with_name(f"{path.stem}_seg.png")
-    colours = raw.read_png(path, ("RGB", "RGBA")).astype(np.int32)
+    colours = raw.read_png(path).colours.astype(np.int32)
     labels = raw.labels_of(colours[..., 0] // 10 * 256 + colours[..., 1], raw.table_of("ade20k_847"), path)
     return resize_nearest(labels, scaled_size(labels.shape))
 

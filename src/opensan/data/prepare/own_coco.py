@@ -160,13 +160,14 @@ class _Panoptic:
 
     def __call__(self) -> np.ndarray:
         pixels = read_map(self.png, str(self.png), self.image)
-        if pixels.ndim != 3:
+        one_channel = pixels.stored is not None and pixels.how == "as grey" and pixels.stored.any()
+        if pixels.shown.dtype != np.uint8 or one_channel:
             raise UserError(f"{self.png}: one channel; COCO panoptic PNGs are RGB, segment = R + 256 G + 65536 B")
 
         def complaint(segment: int, count: int) -> str:
             return f"{self.png}: {count} pixels are of segment {segment}, which the JSON file doesn't list"
 
-        segments = pixels.astype(np.int32) @ [1, 256, 65_536]
+        segments = pixels.colours.astype(np.int32) @ [1, 256, 65_536]
         return look_up(segments, {**self.label_of_segment, 0: UNLABELLED}, complaint)
 
 

@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opensan.data.prepare.own_labels import class_values, from_values, read_map
-from opensan.data.prepare.own_photographs import NO_SPLIT, below, evaluation_split, vocabulary_of, without
+from opensan.data.class_list import read_class_list
+from opensan.data.prepare.own_labels import VALUE_OPTIONS, Values, class_values, read_map
+from opensan.data.prepare.own_photographs import (
+    NO_SPLIT,
+    background_notes,
+    below,
+    evaluation_split,
+    vocabulary_of,
+    without,
+)
 from opensan.data.prepare.source import Photograph, Reader, Source
 from opensan.errors import HubError, UserError
-from opensan.vocabulary import Vocabulary
+from opensan.vocabulary import Vocabulary, Word
 
 if TYPE_CHECKING:
     import pyarrow
@@ -40,6 +48,8 @@ def open_table(
     mask: str = "",
     ignored: str = "",
     unlabelled: str = "",
+    first: str = "",
+    pixels: str = "",
 ) -> Source:
     """Parquet or Arrow files with a column of photographs and one of masks whose pixels are class numbers."""
     if repo:
@@ -54,8 +64,9 @@ def open_table(
     features = _features(schema, files[0])
     image, mask = _columns(schema, files[0], image, mask)
     names, place = _classes(folder, classes, features)
-    vocabulary, labels = without(vocabulary_of(list(names.values()), place), ignored, place)
-    values = class_values(dict(zip(names, labels, strict=True)), unlabelled)
+    vocabulary, labels = without(_vocabulary(names, place), ignored, place)
+    label_of_value = dict(zip(names, labels, strict=True))
+    values = class_values(label_of_value, first=first, unlabelled=unlabelled, pixels=pixels)
     counts: Counter[str] = Counter()
     photographs = []
     for file in files:
@@ -65,7 +76,21 @@ def open_table(
             name = f"{split}_{counts[split]:06d}"
             photographs.append(Photograph(name=name, splits=(split,), image=row.photograph, labels=row.labels))
             counts[split] += 1
-    return Source(vocabulary, photographs, evaluation_split(counts))
+    return Source(
+        vocabulary,
+        photographs,
+        evaluation_split(counts),
+        notes=background_notes(vocabulary),
+        unlabelled_because="all values are 255 (unlabelled) or of ignored classes",
+        judge=values.judge,
+        first_is_free=values.first_is_free,
+    )
+
+
+def _vocabulary(names: Mapping[int, str | Word], place: str) -> Vocabulary:
+    """The classes: of a list with synonyms its words, else names as they are."""
+    words = [word if isinstance(word, Word) else Word(word) for word in names.values()]
+    return vocabulary_of(words, place)
 
 
 @dataclass(frozen=True)
@@ -78,7 +103,7 @@ class _Row:
     number: int
     image_column: str
     mask_column: str
-    label_of_value: Mapping[int, int]
+    values: Values
 
     def photograph(self) -> bytes:
         """The content of an image file."""
@@ -86,10 +111,8 @@ class _Row:
 
     def labels(self) -> np.ndarray:
         name = self._name(self.mask_column)
-        values = read_map(self._picture(self.mask_column), name, self.photograph(), _MASK_FORMATS)
-        if values.ndim == 3 and (values == values[..., :1]).all():
-            values = values[..., 0]
-        return from_values(values, self.label_of_value, name)
+        pixels = read_map(self._picture(self.mask_column), name, self.photograph(), _MASK_FORMATS)
+        return self.values.labels(pixels, name)
 
     def _picture(self, column: str) -> bytes:
         columns = (self.image_column, self.mask_column)
@@ -222,8 +245,8 @@ def _holds_pictures(kind: "pyarrow.DataType") -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def _classes(folder: Path, classes: str, features: Mapping[str, Any]) -> tuple[dict[int, str], str]:
-    """The class names by pixel value, and where they are from."""
+def _classes(folder: Path, classes: str, features: Mapping[str, Any]) -> tuple[dict[int, str | Word], str]:
+    """The classes by pixel value, and where they are from."""
     labelled = dict(_class_labels(features))
     if classes in labelled:
         return dict(enumerate(labelled[classes])), f"column {classes}"
@@ -236,7 +259,8 @@ def _classes(folder: Path, classes: str, features: Mapping[str, Any]) -> tuple[d
             f'id2label.json ({{"0": "road", ...}}) or classes.txt, or say classes=FILE{columns}'
         )
     if path.suffix != ".json":
-        return dict(enumerate(Vocabulary.from_file(path).names)), str(path)
+        listed = read_class_list(path)
+        return dict(sorted(zip(listed.values, listed.vocabulary.words, strict=True))), str(path)
     try:
         said = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -290,8 +314,7 @@ READER = Reader(
         "classes": "id2label JSON or a list of classes in the folder, if it is called otherwise, or a column of labels",
         "image": "the column of photographs",
         "mask": "the column of masks",
-        "ignored": "classes whose pixels become unlabelled: NAME,NAME",
-        "unlabelled": "pixel values that are no class, besides 255 (16-bit: 65535): VALUE,VALUE",
+        **VALUE_OPTIONS,
     },
     needs="Parquet or Arrow files, and id2label.json or classes.txt",
     obtained="https://huggingface.co/datasets, or your own",

@@ -1,13 +1,17 @@
 """Label maps as people have them: read, held against their photograph, put upright, laid over one another."""
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from opensan.errors import UserError
+from opensan.pixels import Pixels, one_reading, ranges, read_pixels
 from opensan.vocabulary import UNLABELLED
 
 _UNKNOWN = -2
@@ -45,26 +49,23 @@ def read_map(
     name: str,
     image: Path | bytes,
     formats: Sequence[str] = ("PNG",),
-    *,
-    colours: bool = False,
-) -> np.ndarray:
-    """Pixels of a label or mask file (or its content), upright as its photograph `image`.
+) -> Pixels:
+    """Read a label or mask file (or its content), upright as its photograph `image`.
 
-    [H, W] bool, uint8 or uint16, or [H, W, 3] uint8 RGB. Of a file with a palette the pixels are its indices, or, if
-    `colours`, what they look like. Sizes are compared before anything is decoded. Raises ValueError, one line that
-    begins with `name`, on a size that isn't the photograph's, and on anything but a file of `formats` with one or three
-    channels.
+    Sizes are compared before anything is decoded. Raises ValueError, one line that begins with `name`, on a size that
+    isn't the photograph's, and on anything but a file of `formats` whose pixels have a known meaning.
     """
-    from opensan.images import ImageError
-
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as opened:
-            if opened.mode not in ("1", "L", "P", "I;16", "RGB"):
-                raise UserError(f"{name}: an image of mode {opened.mode}; save it with one channel of 8 or 16 bits")
             turn = upright_as(image, (opened.height, opened.width), name)
-            return turn(np.asarray(opened.convert("RGB") if colours and opened.mode == "P" else opened))
-    except ImageError:
-        raise  # about the photograph
+            try:
+                pixels = read_pixels(opened)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            stored = None if pixels.stored is None else turn(pixels.stored)
+            return Pixels(stored, turn(pixels.shown), pixels.how)
+    except UserError:
+        raise
     except UnidentifiedImageError:
         raise UserError(f"{name}: not a {' or '.join(formats)} file, or damaged at the start") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -81,41 +82,93 @@ def look_up(codes: np.ndarray, label_of_code: Mapping[int, int], complaint: Call
     labels = table[codes]
     unknown = codes[labels == _UNKNOWN]
     if len(unknown):
-        raise UserError(complaint(int(unknown[0]), int((unknown == unknown[0]).sum())))
+        worst = int(unknown.max())
+        raise UnknownValue(complaint(worst, int((unknown == worst).sum())), worst)
     return labels
 
 
-def from_values(values: np.ndarray, label_of_value: Mapping[int, int], name: str, rgb_remedy: str = "") -> np.ndarray:
-    """The labels [H, W] int32 of an index map [H, W] as `read_map` gives it; 255 (16 bits: 65535) is unlabelled.
+class UnknownValue(UserError):
+    """A label file holds a value that is no class."""
 
-    Raises ValueError, one line that begins with `name`, on a value that is no class, and on a map that holds no values.
-    """
-    if values.ndim == 3:
-        raise UserError(f"{name}: an RGB picture, not an index map with a class's number in each pixel{rgb_remedy}")
-    if values.dtype == bool:
-        raise UserError(f"{name}: has 1 bit a pixel, and white may be class 1 or 255 (unlabelled); save 8 bits")
-    ignore = np.iinfo(values.dtype).max
+    def __init__(self, message: str, value: int) -> None:
+        super().__init__(message)
+        self.unknown_value = value
 
-    def complaint(value: int, pixels: int) -> str:
-        known = _ranges([value for value in label_of_value if value != ignore])
+    def __reduce__(self) -> tuple:  # goes from process to process
+        return UnknownValue, (str(self), self.unknown_value)
+
+
+PIXELS_REMEDY = (
+    "say pixels=shown if a program that makes files smaller wrote it so, pixels=stored if its numbers are the classes"
+)
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the values in label files mean."""
+
+    label_of_value: Mapping[int, int]
+    one_past: int | None = None
+    """The value after the last class, where classes are numbered without gaps."""
+    pixels: str = ""
+    """Whether values are as files store them ("stored") or as viewers show them ("shown"); empty: whichever fits."""
+
+    def labels(self, pixels: Pixels, name: str, rgb_remedy: str = "") -> np.ndarray:
+        """The labels [H, W] int32 of an index map; 255 (of 16 bits: 65535) is unlabelled.
+
+        Raises ValueError, one line that begins with `name`, on a value that is no class, on a map that holds no values,
+        and on one that can be read in two ways.
+        """
+        return one_reading(pixels, name, self.readings(pixels, name, rgb_remedy), PIXELS_REMEDY)
+
+    def readings(self, pixels: Pixels, name: str, rgb_remedy: str = "") -> dict[str, Callable[[], np.ndarray]]:
+        """The ways to read an index map, for `one_reading`."""
+        grey = pixels.grey
+        if pixels.stored is None and grey is None:
+            problem = f"{name}: an RGB picture, not an index map with a class's number in each pixel{rgb_remedy}"
+            return {"shown": partial(_refuse, problem)}
+        ways = {}
+        if pixels.stored is not None and self.pixels != "shown":
+            ways["stored"] = partial(self._look_up, pixels.stored, name)
+        if grey is not None and self.pixels != "stored" and (pixels.stored is None or pixels.differs or not ways):
+            ways["shown"] = partial(self._look_up, grey, name)
+        return ways or {"shown": partial(_refuse, f"{name}: shows colours, so pixels=shown can't be its classes")}
+
+    def _look_up(self, values: np.ndarray, name: str) -> np.ndarray:
+        ignore = int(np.iinfo(values.dtype).max)
+
+        def complaint(value: int, count: int) -> str:
+            known = ranges([value for value in self.label_of_value if value != ignore])
+            remedy = f"if it is no class, say unlabelled={value}; if it is one, the list of classes lacks it"
+            if value == self.one_past:
+                remedy = "if labels count from 1, say first=1"
+            return (
+                f"{name}: {count} pixels hold the value {value}; classes are {known}, {ignore} is unlabelled ({remedy})"
+            )
+
+        return look_up(values, {**self.label_of_value, ignore: UNLABELLED}, complaint)
+
+    @property
+    def first_is_free(self) -> str:
+        """What to say if no pixel is of the first class."""
+        if self.one_past is None or self.label_of_value.get(0) != 0:
+            return ""
+        return "no label file holds the value 0, the first class: if labels count from 1, say first=1"
+
+    def judge(self, images_by_value: Mapping[int, int]) -> str | None:
+        """What to say of a set whose label files hold these values that are no classes: value -> number of files."""
+        last = max(images_by_value)
+        if self.one_past is None or last != self.one_past:
+            return None
         return (
-            f"{name}: {pixels} pixels hold the value {value}; classes are {known}, {ignore} is unlabelled "
-            f"(say unlabelled={value} if that is meant)"
+            f"{images_by_value[last]} label files hold the value {last}, one more than the last of {last} classes "
+            f"counted from 0, so values seem to count from 1: say first=1 if 1 is the first class (0 is then "
+            f"unlabelled), or first=0 if 0 is it (those files are then left out); choose another folder for --out"
         )
 
-    return look_up(values, {**label_of_value, int(ignore): UNLABELLED}, complaint)
 
-
-def _ranges(values: Iterable[int]) -> str:
-    """ "0-10, 12" of these numbers."""
-    ranges: list[list[int]] = []
-    for value in sorted(values):
-        if ranges and ranges[-1][1] == value - 1:
-            ranges[-1][1] = value
-        else:
-            ranges.append([value, value])
-    shown = [f"{first}-{last}" if first < last else f"{first}" for first, last in ranges]
-    return ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
+def _refuse(problem: str) -> NoReturn:
+    raise UserError(problem)
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -129,15 +182,42 @@ def numbers(text: str, option: str) -> list[int]:
     return values
 
 
-def class_values(labels: Mapping[int, int], unlabelled: str) -> dict[int, int]:
-    """The label of each pixel value: `labels`, and the values of the option `unlabelled`.
+def class_values(labels: Mapping[int, int], *, first: str = "", unlabelled: str = "", pixels: str = "") -> Values:
+    """What pixel values mean: `labels` by value, and what the options say.
 
-    Raises ValueError on a value that is a class.
+    Args:
+        labels: the label of each value, as the list of classes numbers them.
+        first: "1" moves values up, so that the first class is 1; smaller ones are unlabelled.
+        unlabelled: values that are no class.
+        pixels: "stored", "shown", or empty.
+
+    Raises:
+        ValueError: one line, on options that contradict the classes or are none.
     """
+    if first not in ("", "0", "1"):
+        raise UserError(f"first={first}: must be 0 or 1, the pixel value of the first class")
+    if pixels not in ("", "stored", "shown"):
+        raise UserError(f"pixels={pixels}: must be stored (as the files have them) or shown (as viewers show them)")
+    from_zero = sorted(labels) == list(range(len(labels)))
+    if first == "1" and not from_zero:
+        raise UserError("first=1: the list of classes numbers them itself")
+    values = {value + (first == "1"): label for value, label in labels.items()}
     extra = numbers(unlabelled, "unlabelled")
-    if taken := [value for value in extra if value in labels]:
+    if taken := [value for value in extra if value in values]:
         raise UserError(f"unlabelled={unlabelled}: {taken[0]} is a class; to leave a class out, say ignored=NAME")
-    return {**labels, **dict.fromkeys(extra, UNLABELLED)}
+    if first == "1":
+        extra.append(0)
+    one_past = len(labels) if from_zero and not first and len(labels) not in extra else None
+    return Values({**values, **dict.fromkeys(extra, UNLABELLED)}, one_past, pixels)
+
+
+VALUE_OPTIONS = {
+    "ignored": "classes whose pixels become unlabelled: NAME,NAME",
+    "unlabelled": "pixel values that are no class, besides 255 (16-bit: 65535): VALUE,VALUE",
+    "first": "1 if labels count from 1: 1 is the first class, and 0 unlabelled",
+    "pixels": "stored or shown: for files whose numbers are not what viewers show (palettes of greys, 1 to 4 bits)",
+}
+"""The options of forms with index maps."""
 
 
 class Layers:

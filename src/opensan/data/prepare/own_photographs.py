@@ -1,8 +1,9 @@
 """Which photographs a folder of somebody's own holds, and which splits they belong to."""
 
+import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -10,12 +11,22 @@ from typing import NoReturn
 
 from opensan.data.prepare.source import Photograph
 from opensan.errors import UserError
+from opensan.images import FOREIGN_SUFFIXES, known_suffixes
 from opensan.vocabulary import Vocabulary, Word
 
 NO_SPLIT = "all"
 """The split of everything, where nothing says which photographs are for what."""
 
-NO_LISTS = ("classes.txt", "colours.txt")
+NO_LISTS = ("classes.txt", "colours.txt", "class_names.txt", "labels.txt", "labelmap.txt")
+_SPLIT_NAMES = re.compile(r"(train|val|valid|validation|test|trainval|minival)(\W|_|\d|$)", re.IGNORECASE)
+"""What lists of splits are called: one that names no image is a mistake."""
+_LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+_NO_WORDS = frozenset({"background", "void", "ignore", "unlabeled", "unlabelled", "other", "unknown", "none"})
+"""Names that say of a class that it is no thing to look for."""
+_NO_IMAGES = frozenset(
+    {".txt", ".json", ".xml", ".csv", ".md", ".html", ".yaml", ".yml", ".cache", ".npy", ".db", ".ini", ".zip"}
+)
+"""Suffixes of what lies beside images and is none."""
 
 
 @dataclass
@@ -26,48 +37,110 @@ class Found:
     """Below the folder of photographs, without suffix: "0001", or "train/0001"."""
     file: Path
     splits: list[str] = field(default_factory=list)
+    label: Path | None = None
+    """Its label file, where a list says one."""
     problem: str | None = None
     """Why it can't be used, if that is known already."""
 
 
-def find_photographs(root: Path, images: Path, *, nested: bool = True) -> list[Found]:
+@dataclass(frozen=True)
+class FoundSet:
+    """The photographs of a folder, and what else lies there."""
+
+    found: list[Found]
+    """Those that lists name, or all."""
+    places: frozenset[str]
+    """Of all files in the folder of photographs, also of those that can't be read or that no list names."""
+    left_out: dict[str, str]
+    """Files that look like photographs and can't be read: path below the data set's folder -> why."""
+    notes: tuple[str, ...] = ()
+
+
+def find_photographs(root: Path, images: Path, *, nested: bool = True, lists: Path | None = None) -> FoundSet:
     """The photographs in `images`, with the splits that lists in `root` or sub-folders of `images` give them.
 
-    If a `.txt` in `root` names photographs, such files are the splits. Else, if `nested`, sub-folders of `images` are.
-    Else there is one split, "all". A listed photograph that isn't there comes with that problem.
+    If a `.txt` in `root` (or in `lists`) names photographs, such files are the splits. Else, if `nested`, sub-folders
+    of `images` are. Else there is one split, "all". A listed photograph that isn't there comes with that problem, and
+    so do several of one stem.
 
-    Raises ValueError, one line: no photographs, photographs beside sub-folders of them, or two with one stem.
+    Raises ValueError, one line: no photographs, photographs beside sub-folders of them, or a list called like a split
+    that fits nothing.
     """
-    files = sorted(_images_in(images, nested))
+    files, foreign = _images_in(images, nested)
+    left_out = {_below_root(file, root): _why_foreign(file) for file in foreign}
     if not files:
-        raise UserError(f"{images}: no photographs (.jpg, .png and the like)")
-    found = [Found(file.relative_to(images).with_suffix("").as_posix(), file) for file in files]
-    listed = _listed(root, images, found)
+        first = f"; {next(iter(left_out.items()))}" if left_out else ""
+        raise UserError(f"{images}: no images (.jpg, .png and the like){first}")
+    found = [Found(_place(file, images), file) for file in files]
+    places = frozenset(_place(file, images) for file in (*files, *foreign))
+    listed = _listed(root, images, found, lists or root)
+    notes = ()
     if not listed:
         _split_by_folder(images, found)
         listed = found
-    counts = Counter(one.place for one in listed)
-    if repeated := [place for place, count in counts.items() if count > 1]:
-        names = " and ".join(one.file.name for one in listed if one.place == repeated[0])
-        raise UserError(f"{images}: {names} have the same stem, so labels could be either's; rename one")
-    return listed
+    elif unused := len(found) - len({one.file for one in listed if not one.problem}):
+        notes = (f"{unused} images stand in no list, and are not used",)
+    _refuse_equal_stems(images, listed)
+    return FoundSet(listed, places, left_out, notes)
 
 
-def _images_in(folder: Path, nested: bool) -> Iterator[Path]:
+def _refuse_equal_stems(images: Path, listed: Sequence[Found]) -> None:
+    by_place = defaultdict(list)
+    for one in listed:
+        if not one.problem:
+            by_place[one.place].append(one)
+    for same in by_place.values():
+        names = " and ".join(one.file.name for one in same)
+        for one in same if len(same) > 1 else ():
+            one.problem = f"{images}: {names} have the same stem, so labels could be either's; rename one"
+            one.place += one.file.suffix
+
+
+def unused_labels(root: Path, labels: Path, suffixes: Collection[str], places: Collection[str]) -> dict[str, str]:
+    """Label files in `labels` that belong to no photograph: path below `root` -> why they are not used."""
+    if not labels.is_dir():
+        return {}
+    files = [file for file in sorted(labels.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
+    return {
+        _below_root(file, root): "no image has this name"
+        for file in files
+        if not file.name.startswith(".") and _place(file, labels) not in places
+    }
+
+
+def _below_root(file: Path, root: Path) -> str:
+    return file.relative_to(root).as_posix()
+
+
+def _place(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).with_suffix("").as_posix()
+
+
+def _images_in(folder: Path, nested: bool) -> tuple[list[Path], list[Path]]:
+    """The images in a folder, and the other files that may be meant as such."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; the photographs go there")
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
+        raise UserError(f"{folder}: no such folder; the images go there")
+    images, others = [], []
+    for path in sorted(folder.iterdir()):
         # The sub-folders themselves may be links, as those to another disk are.
-        inside = path.rglob("*") if nested and path.is_dir() else [path]
-        yield from (file for file in inside if is_image(file) and not file.name.startswith(".") and file.is_file())
+        for file in sorted(path.rglob("*")) if nested and path.is_dir() else [path]:
+            if path.name.startswith(".") or file.name.startswith(".") or not file.is_file():
+                continue
+            if is_image(file):
+                images.append(file)
+            elif file.suffix.lower() in FOREIGN_SUFFIXES or (nested and file.suffix.lower() not in _NO_IMAGES):
+                others.append(file)
+    return images, others
+
+
+def _why_foreign(file: Path) -> str:
+    if file.suffix.lower() in FOREIGN_SUFFIXES:
+        return f"{file.suffix.lower().removeprefix('.').upper()} files can't be read; convert it to JPEG or PNG"
+    return "its suffix is not an image's; if it is one, convert it to JPEG or PNG"
 
 
 def is_image(path: Path) -> bool:
     """By its suffix."""
-    from opensan.images import known_suffixes  # only now: it imports torch
-
     return path.suffix.lower() in known_suffixes()
 
 
@@ -83,40 +156,76 @@ def _split_by_folder(images: Path, found: Sequence[Found]) -> None:
         one.splits = [PurePosixPath(one.place).parts[0] if not flat else NO_SPLIT]
 
 
-def _listed(root: Path, images: Path, found: Sequence[Found]) -> list[Found]:
-    """The photographs of the lists in `root`; empty if there are none."""
+def _listed(root: Path, images: Path, found: Sequence[Found], lists: Path) -> list[Found]:
+    """The photographs of the lists; empty if there are none."""
     by_name: dict[str, list[Found]] = defaultdict(list)
     for one in found:
         below = one.file.relative_to(images).as_posix()
         for name in {below, one.place, one.file.name, one.file.stem}:
             by_name[name].append(one)
     listed: dict[Path | str, Found] = {}
-    for path in sorted(root.glob("*.txt")):
+    for path in sorted(lists.glob("*.txt")):
         if path.name in NO_LISTS or path.name.startswith("."):
             continue
-        lines = [(number, line) for number, line in enumerate(_lines(path, images), 1) if line]
-        if not any(line in by_name for _, line in lines):
-            warnings.warn(f"{path}: names no photograph in {images}, so it is taken for no list", stacklevel=4)
+        entries = [(number, _entry(line, images, by_name)) for number, line in enumerate(_lines(path), 1) if line]
+        if not any(name in by_name for _, (name, _) in entries):
+            _refuse_list(path, images, entries)
             continue
-        for number, line in lines:
+        for number, (line, label) in entries:
             matches = by_name.get(line)
             if matches is None:
-                problem = f"{path}: line {number}: there is no photograph {line!r} in {images}"
+                problem = f"{path}: line {number}: there is no image {line!r} in {images}"
                 matches = [listed.get(line) or Found(line, images / line, problem=problem)]
             for one in matches:
+                if label:
+                    one.label = below(root, label, f"{path}: line {number}")
                 listed.setdefault(one.place if one.problem else one.file, one)
                 if path.stem not in one.splits:
                     one.splits.append(path.stem)
     return list(listed.values())
 
 
-def _lines(path: Path, images: Path) -> list[str]:
-    """The lines of a list, without the folder that some put before each name."""
+def _refuse_list(path: Path, images: Path, entries: Sequence[tuple[int, tuple[str, str]]]) -> None:
+    """Raise UserError for a list that must be one by its name and fits nothing; warn of another."""
+    if not _SPLIT_NAMES.match(path.stem):
+        warnings.warn(f"{path}: names no image in {images}, so it is taken for no list", stacklevel=5)
+        return
+    shown = f"its first line is {entries[0][1][0]!r:.80}" if entries else "it is empty"
+    raise UserError(
+        f"{path}: names no image in {images} ({shown}); a list of a split has an image a line, "
+        "a.jpg or images/a.jpg labels/a.png; rename it if it is no list"
+    )
+
+
+def _entry(line: str, images: Path, by_name: Mapping[str, Sequence[Found]]) -> tuple[str, str]:
+    """The image that a line names as `by_name` has it, and the label file of a pair ("" if it is none)."""
+    for separator in (None, "\t", ",", " "):
+        image, label = (line, "") if separator is None else map(str.strip, line.partition(separator)[::2])
+        name = _below_images(image, images)
+        if name in by_name and (separator is None or label.lower().endswith(_LABEL_SUFFIXES)):
+            return name, _below_root_of(label, images)
+    return _below_images(line, images), ""
+
+
+def _below_images(name: str, images: Path) -> str:
+    """A listed name without what stands before the folder of images: "images/", "/data/set/images/", "./"."""
+    name = name.replace("\\", "/") if "/" not in name else name
+    _, middle, rest = f"/{name}".rpartition(f"/{images.name}/")
+    return (rest if middle else name).removeprefix("./")
+
+
+def _below_root_of(label: str, images: Path) -> str:
+    """The label file of a pair, below the data set's folder: an absolute path must lead there."""
+    label = label.replace("\\", "/") if "/" not in label else label
+    return label.removeprefix(f"{images.parent.as_posix()}/").removeprefix("./")
+
+
+def _lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a list of photographs in UTF-8 text ({error})") from None
-    return [line.strip().removeprefix("./").removeprefix(f"{images.name}/") for line in lines]
+        raise UserError(f"{path}: not a list of images in UTF-8 text ({error})") from None
+    return [line.strip() for line in lines]
 
 
 def photographs(found: Iterable[Found], labels: Callable[[Found], Callable]) -> list[Photograph]:
@@ -173,9 +282,18 @@ def without(vocabulary: Vocabulary, ignored: str, place: str) -> tuple[Vocabular
     return Vocabulary(kept, vocabulary.templates), [place_of.get(name, -1) for name in vocabulary.names]
 
 
-def vocabulary_of(names: Sequence[str], place: str) -> Vocabulary:
-    """Class names as they are. Raises ValueError, beginning with `place`, on none, blank or repeated ones."""
+def background_notes(vocabulary: Vocabulary) -> tuple[str, ...]:
+    """What to say of classes whose names mean "anything else"."""
+    return tuple(
+        f"the class {name!r} is prepared as a word; if it means anything else, say ignored={name}"
+        for name in vocabulary.names
+        if name.strip("_ ").lower() in _NO_WORDS
+    )
+
+
+def vocabulary_of(names: Sequence[str | Word], place: str) -> Vocabulary:
+    """Class names as they are, or words. Raises ValueError, beginning with `place`, on none, blank or repeated ones."""
     try:
-        return Vocabulary(tuple(Word(name) for name in names))
+        return Vocabulary(tuple(name if isinstance(name, Word) else Word(name) for name in names))
     except UserError as error:
         raise UserError(f"{place}: {error}") from None

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from opensan.errors import UserError
+from opensan.pixels import Pixels, one_reading, read_pixels
 from opensan.vocabulary import UNLABELLED, Vocabulary, ready_source_ids
 
 WRONG = -2
@@ -33,21 +34,33 @@ def read_list(path: Path) -> list[str]:
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
-def read_png(path: Path, modes: Iterable[str]) -> np.ndarray:
-    """The stored values of a label PNG: [H, W], or [H, W, 3] of an RGB one. Raises ValueError on other modes."""
+def read_png(path: Path) -> Pixels:
+    """The pixels of a label PNG. Raises ValueError, one line that names it, on anything else."""
     from opensan.images import MAX_PIXELS  # only now: it imports torch
 
     try:
         with Image.open(path, formats=["PNG"]) as file:
-            if file.mode not in modes:
-                raise UserError(f"{path}: a PNG of mode {file.mode}, not of {' or '.join(modes)}")
             if file.width * file.height > MAX_PIXELS:
                 raise UserError(f"{path}: {file.width} x {file.height} is more than {MAX_PIXELS:,} pixels")
-            return np.asarray(file)
+            return read_pixels(file)
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such label file") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable PNG ({error})") from None
+
+
+def index_labels(path: Path, label_set: str) -> np.ndarray:
+    """The labels of an index PNG of a data set whose label set is ready."""
+    pixels = read_png(path)
+    table = table_of(label_set)
+    read = {} if pixels.stored is None else {"stored": functools.partial(labels_of, pixels.stored, table, path)}
+    if pixels.grey is not None and (pixels.differs or not read):
+        read["shown"] = functools.partial(labels_of, pixels.grey, table, path)
+    if not read:
+        raise UserError(f"{path}: a PNG of colours, not of one channel with a class's number in each pixel")
+    return one_reading(pixels, str(path), read, "take the file as its authors distribute it")
 
 
 def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:

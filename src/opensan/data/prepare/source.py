@@ -62,6 +62,8 @@ class Source:
     """Splits of which a part is missing: name -> what. They are refused unless other splits are asked for."""
     unlabelled_because: str = ""
     """What to say if no pixel of the whole set has a label."""
+    first_is_free: str = ""
+    """What to say if the first class has no pixel and others have."""
     judge: Callable[[Mapping[int, int]], str | None] = lambda images_by_value: None
     """Told how many label files hold which value that is no class, says why the whole set can't be right, if so."""
 
