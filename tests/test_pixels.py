@@ -11,7 +11,7 @@ from opensan.data.prepare import READERS
 from opensan.data.prepare.own_folder import open_folder
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.images import open_image
-from opensan.pixels import read_pixels
+from opensan.images.pixels import read_pixels
 
 
 def png(bits: int, kind: int, row: bytes, width: int = 4, chunks: tuple[tuple[bytes, bytes], ...] = ()) -> bytes:

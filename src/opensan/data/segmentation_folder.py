@@ -19,7 +19,7 @@ from PIL import Image
 from opensan.data.class_list import read_class_list
 from opensan.errors import UserError
 from opensan.images import image_size, open_image
-from opensan.pixels import Pixels, one_reading, read_pixels
+from opensan.images.pixels import Pixels, one_reading, read_pixels
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 _NO_CLASS = -2

@@ -22,7 +22,7 @@ from opensan.data.prepare.own_photographs import (
 )
 from opensan.data.prepare.source import Reader, Source
 from opensan.errors import UserError
-from opensan.pixels import Pixels, one_reading
+from opensan.images.pixels import Pixels, one_reading
 from opensan.vocabulary import Vocabulary
 
 _IMAGES = ("images", "JPEGImages")

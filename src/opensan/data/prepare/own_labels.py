@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from opensan.errors import UserError
-from opensan.pixels import Pixels, one_reading, ranges, read_pixels
+from opensan.images.pixels import Pixels, one_reading, ranges, read_pixels
 from opensan.vocabulary import UNLABELLED
 
 _UNKNOWN = -2

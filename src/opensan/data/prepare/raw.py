@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from opensan.errors import UserError
-from opensan.pixels import Pixels, one_reading, read_pixels
+from opensan.images.pixels import Pixels, one_reading, read_pixels
 from opensan.vocabulary import UNLABELLED, Vocabulary, ready_source_ids
 
 WRONG = -2

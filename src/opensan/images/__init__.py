@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from opensan.config import ImageConfig
 from opensan.errors import UserError
-from opensan.pixels import deep_grey
+from opensan.images.pixels import deep_grey
 from opensan.structures import ImageSizes
 
 if TYPE_CHECKING:
