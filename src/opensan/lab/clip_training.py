@@ -338,6 +338,7 @@ def _run_stage(
 
 
 def main() -> None:
+    """Run the command line."""
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

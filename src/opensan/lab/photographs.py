@@ -322,6 +322,7 @@ def report(data: Path, out: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("clip", "san", "report"))
     parser.add_argument("--data", type=Path, required=True)

@@ -170,6 +170,7 @@ def report(model: str, out: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("train", "measure"))
     parser.add_argument("--clip", type=Path, help="the folder that opensan.lab.clip_training wrote (for `train`)")

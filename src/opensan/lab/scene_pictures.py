@@ -75,6 +75,7 @@ class ScenePictures:
         return f"scene {index}"
 
     def scene(self, index: int) -> Scene:
+        """Draw the scene of sample `index`."""
         kind = self.kind
         return make_scene(self.seed, index, (kind.side, kind.side), objects=kind.objects, radius=kind.radius)
 
@@ -82,6 +83,7 @@ class ScenePictures:
         return self.look_at(self.scene(index), generator)
 
     def look_at(self, scene: Scene, generator: np.random.Generator) -> Picture:
+        """Crop and turn the scene at random, and choose windows and captions."""
         kind = self.kind
         boxes = [_around(_draw(scene.objects, generator), kind.crop, kind.side, generator)]
         boxes += _windows(scene, kind.windows, generator)

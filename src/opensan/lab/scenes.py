@@ -184,10 +184,12 @@ class Scene:
 
     @property
     def grounds(self) -> tuple[SceneRegion, ...]:
+        """The regions that are grounds."""
         return tuple(region for region in self.regions if region.ground)
 
     @property
     def objects(self) -> tuple[SceneRegion, ...]:
+        """The regions that are objects, from back to front."""
         return tuple(region for region in self.regions if not region.ground)
 
 

@@ -30,6 +30,7 @@ class Series:
     y: Sequence[float]
 
     def finite(self) -> "Series":
+        """Return the series without points that are not finite."""
         pairs = [(x, y) for x, y in zip(self.x, self.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
         return Series([x for x, _ in pairs], [y for _, y in pairs])
 

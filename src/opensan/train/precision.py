@@ -61,6 +61,7 @@ class LossScale:
         return True
 
     def state(self) -> dict[str, float] | None:
+        """Return the scale for a checkpoint; None if it is off."""
         return {"value": self.value, "good_steps": self._good_steps} if self.enabled else None
 
     def load(self, state: dict[str, float] | None) -> None:
