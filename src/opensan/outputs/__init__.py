@@ -1,4 +1,4 @@
-"""What a segmentation leaves on disk: a label map, an overlay with its legend, and a JSON record.
+"""Write a segmentation to disk: a label map, an overlay with its legend, and a JSON record.
 
 Nothing here needs torch, and every file is written all or nothing.
 """
@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 FORMATS = {"png": ".labels.png", "overlay": ".overlay.png", "json": ".segments.json"}
-"""Format -> what follows the stem in its file's name."""
+"""Format -> the end of its file's name, after the stem."""
 
 _OVERLAY_COMPRESSION = 3
-"""zlib level: photographs hardly shrink further, and 6, the default, takes twice as long."""
+"""zlib level: with images, 6 (the default) takes twice as long and saves hardly anything."""
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 def check_formats_of_many(formats: Sequence[str], words: int) -> None:
-    """The same for many photographs, whose `formats` may be data sets too; these must hold so many words."""
+    """Raise UserError unless `formats` suit many images; data sets are allowed too, if they can hold so many words."""
     known = (*FORMATS, *DATASETS)
     for name in formats:
         if name not in known:
@@ -69,9 +69,9 @@ def check_formats_of_many(formats: Sequence[str], words: int) -> None:
 
 
 def check_writable(folder: str | os.PathLike) -> Path:
-    """Create `folder` if need be and prove, by doing it, that a file can be written there.
+    """Create `folder` if it does not exist, and check that a file can be written there by writing one.
 
-    To be called before the work. Raises ValueError, one line.
+    Call it before the work. Raises UserError, one line.
     """
     folder = Path(folder)
     try:
@@ -88,11 +88,11 @@ def check_writable(folder: str | os.PathLike) -> Path:
 
 
 class _EnoughProof(Exception):
-    """Leaves atomic_path after the write and before the rename, so that it cleans up."""
+    """Raised inside atomic_path after the write, so that it removes the file instead of renaming it."""
 
 
 def output_paths(folder: str | os.PathLike, stem: str, formats: Sequence[str]) -> dict[str, Path]:
-    """Where `save` writes: format -> path."""
+    """Return the paths that `save` writes: format -> path."""
     return {name: Path(folder) / f"{stem}{FORMATS[name]}" for name in formats}
 
 
@@ -112,14 +112,14 @@ def save(
     """Write one segmentation; files of the same names are replaced.
 
     Args:
-        folder: created if need be.
+        folder: created if it does not exist.
         stem: beginning of the files' names; see FORMATS for their ends.
         formats: of "png" (label map), "overlay", "json" (see `record`).
-        image: [H, W, 3] uint8 RGB photograph, or None: then the overlay's colours lie on plain grey.
+        image: [H, W, 3] uint8 RGB, or None: then the overlay's colours lie on plain grey.
         labels: [H, W] int, index into `names`, or -1 for unlabelled.
         names: the K words.
         areas: each word's share of the pixels, in [0, 1].
-        confidence: answers [H, W] float in [0, 1]; called only for a format that needs it.
+        confidence: returns [H, W] float in [0, 1]; called only for a format that needs it.
         vocabulary: plain data, recorded in the JSON.
         model: the model's name, recorded in the JSON.
 
@@ -143,20 +143,20 @@ def save(
         if "json" in paths:
             data = record(labels, names, areas, confidence(), vocabulary, model)
             write_text(paths["json"], json.dumps(data, ensure_ascii=False, indent=1) + "\n")
-    except OSError as error:  # the disk is full, or the name too long
+    except OSError as error:  # a full disk, or a name that is too long
         raise UserError(f"{error.filename or folder}: cannot write there ({error.strerror or error})") from error
     return paths
 
 
 def save_label_map(path: str | os.PathLike, labels: np.ndarray, count: int) -> None:
-    """Write `label_map_picture` as a PNG."""
+    """Write `labels` as a PNG (see `label_map_picture`)."""
     picture = label_map_picture(labels, count)
     with atomic_path(path) as temporary:
         picture.save(temporary)
 
 
 def label_map_picture(labels: np.ndarray, count: int) -> Image.Image:
-    """Labels [H, W] (0..count-1, or -1) as a picture: 8-bit with a palette up to 255 words, else 16-bit grey.
+    """Return labels [H, W] (0..count-1, or -1) as a picture: 8-bit with a palette up to 255 words, else 16-bit grey.
 
     Unlabelled pixels get the highest value, 255 or 65,535.
     """
@@ -171,7 +171,7 @@ def label_map_picture(labels: np.ndarray, count: int) -> Image.Image:
 
 
 def read_label_map(path: str | os.PathLike) -> np.ndarray:
-    """Read what `save_label_map` wrote: [H, W] int32, -1 where unlabelled.
+    """Read a label map that `save_label_map` wrote: [H, W] int32, -1 where unlabelled.
 
     Raises ValueError, one line, on a picture that is neither 8-bit (palette or grey) nor 16-bit grey.
     """

@@ -1,4 +1,4 @@
-"""The machine-readable result: areas, confidences and exact masks (COCO run-length encoding) of every word."""
+"""Make the JSON record of a segmentation: areas, confidences and exact masks (COCO run lengths) of every word."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from opensan import __version__
 from opensan.errors import UserError
 
 _STRIP_PIXELS = 1 << 22
-"""Label maps are gone through in strips of about this many pixels, so that a huge one needs no huge temporaries."""
+"""Label maps are processed in strips of about this many pixels, to keep temporary arrays of huge maps small."""
 
 
 def record(
@@ -20,7 +20,7 @@ def record(
     vocabulary: Mapping[str, Any],
     model: str,
 ) -> dict[str, Any]:
-    """What the JSON file holds, as plain data.
+    """Return the content of the JSON file as plain data.
 
     `words` has an entry for each of `names`, also for those that no pixel got: name, index (the value in the label
     map), area (share of pixels), pixels, confidence (mean over the word's pixels; None without any), and `rle`, a COCO
@@ -54,13 +54,13 @@ def record(
 
 
 def mean_confidence(labels: np.ndarray, confidence: np.ndarray, count: int) -> list[float | None]:
-    """The mean of `confidence` over the pixels of each of `count` words; None for a word without any."""
+    """Return the mean of `confidence` over the pixels of each of `count` words; None for a word without any."""
     pixels, sums = _totals(labels, confidence, count)
     return [float(total / number) if number else None for total, number in zip(sums, pixels, strict=True)]
 
 
 def _totals(labels: np.ndarray, confidence: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [K] int64 and summed confidence [K] float64 of each word; in strips, since bincount makes wide copies."""
+    """Return each word's pixels [K] int64 and summed confidence [K] float64; strips, as bincount makes wide copies."""
     pixels, sums = np.zeros(count, dtype=np.int64), np.zeros(count)
     rows = max(1, _STRIP_PIXELS // labels.shape[1])
     for top in range(0, labels.shape[0], rows):
@@ -72,7 +72,7 @@ def _totals(labels: np.ndarray, confidence: np.ndarray, count: int) -> tuple[np.
 
 
 def run_lengths(labels: np.ndarray, count: int) -> dict[int, dict[str, Any]]:
-    """The COCO masks of the words that occur, by index: one pass over the map, however many words there are."""
+    """Return the COCO masks of the words that occur, by index, in one pass over the map."""
     height, width = labels.shape
     starts, values = _runs(labels)
     ends = np.append(starts[1:], labels.size)
@@ -82,7 +82,7 @@ def run_lengths(labels: np.ndarray, count: int) -> dict[int, dict[str, Any]]:
     for index, runs in enumerate(groups):
         if len(runs) == 0:
             continue
-        # Zeros before the first run, its length, zeros before the second, ...; COCO omits zeros after the last if none.
+        # COCO alternates lengths of zeros and ones, zeros first; it omits a last run of no zeros.
         edges = np.concatenate([[0], np.stack([starts[runs], ends[runs]], axis=1).ravel(), [labels.size]])
         counts = np.diff(edges)
         masks[index] = _compressed(counts[:-1] if counts[-1] == 0 else counts, height, width)
@@ -90,7 +90,7 @@ def run_lengths(labels: np.ndarray, count: int) -> dict[int, dict[str, Any]]:
 
 
 def _runs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each run of equal labels begins, counted down the columns as COCO does, and its label; both [R]."""
+    """Return the start of each run of equal labels, counted down the columns as COCO does, and its label; both [R]."""
     height, width = labels.shape
     columns = max(1, _STRIP_PIXELS // height)
     starts, values = [], []
@@ -100,12 +100,12 @@ def _runs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         starts.append(begins + left * height)
         values.append(flat[begins])
     start, value = np.concatenate(starts), np.concatenate(values)
-    new = np.append(True, value[1:] != value[:-1])  # a strip's first run may go on from the strip before
+    new = np.append(True, value[1:] != value[:-1])  # a strip's first run may continue the previous strip's last
     return start[new], value[new]
 
 
 def _compressed(counts: Sequence[int] | np.ndarray, height: int, width: int) -> dict[str, Any]:
-    """COCO's string form of run lengths."""
+    """Return run lengths as COCO's string."""
     from faster_coco_eval import mask as coco_mask  # slow to import, and only the JSON needs it
 
     plain = {"size": [height, width], "counts": np.asarray(counts).tolist()}
@@ -114,10 +114,10 @@ def _compressed(counts: Sequence[int] | np.ndarray, height: int, width: int) -> 
 
 
 def decode_mask(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
-    """The mask [height, width] bool of a COCO run-length encoding, its counts a list or the compressed string.
+    """Decode a COCO run-length encoding, with a list or the compressed string of counts, to [height, width] bool.
 
-    For files from outside: nothing is allocated by what `rle` says, only by the size that the caller knows. Raises
-    ValueError, one line, if `rle` is no run-length encoding of exactly that size.
+    For files from outside: memory depends only on the size that the caller knows, not on `rle`. Raises UserError if
+    `rle` is not a run-length encoding of exactly that size.
     """
     size, counts = rle.get("size"), rle.get("counts")
     if size != [height, width]:
@@ -135,7 +135,7 @@ def decode_mask(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
 
 
 def _uncompressed(text: bytes) -> np.ndarray:
-    """The run lengths [R] int64 in COCO's string, not yet checked against a picture.
+    """Return the run lengths [R] int64 in COCO's string, not yet checked against an image's size.
 
     A character holds 5 bits of a number, the lowest first, and one that says whether more follow; numbers are signed,
     and from the fourth on they are differences to the run before the previous one.
@@ -146,7 +146,7 @@ def _uncompressed(text: bytes) -> np.ndarray:
     if len(codes) and (codes.min() < 0 or codes.max() > 63 or len(ends) == 0 or ends[-1] != len(codes) - 1):
         raise UserError("the mask's counts are not a COCO run-length string")
     lengths = ends - starts + 1
-    if len(lengths) and lengths.max() > 7:  # 35 bits are more than any picture's pixels
+    if len(lengths) and lengths.max() > 7:  # 35 bits count more than any image's pixels
         raise UserError("the mask's counts hold a number that is too large for a run")
     place = np.arange(len(codes)) - np.repeat(starts, lengths)
     runs = np.add.reduceat((codes & 31) << (5 * place), starts) if len(starts) else np.zeros(0, dtype=np.int64)
@@ -157,6 +157,6 @@ def _uncompressed(text: bytes) -> np.ndarray:
 
 
 def _short(value: object) -> str:
-    """repr, cut to what fits in a message."""
+    """Return repr, cut to what fits in a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""One colour for each class: the same in every picture, and apart for colour-blind eyes as long as that is possible."""
+"""Choose a colour for each class: the same in every picture, and distinct for colour-blind readers where possible."""
 
 import functools
 
@@ -18,9 +18,9 @@ _FIRST = [
 ]
 
 _SPREAD = 256
-"""Colours chosen one by one to be far from all earlier ones; beyond, they are only all different."""
+"""Colours chosen one by one to be far from all earlier ones; colours beyond are only all different."""
 
-# What protanopes and deuteranopes see of linear RGB (Viénot, Brettel and Mollon, 1999).
+# Linear RGB as protanopes and deuteranopes see it (Viénot, Brettel and Mollon, 1999).
 _BLINDNESS = [
     [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],
     [[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]],
@@ -28,7 +28,7 @@ _BLINDNESS = [
 
 
 def palette(count: int) -> np.ndarray:
-    """Colours [count, 3] uint8 RGB, no two alike up to 200,000. A class keeps its colour whatever `count` is."""
+    """Return colours [count, 3] uint8 RGB, all different up to 200,000. A class's colour does not depend on `count`."""
     colours = _spread_colours()
     if count <= len(colours):
         return colours[:count]
@@ -41,10 +41,10 @@ def palette(count: int) -> np.ndarray:
 
 @functools.cache
 def _spread_colours() -> np.ndarray:
-    """[256, 3] uint8: after Okabe and Ito's, always the candidate farthest from everything chosen before."""
+    """Return [256, 3] uint8: Okabe and Ito's colours, then always the candidate farthest from all chosen before."""
     levels = np.arange(0, 256, 15)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    # Neither so dark that it reads as a border, nor so pale or grey that it reads as the photograph.
+    # Not so dark that a colour looks like a border, nor so pale or grey that it looks like the image.
     lightness, a, b = _lab(_linear(candidates)).T
     candidates = candidates[(lightness > 35) & (lightness < 88) & (np.hypot(a, b) > 40)]
     colours = [np.array(colour) for colour in _FIRST]
@@ -57,26 +57,26 @@ def _spread_colours() -> np.ndarray:
     return np.array(colours, dtype=np.uint8)
 
 
-def _distance(views: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """How far colours [3, n, 3] are from `one` [3, 3]: mostly as ordinary eyes see it, partly as the worst eyes do."""
-    each = np.linalg.norm(views - one[:, None], axis=-1)
+def _distance(views: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the distance of colours [3, n, 3] from `reference` [3, 3]: mostly for normal vision, partly the worst."""
+    each = np.linalg.norm(views - reference[:, None], axis=-1)
     return 0.5 * each[0] + 0.5 * each.min(axis=0)
 
 
 def _views(colours: np.ndarray) -> np.ndarray:
-    """CIELAB of colours [n, 3] as ordinary, protanope and deuteranope eyes see them, [3, n, 3]."""
+    """Return CIELAB of colours [n, 3] as seen with normal, protanope and deuteranope vision, [3, n, 3]."""
     linear = _linear(colours)
     return np.stack([_lab(linear), *(_lab((linear @ np.array(m).T).clip(0, 1)) for m in _BLINDNESS)])
 
 
 def _linear(colours: np.ndarray) -> np.ndarray:
-    """sRGB 0..255 -> linear 0..1 (IEC 61966-2-1)."""
+    """Convert sRGB 0..255 to linear 0..1 (IEC 61966-2-1)."""
     c = np.asarray(colours) / 255
     return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
 
 
 def _lab(linear: np.ndarray) -> np.ndarray:
-    """CIELAB (D65) of linear sRGB."""
+    """Convert linear sRGB to CIELAB (D65)."""
     to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     xyz = linear @ np.array(to_xyz).T / [0.9505, 1.0, 1.089]
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)

@@ -1,7 +1,7 @@
-"""Many photographs' label maps as one data set, for annotation tools and for training: COCO, YOLO, VOC, Label Studio.
+"""Write many images' label maps as one data set, for annotation tools and training: COCO, YOLO, VOC, Label Studio.
 
-Each data set is a folder of its own, with the photographs (as links) in it. What belongs to a photograph is written
-with it; what is of all of them is put together at the end from those files, one at a time.
+Each data set is a folder of its own, with the images (as links) in it. Each image's own files are written with it;
+files about all images are assembled at the end from these, one at a time.
 """
 
 import json
@@ -22,7 +22,7 @@ from opensan.outputs.colours import palette
 from opensan.outputs.polygons import one_ring, regions
 
 SPECK = 16
-"""Polygons are made of regions of at least so many pixels: smaller ones are noise that someone would have to delete."""
+"""Polygons are made of regions of at least so many pixels; smaller ones are noise that users would have to delete."""
 
 VOC_WORDS = 254
 """VOC's 8-bit maps keep 0 for the background and 255 for "don't care"."""
@@ -30,7 +30,7 @@ VOC_WORDS = 254
 
 @dataclass(frozen=True)
 class Labelled:
-    """A photograph and its answer."""
+    """An image with its labels."""
 
     place: str
     """Its name in the data set, without suffix: "0001", or "deep/er/0001"."""
@@ -39,30 +39,30 @@ class Labelled:
     """[H, W] int, index into `names`, or -1 for unlabelled."""
     names: Sequence[str]
     confidence: Callable[[], Sequence[float | None]]
-    """Answers each word's mean over its pixels, in [0, 1], None without any; called only by formats that say it."""
+    """Returns each word's mean over its pixels, in [0, 1], None without any; called only by formats that store it."""
     model: str
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A kind of data set: a folder in the results, with photographs and what is known of them."""
+    """A kind of data set: its folder in the results, and how its files are written."""
 
     folder: str
     photographs: str
-    """The sub-folder that the photographs are linked in."""
+    """The sub-folder with links to the images."""
     pattern: str
-    """The path of a photograph's own file, given its {place}."""
+    """The path of an image's own file, given its {place}."""
     write: Callable[[Path, Labelled], None]
-    """Writes a photograph's own file."""
+    """Writes an image's own file."""
     finish: Callable[[Path, Sequence["Member"], Sequence[str]], None]
-    """Writes, to the folder, what is of all the photographs (in their order) and of the words."""
+    """Writes the files about all images (in their order) and the words, to the folder."""
     finished: tuple[str, ...]
     """The files that `finish` writes."""
     rename: Callable[[str], str] = str
-    """What this kind of data set calls a place."""
+    """Converts an image's place to the name that this kind of data set needs."""
 
     def paths(self, place: str, suffix: str) -> tuple[str, str]:
-        """Below the results: the photograph's link and its own file."""
+        """Return the image's link and its own file, relative to the results."""
         place = self.rename(place)
         return (
             f"{self.folder}/{self.photographs}/{place}{suffix}",
@@ -70,7 +70,7 @@ class Dataset:
         )
 
     def add(self, out: Path, labelled: Labelled) -> None:
-        """Write what belongs to one photograph into the results folder `out`."""
+        """Write one image's own files into the results folder `out`."""
         photograph, own = (out / path for path in self.paths(labelled.place, labelled.photograph.suffix))
         for path in (photograph, own):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,17 +78,17 @@ class Dataset:
         self.write(own, labelled)
 
     def complete(self, out: Path, members: Sequence["Member"], names: Sequence[str]) -> None:
-        """Write what is of all the photographs; the words are `names`."""
+        """Write the files about all images; the words are `names`."""
         self.finish(out / self.folder, members, names)
 
 
 @dataclass(frozen=True)
 class Member:
-    """A photograph of a data set."""
+    """An image of a data set."""
 
     place: str
     suffix: str
-    """Of its file, with the dot."""
+    """Suffix of its file, with the dot."""
 
 
 def _write_coco(path: Path, labelled: Labelled) -> None:
@@ -147,7 +147,7 @@ def _write_yolo(path: Path, labelled: Labelled) -> None:
 
 
 def _yolo_place(place: str) -> str:
-    """Training tools look for labels where the last "images" in a photograph's path is "labels" instead."""
+    """Rename folders called "images": training tools replace the last "images" in an image's path by "labels"."""
     return "/".join(f"{part}_" if part == "images" else part for part in place.split("/"))
 
 
@@ -178,7 +178,7 @@ def _finish_voc(folder: Path, members: Sequence[Member], names: Sequence[str]) -
 
 
 def voc_palette() -> np.ndarray:
-    """VOC's colours [256, 3] uint8: bit k of a channel, from the highest, is bit 3k + channel of the index."""
+    """Return VOC's colours [256, 3] uint8: bit k of a channel, from the highest, is bit 3k + channel of the index."""
     index = np.arange(256)
     channels = [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
     return np.stack(channels, axis=1).astype(np.uint8)
@@ -229,7 +229,7 @@ def _finish_label_studio(folder: Path, members: Sequence[Member], names: Sequenc
 
 
 def _parts(folder: Path, members: Iterable[Member]) -> Iterator[Any]:
-    """The photographs' own JSON files, one after the other."""
+    """Yield the images' own JSON files, one after the other."""
     for member in members:
         yield json.loads((folder / "parts" / f"{member.place}.json").read_bytes())
 
@@ -264,6 +264,6 @@ DATASETS: Mapping[str, Dataset] = {
 
 
 def check_words(name: str, words: int) -> None:
-    """Raise ValueError, one line, if a data set of this kind can't hold so many words."""
+    """Raise UserError if a data set of this kind can't hold so many words."""
     if name == "voc" and words > VOC_WORDS:
         raise UserError(f"voc holds at most {VOC_WORDS} words, not {words}: choose coco or yolo")

@@ -1,4 +1,4 @@
-"""The picture for human eyes: colours over the photograph, and a legend beside it that never covers it."""
+"""Draw label maps for people: colours over the image, and a legend beside it that never covers it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,34 +11,34 @@ from opensan.outputs.colours import palette
 from opensan.outputs.fonts import font_for, readable, shortened, text_width
 
 OPACITY = 0.55
-"""Of the colours over the photograph."""
+"""Opacity of the colours over the image."""
 
 BORDER_BRIGHTNESS = 0.35
-"""Of the pixels on the border between two regions."""
+"""Brightness of the pixels on the border between two regions."""
 
 NO_PHOTOGRAPH = 160
-"""The grey that stands for the photograph where there is none."""
+"""The grey in place of an image that was not kept."""
 
 TEXT_COLOUR = (32, 32, 32)
 FAINT_COLOUR = (120, 120, 120)
 
 _STRIP_PIXELS = 1 << 20
-"""The photograph is coloured in strips of about this many pixels, so that a huge one needs no huge temporaries."""
+"""The image is coloured in strips of about this many pixels, to keep temporary arrays of huge images small."""
 
 
 def overlay(
     image: np.ndarray | None, labels: np.ndarray, names: Sequence[str], areas: Mapping[str, float]
 ) -> Image.Image:
-    """The photograph under its regions' colours, with a legend below it or, for narrow and upright ones, at its right.
+    """Draw the image under its regions' colours, with a legend below it or, for narrow and upright ones, to the right.
 
     Args:
         image: [H, W, 3] uint8 RGB, or None for plain grey.
-        labels: [H, W] int, index into `names`; negative where unlabelled, and the photograph shows untinted there.
+        labels: [H, W] int, index into `names`; negative where unlabelled, and the image shows untinted there.
         names: K words.
         areas: each word's share of the pixels, in [0, 1].
 
     Returns:
-        An RGB image whose top left H x W pixels are the photograph's. The legend lists the words that occur, largest
+        An RGB image whose top left H x W pixels are the input's. The legend lists the words that occur, largest
         first, and unlabelled pixels last; words that do not fit are counted in a line of their own.
     """
     if image is None:
@@ -57,8 +57,8 @@ def overlay(
 
 
 def blend(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Colours [K, 3] over the photograph, and thin dark borders between regions; [H, W, 3] uint8."""
-    # Row -1, where unlabelled pixels look, leaves the photograph as it is.
+    """Blend colours [K, 3] over the image, with thin dark borders between regions; [H, W, 3] uint8."""
+    # Unlabelled pixels index row -1, which leaves the image as it is.
     weight = round(OPACITY * 256)
     keep = np.full(len(colours) + 1, 256 - weight, dtype=np.uint16)
     keep[-1] = 256
@@ -80,7 +80,7 @@ def blend(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndar
 
 
 def _borders(labels: np.ndarray, thickness: int) -> np.ndarray:
-    """Bool [H, W]: the `thickness` pixels to the right of and below every change of label."""
+    """Return bool [H, W]: the `thickness` pixels to the right of and below every change of label."""
     across = np.zeros(labels.shape, dtype=bool)
     down = np.zeros(labels.shape, dtype=bool)
     across[:, 1:] = labels[:, 1:] != labels[:, :-1]
@@ -93,7 +93,7 @@ def _borders(labels: np.ndarray, thickness: int) -> np.ndarray:
 
 
 def format_share(share: float) -> str:
-    """A share in [0, 1] as people read it: "12.3 %", "< 0.1 %"."""
+    """Format a share in [0, 1] for people: "12.3 %", "< 0.1 %"."""
     return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 
@@ -104,14 +104,14 @@ class Entry:
     name: str
     share: str
     colour: tuple[int, int, int] | None
-    """None for what has no colour: an outline is drawn."""
+    """None for an entry without a colour: an outline is drawn."""
     area: float
     swatch: bool = True
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The legend's measures, in pixels; all follow from the size of its letters."""
+    """The legend's measures, in pixels; all depend on the size of its letters."""
 
     letters: int
     name_width: int
@@ -123,12 +123,12 @@ class _Layout:
 
     @property
     def margin(self) -> int:
-        """Around the legend."""
+        """Space around the legend."""
         return round(1.2 * self.letters)
 
     @property
     def between(self) -> int:
-        """From one column to the next: clearly more than from a name to its share."""
+        """Space between two columns: clearly more than between a name and its share."""
         return round(2.2 * self.letters)
 
     @property
@@ -141,7 +141,7 @@ class _Layout:
         return self.letters + self.name_width + self.share_width + 2 * self.gap
 
     def columns_in(self, width: int) -> int:
-        """How many columns fit into `width`, margins counted; at least one."""
+        """Return how many columns fit into `width`, margins counted; at least one."""
         return max(1, (width - 2 * self.margin + self.between) // (self.column + self.between))
 
     def width_of(self, columns: int) -> int:
@@ -156,10 +156,10 @@ class _Layout:
 
 @dataclass(frozen=True)
 class Legend:
-    """A legend's place beside a picture: below it or, beside narrow and upright ones, at its right."""
+    """A legend's position beside a picture: below it or, beside narrow and upright ones, to the right."""
 
     canvas: tuple[int, int]
-    """(width, height) of both together."""
+    """(width, height) of picture and legend together."""
     corner: tuple[int, int]
     rows: int
     columns: int
@@ -167,7 +167,7 @@ class Legend:
 
     @classmethod
     def beside(cls, size: tuple[int, int], names: Sequence[str], shares: Sequence[str], entries: int) -> "Legend":
-        """Room for so many `entries`, or for as many as look well, beside a picture of `size` (width, height).
+        """Choose room for so many `entries`, or for as many as look good, beside a picture of `size` (width, height).
 
         `names` and `shares` are the texts that may stand in it.
         """
@@ -187,7 +187,7 @@ class Legend:
         return cls((width, height + layout.height_of(rows)), (0, height), rows, columns, layout)
 
     def draw(self, picture: Image.Image, words: list[Entry], rest: list[Entry]) -> Image.Image:
-        """The picture, and beside it what fits of `words`, and `rest`."""
+        """Draw the picture with a legend of `rest` and as many of `words` as fit."""
         canvas = Image.new("RGB", self.canvas, "white")
         canvas.paste(picture, (0, 0))
         entries = _that_fit(words, self.rows * self.columns - len(rest)) + rest
@@ -196,6 +196,7 @@ class Legend:
 
 
 def with_legend(picture: Image.Image, words: list[Entry], rest: list[Entry]) -> Image.Image:
+    """Draw the picture with a legend of its own size and letters beside it."""
     words = [replace(entry, name=readable(entry.name)) for entry in words]
     entries = words + rest
     names, shares = [entry.name for entry in entries], [entry.share for entry in entries]
@@ -203,7 +204,7 @@ def with_legend(picture: Image.Image, words: list[Entry], rest: list[Entry]) -> 
 
 
 def _that_fit(entries: list[Entry], places: int) -> list[Entry]:
-    """The first words; if there are more than `places`, the last place tells how many are left out."""
+    """Return the entries that fit in `places` lines; the last line counts those left out, if any."""
     if len(entries) <= places:
         return entries
     rest = entries[places - 1 :]
@@ -214,7 +215,7 @@ def _that_fit(entries: list[Entry], places: int) -> list[Entry]:
 def _draw_entries(
     draw: ImageDraw.ImageDraw, entries: list[Entry], corner: tuple[int, int], rows: int, layout: _Layout
 ) -> None:
-    """Column by column, like the lines of a table."""
+    """Draw entries column by column, with aligned shares."""
     for index, entry in enumerate(entries):
         column, row = divmod(index, rows)
         left = corner[0] + layout.margin + column * (layout.column + layout.between)

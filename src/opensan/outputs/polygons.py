@@ -1,8 +1,8 @@
-"""Outlines of the regions of a label map, as polygons.
+"""Trace the outlines of the regions of a label map as polygons.
 
-Traced here, on the edges between pixels, by numpy: exact, holes included, and with the pixels' own connectivity, which
-contour finders at a level (contourpy, scikit-image) do not give; OpenCV, which traces too, goes through pixels' centres
-and would be the heaviest dependency.
+The outlines follow the edges between pixels: exact, with holes, and with the pixels' own connectivity. Contour finders
+at a level (contourpy, scikit-image) do not give that; OpenCV's outlines go through pixels' centres, and it would be the
+heaviest dependency.
 
 Coordinates are (x, y) in pixels from the picture's upper left corner: pixel (0, 0) is the square from 0 to 1.
 """
@@ -33,31 +33,31 @@ _CONCAVE = [((0, 0), _RIGHT, _UP), ((0, 1), _DOWN, _RIGHT), ((1, 0), _UP, _LEFT)
 
 @dataclass(frozen=True)
 class Region:
-    """Pixels of one label that hang together by their sides."""
+    """Pixels of one label that are connected by their sides."""
 
     label: int
     pixels: int
     outline: np.ndarray
-    """[N, 2] int64: its corners (x, y), clockwise as seen; every side runs along a row or a column."""
+    """[N, 2] int64: its corners (x, y), clockwise on the screen; every side runs along a row or a column."""
     holes: tuple[np.ndarray, ...]
-    """The same of what it encloses, counter-clockwise."""
+    """The outlines of its holes, counter-clockwise."""
 
 
 def regions(labels: np.ndarray) -> Iterator[Region]:
-    """The regions of a label map [H, W] int (-1: unlabelled, no region), by label, then from the top."""
+    """Yield the regions of a label map [H, W] int (-1: unlabelled, no region), by label, then from the top."""
     return regions_of_strips([labels])
 
 
 def regions_of_strips(strips: Iterable[np.ndarray]) -> Iterator[Region]:
-    """The same of a label map that comes in strips of rows, [rows, W] each.
+    """Yield the regions of a label map that is read in strips of rows, [rows, W] each, as `regions` does.
 
-    All strips are read before the first region is there. Memory grows with the number of corners, some 100 bytes each,
-    and of parts of regions in a strip, but not with the map: only one strip is held at a time.
+    All strips are read before the first region is yielded. Memory grows with the number of corners, about 100 bytes
+    each, and of parts of regions in a strip, but not with the map: only one strip is held at a time.
     """
     corners, labels, pixels = _traced(strips)
     rings, owners, ends = _rings(corners)
     begins = np.concatenate([[0], ends[:-1]])
-    # Stable: a region's outline, which begins at its uppermost corner, stays before its holes.
+    # A stable sort keeps a region's outline, which begins at its uppermost corner, before its holes.
     in_order = np.lexsort([owners, labels[owners]])
     for owner, group in groupby(in_order.tolist(), key=lambda ring: int(owners[ring])):
         outline, *holes = (rings[begins[ring] : ends[ring]].astype(np.int64) for ring in group)
@@ -65,23 +65,23 @@ def regions_of_strips(strips: Iterable[np.ndarray]) -> Iterator[Region]:
 
 
 def signed_area(ring: np.ndarray) -> float:
-    """Of a polygon [N, 2]; positive if it runs clockwise as seen (y points down)."""
+    """Return the area of a polygon [N, 2]; positive if it runs clockwise on the screen (y points down)."""
     x, y = ring.astype(np.float64).T
     return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
 
 
 @dataclass(frozen=True)
 class _Corners:
-    """Corners of outlines, C of them. Where two of a region's pixels touch by a corner only, there are two."""
+    """Corners of outlines, C of them. A point where two of a region's pixels touch by a corner only has two."""
 
     places: np.ndarray
     """[C, 2] int32: x, y."""
     owners: np.ndarray
-    """[C] int64: the region that each belongs to."""
+    """[C] int64: the region of each corner."""
     arrives: np.ndarray
-    """[C] int8: in which direction the outline comes."""
+    """[C] int8: the direction of the side that ends here."""
     leaves: np.ndarray
-    """[C] int8: in which it goes on."""
+    """[C] int8: the direction of the side that begins here."""
 
     @classmethod
     def joined(cls, parts: "list[_Corners]") -> "_Corners":
@@ -91,14 +91,14 @@ class _Corners:
 
 
 def _traced(strips: Iterable[np.ndarray]) -> tuple[_Corners, np.ndarray, np.ndarray]:
-    """All corners, by rows; and each region's label and number of pixels, [N] each."""
+    """Return all corners, by rows; and each region's label and number of pixels, [N] each."""
     strips = iter(strips)
     uppermost = next(strips)
     nothing = np.full_like(uppermost[:1], -1)
     above, above_parts = nothing, np.zeros(nothing.shape, dtype=np.int64)
     corners, labels, pixels, joins = [], [], [], []
     top = count = 0
-    for strip in chain([uppermost], strips, [nothing]):  # the last row's lower sides are above a row of nothing
+    for strip in chain([uppermost], strips, [nothing]):  # the empty row last closes the sides below the last row
         parts, strip_labels = _parts(strip)
         pixels.append(np.bincount(parts.ravel(), minlength=len(strip_labels)))
         labels.append(strip_labels)
@@ -118,14 +118,14 @@ def _traced(strips: Iterable[np.ndarray]) -> tuple[_Corners, np.ndarray, np.ndar
 
 
 def _parts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which part of one label each pixel belongs to, [H, W] int64 from 0, unlabelled ones too; each part's label [N].
+    """Number the connected parts: each pixel's part, [H, W] int64 from 0, unlabelled ones too; each part's label [N].
 
-    Found by connecting the runs of one label in each row, so that many labels cost no more than few.
+    It connects the runs of one label in each row, so that many labels cost no more than few.
     """
     begins = np.ones(labels.shape, dtype=bool)
     begins[:, 1:] = labels[:, 1:] != labels[:, :-1]
     runs = begins.cumsum(dtype=np.int32).reshape(labels.shape) - 1
-    touches = (labels[1:] == labels[:-1]) & (begins[1:] | begins[:-1])  # further to the right, the same two runs do
+    touches = (labels[1:] == labels[:-1]) & (begins[1:] | begins[:-1])  # once for each pair of runs
     part_of_run = _connected(np.stack([runs[:-1][touches], runs[1:][touches]]), int(runs[-1, -1]) + 1)
     part_labels = np.empty(part_of_run.max() + 1, dtype=labels.dtype)
     part_labels[part_of_run] = labels[begins]
@@ -133,7 +133,7 @@ def _parts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _connected(pairs: np.ndarray, count: int) -> np.ndarray:
-    """The group, [count] int64 from 0, of each of `count` things of which `pairs` [2, P] belong together."""
+    """Return the group, [count] int64 from 0, of each of `count` nodes that `pairs` [2, P] connect."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -142,9 +142,9 @@ def _connected(pairs: np.ndarray, count: int) -> np.ndarray:
 
 
 def _corners(labels: np.ndarray, parts: np.ndarray, top: int) -> list[_Corners]:
-    """Those between two of the rows [H + 1, W], the first of which lies above the map's row `top`.
+    """Return the corners between any two of the rows [H + 1, W]; the first row lies above the map's row `top`.
 
-    Pixels side by side belong to one part if their labels are equal; pixels across a corner are never asked about.
+    Pixels side by side belong to one part if their labels are equal; pixels across a corner are never compared.
     """
     height, width = labels.shape
     labels = np.pad(labels, ((0, 0), (1, 1)), constant_values=-1)
@@ -167,12 +167,12 @@ def _corners(labels: np.ndarray, parts: np.ndarray, top: int) -> list[_Corners]:
 
 
 def _rings(corners: _Corners) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Corners [C, 2] in the order of closed outlines, from the top; each one's owner, and where it ends, [R] each."""
+    """Order corners [C, 2] into closed outlines, from the top; return each outline's owner and end too, [R] each."""
     places, count = corners.places, len(corners.places)
     follower = np.empty(count, dtype=np.int64)
     for direction in range(4):
-        # A side ends at the next corner in its row or column that is arrived at in its direction; so, in the order of
-        # rows or columns, the sides' beginnings and ends pair up one to one.
+        # A side ends at the next corner of its row or column that has its direction; so, sorted by rows or columns, the
+        # sides' beginnings and ends pair up one to one.
         along, across = (0, 1) if direction in (_RIGHT, _LEFT) else (1, 0)
         starts, ends = (np.flatnonzero(which == direction) for which in (corners.leaves, corners.arrives))
         starts, ends = (which[np.lexsort([places[which, along], places[which, across]])] for which in (starts, ends))
@@ -194,10 +194,10 @@ def _rings(corners: _Corners) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def simplified(ring: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
-    """A ring of `Region` with far fewer vertices, [N, 2] float64: stairs become slopes. Fewer than 3: a speck.
+    """Return a ring of `Region` with far fewer vertices, [N, 2] float64: stairs become slopes. Fewer than 3: a speck.
 
-    The outline goes through the middles of pixels' sides, so that a slope lies amid its stairs, and is then thinned by
-    the rule of Ramer, Douglas and Peucker.
+    The ring is moved to the middles of pixels' sides, so that a slope lies in the middle of its stairs, and then
+    thinned by the algorithm of Ramer, Douglas and Peucker.
     """
     following = np.roll(ring, -1, axis=0)
     steps = np.sign(following - ring) * 0.5
@@ -222,7 +222,7 @@ def simplified(ring: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
 
 
 def _distance(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Of points [N, 2] from the segment between two."""
+    """Return the distance of points [N, 2] from the segment between `start` and `end`."""
     along = end - start
     length = float(along @ along)
     share = ((points - start) @ along / length).clip(0, 1) if length else np.zeros(len(points))
@@ -230,9 +230,9 @@ def _distance(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndar
 
 
 def one_ring(region: Region) -> np.ndarray:
-    """A region as a single polygon [N, 2] float64, simplified: for formats that know no holes.
+    """Return a region as a single polygon [N, 2] float64, simplified: for formats without holes.
 
-    Each hole hangs on the outline by a cut without width, so the polygon encloses the region and not its holes.
+    A cut of no width joins each hole to the outline, so the polygon encloses the region and not its holes.
     """
     from scipy.spatial import KDTree
 
