@@ -12,6 +12,7 @@ import time
 import weakref
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ def test_other_words_or_model_are_told_and_done_again(segmenter, tmp_path):
     run_folder(segmenter, folder, out)
     written, _, notes = run_folder(segmenter, folder, out, words="tree, sky")
     assert len(written) == 3 and notes == ["3 of 3 images were done with other words: they are done again"]
-    segmenter.fingerprint = "another"
+    segmenter.identity = replace(segmenter.identity, image="another")
     written, _, notes = run_folder(segmenter, folder, out, words="tree, sky, sea")
     assert len(written) == 3
     assert notes == ["3 of 3 images were done with another model, other words: they are done again"]

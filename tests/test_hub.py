@@ -26,7 +26,7 @@ import json, sys, traceback
 import opensan
 for line in sys.stdin:
     try:
-        answer = {"loaded": opensan.load(json.loads(line), text_cache=False).fingerprint}
+        answer = {"loaded": opensan.load(json.loads(line), text_cache=False).identity.name}
     except (ValueError, ConnectionError) as error:
         answer = {"kind": type(error).__name__, "message": str(error), "chained": not error.__suppress_context__}
     except BaseException:

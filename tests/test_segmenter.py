@@ -75,7 +75,7 @@ def test_a_result_shows_itself_in_a_line_and_in_a_notebook(san):
     seg = san.segment(np.full((40, 60, 3), 128, np.uint8), ["road", "sky"])
     first = max(seg.areas, key=seg.areas.get)
     assert repr(seg).startswith(f"<Segmentation of 60x40: {first} ") and len(repr(seg)) < 80
-    assert repr(seg.encoding) == f"<Encoding of a photograph of 60x40 by {san.fingerprint}>"
+    assert repr(seg.encoding) == f"<Encoding of a photograph of 60x40 by {san.identity.encodings}>"
     with Image.open(io.BytesIO(seg._repr_png_())) as shown:
         assert np.array_equal(np.asarray(shown), np.asarray(seg.overlay()))
 
@@ -237,7 +237,7 @@ def test_random_weights_warn_and_repeat():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         second = opensan.load("san-vit-b16", random_weights=3, text_cache=False)
-    assert first.fingerprint == second.fingerprint
+    assert first.identity == second.identity
     weight = "side_adapter.blocks.3.attn.qkv.weight"
     assert torch.equal(first.model.state_dict()[weight], second.model.state_dict()[weight])
 

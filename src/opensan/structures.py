@@ -6,6 +6,7 @@ of a prompt tree, N nodes (tokens), P prompts.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,30 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model it is, to the last number: what stored results are compared by.
+
+    Encodings depend on the image half alone, embedded words on the text half alone, labels on both.
+    """
+
+    name: str
+    """Of the model's configuration; for people."""
+    image: str
+    """Hash of all but the text tower, and of its configuration; of an exported model, with its format and precision."""
+    text: str
+    """The same of the text tower."""
+
+    @property
+    def encodings(self) -> str:
+        """What encodings carry: the name, and 12 digits for the image half."""
+        return f"{self.name}-{self.image[:12]}"
+
+    def __str__(self) -> str:
+        """The name, and 12 digits for both halves."""
+        return f"{self.name}-{hashlib.sha256(f'{self.image} {self.text}'.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)

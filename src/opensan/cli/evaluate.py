@@ -152,7 +152,7 @@ class _Run:
             self._about = {"predictions": str(from_predictions)}
         else:
             dtype = str(segmenter.dtype).removeprefix("torch.")
-            self._about = {"model": f"{model} ({segmenter.fingerprint})", "speed": f"{segmenter.speed}, {dtype}"}
+            self._about = {"model": f"{model} ({segmenter.identity})", "speed": f"{segmenter.speed}, {dtype}"}
             self._about |= {"test-time augmentation": "6 scales, mirrored"} if tta else {}
 
     def one(self, prepared: "PreparedSet") -> "Evaluation":

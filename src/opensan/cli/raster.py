@@ -123,7 +123,7 @@ def _work(raster: "GeoRaster", segmenter: "SanSegmenter", vocabulary: "Vocabular
         "image": [str(raster.path.absolute()), raster.stat.st_size, raster.stat.st_mtime_ns],
         "bands": raster.bands,
         "stretch": raster.stretch,
-        "model": [segmenter.fingerprint, segmenter.speed, str(segmenter.dtype)],
+        "model": [str(segmenter.identity), segmenter.speed, str(segmenter.dtype)],
         "words": len(vocabulary.names),
         "vocabulary": vocabulary.to_dict(),
         "tiles": [tiling.height, tiling.width, tiling.overlap, *tiling.size],

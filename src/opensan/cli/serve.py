@@ -72,7 +72,7 @@ def serve(
     # Words of strangers are remembered in memory only, where their number is bounded.
     segmenter = load(model, device=device, speed=speed.value, max_pixels=max_pixels, text_cache=False)
     app = create_app(segmenter, limits=limits, token=token, batch=batch, hosts=allow_host or None)
-    signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.fingerprint} at {url}"))
+    signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.identity} at {url}"))
     if signal_number == signal.SIGINT:
         raise KeyboardInterrupt
 

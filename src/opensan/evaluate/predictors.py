@@ -50,7 +50,7 @@ class ModelPredictor:
         self._vocabulary = vocabulary
         self._image = segmenter.model.config.image
         self.key = {
-            "model": segmenter.fingerprint,
+            "model": str(segmenter.identity),
             "image": self._image.model_dump(mode="json"),
             "speed": segmenter.speed,
             "dtype": str(segmenter.dtype).removeprefix("torch."),

@@ -14,11 +14,11 @@ from opensan.export.check import Parity, parity
 from opensan.export.traced import graphs
 from opensan.files import flush_folder, temporary_path, write_text
 from opensan.model import SAN
+from opensan.model.identity import image_identity
 from opensan.segmenters.exported.manifest import ExportManifest
 from opensan.segmenters.exported.requirements import REQUIREMENTS_NAME, RUNTIME, requirements
 from opensan.segmenters.exported.runtimes import Run, open_graph
 from opensan.segmenters.exported.text import WORDS_NAME, EmbeddedWords
-from opensan.segmenters.san import fingerprint
 from opensan.text.encoder import TextEncoder
 from opensan.vocabulary import Vocabulary
 
@@ -55,7 +55,7 @@ def export(
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another folder, or move it away")
-    model = model.eval().requires_grad_(False)
+    model = model.snapshot()
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(folder)
@@ -101,7 +101,7 @@ def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool, wor
     manifest = ExportManifest(
         format=format,
         dtype=dtype,
-        model=fingerprint(model) + suffix,
+        image=image_identity(model) + suffix,
         text=text,
         text_tower=f"{tower} {format} {dtype}",
         seen_tokens=None if unseen is None else tuple((~unseen).nonzero()[0].tolist()),

@@ -135,7 +135,7 @@ class Record:
 def settings_of(segmenter: "Segmenter", vocabulary: Vocabulary) -> dict[str, Any]:
     """All that labels depend on, besides the image, as plain data."""
     return {
-        "model": segmenter.fingerprint,
+        "model": str(segmenter.identity),
         "vocabulary": vocabulary.to_dict(),
         "speed": str(getattr(segmenter, "speed", "")),
         "dtype": str(getattr(segmenter, "dtype", "")).removeprefix("torch."),

@@ -4,6 +4,7 @@ Words enter only at the last matrix product, so proposals can be kept and asked 
 Letters: B batch, Q queries, K words, R text rows, D embedding, N attention heads, h w stride-16 grid.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,20 @@ class SAN(nn.Module):
             for name, parameter in self.named_parameters()
             if parameter.requires_grad
         ]
+
+    def snapshot(self) -> "SAN":
+        """Copy the model for inference: frozen, in evaluation mode, and this one stays as it is.
+
+        What training may change (parameters that require a gradient) is copied; all else, which is most of it, shares
+        its memory with this model.
+        """
+        memo: dict[int, object] = {id(self.config): self.config}
+        for parameter in self.parameters():
+            values = parameter.detach()
+            values = values.clone() if parameter.requires_grad else values
+            memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+        memo |= {id(buffer): buffer.detach() for buffer in self.buffers()}
+        return copy.deepcopy(self, memo).eval()
 
     def propose(self, pixels: Tensor, *, supervise: bool = False) -> Proposals:
         """Encode images.

@@ -13,6 +13,7 @@ from opensan.config import ImageConfig
 from opensan.errors import UserError
 from opensan.images import ImageSource, PreparedImage, open_image
 from opensan.segmenters.results import Encoding, ReadImage, Segmentation
+from opensan.structures import Identity
 from opensan.text.rows import TextRows
 from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class Segmenter:
     """A model ready to be asked. Holds no state of any image, so threads may share one object."""
 
-    fingerprint: str
-    """Of the model, for encodings."""
+    identity: Identity
+    """Which model it is, taken when the segmenter was built."""
     max_pixels: int
     """Larger photographs are refused."""
     image_config: ImageConfig
@@ -168,8 +169,8 @@ class Segmenter:
 
     def _label(self, encoding: Encoding, vocabulary: Vocabulary) -> Segmentation:
         """The word half of the model, and the label map."""
-        if encoding.model != self.fingerprint:
-            raise UserError(f"this encoding was made by model {encoding.model}, not by {self.fingerprint}")
+        if encoding.model != self.identity.encodings:
+            raise UserError(f"this encoding was made by model {encoding.model}, not by {self.identity.encodings}")
         winners = self.winners(encoding, vocabulary)
         names = vocabulary.names
         background = len(vocabulary.words) > len(names)

@@ -7,10 +7,9 @@
 Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the photograph.
 """
 
-import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from typing import Any
@@ -25,6 +24,7 @@ from opensan.devices import checked_device
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS, PreparedImage, prepare
 from opensan.model import SAN
+from opensan.model.identity import model_identity
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.image_half import DTYPES, SPEEDS, fastest_dtype, prepare_image_half
 from opensan.segmenters.results import Encoding, ReadImage, Segmentation
@@ -32,7 +32,7 @@ from opensan.structures import Proposals
 from opensan.text.encoder import TextEncoder
 from opensan.vocabulary import Vocabulary
 
-__all__ = ["Encoding", "ReadImage", "SanSegmenter", "Segmentation", "fingerprint", "load_san"]
+__all__ = ["Encoding", "ReadImage", "SanSegmenter", "Segmentation", "load_san"]
 
 
 def _undisturbed(method: Callable) -> Callable:
@@ -73,11 +73,13 @@ class SanSegmenter(Segmenter):
         self.dtype = _matrix_dtype(self.device, speed, dtype)
         self.max_pixels = max_pixels
         self.image_config = model.config.image
-        self.model = model.eval().requires_grad_(False).to(self.device)
-        self.fingerprint = fingerprint(self.model)
+        # The caller's model stays as it is: a training may go on with it.
+        self.model = model.snapshot()
+        self.identity = model_identity(self.model)
+        self.model.to(self.device)
         # Words stay in float32 at any speed: they cost little there, and their cache is shared.
         self._propose = prepare_image_half(self.model, self.device, speed, self.dtype)
-        self.text = TextEncoder(self.model, disk_cache=text_cache)
+        self.text = TextEncoder(self.model, disk_cache=text_cache, identity=self.identity.text)
 
     @_undisturbed
     def encode_prepared(
@@ -88,7 +90,7 @@ class SanSegmenter(Segmenter):
         proposals = self._propose(pixels)
         # Copies: a part of the batch's tensors would keep all of them in memory for as long as it is kept.
         return [
-            Encoding(masks.clone(), embeddings.clone(), prepared.sizes, self.fingerprint, array)
+            Encoding(masks.clone(), embeddings.clone(), prepared.sizes, self.identity.encodings, array)
             for masks, embeddings, prepared, array in zip(
                 proposals.mask_logits.float(),
                 proposals.mask_embeddings.float(),
@@ -169,12 +171,3 @@ def _matrix_dtype(device: torch.device, speed: str, dtype: str | None) -> torch.
     if dtype is not None:
         return DTYPES[dtype]
     return fastest_dtype(device) if speed == "fast" else torch.float32
-
-
-def fingerprint(model: SAN) -> str:
-    """The model's name and a hash of trained tensors that no two trainings share: cheap, for any size of model."""
-    state: Mapping[str, torch.Tensor] = model.state_dict()
-    digest = hashlib.sha256(model.config.model_dump_json().encode())
-    for name in ("side_adapter.query_embedding", "side_adapter.patch_position", "no_object_embedding"):
-        digest.update(state[name].float().cpu().contiguous().numpy().tobytes())
-    return f"{model.config.name}-{digest.hexdigest()[:12]}"

@@ -271,7 +271,7 @@ def _add_service_routes(app: FastAPI, api: APIRouter, service: Service) -> None:
         names = ("request_bytes", "pixels", "words", "characters", "templates")
         return ServiceInfo(
             opensan=__version__,
-            model=service.segmenter.fingerprint,
+            model=str(service.segmenter.identity),
             device=str(service.segmenter.device),
             limits={name: getattr(service.limits, name) for name in names},
         )

@@ -68,7 +68,7 @@ class TextCache:
     """The embeddings of one text tower."""
 
     def __init__(self, folder: Path, tower: str, dimension: int) -> None:
-        """`tower` is the hexadecimal fingerprint of the text tower, `dimension` the length D of its embeddings."""
+        """`tower` is the hexadecimal identity of the text tower, `dimension` the length D of its embeddings."""
         self.path = folder / f"{tower[:32]}{_SUFFIX}"
         self._dimension = dimension
         self._warned = False

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from opensan.errors import UserError
+from opensan.model.identity import text_identity
 from opensan.structures import PromptTree, TextClassifier
 from opensan.text.rows import NODES_ON_CPU, ROWS_IN_MEMORY, Recent, TextRows, Tower, tokenize
 from opensan.text.tokenizer import clip_tokenizer
@@ -38,14 +39,25 @@ def pad_tokens(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
 class TextEncoder(TextRows):
     """Answers the text classifier of any vocabulary, and remembers. One object serves many threads."""
 
-    def __init__(self, model: "SAN", *, disk_cache: bool = True, cache_dir: Path | None = None) -> None:
-        """`cache_dir` is where embeddings are kept between processes (default: see `text_cache.default_folder`)."""
+    def __init__(
+        self,
+        model: "SAN",
+        *,
+        disk_cache: bool = True,
+        cache_dir: Path | None = None,
+        identity: str | None = None,
+    ) -> None:
+        """`cache_dir` is where embeddings are kept between processes (default: see `text_cache.default_folder`).
+
+        `identity` of the text tower, where it is known already.
+        """
         clip = model.config.clip
         super().__init__(clip.text.context_length, clip.embed_dim, disk_cache=disk_cache, cache_dir=cache_dir)
         self._model = model
         self.causal = model.clip.causal_text
         self._tower: Tower | None = None
         self._classifiers: Recent[TextClassifier] = Recent(ROWS_IN_MEMORY)
+        self._known = (self._signature(), identity)
         self._work = threading.Lock()
 
     def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> TextClassifier:
@@ -68,10 +80,10 @@ class TextEncoder(TextRows):
         return found
 
     def tower(self) -> tuple[str, np.ndarray | None]:
-        """Fingerprint of the text weights, and which tokens were never trained ([vocabulary] bool; None: none)."""
+        """Identity of the text weights, and which tokens were never trained ([vocabulary] bool; None: none)."""
         with self._work:
             tower = self._current_tower()
-        return tower.fingerprint, tower.unseen
+        return tower.identity, tower.unseen
 
     def _build(self, vocabulary: Vocabulary, device: torch.device, progress: bool | None) -> TextClassifier:
         # What is made here outlives the caller's mode: it must serve training after inference, and the other way round.
@@ -87,7 +99,7 @@ class TextEncoder(TextRows):
 
     @property
     def _device(self) -> torch.device:
-        return self._model.clip.token_embedding.weight.device
+        return self._model.clip.logit_scale.device
 
     def _embed_tree(self, tree: PromptTree) -> np.ndarray:
         return self._model.embed_prompt_tree(tree.to(self._device)).float().cpu().numpy()
@@ -107,7 +119,7 @@ class TextEncoder(TextRows):
         )
 
     def _current_tower(self) -> Tower:
-        """The fingerprint of the text weights, taken anew if they changed. Called with the work lock held."""
+        """The identity of the text weights, taken anew if they changed. Called with the work lock held."""
         signature = self._signature()
         if self._tower is None or self._tower.signature != signature:
             clip = self._model.config.clip
@@ -115,10 +127,11 @@ class TextEncoder(TextRows):
                 raise UserError(
                     f"the model knows {clip.text.vocab_size:,} tokens and CLIP's tokenizer {clip_tokenizer().size:,}"
                 )
-            digest = hashlib.sha256(f"1 {clip.embed_dim} {clip.quick_gelu} {clip.text.model_dump_json()}".encode())
-            for name, parameter in sorted(self._parameters()):
-                digest.update(f"\0{name} {parameter.dtype} {tuple(parameter.shape)}\0".encode())
-                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-            unseen = (self._model.clip.token_embedding.weight.detach() == 0).all(dim=1).cpu().numpy()
-            self._tower = Tower(signature, digest.hexdigest(), unseen if unseen.any() else None)
+            identity = self._known[1] if self._known[0] == signature else None
+            identity = identity or text_identity(self._model)
+            narrow = {str(parameter.dtype) for _, parameter in self._parameters()} - {"torch.float32"}
+            if narrow:  # equal numbers, computed with otherwise
+                identity = hashlib.sha256(f"{identity} {sorted(narrow)}".encode()).hexdigest()
+            unseen = (self._model.clip.token_table().detach() == 0).all(dim=1).cpu().numpy()
+            self._tower = Tower(signature, identity, unseen if unseen.any() else None)
         return self._tower

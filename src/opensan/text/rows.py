@@ -57,14 +57,14 @@ class Tower:
 
     signature: tuple
     """Changes whenever the weights are replaced or written to."""
-    fingerprint: str
+    identity: str
     """Of the weights and of what else decides about embeddings."""
     unseen: np.ndarray | None
     """[vocabulary] bool: tokens whose embedding is exactly zero; None if there is no such token."""
 
 
 def row_key(tower: str, prompts: Sequence[str]) -> bytes:
-    """What the mean embedding of `prompts` is kept under; `tower` is the fingerprint of what embeds them.
+    """What the mean embedding of `prompts` is kept under; `tower` is the identity of what embeds them.
 
     Prompts that differ in capitals or white space alone, which reach no token, have one key.
     """
@@ -113,12 +113,12 @@ class TextRows:
         Raises ValueError, one line naming the word, if a prompt has more tokens than the model reads.
         """
         tower = self._current_tower()
-        if self._folder and self._disk_of != tower.fingerprint:
-            self._disk = TextCache(self._folder, tower.fingerprint, self._dimension)
-            self._disk_of = tower.fingerprint
+        if self._folder and self._disk_of != tower.identity:
+            self._disk = TextCache(self._folder, tower.identity, self._dimension)
+            self._disk_of = tower.identity
         rows = vocabulary.prompts()
         names = [vocabulary.words[index].name for index in vocabulary.row_class]
-        keys = [row_key(tower.fingerprint, row) for row in rows]
+        keys = [row_key(tower.identity, row) for row in rows]
         embeddings = self._remembered(keys)
         missing = [index for index, key in enumerate(keys) if key not in embeddings]
         missing = list({keys[index]: index for index in missing}.values())

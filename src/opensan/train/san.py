@@ -3,7 +3,6 @@
 Letters: B batch, K words, Q queries, H W image.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from opensan.data.dataset import SegmentationDataset
 from opensan.distributed import process_group
 from opensan.errors import UserError
 from opensan.model import SAN
+from opensan.model.identity import frozen_identity
 from opensan.structures import TextClassifier
 from opensan.text.encoder import TextEncoder
 from opensan.train.config import SanTrainingConfig
@@ -172,15 +172,7 @@ def _description(
     mixture = [{"samples": len(data), "words": data.vocabulary.names, "weight": weight} for data, weight in datasets]
     return {
         "model": model.config.model_dump(mode="json"),
-        "clip": _clip_fingerprint(model),
+        "clip": frozen_identity(model),
         "data": mixture,
         **config.model_dump(mode="json"),
     }
-
-
-def _clip_fingerprint(model: SAN) -> str:
-    """Return a hash of frozen tensors that differ between any two trained CLIPs."""
-    digest = hashlib.sha256()
-    for tensor in (model.clip.visual.proj, model.clip.visual.class_embedding, model.clip.text_projection):
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -285,7 +285,7 @@ class VideoRun:
             "every": self._every,
             "steady": self._steadier is not None,
             "model": [
-                self._segmenter.fingerprint,
+                str(self._segmenter.identity),
                 *(str(getattr(self._segmenter, name, "")) for name in ("speed", "dtype")),
             ],
             "vocabulary": self._vocabulary.to_dict(),

@@ -78,6 +78,10 @@ class Backbone(nn.Module):
         """Embed the prompts of `tree` as `embed_prompts` does, what begins alike once: [P, D]. Causal towers only."""
         raise NotImplementedError
 
+    def token_table(self) -> Tensor:
+        """The embedding of every token, [V, C]; a row of zeros is a token that was never trained."""
+        raise NotImplementedError
+
     def blocks(self) -> list[nn.Module]:
         """The modules of the image tower, in order, that are checkpointed, sharded and compiled one by one."""
         raise NotImplementedError

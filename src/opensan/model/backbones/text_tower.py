@@ -40,6 +40,10 @@ class TextTower(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=residual)
         nn.init.normal_(self.text_projection, std=within)
 
+    def token_table(self) -> Tensor:
+        """The embedding of every token, [V, C]."""
+        return self.token_embedding.weight
+
     def embed_prompts(self, tokens: Tensor) -> Tensor:
         """Embed `tokens` [P, T] int64, T up to the context length, as unit rows [P, D].
 

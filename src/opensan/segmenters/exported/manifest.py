@@ -14,15 +14,15 @@ class ExportManifest(Config):
     format: Literal["onnx", "openvino", "torch"]
     dtype: Literal["float32", "float16", "bfloat16", "int8"]
     """Of the weights."""
-    model: str
-    """Fingerprint: encodings of other models are refused."""
+    image: str
+    """Identity of the image half: encodings of other models are refused."""
     text: bool
     """Whether the text tower is here."""
     text_tower: str
-    """Fingerprint of the text tower."""
+    """Identity of the text tower as it was exported."""
     seen_tokens: tuple[int, ...] | None = None
     """The tokens that the model was trained on; None: all."""
-    version: Literal[1] = 1
+    version: Literal[2] = 2
 
 
 def exported_folder(source: object) -> Path | None:

@@ -16,6 +16,7 @@ from opensan.segmenters.exported.manifest import read_folder
 from opensan.segmenters.exported.runtimes import SUFFIXES, Run, open_graph
 from opensan.segmenters.exported.text import WORDS_NAME, EmbeddedWords, ExportedText
 from opensan.segmenters.results import Encoding, ReadImage, Segmentation, to_array
+from opensan.structures import Identity
 from opensan.vocabulary import Vocabulary
 
 BAND_FLOATS = 1 << 21
@@ -36,7 +37,7 @@ class ExportedSegmenter(Segmenter):
                 "export the model as onnx or openvino to use it here"
             )
         self.config = config
-        self.fingerprint = manifest.model
+        self.identity = Identity(config.name, manifest.image, manifest.text_tower)
         self.max_pixels = max_pixels
         self.image_config = config.image
         self.device = "cpu"
@@ -69,7 +70,7 @@ class ExportedSegmenter(Segmenter):
         masks, embeddings = self._image(pixels=np.stack([to_array(prepared.pixels) for prepared in batch]))
         # Copies: a part of the batch's arrays would keep all of them in memory for as long as it is kept.
         return [
-            Encoding(mask.copy(), embedding.copy(), prepared.sizes, self.fingerprint, array)
+            Encoding(mask.copy(), embedding.copy(), prepared.sizes, self.identity.encodings, array)
             for mask, embedding, prepared, array in zip(
                 masks, embeddings, batch, arrays or [None] * len(batch), strict=True
             )

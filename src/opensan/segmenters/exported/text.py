@@ -36,7 +36,7 @@ class EmbeddedWords:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, rows: np.ndarray, tower: str) -> "EmbeddedWords":
-        """From the `rows` [R, D] of a vocabulary, to be found as those of `tower`, a fingerprint."""
+        """From the `rows` [R, D] of a vocabulary, to be found as those of `tower`, an identity."""
         keys = [row_key(tower, prompts) for prompts in vocabulary.prompts()]
         names = [synonym for word in vocabulary.words for synonym in word.synonyms]
         return cls(dict(zip(keys, rows, strict=True)), tuple(dict(zip(keys, names, strict=True)).values()))

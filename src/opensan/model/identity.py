@@ -1,0 +1,64 @@
+"""Which model it is: a hash of all its numbers and its configuration, the image half and the text half apart.
+
+sha256 takes every byte once: 0.35 s of one processor for SAN B/16 and 1 s for L/14, which is less than reading them
+from a disk, and it is spread over threads. So it is computed when a segmenter is built, and not stored: nothing can
+be out of date.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from opensan.model.san import SAN
+from opensan.structures import Identity
+
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+def model_identity(model: SAN) -> Identity:
+    """Identify `model` as it is now. Equal numbers are equal, whatever device they lie on and in which precision."""
+    return Identity(model.config.name, image_identity(model), text_identity(model))
+
+
+def image_identity(model: SAN) -> str:
+    """Hash what encodings and scores depend on: all but the text tower. 64 hexadecimal digits."""
+    data = model.config.model_dump(mode="json")
+    del data["clip"]["text"]
+    text = {f"clip.{name}" for name in model.clip.state_dict() if model.clip.is_text(name)}
+    return _hash(data, {name: tensor for name, tensor in model.state_dict().items() if name not in text})
+
+
+def text_identity(model: SAN) -> str:
+    """Hash what text embeddings depend on: the text tower. 64 hexadecimal digits."""
+    data = model.config.clip.model_dump(mode="json")
+    del data["vision"]
+    return _hash(data, {name: tensor for name, tensor in model.clip.state_dict().items() if model.clip.is_text(name)})
+
+
+def frozen_identity(model: SAN) -> str:
+    """Hash what training does not change, and the configuration. 64 hexadecimal digits."""
+    trained = {one.name for one in model.trained()}
+    frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
+    return _hash(model.config.model_dump(mode="json"), frozen)
+
+
+def _hash(config: dict, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    names = sorted(tensors)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for name, found in zip(names, threads.map(lambda name: _hash_tensor(tensors[name]), names), strict=True):
+            digest.update(f"\0{name} {tuple(tensors[name].shape)}\0".encode())
+            digest.update(found)
+    return digest.hexdigest()
+
+
+def _hash_tensor(tensor: Tensor) -> bytes:
+    tensor = tensor.detach()
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()).digest()
