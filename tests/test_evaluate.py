@@ -175,7 +175,7 @@ def test_another_model_or_changed_data_starts_anew_and_says_so(folder, tmp_path)
     measure(dataset, ByColour(), tmp_path / "out")
     again, notes = ByColour(), []
     measure(dataset, again, tmp_path / "out", note=notes.append)
-    assert again.batches == [] and "7 of 7 photographs are measured already" in notes[0]
+    assert again.batches == [] and "7 of 7 images are measured already" in notes[0]
 
     other, notes = ByColour(kind="other"), []
     measure(dataset, other, tmp_path / "out", note=notes.append)
@@ -413,7 +413,7 @@ def test_eval_writes_everything_and_resumes(command, folder, model_folder):
     }
     metrics = json.loads((results / "metrics.json").read_text())
     code, again, err = command("--data", folder, "--model", model_folder, "--save-predictions")
-    assert (code, again) == (0, out) and "7 of 7 photographs are measured already" in err
+    assert (code, again) == (0, out) and "7 of 7 images are measured already" in err
 
     saved = results / "sem_seg_predictions.json"
     code, _, err = command("--data", folder, "--from-predictions", saved, "--out", "recomputed")

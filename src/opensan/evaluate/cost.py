@@ -1,7 +1,7 @@
-"""What a model is made of and what an image costs: parameters, multiply-adds by part, memory, images a second.
+"""Measure the cost of a model: parameters, multiply-adds by part, memory, images a second.
 
-Operations are counted from what really runs, without memory (on torch's meta device), so a cheaper way of computing the
-same shows here. Letters: Q queries, K words, H W the padded network image.
+Operations are counted in a real run, without memory (on torch's meta device), so a cheaper way of computing the
+same result shows here. Letters: Q queries, K words, H W the padded network image.
 """
 
 import statistics
@@ -40,7 +40,7 @@ LEAST_RUNS = 3
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of a part of the model."""
+    """Parameters of a part of the model."""
 
     total: int
     trained: int
@@ -51,36 +51,36 @@ class Timing:
     """One image at a time through the whole of `SanSegmenter.segment`, with words that are embedded already."""
 
     images_per_second: float
-    """From the median."""
+    """The inverse of the median of `seconds`."""
     seconds: tuple[float, ...]
-    """Of each run."""
+    """Seconds of each run."""
     peak_memory_mib: float
-    """Of the device where it counts it, else of this process, everything included; nan where the system cannot say."""
+    """Peak memory of the device if it counts it, else of this whole process; nan if unknown."""
     device: str
     threads: int
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The report on a model."""
+    """Cost of a model."""
 
     model: str
     size: tuple[int, int]
-    """Height and width of the padded network image, which is also the answer's size."""
+    """Height and width of the padded network image, which is also the label map's size."""
     words: int
     parameters: dict[str, Parameters]
-    """By part; "all" is their sum."""
+    """Parameters by part; "all" is their sum."""
     multiply_adds: dict[str, int]
-    """By part, for one image; the label map's is for flat class probabilities, the worst case."""
+    """Multiply-adds by part, for one image; the label map's are for flat class probabilities, the worst case."""
     speed: Timing
 
     @property
     def multiply_adds_without_label_map(self) -> int:
-        """What papers count."""
+        """Multiply-adds as papers count them."""
         return sum(count for part, count in self.multiply_adds.items() if part != LABEL_MAP)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data for JSON."""
         total = self.multiply_adds_without_label_map
         plain = asdict(self)
         plain["multiply_adds_without_label_map"] = total
@@ -116,7 +116,7 @@ def profile(source: str, *, size: tuple[int, int] = OFFICIAL_SIZE, words: int = 
 
 
 def count_parameters(model: SAN) -> dict[str, Parameters]:
-    """Parameters by part, "all" last."""
+    """Count parameters by part, "all" last."""
     parts = {
         "CLIP image tower": "clip.visual.",
         "CLIP text tower": "clip.",
@@ -133,7 +133,7 @@ def count_parameters(model: SAN) -> dict[str, Parameters]:
 
 
 def count_multiply_adds(config: ModelConfig, size: tuple[int, int], words: int) -> dict[str, int]:
-    """Multiply-adds of matrix products, convolutions and attention for one image of `size` (H, W), by part.
+    """Count multiply-adds of matrix products, convolutions and attention for one image of `size` (H, W), by part.
 
     The label map is counted on random masks and flat class probabilities; all else depends on sizes alone.
     """
@@ -168,7 +168,7 @@ _ADAPTER_PARTS = {
 
 @dataclass(frozen=True)
 class _Count:
-    """Multiply-adds of a call."""
+    """Multiply-adds of a call, by module."""
 
     counter: FlopCounterMode
 
@@ -177,7 +177,7 @@ class _Count:
         return self.counter.get_total_flops() // 2
 
     def of(self, module: str) -> int:
-        """Of the modules below `module`, or of itself if it was called as a whole."""
+        """Return those of the modules below `module`, or of itself if it was called as a whole."""
         counts = {name: sum(operations.values()) for name, operations in self.counter.get_flop_counts().items()}
         if module in counts:
             return counts[module] // 2
@@ -200,7 +200,7 @@ def _count_label_map(proposals: Proposals, size: tuple[int, int], words: int) ->
 
 
 class _EmbeddedWords:
-    """Stands in for a text encoder that has embedded the words already."""
+    """Replaces a text encoder that has embedded the words already."""
 
     def __init__(self, words: int, embed_dim: int, device: torch.device) -> None:
         rows = F.normalize(torch.randn(words, embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
@@ -224,7 +224,7 @@ def measure_speed(model: SAN, size: tuple[int, int], words: int, device: str = "
     seconds = []
     while len(seconds) < LEAST_RUNS or (sum(seconds) < MOST_SECONDS and len(seconds) < 50):
         start = time.perf_counter()
-        segmenter.segment(noise, vocabulary)  # answers in the host's memory, so nothing is still running
+        segmenter.segment(noise, vocabulary)  # labels in the host's memory, so the device has finished
         seconds.append(time.perf_counter() - start)
     return Timing(
         images_per_second=1 / statistics.median(seconds),

@@ -1,4 +1,4 @@
-"""Running a model over a labelled data set, one photograph after the other: what a training's validation needs.
+"""Evaluate a model on a labelled data set, one image after the other, as validation in training does.
 
 `opensan.evaluate.measure` does the same for whole benchmarks.
 """
@@ -24,15 +24,15 @@ from opensan.text.encoder import TextEncoder
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 Predictor = Callable[[np.ndarray], np.ndarray]
-"""Photograph [H, W, 3] uint8 RGB -> labels [H, W] integers, -1 where no word is given."""
+"""Image [H, W, 3] uint8 RGB -> labels [H, W] integers, -1 where no word is given."""
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """One photograph's own figures."""
+    """Metrics of one image."""
 
     index: int
-    """In the data set."""
+    """Index in the data set."""
     name: str
     miou: float
     """Mean IoU over the classes in its ground truth, in [0, 1]; nan if it has none."""
@@ -42,28 +42,28 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model was measured at."""
+    """Result of an evaluation."""
 
     metrics: SegmentationMetrics
     images: int
-    """Photographs that were counted."""
+    """Number of images that were counted."""
     broken: tuple[str, ...]
-    """Reasons why the others could not be read."""
+    """Errors of images that could not be read."""
     confusions: tuple[Confusion, ...] = ()
     """The pairs of classes with the most wrong pixels, most first."""
     photographs: tuple[Photograph, ...] = ()
-    """Each one's own figures, in the data set's order; empty if they were not kept."""
+    """Metrics of each image, in the data set's order; empty if they were not kept."""
 
 
 def segmenter_predictor(segmenter: SanSegmenter, vocabulary: Vocabulary) -> Predictor:
-    """Labels as `segmenter.segment` gives them: the protocol is the model's own image configuration."""
+    """Return a predictor that labels as `segmenter.segment` does, by the model's own image configuration."""
     return lambda image: segmenter.segment(image, vocabulary).labels
 
 
 def model_predictor(model: SAN, text: TextClassifier, words: int) -> Predictor:
-    """The same from a bare model, as in a running training, which a `SanSegmenter` would freeze.
+    """Return a predictor for a bare model, as in a running training, which a `SanSegmenter` would freeze.
 
-    `words`: how many of the classes are reported; the rest absorb pixels.
+    `words`: how many of the classes are reported; the others are background words.
     """
     device = model.no_object_embedding.device
 
@@ -79,7 +79,7 @@ def model_predictor(model: SAN, text: TextClassifier, words: int) -> Predictor:
 
 
 def dataset_predictor(model: SAN, dataset: SegmentationDataset) -> Predictor:
-    """`model_predictor` for the data set's own words, which are embedded once."""
+    """Return a `model_predictor` for the data set's classes, which are embedded once."""
     vocabulary = dataset.vocabulary
     return model_predictor(model, TextEncoder(model).classifier(vocabulary), len(vocabulary.names))
 
@@ -87,9 +87,9 @@ def dataset_predictor(model: SAN, dataset: SegmentationDataset) -> Predictor:
 def evaluate(
     predict: Predictor, dataset: SegmentationDataset, *, limit: int | None = None, progress: bool = True
 ) -> Evaluation:
-    """Compare predictions with ground truth, one photograph at a time, at each photograph's own size.
+    """Compare predictions with ground truth, one image at a time, at each image's own size.
 
-    `limit`: only so many photographs, spread evenly over the data set.
+    `limit`: only so many images, spread evenly over the data set.
     """
     names = dataset.vocabulary.names
     counts = Counts(len(names))
@@ -110,14 +110,14 @@ def evaluate(
 def validation(
     model: SAN, dataset: SegmentationDataset, *, limit: int | None = None
 ) -> Callable[[int], Mapping[str, float]]:
-    """For `opensan.train`: measures the model, as it is then, after so many steps. Warns of unreadable photographs."""
+    """Return a function that evaluates the model when called, for `opensan.train`; it warns of broken images."""
     predict = dataset_predictor(model, dataset)
 
     def measure(_step: int) -> Mapping[str, float]:
         found = evaluate(predict, dataset, limit=limit, progress=False)
         if found.broken:
             warnings.warn(
-                f"validation leaves out photographs that can't be read ({len(found.broken)} of "
+                f"validation leaves out images that can't be read ({len(found.broken)} of "
                 f"{found.images + len(found.broken)}), the first is {found.broken[0]}",
                 stacklevel=2,
             )

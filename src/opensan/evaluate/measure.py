@@ -1,7 +1,7 @@
-"""Evaluation at full scale: batches by shape, files read ahead, progress on disk, any number of processes.
+"""Evaluate at full scale: batches by shape, files read ahead, progress on disk, any number of processes.
 
     threads: read photograph and labels -> prepare -.            .-> count -> add, now and then save
-    this one:                                        `-> predict -'
+    main thread:                                     `-> predict -'
 
 The plan of batches depends on the data set and the batch size alone. Every process takes a share of it.
 """
@@ -43,13 +43,13 @@ class MeasurableDataset(SegmentationDataset, Protocol):
     """A data set whose evaluation can be planned and resumed."""
 
     def size(self, index: int) -> tuple[int, int]:
-        """(H, W) of a photograph without decoding it. Raises UserError or OSError."""
+        """Return (H, W) of an image without decoding it. Raises UserError or OSError."""
 
     def file(self, index: int) -> Path:
-        """Where the photograph is."""
+        """Return the image's path."""
 
     def fingerprint(self) -> str:
-        """Changes when any photograph, label or list does."""
+        """Return a text that changes when any image, label or list does."""
 
 
 def measure(
@@ -64,25 +64,25 @@ def measure(
     note: Callable[[str], None] = lambda message: None,
     progress: bool = False,
 ) -> Evaluation:
-    """Compare predictions with ground truth at each photograph's own size, and keep the progress in `folder`.
+    """Compare predictions with ground truth at each image's own size, and keep the progress in `folder`.
 
-    The same call after an interruption goes on where the last save was; with another model, data set or protocol it
+    The same call after an interruption continues from the last save; with another model, data set or protocol it
     starts anew. In processes that torchrun started each does a share (`folder` must be one for all), and all return
     the whole.
 
     Args:
-        batch: photographs that are predicted together, if their shapes are equal.
+        batch: images that are predicted together, if their shapes are equal.
         workers: threads that read and count.
         save_predictions: also write `sem_seg_predictions.json` to `folder`.
         save_every: seconds between saves.
-        note: gets messages for the user.
+        note: called with messages for the user.
         progress: show a bar on stderr.
 
     Raises:
         ValueError: the data set is empty, a progress file is damaged, or another evaluation is writing to `folder`.
     """
     if len(dataset) == 0:
-        raise UserError("the data set has no photographs")
+        raise UserError("the data set has no images")
     lock = FileLock(folder / ".lock", timeout=0)
     on_main(lambda: _take(lock, folder))
     try:
@@ -94,7 +94,7 @@ def measure(
 
 
 def _take(lock: FileLock, folder: Path) -> None:
-    """Hold the folder until this process ends, however it ends."""
+    """Lock the folder until this process ends, in any way."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
@@ -123,7 +123,7 @@ def _measure(
     earlier = read_all(state, num_classes)
     done = set().union(*(one.photographs for one in earlier.values()))
     if done:
-        note(f"{folder}: {len(done)} of {len(dataset)} photographs are measured already")
+        note(f"{folder}: {len(done)} of {len(dataset)} images are measured already")
     batches = _share(_plan(dataset, predictor, batch, workers), done)
     own = state / f"rank-{rank():04d}.npz"
     mine = earlier.get(own.name) or Progress(Counts(num_classes))
@@ -135,7 +135,7 @@ def _measure(
 
 
 def _whole(dataset: MeasurableDataset, folder: Path) -> Evaluation:
-    """The sum of all processes' progress."""
+    """Return the evaluation of all processes' progress together."""
     names = dataset.vocabulary.names
     whole = total(read_all(folder / "progress", len(names)).values(), len(names))
     if whole.parts:
@@ -154,13 +154,13 @@ def _whole(dataset: MeasurableDataset, folder: Path) -> Evaluation:
 
 
 def _plan(dataset: MeasurableDataset, predictor: BatchPredictor, batch: int, workers: int) -> list[list[int]]:
-    """All photographs in batches of equal shape, in the order of each batch's first."""
+    """Return all images in batches of equal shape, in the order of each batch's first."""
 
     def shape(index: int) -> object:
         try:
             return predictor.shape(dataset.size(index))
         except (UserError, OSError):
-            return "unreadable"  # reading it will say why
+            return "unreadable"  # the reason is reported when it is read
 
     groups: Mapping[object, list[int]] = defaultdict(list)
     with ThreadPoolExecutor(workers) as pool:
@@ -170,23 +170,23 @@ def _plan(dataset: MeasurableDataset, predictor: BatchPredictor, batch: int, wor
 
 
 def _share(batches: Sequence[list[int]], done: set[int]) -> list[list[int]]:
-    """This process's batches, without the photographs that are done."""
+    """Return this process's batches, without the images that are done."""
     left = [[index for index in batch if index not in done] for batch in batches[rank() :: world_size()]]
     return [batch for batch in left if batch]
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """A photograph on its way from a thread to the sums."""
+    """Counts of one image, on the way from a thread to the sums."""
 
     counts: ImageCounts
     figures: tuple[float, float]
     entries: list[str]
-    """Of the saved predictions."""
+    """JSON entries of the saved predictions."""
 
 
 class _Run:
-    """One process's share."""
+    """Evaluates one process's share of the images."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class _Run:
     def _loaded(
         self, pool: ThreadPoolExecutor, batches: Sequence[list[int]], workers: int
     ) -> Iterator[tuple[list[int], list[np.ndarray], list[object]]]:
-        """The readable photographs of each batch: indices, ground truths, and what `prepare` made of them."""
+        """Yield the readable images of each batch: indices, ground truths, and prepared images."""
         ahead: deque[list[tuple[int, Future]]] = deque()
         todo = iter(batches)
         wanted = 2 if not batches else max(2, math.ceil(2 * workers / max(map(len, batches))))
@@ -278,7 +278,7 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
-        """Predictions first: what the progress file does not name is written again, under the same name."""
+        """Save predictions first: a file that the progress does not name yet is written again, under the same name."""
         if self._entries:
             name = f"{self._path.stem}-part-{len(self._progress.parts):06d}.json"
             write_text(self._path.with_name(name), "\n".join(self._entries) + "\n")
@@ -291,7 +291,7 @@ class _Run:
 
 @contextmanager
 def _bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts what is done; a bar shows on stderr if that is a terminal."""
+    """Yield a function that counts finished images; a bar shows on stderr if that is a terminal."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
     with ProgressBar(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:

@@ -1,7 +1,7 @@
-"""Predictions as files: the usual `sem_seg_predictions.json`, and folders of index PNGs.
+"""Read and write predictions: the usual `sem_seg_predictions.json`, and folders of index PNGs.
 
 The JSON is a list of {"file_name", "category_id", "segmentation": {"size": [H, W], "counts": "..."}}, one entry for
-each class that a photograph's prediction has, its mask in COCO's run-length encoding. It is written in parts and read
+each class of an image's prediction, its mask in COCO's run-length encoding. It is written in parts and read
 entry by entry, so neither needs memory for the whole.
 """
 
@@ -24,14 +24,14 @@ from opensan.vocabulary import UNLABELLED
 FILE_NAME = "sem_seg_predictions.json"
 
 LONGEST_ENTRY = 64 * 2**20
-"""Bytes; a longer one is no mask of a photograph."""
+"""Bytes; a longer entry can't be the mask of an image."""
 
 _READ = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
 
 
 def entries(file_name: str, labels: np.ndarray, num_classes: int) -> list[str]:
-    """The JSON entries of one photograph's prediction [H, W] (0..K-1, or -1), by ascending `category_id`."""
+    """Return the JSON entries of one image's prediction [H, W] (0..K-1, or -1), by ascending `category_id`."""
     masks = run_lengths(labels, num_classes)
     return [
         json.dumps({"file_name": file_name, "category_id": index, "segmentation": mask})
@@ -56,15 +56,15 @@ def join_parts(parts: Sequence[Path], target: Path) -> None:
 
 
 class SavedPredictions:
-    """Another run's predictions, by photograph. Reads from several threads."""
+    """Another run's predictions, by image. Several threads may read."""
 
     def __init__(self, path: Path, num_classes: int, *, class_of_id: Mapping[int, int] | None = None) -> None:
-        """Find out what is there.
+        """Open a file or folder of predictions.
 
         Args:
             path: a `sem_seg_predictions.json`, or a folder of index PNGs, NAME.png or NAME.labels.png.
             num_classes: K.
-            class_of_id: `category_id` -> class, if the ids are not the classes' places in the vocabulary.
+            class_of_id: `category_id` -> class, if the ids are not the classes' indices in the vocabulary.
 
         Raises:
             ValueError: one line: no such file, or not a list of such entries.
@@ -80,14 +80,14 @@ class SavedPredictions:
             raise UserError(f"{path}: no such file or folder of predictions")
 
     def fingerprint(self) -> str:
-        """Changes when the file does."""
+        """Return a text that changes when the file does."""
         state = self.path.stat()
         return f"{self.path.resolve()} {state.st_size} {state.st_mtime_ns}"
 
     def labels(self, name: str, size: tuple[int, int]) -> np.ndarray:
-        """The prediction [H, W] int32 for a photograph, -1 where it has none.
+        """Return the prediction [H, W] int32 for an image, -1 where it has none.
 
-        Raises ValueError, one line, if there is none for it, or it does not fit `size`, the photograph's (H, W).
+        Raises ValueError, one line, if there is none for it, or it does not fit `size`, the image's (H, W).
         """
         labels = self._from_picture(name, size) if self._spans is None else self._from_entries(name, size)
         if labels.max() >= self.num_classes:
@@ -101,7 +101,7 @@ class SavedPredictions:
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
             raise UserError(f"{self.path}: holds neither {candidates[0].name} nor {candidates[1].name}")
-        found = image_size(path)  # known before a picture of any size is taken in
+        found = image_size(path)  # checked before decoding, which could need memory without bound
         if found != size:
             raise UserError(f"{path}: is {found[1]}x{found[0]}, the photograph {size[1]}x{size[0]} (width x height)")
         return read_label_map(path)
@@ -136,7 +136,7 @@ def _segmentation(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
-    """Photograph -> where in the file its entries stand (bytes from, to)."""
+    """Return image name -> positions of its entries in the file (bytes from, to)."""
     spans = defaultdict(list)
     for start, end, entry in _entries(path):
         name = entry.get("file_name") if isinstance(entry, dict) else None
@@ -147,9 +147,9 @@ def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
 
 
 def _entries(path: Path) -> Iterator[tuple[int, int, object]]:
-    """(first byte, last byte + 1, entry) of each entry of a JSON list, of which one is in memory at a time.
+    """Yield (first byte, last byte + 1, entry) of each entry of a JSON list; one is in memory at a time.
 
-    The text is taken as Latin-1, in which a byte is a character and JSON's own signs are where they are in UTF-8.
+    The text is read as Latin-1, in which a byte is a character and JSON's own signs have the same bytes as in UTF-8.
     """
     decoder = json.JSONDecoder()
     with path.open("r", encoding="latin-1", newline="") as file:
@@ -167,7 +167,7 @@ def _entries(path: Path) -> Iterator[tuple[int, int, object]]:
                 if not text.isascii():
                     entry = json.loads(text[at:end].encode("latin-1"))
             except (ValueError, RecursionError) as error:
-                # Perhaps only the end is missing: double what is in view.
+                # Perhaps the text only ends too early: read twice as much.
                 more = file.read(max(_READ, len(text) - at)) if len(text) - at < LONGEST_ENTRY else ""
                 if not more:
                     raise UserError(f"{path}: not valid JSON after byte {offset + at} ({error})") from None

@@ -1,6 +1,6 @@
-"""Where an evaluation's labels come from: a model, its augmented views, or predictions that were saved.
+"""Predictors of labels for an evaluation: a model, a model with augmented views, or saved predictions.
 
-Letters: Q queries, K words, H0 W0 the photograph.
+Letters: Q queries, K words, H0 W0 the image.
 """
 
 import json
@@ -20,30 +20,30 @@ from opensan.segmenters.san import SanSegmenter
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-"""Of the short side; each as it is and mirrored: the usual set of test-time augmentation."""
+"""Factors of the short side; each as it is and mirrored: the usual set of test-time augmentation."""
 
 _BAND_ELEMENTS = 8_000_000
-"""About how many floats a band of rows may need for its scores and masks (32 MB)."""
+"""Number of floats that a band of rows may need for its scores and masks, about (32 MB)."""
 
 
 class BatchPredictor(Protocol):
-    """Labels photographs a few at a time."""
+    """Labels images in batches."""
 
     key: Mapping[str, object]
-    """All that its answers depend on, as plain data."""
+    """All that its labels depend on, as plain data."""
 
     def shape(self, size: tuple[int, int]) -> Hashable:
-        """Photographs of (H0, W0) with equal shapes may be predicted together."""
+        """Return a key for images of (H0, W0): images with equal keys may be predicted together."""
 
     def prepare(self, name: str, image: np.ndarray) -> object:
-        """What can be done for a photograph [H0, W0, 3] uint8 beforehand, in another thread. Raises ValueError."""
+        """Prepare an image [H0, W0, 3] uint8 in another thread, ahead of `predict`. Raises UserError."""
 
     def predict(self, prepared: Sequence[object]) -> list[np.ndarray]:
-        """Labels [H0, W0] int32 of each, 0..K-1, or -1 where no word is given."""
+        """Return labels [H0, W0] int32 of each image, 0..K-1, or -1 where no word is given."""
 
 
 class ModelPredictor:
-    """A model's answers by its own image protocol. Photographs of different padded shapes never share a batch."""
+    """Labels by a model and its own image configuration. Images of different padded shapes never share a batch."""
 
     def __init__(self, segmenter: SanSegmenter, vocabulary: Vocabulary) -> None:
         self._segmenter = segmenter
@@ -72,8 +72,8 @@ class ModelPredictor:
 class AugmentedPredictor:
     """Test-time augmentation: every pixel gets the word with the highest mean score over all views.
 
-    A view is the photograph at one of `TTA_SCALES` times the protocol's short and long side, as it is or mirrored; its
-    scores are what it would be labelled by alone (score[k, y, x] = sum_q probability[q, k] mask[q, y, x]).
+    A view is the image at one of `TTA_SCALES` times the protocol's short and long side, as it is or mirrored; its
+    scores are those by which it would be labelled alone (score[k, y, x] = sum_q probability[q, k] mask[q, y, x]).
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class AugmentedPredictor:
 
 
 class SavedPredictor:
-    """What another run predicted; no model."""
+    """Labels that another run saved; no model."""
 
     def __init__(self, predictions: SavedPredictions) -> None:
         self._predictions = predictions
@@ -136,7 +136,7 @@ class SavedPredictor:
 
 
 def encode_by_shape(segmenter: SanSegmenter, prepared: Sequence[PreparedImage]) -> list[Encoding]:
-    """Encodings in the order given; those of one padded shape go through the network together."""
+    """Return encodings in the order given; those of one padded shape go through the network together."""
     groups = defaultdict(list)
     for index, image in enumerate(prepared):
         groups[image.sizes.padded].append(index)

@@ -1,4 +1,4 @@
-"""How far an evaluation has come, on disk: what is counted is never counted again, and nothing is counted twice.
+"""Keep an evaluation's progress on disk, so that after an interruption each image is counted exactly once.
 
 Every process keeps a file of its own with all it has counted since the evaluation began, written as a whole and
 renamed. The evaluation's counts are the sum of all such files, whoever wrote them: processes may be killed, and others,
@@ -23,13 +23,13 @@ _KEY = "key.json"
 
 @dataclass
 class Progress:
-    """What one process has counted."""
+    """The counts of one process."""
 
     counts: Counts
     photographs: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Index of a photograph -> its own mIoU (classes in the ground truth) and pixel accuracy."""
+    """Index of an image -> its own mIoU (classes in the ground truth) and pixel accuracy."""
     broken: dict[int, str] = field(default_factory=dict)
-    """Index -> why it could not be measured. Not final: a later run tries again."""
+    """Index -> the reason why it could not be measured; a later run tries again."""
     parts: list[str] = field(default_factory=list)
     """Names of the files of saved predictions, in order."""
 
@@ -48,7 +48,7 @@ class Progress:
 
     @classmethod
     def load(cls, path: Path, num_classes: int) -> "Progress":
-        """Read what `save` wrote. Raises ValueError, one line, on anything else."""
+        """Read a file that `save` wrote. Raises UserError, one line, on any other."""
         counts = Counts(num_classes)
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -65,9 +65,9 @@ class Progress:
 
 
 def open_progress(folder: Path, key: Mapping[str, object]) -> bool:
-    """Make `folder` ready for the evaluation that `key` describes; what another evaluation left there is removed.
+    """Prepare `folder` for the evaluation that `key` describes; the progress of another evaluation is removed.
 
-    Returns False if there was another one.
+    Returns False if there was another evaluation.
     """
     text = json.dumps(key, indent=1, sort_keys=True, default=str)
     known = (folder / _KEY).read_text(encoding="utf-8") if (folder / _KEY).exists() else None
@@ -79,7 +79,7 @@ def open_progress(folder: Path, key: Mapping[str, object]) -> bool:
 
 
 def total(parts: Iterable[Progress], num_classes: int) -> Progress:
-    """All processes' progress together."""
+    """Return all processes' progress together."""
     whole = Progress(Counts(num_classes))
     for part in parts:
         whole.counts.confusion += part.counts.confusion
@@ -93,5 +93,5 @@ def total(parts: Iterable[Progress], num_classes: int) -> Progress:
 
 
 def read_all(folder: Path, num_classes: int) -> dict[str, Progress]:
-    """File name -> progress, for every process that ever worked on this evaluation."""
+    """Read file name -> progress, for every process that ever worked on this evaluation."""
     return {path.name: Progress.load(path, num_classes) for path in sorted(folder.glob("rank-*.npz"))}

@@ -1,4 +1,4 @@
-"""Prepared data sets on disk, as an evaluation finds them."""
+"""Find and open prepared data sets for an evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ class PreparedSet:
     """One split of a prepared folder."""
 
     name: str
-    """The folder's."""
+    """The folder's name."""
     label_set: str | None
-    """The ready label set that its classes are, if its manifest says so."""
+    """The ready label set with the same classes, if the manifest names one."""
     dataset: SegmentationFolder
 
     def class_of_id(self) -> dict[int, int]:
-        """The data set's own number of each class -> its place. Raises ValueError if it has no numbers of its own."""
+        """Return the data set's own number of each class -> its index. Raises UserError if it has no such numbers."""
         ids = ready_source_ids(self.label_set) if self.label_set else None
         if ids is None:
             raise UserError(
@@ -33,7 +33,7 @@ class PreparedSet:
 def open_set(root: Path, split: str | None = None) -> PreparedSet:
     """Open `split` of a prepared folder; by default the one its manifest names for evaluation, or else `val`.
 
-    Raises ValueError, one line, naming the lists there are.
+    Raises UserError, one line, naming the lists that exist.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; a data set is prepared by `opensan data prepare`")
@@ -49,7 +49,7 @@ def open_set(root: Path, split: str | None = None) -> PreparedSet:
 
 
 def find_sets(root: Path) -> list[Path]:
-    """The prepared folders directly below `root`, by name. Raises ValueError if there are none."""
+    """Return the prepared folders directly below `root`, by name. Raises UserError if there are none."""
     found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
     if not found:
         raise UserError(f"{root}: holds no prepared data sets (folders with a {MANIFEST})")

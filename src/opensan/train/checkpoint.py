@@ -1,6 +1,6 @@
-"""Checkpoints of a run: whole or absent, checked when read, and with an older one to fall back to.
+"""Store a run's checkpoints: complete or absent, checked when read, with an older one as a fallback.
 
-A checkpoint's name carries the start of its content's SHA-256, so damage is noticed without trusting the reader:
+A checkpoint's name holds the start of its content's SHA-256, so damage is noticed before the content is parsed:
 `step-00000500-0123456789abcdef.pt`, and `best-...` for the best one.
 """
 
@@ -22,7 +22,7 @@ class CheckpointFolder:
     """The checkpoints of one run."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """`keep`: how many of the newest stay."""
+        """`keep`: how many of the newest are kept."""
         self.folder = folder
         self.keep = keep
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,20 +30,20 @@ class CheckpointFolder:
             leftover.unlink()
 
     def save(self, state: dict[str, Any], step: int, *, kind: str = "step") -> Path:
-        """Write `state` (tensors and plain data), then remove what is no longer to be kept."""
+        """Write `state` (tensors and plain data), then remove checkpoints beyond those to keep."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
         path = self.folder / f"{kind}-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
-        flush_folder(self.folder)  # before an older one goes
+        flush_folder(self.folder)  # before an older one is removed
         for old in self._newest_first(kind)[1 if kind == "best" else self.keep :]:
             old.unlink()
         return path
 
     def load_newest(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest undamaged state (None: there is none), and a message about each damaged one."""
+        """Return the newest undamaged state (None if there is none), and a message about each damaged one."""
         messages = []
         for path in self._newest_first("step"):
             try:
@@ -54,7 +54,7 @@ class CheckpointFolder:
         return None, messages
 
     def load_best(self) -> dict[str, Any] | None:
-        """The state with the best validation score; None: no validation marked one. Raises ValueError if damaged."""
+        """Return the state with the best validation score, None without validation. Raises UserError if damaged."""
         return next((_read(path) for path in self._newest_first("best")), None)
 
     def _newest_first(self, kind: str) -> list[Path]:
@@ -64,7 +64,7 @@ class CheckpointFolder:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Raises ValueError if the content is not what was written."""
+    """Read a checkpoint. Raises UserError if its content is damaged."""
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest()[:16] != _NAME.fullmatch(path.name)[3]:
         raise UserError(f"{path}: damaged (its checksum does not fit its name)")

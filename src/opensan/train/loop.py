@@ -1,8 +1,8 @@
-"""The training loop: steps, checkpoints, logs. It knows nothing of what is learned.
+"""The training loop: steps, checkpoints, logs, for any task.
 
 A run is a function of its configuration and its data: every random number is drawn from a generator seeded with
-(seed, position in the stream) or (seed, step), so a run that was killed and started again goes on as if nothing had
-happened, and n accumulated micro-batches see what n ranks would.
+(seed, position in the stream) or (seed, step), so a run that was killed and started again continues as if nothing had
+happened, and n accumulated micro-batches are the same as those of n ranks.
 """
 
 import itertools
@@ -53,34 +53,34 @@ class Diverged(RuntimeError):
 
 
 class Task(Protocol):
-    """What is learned: an nn.Module whose forward pass gives losses."""
+    """The task to train: an nn.Module whose forward pass returns losses."""
 
     def prepare(self, batches: Sequence[Any]) -> Any:
-        """Called once a step with all of its micro-batches, before the first forward pass; may talk to other ranks."""
+        """Compute values for all micro-batches of a step before its forward passes; may talk to other ranks."""
 
     def __call__(self, batch: Any, prepared: Any) -> dict[str, Tensor]:
-        """Weighted losses by name; their sum is minimised."""
+        """Return weighted losses by name; their sum is minimised."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended."""
+    """State of a run at its end."""
 
     step: int
     """Steps done."""
     finished: bool
-    """False: a signal asked it to stop; the same call goes on from here."""
+    """False if a signal stopped it; the same call continues from here."""
     best: float | None
     """The best validation score so far."""
     broken: int
-    """Samples that could not be read, so that others were taken in their place."""
+    """Number of samples that could not be read and were replaced by others."""
 
 
 class Trainer:
     """One run in one folder: `checkpoints/`, `log.csv`, `validation.csv`, `config.json`.
 
     Started by torchrun, inside `opensan.distributed.process_group`, the processes train together: each has batches of
-    its own, all make the same update, and the main one writes. All act alike on what happens to one of them.
+    its own, all make the same update, and the main one writes. An event in one of them has the same effect in all.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class Trainer:
 
         Args:
             task: a `Task`; moved to `device`.
-            source: where its batches come from.
-            groups: what is optimised. Only these parameters are kept in checkpoints.
-            config: how long, how fast.
+            source: the source of its batches.
+            groups: the parameters to optimise. Only these are kept in checkpoints.
+            config: settings of the loop.
             out: the run's folder; one that holds a run of the same configuration is continued.
             description: the whole configuration as plain data, for config.json; default: `config`'s.
             validate: figures after step n, called every `config.validate_every` steps and after the last; in every
@@ -200,7 +200,7 @@ class Trainer:
         return RunResult(self.step, self.step == config.steps, self.best, self.broken)
 
     def _timed_stream(self) -> Iterator[Sequence[LoadedBatch]]:
-        """The stream from the current step, adding up the time spent waiting for it."""
+        """Yield the stream from the current step, and add up the time spent waiting for it."""
         config = self.config
         batches = stream(
             self.source,
@@ -224,7 +224,7 @@ class Trainer:
                 yield step
 
     def _take_step(self, loaded: Sequence[LoadedBatch], progress: TrainingProgress) -> tuple[dict[str, float], bool]:
-        """Forward, backward and update. Without finite losses and gradients: no update.
+        """Run forward and backward passes and update the weights, unless losses or gradients are not finite.
 
         Returns the figures of the step, and whether a signal asked any of the processes to stop.
         """
@@ -242,14 +242,14 @@ class Trainer:
         figures["gradient_norm"] = norm
         if new_broken:
             self._report_broken(broken, progress)
-        # In every run, since one may go on where another number format is used. Not called a loss: those are summed up.
+        # Logged in every run, as a run may continue in another number format. Its name lacks "loss": losses are summed.
         others = {"gradient_scale": self._scale.value, "broken_samples": self.broken}
         self._update(figures, losses, loaded, progress)
         rate = self.optimizer.param_groups[0]["lr"]
         return {"learning_rate": rate, **figures, **others}, bool(stop)
 
     def _backward(self, loaded: Sequence[LoadedBatch]) -> tuple[list[str], Tensor]:
-        """Gradients of the mean over all micro-batches of all processes; this one's losses, [micro-batches, names]."""
+        """Compute gradients of the mean of all processes' micro-batches; return losses, [micro-batches, names]."""
         self.optimizer.zero_grad(set_to_none=True)
         batches = [one.batch.to(self.device) for one in loaded]
         prepared = self.task.prepare(batches)
@@ -270,7 +270,7 @@ class Trainer:
         return poly_factor(self.step, self.config.steps, self.config.poly_power, self.config.warmup)
 
     def _random_seed(self, micro_batch: int) -> int:
-        """For torch's generators, which the task may draw from. `micro_batch` counts those of all processes."""
+        """Return the seed of torch's generators for a micro-batch, counted over all processes."""
         sequence = np.random.SeedSequence([self.config.seed, 2, self.step, micro_batch])
         return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -358,7 +358,7 @@ class Trainer:
             self.save(kind="best")
 
     def _whole_task(self) -> AbstractContextManager[None]:
-        """Inside, `task` has the values reached so far; every process must enter."""
+        """Give `task` the trained values for the `with` block; every process must enter."""
         return whole_task(self.task, self._task_groups, self.groups, self.device)
 
     def save(self, kind: str = "step") -> None:
@@ -367,7 +367,7 @@ class Trainer:
         on_main(lambda: self.checkpoints.save(state, self.step, kind=kind))
 
     def _state(self) -> dict[str, Any]:
-        """Everything the run consists of. The generators' states are not among it: they follow from seed and step."""
+        """Return the run's whole state. Generators are not part of it: they are seeded by seed and step."""
         return {
             "format": 2,
             "step": self.step,
@@ -413,10 +413,10 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the current step. A second one acts as it usually does.
+        """Make SIGTERM and SIGINT end the run after the current step. A second signal has its usual effect.
 
-        Not so under torchrun, which passes on what the processes have had from the terminal already, and kills those
-        that do not leave in time.
+        Under torchrun further signals are ignored: it forwards signals that the processes have had from the terminal
+        already, and kills processes that do not exit in time.
         """
 
         def stop(number: int, _frame: Any) -> None:
@@ -427,7 +427,7 @@ class Trainer:
         self._stop = False
         try:
             previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: signals are someone else's business
+        except ValueError:  # not the main thread, which handles signals
             previous = {}
         try:
             yield
@@ -455,7 +455,7 @@ def _by_name(groups: Sequence[ParameterGroup]) -> dict[str, nn.Parameter]:
 
 
 def _changes(ours: Any, theirs: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two trees of plain data differ: (dotted key, ours, theirs)."""
+    """Yield the differences of two trees of plain data: (dotted key, ours, theirs)."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for name in [*ours, *(name for name in theirs if name not in ours)]:
             yield from _changes(ours.get(name), theirs.get(name), f"{key}.{name}" if key else name)
