@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from opensan.checkpoints import load_model, save_folder
 from opensan.cli import main
 from opensan.config import parse_config
+from opensan.errors import UserError
 from opensan.recipe.config import RECIPES, RecipeConfig, override, read_recipe
 from opensan.recipe.show import to_yaml
+from opensan.train.criterion import SetCriterion
 
 CLASSES = ["red", "green", "blue"]
 
@@ -139,7 +141,7 @@ def test_overrides_reach_every_place():
         ("loop.steps=many", r"loop\.steps: .*, not 'many'"),
         ("data.3.folder=x", "a list of 1 has no element '3'"),
         ("loop.steps.x=1", "'x' is no part of 60000"),
-        ("augment.crop=[1,2", "not a YAML value"),
+        ("augment.crop=[1,2", "not valid YAML"),
         ("loop.steps", "form key=value"),
         ("loggers=[print]", "tensorboard"),
         ("validation=null", "give both or neither"),
@@ -268,8 +270,9 @@ def test_random_weights_are_never_silent(recipe_file, capsys):
     assert "will learn nothing" in capsys.readouterr().err
 
 
-def test_losses_that_are_not_finite_end_in_one_line(recipe_file, capsys):
-    settings = ["loss_weights.mask=.inf", "validation=null", "loop.validate_every=0"]
+def test_losses_that_are_not_finite_end_in_one_line(recipe_file, capsys, monkeypatch):
+    monkeypatch.setattr(SetCriterion, "_class_loss", lambda _, output, *__: output.class_logits.sum() * float("inf"))
+    settings = ["validation=null", "loop.validate_every=0"]
     assert run("train", recipe_file, *settings) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: 3 steps in a row had no finite losses")
@@ -290,3 +293,55 @@ def test_torchrun(tmp_path, recipe_file):
 def test_the_whole_configuration_survives_its_own_print(recipe_file):
     recipe = read_recipe(str(recipe_file), ["loggers=[mlflow, tensorboard]", "loop.clip_norm=null"])
     assert parse_config(RecipeConfig, yaml.safe_load(to_yaml(recipe)), "printed") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("loop.steps=!!bool maybe", "loop.steps"),
+        ("loop.steps=!!int ''", "loop.steps"),
+        ("loop.steps=2024-13-45", "loop.steps"),
+        ("loop.steps=" + 3000 * "[", "loop.steps"),
+        ("a" + 1500 * ".a" + "=1", "a.a.a"),
+        ("loop.steps=0x" + 5000 * "f", "loop.steps"),
+        ("loop={steps: 1, steps: 2}", "steps"),
+        ("loop.steps=&a [*a]", "loop.steps"),
+        ("loop=!!map [1]", "loop"),
+        ("data.999999999999=1", "data.999999999999"),
+    ],
+)
+def test_no_override_ends_in_a_traceback(recipe_file, capsys, text, key):
+    code, stderr = run("train", recipe_file, text, "--show"), capsys.readouterr().err
+    assert code == 1 and stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert key in stderr and len(stderr) < 400
+
+
+@pytest.mark.parametrize(
+    "value", ["!!bool maybe", "!!int ''", "!!timestamp foo", "2024-13-45", 5000 * "7", "!!float x", "!!python/name:os"]
+)
+def test_no_value_of_a_recipe_ends_in_a_traceback(tmp_path, capsys, value):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"data:\n  - {{folder: set}}\nout: run\nloop:\n  seed: 3\n  steps: {value}\n")
+    code, stderr = run("train", path, "--show"), capsys.readouterr().err
+    assert code == 1 and stderr.count("\n") == 1
+    assert stderr.startswith(f"error: {path}: loop.steps: ") and len(stderr) < 400
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("data:\n  - {folder: set}\nout: run\nloop: {steps: 3}\nloop: {batch_size: 2}\n")
+    with pytest.raises(UserError, match=r"twice\.yaml: loop: stands there twice"):
+        read_recipe(str(path))
+
+
+def test_a_date_is_text(tmp_path):
+    path = tmp_path / "dated.yaml"
+    path.write_text("data:\n  - {folder: 2024-01-05}\nout: 2024-13-45\n")
+    recipe = read_recipe(str(path))
+    assert (str(recipe.data[0].folder), str(recipe.out)) == ("2024-01-05", "2024-13-45")
+
+
+def test_two_hundred_recipes_of_the_fuzz():
+    from fuzz_recipes import fuzz
+
+    assert fuzz(200, seed=1).keys() <= {"read", "refused"}

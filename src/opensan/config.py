@@ -11,13 +11,19 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from opensan.errors import UserError
+from opensan.errors import UserError, short
 
 # Bounds far above any real model: a number in a file from outside must not ask for unbounded memory.
 Count = Annotated[int, Field(gt=0, le=65_536)]
 LayerCount = Annotated[int, Field(gt=0, le=1_024)]
 LayerNumber = Annotated[int, Field(ge=0, le=1_024)]
-Ratio = Annotated[float, Field(gt=0, le=64)]
+Ratio = Annotated[float, Field(ge=1 / 64, le=64)]
+PixelValue = Annotated[float, Field(ge=-1_000, le=1_000)]
+"""A mean of pixel values, which are 0 to 255."""
+Deviation = Annotated[float, Field(ge=0.001, le=10_000)]
+"""A standard deviation of pixel values. The pixels are divided by it."""
+Weight = Annotated[float, Field(ge=0, le=1_000_000)]
+"""The factor of a loss or the like."""
 
 CONFIG_NAME = "config.json"
 """Of a model's folder."""
@@ -26,9 +32,12 @@ EXPORT_NAME = "export.json"
 
 
 class Config(BaseModel):
-    """Base of all configuration: immutable, and an unknown key is an error. The strings below fields describe them."""
+    """Base of all configuration: immutable; an unknown key is an error, and so is a number that is NaN or infinite.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    The strings below fields describe them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -157,8 +166,8 @@ class ImageConfig(Config):
     """The long side never exceeds this, whatever the short side becomes."""
     size_divisor: Count = 32
     """Both sides are zero-padded (bottom, right, after normalisation) to a multiple of this."""
-    mean: tuple[float, float, float] = (122.7709383, 116.7460125, 104.09373615)
-    std: tuple[float, float, float] = (68.5005327, 66.6321579, 70.32316305)
+    mean: tuple[PixelValue, PixelValue, PixelValue] = (122.7709383, 116.7460125, 104.09373615)
+    std: tuple[Deviation, Deviation, Deviation] = (68.5005327, 66.6321579, 70.32316305)
 
 
 class ModelConfig(Config):
@@ -170,7 +179,7 @@ class ModelConfig(Config):
     side_adapter: SideAdapterConfig
     recognition_layer: LayerNumber
     """CLIP layers up to this one are shallow (features); the later ones recognise proposals."""
-    clip_scale: Annotated[float, Field(gt=0, le=4)] = 0.5
+    clip_scale: Annotated[float, Field(ge=1 / 64, le=4)] = 0.5
     """The CLIP image is the padded image times this factor."""
     image: ImageConfig = ImageConfig()
     format: Literal[1] = 1
@@ -201,14 +210,14 @@ def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:
         # A misspelt key is also a missing one: the misspelling says more.
         first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
         loc = tuple(part for part in first["loc"] if part not in KINDS)  # pydantic adds which family it took
-        where = ".".join(str(part) for part in loc) or "top level"
+        where = ".".join(short(str(part))[1:-1] for part in loc) or "top level"
         if first["type"] == "extra_forbidden":
             raise UserError(f"{source}: {where}: no such key{_nearest_key(kind, loc)}") from None
         if first["type"] == "union_tag_invalid":
             known = ", ".join(sorted(KINDS))
             raise UserError(f"{source}: {where}.kind: {first['ctx']['tag']!r} is not one of {known}") from None
         told = first["msg"].removeprefix("Value error, ")
-        given = f", not {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
+        given = f", not {short(first['input'])}" if isinstance(first["input"], str | int | float) else ""
         raise UserError(f"{source}: {where}: {told}{given}") from None
 
 

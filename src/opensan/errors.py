@@ -17,6 +17,24 @@ class HubError(UserError, ConnectionError):
     """Tells that a hub did not give a file, what was tried, and what works without it."""
 
 
+def short(value: object, most: int = 60) -> str:
+    """Return `value` as Python writes it, on one line of at most `most` characters, for a message."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= most else f"{value[: most - 3]}...")
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no whole number of more than 4,300 digits
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def reason(error: BaseException, most: int = 200) -> str:
+    """Return what an error of another package says, on one line of at most `most` characters, for a message."""
+    said = str(getattr(error, "strerror", None) or error)
+    line = next((" ".join(line.split()) for line in said.splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """Make an OSError of the block, which does nothing but write to `path`, a UserError that names it."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opensan.checkpoints.hub import HUB_ID, download
-from opensan.checkpoints.official import check_keys
+from opensan.checkpoints.official import check_finite, check_keys
 from opensan.checkpoints.pickles import read_pickle
 from opensan.config import PRESETS, ClipConfig, ModelConfig
 from opensan.errors import UserError
@@ -99,7 +99,9 @@ def _checked(state: Mapping[str, Tensor], config: ClipConfig, source: str) -> di
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             raise UserError(f"{source}: {name} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}")
-    return {name: tensor.float() for name, tensor in found.items()}
+    full = {name: tensor.float() for name, tensor in found.items()}
+    check_finite(full, source)
+    return full
 
 
 def _check_activation(path: Path, config: ClipConfig) -> None:

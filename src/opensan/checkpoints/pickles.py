@@ -9,7 +9,7 @@ from torch import Tensor
 from opensan.checkpoints.native import build_empty, fill
 from opensan.checkpoints.official import from_official, official_name, official_shape
 from opensan.config import PRESETS, ModelConfig
-from opensan.errors import UserError
+from opensan.errors import UserError, reason
 from opensan.model import SAN
 
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)|reduce for unrecognized function (.+)|Can only (?:create|build) .+")
@@ -57,8 +57,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             what = refused[1] or refused[2] or "an object"
             raise UserError(f"{path}: refused: besides weights it asks for {what}; nothing of it was run") from None
         # torch's own first line is advice to load the file unsafely: not to be repeated.
-        reason = "" if "weights_only" in first_line(error) else f" ({first_line(error)})"
-        raise UserError(f"{path}: not a readable PyTorch checkpoint{reason}") from None
+        told = "" if "weights_only" in reason(error) else f" ({reason(error)})"
+        raise UserError(f"{path}: not a readable PyTorch checkpoint{told}") from None
     state = data.get("model", data) if isinstance(data, dict) else None
     weights = {str(name): value for name, value in state.items() if _is_plain(value)} if isinstance(state, dict) else {}
     if not weights:
@@ -69,11 +69,6 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def _is_plain(value: object) -> bool:
     """A tensor with numbers in memory; a file may also hold sparse ones, and ones without numbers ("meta")."""
     return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message that says something, or its type: for messages of one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _is_zip(path: Path) -> bool:

@@ -34,7 +34,7 @@ def profile(
     note(f"profiling {model}")
     found = make_profile(model, size=(int(given[1]), int(given[2])), words=words, device=device)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
         return
     console = output_console()
     console.print(_parameters(found))

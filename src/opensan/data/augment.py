@@ -4,10 +4,13 @@ Scale and crop are done in one resampling of the crop alone, which gives the sam
 as resizing the whole photograph first, because Pillow's filters look beyond the box, at a fraction of the time.
 """
 
+from typing import Annotated
+
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
-from opensan.config import Config, ImageConfig
+from opensan.config import Config, Count, ImageConfig
 from opensan.images import network_size
 from opensan.vocabulary import UNLABELLED
 
@@ -18,13 +21,13 @@ PADDING_GREY = 128
 class AugmentConfig(Config):
     """What is done to a photograph before training. The defaults are SAN's."""
 
-    short_sides: tuple[int, ...] = tuple(range(320, 961, 64))
+    short_sides: Annotated[tuple[Count, ...], Field(min_length=1)] = tuple(range(320, 961, 64))
     """The short side in pixels is drawn from these."""
-    long_side: int = 2_560
+    long_side: Count = 2_560
     """The long side never exceeds this, whatever the short side becomes."""
-    crop: tuple[int, int] = (640, 640)
+    crop: tuple[Count, Count] = (640, 640)
     """Height and width of what the network sees."""
-    flip: float = 0.5
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability of a horizontal flip."""
     colour_jitter: bool = True
     """SSD's changes of brightness, contrast, saturation and hue, each with probability 1/2."""

@@ -42,7 +42,8 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, abou
         "confusions": confusions,
     }
     # JSON has no nan: a metric that does not exist is null.
-    write_text(folder / "metrics.json", json.dumps(_without_nan(plain), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(_without_nan(plain), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(folder / "metrics.json", text + "\n")
     _write_table(folder / "classes.csv", classes)
     _write_table(folder / "confusions.csv", confusions)
     _write_table(folder / "photographs.csv", [asdict(image) for image in evaluation.photographs])
@@ -100,4 +101,4 @@ def _without_nan(value):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

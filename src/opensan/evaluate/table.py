@@ -107,4 +107,4 @@ def write_table(
     lines = [f"- {key}: {value}" for key, value in about.items()]
     write_text(folder / "table.md", "\n".join([*lines, "", as_markdown(rows)]))
     plain = {"about": dict(about), "rows": rows}
-    write_text(folder / "table.json", json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "table.json", json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

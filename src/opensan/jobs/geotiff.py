@@ -356,7 +356,7 @@ def write_polygons(
                     properties["square_metres"] = round(region.pixels * metres, 3)
                 geometry = {"type": "Polygon", "coordinates": [ring.tolist() for ring in rings]}
                 feature = {"type": "Feature", "properties": properties, "geometry": geometry}
-                out.write((",\n" if written else "\n") + json.dumps(feature, ensure_ascii=False))
+                out.write((",\n" if written else "\n") + json.dumps(feature, ensure_ascii=False, allow_nan=False))
                 written += 1
         out.write("\n]}\n")
     return written

@@ -142,7 +142,7 @@ def save(
                 overlay(image, labels, names, areas).save(temporary, compress_level=_OVERLAY_COMPRESSION)
         if "json" in paths:
             data = record(labels, names, areas, confidence(), vocabulary, model)
-            write_text(paths["json"], json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+            write_text(paths["json"], json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     except OSError as error:  # a full disk, or a name that is too long
         raise UserError(f"{error.filename or folder}: cannot write there ({error.strerror or error})") from error
     return paths

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from opensan import __version__
-from opensan.errors import UserError
+from opensan.errors import UserError, short
 
 _STRIP_PIXELS = 1 << 22
 """Label maps are processed in strips of about this many pixels, to keep temporary arrays of huge maps small."""
@@ -121,7 +121,7 @@ def decode_mask(rle: Mapping[str, Any], height: int, width: int) -> np.ndarray:
     """
     size, counts = rle.get("size"), rle.get("counts")
     if size != [height, width]:
-        raise UserError(f"the mask's size is {_short(size)}, the picture's [{height}, {width}] (height, width)")
+        raise UserError(f"the mask's size is {short(size)}, the picture's [{height}, {width}] (height, width)")
     if isinstance(counts, str | bytes):
         runs = _uncompressed(counts.encode() if isinstance(counts, str) else counts)
     elif isinstance(counts, list) and all(type(count) is int and 0 <= count <= height * width for count in counts):
@@ -154,9 +154,3 @@ def _uncompressed(text: bytes) -> np.ndarray:
     for first in (1, 2):
         runs[first::2] = np.cumsum(runs[first::2])
     return runs
-
-
-def _short(value: object) -> str:
-    """Return repr, cut to what fits in a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

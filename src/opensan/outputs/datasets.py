@@ -235,7 +235,7 @@ def _parts(folder: Path, members: Iterable[Member]) -> Iterator[Any]:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _write_separated(write: Callable[[str], object], records: Iterable[str]) -> None:

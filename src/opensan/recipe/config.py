@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from opensan.config import Config, parse_config
-from opensan.errors import UserError
+from opensan.errors import UserError, reason, short
+from opensan.recipe.plain_yaml import read_yaml
 from opensan.train.config import LoopConfig, NotNegative, Positive, SanTrainingConfig
 from opensan.train.trackers import TrackerName
+
+_DEEPEST = 16
+"""Parts of a key; the deepest one of the configuration has four."""
 
 
 class StartConfig(Config):
@@ -38,7 +41,7 @@ class DataConfig(Config):
 class TrainingDataConfig(DataConfig):
     """A training set."""
 
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
     """Its share of the batches is its weight over the sum of all weights."""
 
 
@@ -106,10 +109,11 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         return override(RECIPES[source], overrides)
     path = Path(source)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         known = "" if path.exists() else f"; presets are {', '.join(RECIPES)}"
-        raise UserError(f"{source}: not a readable configuration ({_first_line(error)}){known}") from None
+        raise UserError(f"{_named(source)}: not a readable configuration ({reason(error)}){known}") from None
+    data = read_yaml(text, source)
     if not isinstance(data, dict):
         raise UserError(f"{source}: not a configuration: `key: value` lines are expected")
     # Overrides come first: they may supply a key that the file lacks.
@@ -123,46 +127,43 @@ def override(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeConfig:
     data = recipe.model_dump(mode="json")
     for text in overrides:
         _apply(data, text)
-    return parse_config(RecipeConfig, data, " ".join(overrides))
+    return parse_config(RecipeConfig, data, _named(" ".join(overrides)))
+
+
+def _named(text: str) -> str:
+    """A file or an override for a message."""
+    return short(text, 80)[1:-1]
 
 
 def _apply(data: dict[str, Any], text: str) -> None:
-    """Set one "a.b.0.c=value" in a tree of plain data, creating the nodes that are missing."""
+    """Set one "a.b.0.c=value" in a tree of plain data, making what is missing on the way."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"{text}: an override has the form key=value, like loop.steps=1000")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"{text}: {value!r} is not a YAML value ({_first_line(error)})") from None
-    _put(data, parts, parsed, text)
+        raise UserError(f"{_named(text)}: an override has the form key=value, like loop.steps=1000")
+    if len(parts) > _DEEPEST:
+        raise UserError(f"{_named(text)}: there is no key of {len(parts):,} parts")
+    _put(data, parts, read_yaml(value, _named(text)), _named(text))
 
 
 def _put(tree: Any, parts: list[str], value: Any, text: str) -> None:
     name, rest = parts[0], parts[1:]
     if isinstance(tree, list):
-        if not name.isdecimal() or int(name) > len(tree):
+        if not (name.isascii() and name.isdecimal() and len(name) < 10) or int(name) > len(tree):
             raise UserError(f"{text}: a list of {len(tree)} has no element {name!r} (the first is 0)")
-        key: Any = int(name)
-        if key == len(tree):
+        place: Any = int(name)
+        if place == len(tree):
             tree.append(None)
     elif isinstance(tree, dict):
-        key = name
+        place = name
     else:
-        raise UserError(f"{text}: {name!r} is no part of {tree!r}")
+        raise UserError(f"{text}: {name!r} is no part of {short(tree)}")
     if not rest:
-        tree[key] = value
+        tree[place] = value
         return
-    if (tree.get(key) if isinstance(tree, dict) else tree[key]) is None:
-        tree[key] = [] if rest[0].isdecimal() else {}
-    _put(tree[key], rest, value, text)
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    if (tree.get(place) if isinstance(tree, dict) else tree[place]) is None:
+        tree[place] = [] if rest[0].isdecimal() else {}
+    _put(tree[place], rest, value, text)
 
 
 RECIPES = {name: _coco_stuff(name) for name in ("san-vit-b16", "san-vit-l14")}

@@ -12,7 +12,7 @@ import numpy as np
 from opensan.config import ImageConfig
 from opensan.errors import UserError
 from opensan.images import ImageSource, PreparedImage, open_image
-from opensan.segmenters.results import Encoding, ReadImage, Segmentation
+from opensan.segmenters.results import Encoding, ReadImage, Segmentation, is_finite
 from opensan.structures import Identity
 from opensan.text.rows import TextRows
 from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
@@ -171,6 +171,10 @@ class Segmenter:
         """The word half of the model, and the label map."""
         if encoding.model != self.identity.encodings:
             raise UserError(f"this encoding was made by model {encoding.model}, not by {self.identity.encodings}")
+        if not (is_finite(encoding.mask_logits) and is_finite(encoding.mask_embeddings)):
+            raise UserError(
+                f"model {self.fingerprint} gives no finite numbers for an image: its weights are not usable"
+            )
         winners = self.winners(encoding, vocabulary)
         names = vocabulary.names
         background = len(vocabulary.words) > len(names)

@@ -41,6 +41,11 @@ def to_array(tensor: "torch.Tensor | np.ndarray") -> np.ndarray:
     return np.ascontiguousarray(tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy())
 
 
+def is_finite(tensor: "torch.Tensor | np.ndarray") -> bool:
+    """Return whether no number is NaN or infinite (nor the sum of all so large): one quick pass."""
+    return math.isfinite(float(tensor.sum()))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Encoding:
     """An image after both ViTs, before any word: all that `SanSegmenter.segment` needs to answer any vocabulary.
@@ -98,12 +103,16 @@ class Encoding:
             and str(masks.dtype) == str(embeddings.dtype) in ("float32", "torch.float32")
             and all(0 < network <= padded for network, padded in zip(sizes.network, sizes.padded, strict=True))
             and all(padded <= 256 * grid for padded, grid in zip(sizes.padded, masks.shape[1:], strict=True))
+            and is_finite(masks)
+            and is_finite(embeddings)
             and min(sizes.image) > 0
             and math.prod(sizes.image) <= MOST_ANSWERED_PIXELS
             and (self.image is None or self.image.shape == (*sizes.image, 3))
         )
         if not fits:
-            raise UserError(f"{source}: not a saved encoding (its tensors and sizes contradict each other)")
+            raise UserError(
+                f"{source}: not a saved encoding (its tensors and sizes contradict each other, or hold NaN or infinity)"
+            )
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -190,4 +190,4 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _dumped(data: Any) -> bytes:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()

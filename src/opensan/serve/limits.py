@@ -12,6 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from opensan.errors import UserError
+
 JSON_BYTES = 1 << 20
 """Of a request without a photograph."""
 
@@ -61,6 +63,11 @@ class ServiceLimits:
     """Of the encodings kept."""
     cache_seconds: float = 900.0
     """An encoding is kept so long after its last use."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:  # false for nan too
+                raise UserError(f"{name} {value} is no limit: it must be a number above 0")
 
 
 class Problem(HTTPException):

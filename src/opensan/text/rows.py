@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from opensan.errors import UserError
+from opensan.errors import UserError, short
 from opensan.structures import PromptTree
 from opensan.text.cache import TextCache, default_folder
 from opensan.text.prompt_tree import prompt_trees
@@ -178,7 +178,7 @@ class TextRows:
                 return tokens
             size = f"{len(tokens)} tokens"
         raise UserError(
-            f"word {_short(name)}: the prompt {_short(text)} has {size}, and this model reads at most {longest} tokens "
+            f"word {short(name)}: the prompt {short(text)} has {size}, and this model reads at most {longest} tokens "
             "(start and end included): shorten the word or its template"
         )
 
@@ -201,7 +201,7 @@ class TextRows:
                 names.append(word.name)
         if names:
             more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-            listed = ", ".join(_short(name) for name in names[:10])
+            listed = ", ".join(short(name) for name in names[:10])
             warnings.warn(
                 f"the model has never seen a word of: {listed}{more}; results for them mean nothing", stacklevel=2
             )
@@ -263,7 +263,3 @@ def _new_bar(total: int) -> "Progress":
     bar.add_task("embedding prompts", total=total)
     bar.start()
     return bar
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -4,14 +4,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from opensan.config import Config
+from opensan.config import Config, Weight
 from opensan.data.augment import AugmentConfig
 from opensan.train.matcher import LossWeights
 from opensan.train.parallel import Parallel
 from opensan.train.precision import Precision
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+# Bounds that no training meets: a mistyped number must not ask for unbounded memory or time.
+Positive = Annotated[int, Field(gt=0, le=1_000_000_000)]
+NotNegative = Annotated[int, Field(ge=0, le=1_000_000_000)]
 
 
 class LoopConfig(Config):
@@ -23,11 +24,11 @@ class LoopConfig(Config):
     """Samples in a micro-batch. A step takes batch_size * accumulate * processes samples, 32 in the official recipe."""
     accumulate: Positive = 1
     """Micro-batches a step: n of them give the update of n ranks with one each."""
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, Field(gt=0, le=1_000)] = 1e-4
     """AdamW's learning rate at the first step."""
-    weight_decay: float = 1e-4
+    weight_decay: Weight = 1e-4
     """Decoupled weight decay; LayerNorms of the side network, queries and position tables have none."""
-    poly_power: float = 0.9
+    poly_power: Annotated[float, Field(ge=0, le=100)] = 0.9
     """The learning rate at step s is learning_rate * (1 - s / steps) ** poly_power."""
     warmup: NotNegative = 0
     """Steps of linear warm-up."""
@@ -40,9 +41,9 @@ class LoopConfig(Config):
     """With several processes: ddp (each holds the model) or fsdp (they split it)."""
     activation_checkpointing: bool = False
     """Compute the blocks' activations again in the backward pass instead of keeping them."""
-    seed: NotNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the samples' order, of augmentation, of points, and of a new side adapter."""
-    workers: NotNegative = 0
+    workers: Annotated[int, Field(ge=0, le=1_024)] = 0
     """Processes that read and augment samples; 0 does it in the training process."""
     save_every: Positive = 500
     """Steps between checkpoints."""
@@ -73,7 +74,7 @@ class PointsConfig(Config):
 
     count: Positive = 12_544
     """Points of each mask, and of each image in matching."""
-    oversampling: Annotated[float, Field(ge=1)] = 3.0
+    oversampling: Annotated[float, Field(ge=1, le=1_000)] = 3.0
     """Candidates per point, from which the uncertain ones are chosen."""
     importance: Annotated[float, Field(ge=0, le=1)] = 0.75
     """Share of the points that are the most uncertain; the rest is random."""
@@ -86,5 +87,5 @@ class SanTrainingConfig(Config):
     augment: AugmentConfig = AugmentConfig()
     points: PointsConfig = PointsConfig()
     loss_weights: LossWeights = LossWeights()
-    no_object_weight: float = 0.1
+    no_object_weight: Weight = 0.1
     """Class-loss weight of queries without a segment."""

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
-from opensan.config import Config
+from opensan.config import Config, Weight
 from opensan.train.points import read_at_points
 from opensan.train.targets import NO_SEGMENT, Targets
 
@@ -19,11 +19,11 @@ from opensan.train.targets import NO_SEGMENT, Targets
 class LossWeights(Config):
     """Weights of the three losses; the matching costs use the same."""
 
-    classification: float = 2.0
+    classification: Weight = 2.0
     """Cross entropy."""
-    mask: float = 5.0
+    mask: Weight = 5.0
     """Binary cross entropy at points."""
-    dice: float = 5.0
+    dice: Weight = 5.0
     """Dice at points."""
 
 

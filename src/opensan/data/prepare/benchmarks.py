@@ -14,7 +14,7 @@ import numpy as np
 
 from opensan.data.prepare import full_ade, raw
 from opensan.data.prepare.source import Photograph, Reader, Source
-from opensan.errors import UserError
+from opensan.errors import UserError, reason
 from opensan.vocabulary import Vocabulary
 
 
@@ -157,7 +157,7 @@ def _label_map(path: Path, label_set: str) -> np.ndarray:
     except KeyError:
         raise UserError(f"{path}: holds no LabelMap") from None
     except Exception as error:  # a damaged .mat can fail in any way: TypeError, zlib.error, struct.error, ...
-        raise UserError(f"{path}: not a readable .mat file ({' '.join(str(error).split())[:100]})") from None
+        raise UserError(f"{path}: not a readable .mat file ({reason(error)})") from None
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "ui" or not values.size:
         raise UserError(f"{path}: its LabelMap is not a matrix of whole numbers")
     return raw.labels_of(values, raw.table_of(label_set), path)

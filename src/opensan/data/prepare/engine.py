@@ -252,8 +252,8 @@ class _Task:
             labelled = read if isinstance(read, Labelled) else Labelled(read, ())
             values = _label_values(labelled.labels, pixels.shape[:2], self.classes)
         except (UserError, OSError) as error:
-            reason = " ".join(str(error).split())
-            return LeftOut(self.photograph.name, reason, getattr(error, "unknown_value", None))
+            said = " ".join(str(error).split())
+            return LeftOut(self.photograph.name, said, getattr(error, "unknown_value", None))
         return self._write(image, values, labelled.left_out)
 
     def _write(self, image: ImageFile, values: np.ndarray, left_out: tuple[str, ...]) -> PhotographRecord:

@@ -26,7 +26,7 @@ from opensan.data.prepare.own_photographs import (
     without,
 )
 from opensan.data.prepare.source import Reader, Source
-from opensan.errors import UserError
+from opensan.errors import UserError, reason
 from opensan.outputs.coco import decode_mask
 from opensan.vocabulary import UNLABELLED
 
@@ -103,7 +103,7 @@ def _read(path: Path, folder: Path, kind: str) -> _File:
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable COCO JSON file ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not a readable COCO JSON file ({reason(error)})") from None
     place = str(path)
     images, annotations, categories = (_list(data, key, place) for key in ("images", "annotations", "categories"))
     if not images:

@@ -26,7 +26,7 @@ from opensan.data.prepare.own_photographs import (
     without,
 )
 from opensan.data.prepare.source import Photograph, Reader, Source
-from opensan.errors import HubError, UserError
+from opensan.errors import HubError, UserError, reason
 from opensan.vocabulary import Vocabulary, Word
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable table ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{file}: not a readable table ({reason(error)})") from None
 
 
 def _table_files(folder: Path) -> list[Path]:
@@ -264,7 +264,7 @@ def _classes(folder: Path, classes: str, features: Mapping[str, Any]) -> tuple[d
     try:
         said = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable JSON ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not readable JSON ({reason(error)})") from None
     if isinstance(said, list):
         said = dict(enumerate(said))
     if not isinstance(said, dict) or not all(
@@ -300,7 +300,7 @@ def _download(repo: str, folder: Path) -> None:
                 return
     except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
         raise HubError(
-            f"repo={repo}: the hub did not give it ({' '.join(str(error).split())[:200]}); "
+            f"repo={repo}: the hub did not give it ({reason(error)}); "
             f"download its .parquet files elsewhere, put them into {folder}, and leave repo= out"
         ) from None
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from opensan.errors import UserError
+from opensan.errors import UserError, reason
 from opensan.images.pixels import Pixels, one_reading, ranges, read_pixels
 from opensan.vocabulary import UNLABELLED
 
@@ -69,7 +69,7 @@ def read_map(
     except UnidentifiedImageError:
         raise UserError(f"{name}: not a {' or '.join(formats)} file, or damaged at the start") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: can't be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"{name}: can't be read ({reason(error)})") from None
 
 
 def look_up(codes: np.ndarray, label_of_code: Mapping[int, int], complaint: Callable[[int, int], str]) -> np.ndarray:

@@ -9,7 +9,7 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
-from opensan.errors import UserError
+from opensan.errors import UserError, reason
 
 _HARMLESS = {"numpy", "_codecs"}
 """What data files use to make arrays. A file that names any other module was not written as data."""
@@ -54,7 +54,7 @@ def read_pickle_data(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged pickle can fail in any way: IndexError, TypeError, UnicodeDecodeError, ...
-        raise UserError(f"{path}: not a readable pickle ({' '.join(str(error).split())[:100]})") from None
+        raise UserError(f"{path}: not a readable pickle ({reason(error)})") from None
 
 
 class _Refused(Exception):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opensan.errors import UserError
+from opensan.errors import UserError, reason
 from opensan.images import MAX_PIXELS, ImageError, check_size
 
 if TYPE_CHECKING:
@@ -211,8 +211,3 @@ def pyav() -> Any:
     except ImportError:
         raise UserError("videos need PyAV: pip install 'opensan[video]'") from None
     return av
-
-
-def reason(error: Exception) -> str:
-    """FFmpeg's own words, on one line."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split())

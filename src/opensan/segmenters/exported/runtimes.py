@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opensan.errors import UserError
+from opensan.errors import UserError, reason
 
 Run = Callable[..., list[np.ndarray]]
 """The inputs by name; answers the outputs in their order."""
@@ -43,7 +43,7 @@ def _open_onnx(path: Path, threads: int) -> Run:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # it has its own exceptions, without a common base
-        raise UserError(f"{path}: not a graph that onnxruntime can run ({_first_line(error)})") from None
+        raise UserError(f"{path}: not a graph that onnxruntime can run ({reason(error)})") from None
     return lambda **inputs: session.run(None, inputs)
 
 
@@ -55,7 +55,7 @@ def _open_openvino(path: Path, threads: int, narrow: bool) -> Run:
     try:
         compiled = openvino.Core().compile_model(path, "CPU", settings)
     except RuntimeError as error:
-        raise UserError(f"{path}: not a graph that OpenVINO can run ({_first_line(error)})") from None
+        raise UserError(f"{path}: not a graph that OpenVINO can run ({reason(error)})") from None
 
     def run(**inputs: np.ndarray) -> list[np.ndarray]:
         # A request of its own: threads may share the graph.
@@ -63,7 +63,3 @@ def _open_openvino(path: Path, threads: int, narrow: bool) -> Run:
         return [np.array(found[output]) for output in compiled.outputs]
 
     return run
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

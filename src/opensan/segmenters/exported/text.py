@@ -63,6 +63,7 @@ class EmbeddedWords:
             and rows.dtype == np.float32
             and keys.dtype == np.uint8
             and keys.shape == (len(names), 32)
+            and np.isfinite(rows).all()
         ):
             raise UserError(f"{path}: not embedded words of this model (it has others, or is damaged)")
         return cls({key.tobytes(): row for key, row in zip(keys, rows, strict=True)}, names)
