@@ -173,7 +173,7 @@ class Segmenter:
             raise UserError(f"this encoding was made by model {encoding.model}, not by {self.identity.encodings}")
         if not (is_finite(encoding.mask_logits) and is_finite(encoding.mask_embeddings)):
             raise UserError(
-                f"model {self.fingerprint} gives no finite numbers for an image: its weights are not usable"
+                f"model {encoding.model} gives no finite numbers for an image: its weights are not usable"
             )
         winners = self.winners(encoding, vocabulary)
         names = vocabulary.names
