@@ -17,8 +17,9 @@ import pytest
 from opensan import outputs
 from opensan.checkpoints.native import load_folder, save_folder
 from opensan.cli import main
+from opensan.errors import UserError
 from opensan.images import ImageError
-from opensan.jobs.video import VideoReader, VideoRun
+from opensan.jobs.video import VideoReader, VideoRun, reader
 from opensan.jobs.video import writer as film
 from opensan.jobs.video.steady import Steadier, motion, moved
 from opensan.lab.films import make_film
@@ -42,7 +43,9 @@ def pictures(count=len(TIMES), size=(48, 66)):
     return [frame.scene.image for frame in make_film(1, 0, count, size)]
 
 
-def write_clip(path, images=None, times=TIMES, *, sound=None, codec="libx264", options=None):
+def write_clip(
+    path, images=None, times=TIMES, *, sound=None, sound_at=0.0, sound_seconds=0.5, codec="libx264", options=None
+):
     """A small video; `sound` is a codec for half a second of a tone."""
     images = pictures() if images is None else images
     with av.open(str(path), "w") as container:
@@ -57,9 +60,9 @@ def write_clip(path, images=None, times=TIMES, *, sound=None, codec="libx264", o
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if tone:
-            wave = np.sin(np.arange(8_000) / 8).astype(np.float32)
+            wave = np.sin(np.arange(int(16_000 * sound_seconds)) / 8).astype(np.float32)
             frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 16_000, 0
+            frame.sample_rate, frame.pts = 16_000, int(16_000 * sound_at)
             container.mux(tone.encode(frame))
             container.mux(tone.encode())
     return path
@@ -86,7 +89,7 @@ def assert_same_results(one, other):
                 assert np.abs(before.image.astype(int) - after.image).mean() < 4
         elif name.endswith(".png"):
             assert (outputs.read_label_map(path) != outputs.read_label_map(like)).mean() < 0.002, name
-        else:
+        elif name != "manifest.sqlite":  # which says when and where
             tables = [list(csv.reader(file.open(encoding="utf-8", newline=""))) for file in (path, like)]
             assert tables[0][0] == tables[1][0]
             np.testing.assert_allclose(*(np.array(table[1:], dtype=float) for table in tables), atol=0.002)
@@ -123,6 +126,162 @@ def test_a_rotated_clip_is_read_upright(tmp_path, angle, turns):
     path.write_bytes(content[:track] + content[track:].replace(upright, turned, 1))
     for before, now in zip(plain, frames_of(path), strict=True):
         np.testing.assert_array_equal(now.image, np.rot90(before.image, turns))
+
+
+MATRICES = {
+    (1, 0, 0, 1): lambda image: image,
+    (-1, 0, 0, 1): lambda image: image[:, ::-1],
+    (1, 0, 0, -1): lambda image: image[::-1],
+    (-1, 0, 0, -1): lambda image: image[::-1, ::-1],
+    (0, 1, 1, 0): lambda image: image.swapaxes(0, 1),
+    (0, 1, -1, 0): lambda image: image.swapaxes(0, 1)[:, ::-1],
+    (0, -1, 1, 0): lambda image: image.swapaxes(0, 1)[::-1],
+    (0, -1, -1, 0): lambda image: image.swapaxes(0, 1)[::-1, ::-1],
+}
+"""What players do for a display matrix (a, b, c, d): column x, row y is shown at column a x + c y, row b x + d y."""
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_all_eight_orientations(tmp_path, matrix):
+    """Front cameras and screen recorders mirror the picture."""
+    path = write_clip(tmp_path / "clip.mp4", pictures(2), TIMES[:2])
+    plain = frames_of(path)
+    content = path.read_bytes()
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    a, b, c, d = (number << 16 for number in matrix)
+    track = content.index(b"tkhd")
+    path.write_bytes(
+        content[:track] + content[track:].replace(upright, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30), 1)
+    )
+    for before, now in zip(plain, frames_of(path), strict=True):
+        np.testing.assert_array_equal(now.image, MATRICES[matrix](before.image))
+
+
+def milliseconds(frames):
+    return [round(1000 * frame.seconds) for frame in frames]
+
+
+def test_times_begin_at_zero_and_durations_last_until_the_next_frame(tmp_path):
+    """As of a clip that was cut out of a longer one."""
+    late = frames_of(write_clip(tmp_path / "late.mp4", times=[one + 10_000 for one in TIMES]))
+    assert milliseconds(late) == TIMES
+    assert [late[0].pts, late[0].duration] == [0, late[1].pts]
+    lengths = [(one.duration, two.pts - one.pts) for one, two in pairwise(late)]
+    assert all(told == until_next for told, until_next in lengths)
+    assert late[-1].duration > 0
+    path = write_clip(tmp_path / "late.ts", times=[one + 10_000 for one in range(0, 320, 40)])
+    with VideoReader(path) as clip:
+        third = list(clip.frames(3))
+        assert milliseconds(third) == [0, 120, 240]
+        assert [float(one.duration * clip.time_base) for one in third] == pytest.approx([0.12, 0.12, 0.08], abs=0.001)
+
+
+def joined(tmp_path, *parts, **options):
+    """MPEG-TS recordings, one file after the other."""
+    content = b""
+    for number, times in enumerate(parts):
+        content += write_clip(tmp_path / f"{number}.ts", pictures(len(times)), times, **options).read_bytes()
+    (tmp_path / "joined.ts").write_bytes(content)
+    return tmp_path / "joined.ts"
+
+
+@pytest.mark.parametrize("first", [0, 5_000])
+def test_times_that_jump_back_go_on_from_there(tmp_path, first):
+    times = range(first, first + 480, 40)
+    with VideoReader(joined(tmp_path, times, range(0, 480, 40), times)) as clip:
+        frames = list(clip.frames())
+        assert milliseconds(frames)[:12] == list(range(0, 480, 40)) and len(frames) == 36
+        steps = [1000 * float((two.pts - one.pts) * clip.time_base) for one, two in pairwise(frames)]
+        assert max(steps) < 5_500 and steps.count(pytest.approx(40, abs=0.1)) >= 33 and min(steps) > 0
+        assert clip.ends_early is None
+
+
+def test_times_that_stand_still_or_leave_a_gap(tmp_path):
+    """In disorder by a frame, and then nothing for an hour: the picture stays, as in the file."""
+    clock = reader._Clock(40)
+
+    class Picture:
+        dts, duration = None, 0
+
+        def __init__(self, pts):
+            self.pts = pts
+
+    told = [100, 140, 140, 120, 180, None, 3_600_260, 0, 40]
+    shown = [clock.tell(Picture(pts)) for pts in told]
+    assert shown == [0, 40, 41, 42, 80, 120, 3_600_160, 3_600_200, 3_600_240]
+    assert (clock.jumps, clock.end) == (1, 3_600_280)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_sound_that_goes_back_costs_the_sound_and_never_the_run(small, tmp_path, every):
+    path = joined(tmp_path, range(0, 480, 40), range(0, 480, 40), sound="aac")
+    found, video = run(small, path, tmp_path / "out", every=every, steady=False)
+    assert len(found) == -(-24 // every)
+    assert video.notes == ["the sound can't be copied (its times go back): the overlay video is silent from 0.5 s on"]
+    with av.open(str(tmp_path / "out/joined.overlay.mp4")) as film_:
+        assert 0.4 < float(film_.streams.audio[0].duration * film_.streams.audio[0].time_base) < 0.7
+    assert len(frames_of(tmp_path / "out/joined.overlay.mp4")) == len(found)
+
+
+def test_sound_and_picture_stay_together_when_both_start_late(small, tmp_path):
+    """The first frame is at 10.0 s, the sound at 10.0 s too."""
+    path = write_clip(tmp_path / "clip.mkv", times=[one + 10_000 for one in TIMES], sound="aac", sound_at=10.0)
+    _, video = run(small, path, tmp_path / "out", steady=False)
+    assert not video.notes
+    with av.open(str(tmp_path / "out/clip.overlay.mp4")) as film_:
+        starts = [float((stream.start_time or 0) * stream.time_base) for stream in film_.streams]
+        assert starts == pytest.approx([0, 0], abs=0.1)
+        assert 0.4 < film_.duration / 1_000_000 < 0.7
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("first", [0, 7_000])
+def test_sound_that_is_longer_is_no_early_end(tmp_path, suffix, first):
+    times = [first + one for one in range(0, 320, 40)]
+    path = write_clip(tmp_path / f"clip.{suffix}", times=times, sound="aac", sound_seconds=4)
+    with VideoReader(path) as clip:
+        assert len(list(clip.frames())) == 8
+        assert clip.ends_early is None
+
+
+def test_a_last_frame_that_stays_is_no_early_end(tmp_path):
+    """Slides: each is shown for seconds, the last one too."""
+    path = write_clip(tmp_path / "clip.mp4", pictures(3), [0, 5_000, 10_000])
+    with VideoReader(path) as clip:
+        frames = list(clip.frames())
+        assert clip.ends_early is None and milliseconds(frames) == [0, 5_000, 10_000]
+
+
+def test_the_largest_track_is_taken(tmp_path):
+    """Some cameras put a small preview first."""
+    with av.open(str(tmp_path / "two.mp4"), "w") as container:
+        streams = []
+        for height, width in ((24, 32), (48, 64), (48, 64)):
+            streams.append(stream := container.add_stream("libx264", rate=25))
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for _ in range(3):
+            for number, stream in enumerate(streams):
+                image = np.full((stream.height, stream.width, 3), 100 * number, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    for frame in frames_of(tmp_path / "two.mp4"):
+        assert frame.image.shape == (48, 64, 3) and abs(frame.image.mean() - 100) < 10
+
+
+def test_the_overlay_video_shows_each_frame_for_as_long(small, tmp_path):
+    """Frames as a telephone takes them, of which each third is shown."""
+    path = write_clip(tmp_path / "clip.mp4")
+    run(small, path, tmp_path / "out", every=3, steady=False)
+    with av.open(str(tmp_path / "out/clip.overlay.mp4")) as film_:
+        stream = film_.streams.video[0]
+        packets = sorted((packet.pts, packet.duration) for packet in film_.demux(stream) if packet.size)
+        shown = [
+            (round(1000 * float(pts * stream.time_base)), round(1000 * float(duration * stream.time_base)))
+            for pts, duration in packets
+        ]
+    last = shown.pop()
+    assert shown == [(0, 200), (200, 100)] and last[0] == 300 and last[1] >= 20
 
 
 @pytest.mark.parametrize(
@@ -433,13 +592,57 @@ def test_other_words_begin_anew_and_replace_the_results(small, small_model, tmp_
     with VideoRun(small, Vocabulary.parse("five, six"), path, out, every=10) as video:
         assert video.finished == 0
         list(video.results())
-    assert {file.name for file in out.iterdir()} == {"clip.labels", "clip.frames.csv", "clip.overlay.mp4"}
+    assert {file.name for file in out.iterdir()} == {
+        *("clip.labels", "clip.frames.csv", "clip.overlay.mp4", "manifest.sqlite")
+    }
     assert {file.name for file in (out / "clip.labels").iterdir()} == {
         "000000.png",
         "000010.png",
         "000020.png",
         "notes.txt",
     }
+
+
+def test_label_frames_that_somebody_corrected_are_kept(small, tmp_path):
+    path = write_clip(tmp_path / "clip.mp4")
+    out = tmp_path / "out"
+    run(small, path, out)
+    corrected = out / "clip.labels" / "000005.png"
+    outputs.save_label_map(corrected, np.full((48, 66), 2), 3)
+    content = corrected.read_bytes()
+    with VideoRun(small, Vocabulary.parse("five, six"), path, out, every=2) as video:
+        list(video.results())
+    assert video.notes == [
+        "1 of 1 images were done with other words, other every: they are done again",
+        "1 results were changed since they were written: kept as *.changed",
+    ]
+    assert (out / "clip.labels" / "000005.png.changed").read_bytes() == content
+    assert sorted(file.name for file in (out / "clip.labels").glob("*.png")) == [f"{n:06}.png" for n in (0, 2, 4, 6)]
+
+
+def test_unfinished_work_of_other_words_is_told(small, small_model, tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", pictures(30), range(0, 1200, 40))
+    with pytest.raises(KeyboardInterrupt):
+        run(Stops(small_model, text_cache=False), path, tmp_path / "out")
+    with VideoRun(small, Vocabulary.parse("five, six"), path, tmp_path / "out") as video:
+        assert video.finished == 0
+        part = tmp_path / "out" / ".clip.part"
+        assert video.notes == [f"{part}: unfinished work with other words: it is begun anew"]
+
+
+def test_clips_of_one_stem_keep_their_results(small, tmp_path):
+    """Cameras write DJI_1.MP4 beside DJI_1.MOV."""
+    one, two = write_clip(tmp_path / "a.mp4"), write_clip(tmp_path / "a.mov", pictures(4), TIMES[:4])
+    out = tmp_path / "out"
+    for path in (one, two, one):
+        run(small, path, out)
+    assert len(list((out / "a.labels").iterdir())) == 8 and len(list((out / "a.mov.labels").iterdir())) == 4
+    assert {path.name for path in out.glob("*.csv")} == {"a.frames.csv", "a.mov.frames.csv"}
+    (tmp_path / "other").mkdir()
+    other = write_clip(tmp_path / "other" / "a.mov", pictures(3), TIMES[:3])
+    with pytest.raises(UserError, match=r"holds the results of .*a\.mov, which have the same names"):
+        run(small, other, out)
+    assert not list(out.glob(".*"))
 
 
 def _run_of_its_own(model, path, out):

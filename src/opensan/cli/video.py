@@ -73,6 +73,8 @@ def segment_video(
 def _run(run: "VideoRun", names: list[str]) -> None:
     import numpy as np
 
+    while run.notes:
+        complain(run.notes.pop(0))
     if run.finished:
         complain(f"going on at frame {run.finished}")
     console = output_console()

@@ -6,28 +6,29 @@ kept in a hidden folder beside the results, and a run that was stopped, however 
 
 import csv
 import itertools
-import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from opensan import outputs
 from opensan.errors import UserError
-from opensan.files import atomic_path
+from opensan.files import flush_folder, hold, remove_temporaries
 from opensan.jobs.folder import ahead
+from opensan.jobs.ledger import SingleResult, settings_of
 from opensan.jobs.video.reader import Frame, VideoReader, pyav, reason
 from opensan.jobs.video.steady import Past, Steadier
 from opensan.jobs.video.writer import Film
+from opensan.journal import Journal, difference
 from opensan.outputs.colours import palette
 from opensan.outputs.drawing import blend
 from opensan.vocabulary import Vocabulary
@@ -44,6 +45,12 @@ DRAWERS = 2
 
 FRAMES_BETWEEN_NOTES = 16
 """After so many frames it is noted how far the work has come; as many are done again if a run is killed."""
+
+
+TABLE = ".frames.csv"
+JOURNAL = "journal.sqlite"
+_LABELLED = "labelled"
+"""The journal's row: the labels of all frames with a lower number are on disk, and what the steadier remembers."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +99,9 @@ class VideoRun:
             for done in run.results():
                 print(done.seconds)
 
-    Leaves STEM.overlay.mp4, STEM.labels/000000.png (label maps, by the number of the frame) and STEM.frames.csv.
-    Opening it raises ValueError, one line, on a clip that can't be read, and on a folder that can't be written or that
-    another run is writing the same results to.
+    Leaves STEM.overlay.mp4, STEM.labels/000000.png (label maps, by the number of the frame) and STEM.frames.csv; where
+    another clip's results have that stem, they are named by the clip's whole name. Opening it raises UserError on a
+    clip that can't be read, and on a folder that can't be written or that another run is writing the same results to.
     """
 
     def __init__(
@@ -121,20 +128,19 @@ class VideoRun:
         self._every = every
         self._steadier = Steadier() if steady else None
         self._batch = batch
-        self._part = out / f".{path.stem}.part"
-        self._labels = self._part / "labels"
-        self._note = self._part / "note.safetensors"
-        self._latest: Note | None = None
-        """How far this run has come."""
+        self._name = path.stem
+        self._latest: tuple[int, Past | None] | None = None
+        """How far this run has come: frames, and what the steadier remembers after them."""
+        self._published = False
         self.finished = 0
         """Frames whose labels are known from an earlier run, once this one is open: all with a lower number."""
         self.notes: list[str] = []
-        """What a user should know of the results, once they are complete; each one line."""
+        """What a user should know, once the run is open and once the results are complete; each one line."""
 
     @property
     def paths(self) -> tuple[Path, Path, Path]:
         """Overlay video, folder of label frames, and table."""
-        return tuple(self._out / f"{self._path.stem}{end}" for end in (".overlay.mp4", ".labels", ".frames.csv"))
+        return tuple(self._out / f"{self._name}{end}" for end in (".overlay.mp4", ".labels", TABLE))
 
     @property
     def count(self) -> int | None:
@@ -143,24 +149,29 @@ class VideoRun:
         return total and -(-total // self._every)
 
     def __enter__(self) -> "VideoRun":
-        self._clip = VideoReader(self._path, max_pixels=self._segmenter.max_pixels)
-        try:
+        with ExitStack() as stack:
+            self._clip = stack.enter_context(VideoReader(self._path, max_pixels=self._segmenter.max_pixels))
+            outputs.check_writable(self._out)
+            work = self._work()
+            self._result = SingleResult(self._out, self._path, self._clip.stat, TABLE, work)
+            self._name = self._result.name
+            self._part = self._out / f".{self._name}.part"
+            self._labels = self._part / "labels"
             outputs.check_writable(self._labels)
-            self._lock = FileLock(self._part / "lock", timeout=0)
-            self._lock.acquire()
-            self._look_at_earlier_work()
-        except Timeout:
-            self._clip.close()
-            raise UserError(f"{self._part}: another run is writing it; wait for it, or choose another --out") from None
-        except BaseException:
-            self._clip.close()
-            raise
+            busy = f"{self._part}: another run is writing it; wait for it, or choose another --out"
+            stack.enter_context(hold(self._part / "lock", busy))
+            stack.callback(self._remove_if_published)
+            self._journal = stack.enter_context(Journal(self._part / JOURNAL))
+            self._look_at_earlier_work(work)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._clip.close()
-        self._lock.release()
-        if not self._note.exists():  # all is published, or nothing was done
+        self._stack.close()
+
+    def _remove_if_published(self) -> None:
+        """While the lock is held; also where nothing was done."""
+        if self._published or (self._latest is None and self.finished == 0):
             shutil.rmtree(self._part, ignore_errors=True)
 
     def results(self) -> Iterator[Done]:
@@ -217,8 +228,7 @@ class VideoRun:
         finally:
             for pool in threads:
                 pool.shutdown(cancel_futures=True)
-            if self._latest is not None:
-                self._latest.save(self._note, self._work())
+            self._note()
 
     def _labelled(self, reader: ThreadPoolExecutor) -> Iterator[_Labelled]:
         """Every frame and its labels."""
@@ -269,85 +279,80 @@ class VideoRun:
         shares = [f"{count / total:.6g}" for count in (*pixels, total - pixels.sum())]
         table.writerow([frame.number, f"{frame.seconds:.6f}", *shares])
         if frame.number >= self.finished:
-            self._latest = Note(frame.number + 1, drawn.labelled.past)
+            self._latest = frame.number + 1, drawn.labelled.past
             if frame.number // self._every % FRAMES_BETWEEN_NOTES == 0:
-                self._latest.save(self._note, self._work())
+                self._note()
         return Done(frame.number, frame.seconds, pixels, total)
+
+    def _note(self) -> None:
+        """Note for a later run how far the work has come."""
+        if self._latest is not None:
+            finished, past = self._latest
+            self._journal.put(_LABELLED, finished, b"" if past is None else _bytes(past))
 
     # What an earlier run leaves
 
     def _work(self) -> dict[str, Any]:
         """All that the labels depend on: unfinished work is gone on with only if none of it has changed."""
-        state = self._path.stat()
+        stat = self._clip.stat
         return {
-            "opensan": 1,
-            "video": [str(self._path.absolute()), state.st_size, state.st_mtime_ns],
+            **settings_of(self._segmenter, self._vocabulary),
+            "video": [str(self._path.absolute()), stat.st_size, stat.st_mtime_ns],
             "every": self._every,
             "steady": self._steadier is not None,
-            "model": [
-                str(self._segmenter.identity),
-                *(str(getattr(self._segmenter, name, "")) for name in ("speed", "dtype")),
-            ],
-            "vocabulary": self._vocabulary.to_dict(),
         }
 
-    def _look_at_earlier_work(self) -> None:
-        note = Note.load(self._note, self._work())
-        numbers = range(0, note.finished, self._every) if note is not None else ()
-        if note is not None and all((self._labels / label_name(number)).exists() for number in numbers):
-            self.finished = note.finished
-            if self._steadier is not None:
-                self._steadier = Steadier(note.past)
+    def _look_at_earlier_work(self, work: dict[str, Any]) -> None:
+        journal = self._journal
+        if journal.damaged:
+            journal.damaged.unlink()
+        remove_temporaries(self._labels)
+        if (other := journal.begin(work)) is not None:
+            self.notes.append(f"{self._part}: unfinished work with {difference(other, work)}: it is begun anew")
+        finished = journal.get(_LABELLED)
+        numbers = range(0, finished, self._every) if isinstance(finished, int) else ()
+        if numbers and all((self._labels / label_name(number)).exists() for number in numbers):
+            past = _past(journal.data(_LABELLED)) if self._steadier is not None else None
+            if self._steadier is None or past is not None:
+                self.finished = finished
+                self._steadier = self._steadier and Steadier(past)
         for file in self._labels.iterdir():
             number = label_number(file)
             if number is None or number >= self.finished:
                 file.unlink()
 
     def _publish(self) -> None:
-        """Give the results their names; earlier ones are replaced."""
+        """Give the results their names; earlier ones are replaced, but for what somebody has changed of them."""
         overlay, labels, table = self.paths
         labels.mkdir(exist_ok=True)
-        made = set()
+        made = {labels / file.name for file in self._labels.iterdir()}
+        results = [*sorted(made), table, overlay]
+        self.notes += self._result.replace(results)
         for file in self._labels.iterdir():
             file.replace(labels / file.name)
-            made.add(file.name)
         for file in labels.iterdir():
-            if label_number(file) is not None and file.name not in made:
+            if label_number(file) is not None and file not in made:
                 file.unlink()  # of an earlier run, with more frames
         for file, target in (("frames.csv", table), ("overlay.mp4", overlay)):
             with (self._part / file).open("rb") as written:
                 os.fsync(written.fileno())
             (self._part / file).replace(target)
-        self._note.unlink(missing_ok=True)
+        flush_folder(labels)
+        flush_folder(self._out)
+        self._result.add(results)
+        self._published = True
 
 
-@dataclass(frozen=True)
-class Note:
-    """How far a run has come."""
+def _bytes(past: Past) -> bytes:
+    return save({name: np.ascontiguousarray(one) for name, one in vars(past).items()})
 
-    finished: int
-    """The labels of all frames with a lower number are on disk."""
-    past: Past | None
-    """What the steadier remembers after them; None without one."""
 
-    def save(self, path: Path, work: Mapping[str, Any]) -> None:
-        """All or nothing; `work` is what must be the same for it to be of use."""
-        arrays = {} if self.past is None else {name: np.ascontiguousarray(one) for name, one in vars(self.past).items()}
-        with atomic_path(path) as temporary:
-            save_file(arrays, temporary, metadata={"finished": str(self.finished), "work": json.dumps(work)})
-
-    @classmethod
-    def load(cls, path: Path, work: Mapping[str, Any]) -> "Note | None":
-        """What was saved there of the same work, if anything."""
-        try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata()
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (OSError, SafetensorError):
-            return None
-        if metadata["work"] != json.dumps(work):
-            return None
-        return cls(int(metadata["finished"]), Past(**arrays) if arrays else None)
+def _past(data: bytes) -> Past | None:
+    """What `_bytes` gave; None of anything else."""
+    try:
+        return Past(**load(data))
+    except (SafetensorError, TypeError):
+        return None
 
 
 def label_name(number: int) -> str:

@@ -5,8 +5,9 @@ way to read other files and addresses.
 """
 
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ FORMATS = (
 )
 """FFmpeg's names of what is opened."""
 
+SHORT_WAY = 8
+"""Frames: times that go back by less are those of frames in disorder, by more those of another recording."""
+
+_TIME = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
+
 MOST_SHORTFALL = 0.5
 """Seconds: a video that ends so much before the file does is not worth a word."""
 
@@ -40,9 +46,9 @@ class Frame:
     image: np.ndarray = field(repr=False)
     """[H0, W0, 3] uint8 RGB, upright."""
     pts: int
-    """When it is shown, in units of the clip's `time_base`; strictly ascending."""
+    """When it is shown, in units of the clip's `time_base`: from 0 on, strictly ascending."""
     duration: int
-    """In the same units; 0 if the file does not say."""
+    """In the same units, until the next one is shown."""
     sound: "list[av.Packet]" = field(repr=False, default_factory=list)
     """What the file holds of the sound between the frame before and this one, as it is stored."""
 
@@ -63,6 +69,8 @@ class VideoReader:
         self.path = Path(path)
         if not self.path.is_file():
             raise ImageError(f"{self.path}: {'not a file' if self.path.exists() else 'does not exist'}")
+        self.stat = self.path.stat()
+        """Of the file before it was opened: if it is replaced, the next run sees that."""
         try:
             # "file:" keeps FFmpeg from reading a name as an address.
             self._container = av.open(
@@ -75,6 +83,8 @@ class VideoReader:
         except BaseException:
             self._container.close()
             raise
+        self.shift = 0
+        """What was added to the first frame's time in the file, so that it is 0; in units of `time_base`."""
         self.damaged = 0
         """Pieces of the file that could not be decoded, so far."""
         self.ends_early: str | None = None
@@ -88,7 +98,7 @@ class VideoReader:
         pictures = [stream for stream in self._container.streams.video if not stream.disposition & cover]
         if not pictures:
             raise ImageError(f"{self.path}: has no video in it")
-        self._video = pictures[0]
+        self._video = max(pictures, key=_area)  # the first of the largest: others are previews
         if self._video.codec_context is None:
             raise ImageError(f"{self.path}: its video is of a kind that can't be decoded")
         self._max_pixels = max_pixels
@@ -135,28 +145,49 @@ class VideoReader:
         at all, one is too large, or their size changes.
         """
         sound: list[Any] = []
-        number, first, last = 0, 0, -(1 << 62)
+        clock = _Clock(max(1, round(1 / (self.rate * self.time_base))))
         size: tuple[int, int] | None = None
-        for picture in self._pictures(sound):
-            pts = self._when(picture, last)
-            first = pts if number == 0 else first
+        waiting = None
+        for number, picture in enumerate(self._pictures(sound)):
+            pts = clock.tell(picture)
+            if number == 0:
+                self.shift = clock.shift
             if number % every == 0:
+                if waiting is not None:
+                    yield replace(waiting, duration=pts - waiting.pts)
                 image = self._upright(picture, number, size)
                 size = image.shape[:2]
-                yield Frame(number, float((pts - first) * self.time_base), image, pts, picture.duration or 0, sound[:])
+                waiting = Frame(number, float(pts * self.time_base), image, pts, 0, sound[:])
                 sound.clear()
-            number, last = number + 1, pts
-        if number == 0:
+        if waiting is None:
             raise ImageError(f"{self.path}: no frame of it can be decoded")
+        yield replace(waiting, duration=clock.end - waiting.pts)
         self.sound_after = sound
-        self.ends_early = self._shortfall(float((last - first) * self.time_base))
+        if clock.jumps == 0:  # after a jump back, the file's own length means nothing
+            self.ends_early = self._shortfall(
+                float(clock.end * self.time_base), float((clock.end - clock.shift) * self.time_base)
+            )
 
-    def _shortfall(self, found: float) -> str | None:
-        """What is to be said if the last frame is shown much before the end that the file's header tells."""
-        promised = float((self._container.duration or 0) / 1_000_000)
-        if promised - found < MOST_SHORTFALL + 2 / self.rate:
+    def _shortfall(self, length: float, end: float) -> str | None:
+        """Say so if the frames end much before the length that the file tells of its video.
+
+        `length` (seconds) is that of the frames, and `end` when the last one ends, by the file's own clock, which some
+        files mean.
+        """
+        promised = self._promised_seconds()
+        if promised - max(length, end) < MOST_SHORTFALL + 1 / self.rate:
             return None
-        return f"the pictures end after {found:.1f} s, the file promises {promised:.1f} s"
+        return f"the pictures end after {length:.1f} s, the file promises {promised:.1f} s"
+
+    def _promised_seconds(self) -> float:
+        """The length of the video that the file tells; 0 if it tells that of all its tracks together only."""
+        if self._video.duration:
+            return float(self._video.duration * self.time_base)
+        if told := _TIME.match(self._video.metadata.get("DURATION", "")):  # Matroska's
+            hours, minutes, seconds = map(float, told.groups())
+            return 3600 * hours + 60 * minutes + seconds
+        alone = len(self._container.streams) == 1  # sound may be longer
+        return (self._container.duration or 0) / 1_000_000 if alone else 0.0
 
     def _pictures(self, sound: list[Any]) -> Iterator[Any]:
         """The frames as FFmpeg gives them; packets of sound are added to `sound` on the way."""
@@ -181,20 +212,15 @@ class VideoReader:
                 continue
             yield from pictures
 
-    def _when(self, picture: Any, last: int) -> int:
-        """The frame's time; after the one before's, whatever the file says."""
-        pts = picture.pts if picture.pts is not None else picture.dts
-        if pts is None:
-            step = max(1, round(1 / (self.rate * self.time_base)))
-            return last + step if last >= 0 else 0
-        return max(pts, last + 1)
-
     def _upright(self, picture: Any, number: int, size: tuple[int, int] | None) -> np.ndarray:
         if size is None:
             check_size(picture.height, picture.width, str(self.path), self._max_pixels)
-        turns = round(picture.rotation / 90)
-        image = np.ascontiguousarray(np.rot90(picture.to_ndarray(format="rgb24"), turns))
-        if number == 0 and turns % 2:
+        a, b, c, d = _display_matrix(picture)
+        image = picture.to_ndarray(format="rgb24")
+        if turned := abs(b) + abs(c) > abs(a) + abs(d):
+            image, a, d = image.swapaxes(0, 1), c, b
+        image = np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+        if number == 0 and turned:
             self.pixel_aspect = 1 / self.pixel_aspect
         if size is not None and image.shape[:2] != size:
             raise ImageError(
@@ -202,6 +228,58 @@ class VideoReader:
                 f"{size[1]} x {size[0]}: cut the video where its size changes"
             )
         return image
+
+
+class _Clock:
+    """Tells when frames are shown, whatever the file says: from 0 on, each after the one before."""
+
+    def __init__(self, step: int) -> None:
+        """`step` is the usual time between frames, in the units of all times here."""
+        self._step = step
+        self._last: int | None = None
+        self.shift = 0
+        """What is added to the file's times."""
+        self.jumps = 0
+        """How often they went back."""
+        self.end = 0
+        """When the last frame ends."""
+
+    def tell(self, picture: Any) -> int:
+        """When the next frame is shown."""
+        told = picture.pts if picture.pts is not None else picture.dts
+        last = self._last
+        if last is None:
+            now = 0
+            self.shift = 0 if told is None else -told
+        elif told is None:
+            now = last + self._step
+        elif told + self.shift > last:
+            now = told + self.shift
+        elif last - told - self.shift < SHORT_WAY * self._step:  # twice the same, or frames in disorder
+            now = last + 1
+        else:  # a recording that was joined to another: it goes on from there
+            now = last + self._step
+            self.shift = now - told
+            self.jumps += 1
+        self._last = now
+        self.end = now + (picture.duration or self._step)
+        return now
+
+
+def _area(stream: Any) -> int:
+    """Pixels of a track's frames."""
+    context = stream.codec_context
+    return 0 if context is None else context.width * context.height
+
+
+def _display_matrix(picture: Any) -> tuple[int, int, int, int]:
+    """How a player shows a frame: column x, row y appear at column a x + c y, row b x + d y; as (a, b, c, d)."""
+    try:
+        data = picture.side_data[pyav().sidedata.sidedata.Type.DISPLAYMATRIX]
+    except KeyError:
+        return (1, 0, 0, 1)
+    a, b, _, c, d, *_ = np.frombuffer(bytes(data), dtype=np.int32).tolist()
+    return (a, b, c, d)
 
 
 def pyav() -> Any:

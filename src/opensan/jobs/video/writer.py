@@ -9,16 +9,20 @@ import numpy as np
 from PIL import Image
 
 from opensan.errors import UserError
-from opensan.jobs.video.reader import Frame, VideoReader, pyav
+from opensan.jobs.video.reader import Frame, VideoReader, pyav, reason
 from opensan.outputs.colours import palette
 from opensan.outputs.drawing import Entry, Legend
 from opensan.outputs.fonts import readable
 
-ENCODERS = {"libx264": {"preset": "veryfast", "crf": "20"}, "libopenh264": {}, "mpeg4": {"qscale": "4"}}
-"""The first one that FFmpeg has is used, with these options; the first two write H.264."""
+ENCODERS = {"libx264": {"preset": "veryfast", "crf": "20", "bf": "0"}, "libopenh264": {}, "mpeg4": {"qscale": "4"}}
+"""The first one that FFmpeg has is used, with these options; the first two write H.264. Frames are stored in their
+order (no "bf"): only then does MP4 store for how long each is shown, whatever the frame rate does."""
 
 COARSEST_TIME = Fraction(1, 60_000)
 """MPEG-4 (the last of the encoders) knows no finer unit of time than 1/65,535 s."""
+
+EARLIEST_SOUND = 0.1
+"""Seconds before the first frame from which sound is copied: decoders want a little of what was before."""
 
 MOST_WORDS = 16
 """In the legend; of more, those that are seen."""
@@ -43,6 +47,7 @@ class Film:
         self._container = pyav().open(name, "w", format="mp4", options={"movflags": "faststart"})
         self._video: Any = None
         self._sound: Any = None
+        self._sound_dts, self._sound_ends = -(1 << 62), 0.0
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -86,9 +91,27 @@ class Film:
             self.notes.append(f"MP4 can't hold sound as {sound.codec_context.name}: the overlay video is silent")
 
     def _mux_sound(self, packets: Sequence[Any]) -> None:
+        """Copy sound, by the clock of the frames. What can't be copied costs the rest of the sound alone."""
         for packet in packets if self._sound is not None else ():
+            shift = round(self._clip.shift * self._clip.time_base / packet.time_base)
+            packet.pts, packet.dts = (None if time is None else time + shift for time in (packet.pts, packet.dts))
+            if packet.dts * packet.time_base < -EARLIEST_SOUND:
+                continue  # of before the first frame
+            if packet.dts <= self._sound_dts:
+                return self._end_sound("its times go back")
+            dts, end = packet.dts, float((packet.dts + (packet.duration or 0)) * packet.time_base)
             packet.stream = self._sound
-            self._container.mux(packet)
+            try:
+                self._container.mux(packet)
+            except pyav().FFmpegError as error:
+                return self._end_sound(reason(error))
+            self._sound_dts, self._sound_ends = dts, end
+
+    def _end_sound(self, why: str) -> None:
+        self._sound = None
+        self.notes.append(
+            f"the sound can't be copied ({why}): the overlay video is silent from {self._sound_ends:.1f} s on"
+        )
 
 
 def _encoder() -> str:
