@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from opensan.cli import main
+from opensan.data.canonical import read_manifest
 from opensan.data.prepare.engine import prepare
 from opensan.data.prepare.own_folder import open_folder
 from opensan.data.prepare.own_labels import Layers
@@ -424,3 +425,181 @@ def test_real_sets(tmp_path, capsys, name, options, splits, classes, lost):
         for index in range(0, len(after), 23):
             assert after.name(index) == before.name(index)
             assert all(np.array_equal(mine, theirs) for mine, theirs in zip(after[index], before[index], strict=True))
+
+
+def prepared(capsys, name: str, source: Path, out: Path, *options: str) -> tuple[int, list[str]]:
+    """The exit code of `opensan data prepare`, and the lines on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "prepare", name, *options, "--source", str(source), "--out", str(out)])
+    return caught.value.code or 0, capsys.readouterr().err.splitlines()
+
+
+def test_files_that_no_one_uses_are_named(folder, tmp_path, capsys):
+    (folder / "images" / "c.HEIC").write_bytes(b"x")
+    (folder / "images" / "d").write_bytes(b"an image without suffix")
+    for name in ("c", "lost"):  # c's image is named already
+        write_map(folder / "labels" / f"{name}.png", [[0, 1, 2]] * 2)
+    (folder / "images" / "Thumbs.db").write_bytes(b"x")
+    code, lines = prepared(capsys, "folder", folder, tmp_path / "out")
+    left_out = [line.removeprefix("left out: ").partition(": ")[0] for line in lines if line.startswith("left out")]
+    assert (code, left_out) == (1, ["images/c.HEIC", "images/d", "labels/lost.png"])
+    with pytest.raises(SystemExit):
+        main(["data", "check", str(tmp_path / "out")])
+    assert "images/c.HEIC: was left out when it was prepared: HEIC files can't be read" in capsys.readouterr().err
+
+
+def test_masks_and_images_of_masks_that_no_one_uses_are_named(masked, tmp_path, capsys):
+    by_word = (masked / "masks" / "road").is_dir()
+    (masked / "images" / "c.heic").write_bytes(b"x")
+    for name in ("c", "lost"):
+        write_map(masked / "masks" / (f"road/{name}.png" if by_word else f"{name}/road.png"), [[255] * 4] * 2)
+    code, lines = prepared(capsys, "word-masks", masked, tmp_path / "out")
+    lost = "masks/road/lost.png" if by_word else "masks/lost/road.png"
+    left_out = [line.removeprefix("left out: ").partition(": ")[0] for line in lines if line.startswith("left out")]
+    assert (code, left_out) == (1, ["images/c.heic", lost])
+
+
+def test_word_masks_never_take_images_for_masks(tmp_path):
+    """Masks a folder a word, and images in a folder, all beside one another."""
+    rng = np.random.default_rng(3)
+    for name in "ab":
+        write_map(tmp_path / "images" / f"{name}.png", rng.integers(0, 256, (2, 4, 3)))
+        write_map(tmp_path / "car" / f"{name}.png", [[255, 0, 0, 0]] * 2)
+    source = open_word_masks(tmp_path)
+    assert source.vocabulary.names == ["car"]
+    assert labels_of(source) == {name: [[0, -1, -1, -1]] * 2 for name in "ab"}
+    for picture, what in (
+        (rng.integers(0, 256, (2, 4, 3)), "has colours"),
+        (np.linspace(0, 255, 8).reshape(2, 4), "has many greys"),
+    ):
+        write_map(tmp_path / "car" / "a.png", picture)
+        with pytest.raises(ValueError, match=f"a.png: {what}, as a picture and not a mask"):
+            labels_of(open_word_masks(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "line", ["images/{0}.jpg labels/{0}.png", "{0}.jpg,labels/{0}.png", "images\\{0}.jpg\tlabels\\{0}.png"]
+)
+def test_lists_of_pairs_are_splits(folder, line):
+    (folder / "train.txt").write_text(line.format("a") + "\n")
+    (folder / "val.txt").write_text(line.format("b.2") + "\n")
+    source = open_folder(folder)
+    assert splits_of(source) == {"a": ("train",), "b.2": ("val",)}
+    assert labels_of(source)["b.2"] == [[0, 1, 2], [-1, 2, 0]]
+
+
+def test_absolute_paths_in_lists_and_other_places_of_labels(folder):
+    (folder / "train.txt").write_text(f"{folder}/images/a.jpg\n")
+    (folder / "val.txt").write_text("/data/of/another/machine/images/b.2.jpg\n")
+    assert splits_of(open_folder(folder)) == {"a": ("train",), "b.2": ("val",)}
+    write_map(folder / "second" / "a.png", [[2, 2, 2]] * 2)
+    (folder / "train.txt").write_text("images/a.jpg second/a.png\n")
+    assert labels_of(open_folder(folder))["a"] == [[2, 2, 2]] * 2
+    (folder / "train.txt").write_text("images/a.jpg ../../secret.png\n")
+    with pytest.raises(ValueError, match=r"train.txt: line 1: '../../secret.png' is no path below the folder"):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["train.txt", "val.txt", "test_1.txt", "valid.txt"])
+def test_a_list_of_a_split_that_fits_nothing_is_no_accident(folder, name):
+    (folder / name).write_text("0001\n0002\n")
+    with pytest.raises(ValueError, match=r"names no image in .* \(its first line is '0001'\)"):
+        open_folder(folder)
+
+
+def test_images_in_no_list_are_told(folder, tmp_path, capsys):
+    (folder / "train.txt").write_text("a\n")
+    assert (
+        "note: 1 images stand in no list, and are not used" in prepared(capsys, "folder", folder, tmp_path / "out")[1]
+    )
+
+
+def test_labels_that_count_from_one(folder, tmp_path, capsys):
+    write_map(folder / "labels" / "a.png", [[0, 1, 2]] * 2)
+    write_map(folder / "labels" / "b.2.png", [[1, 2, 3]] * 2)
+    code, lines = prepared(capsys, "folder", folder, tmp_path / "out")
+    assert code == 1 and len(lines) == 1
+    assert "the value 3 is in 1 of the label files" in lines[0] and "say first=1" in lines[0]
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert labels_of(open_folder(folder, first="1")) == {"a": [[-1, 0, 1]] * 2, "b.2": [[0, 1, 2]] * 2}
+    code, lines = prepared(capsys, "folder", folder, tmp_path / "zero", "first=0")
+    assert code == 1 and "b.2.png: 2 pixels hold the value 3" in lines[-2]
+    assert "unlabelled=3" in lines[-2] and "first=1" not in lines[-2]
+    # One file that holds quite another value too is a fault of that file.
+    write_map(folder / "labels" / "b.2.png", [[1, 3, 9]] * 2)
+    code, lines = prepared(capsys, "folder", folder, tmp_path / "nine")
+    assert code == 1 and "hold the value 9" in lines[-2]
+    with pytest.raises(ValueError, match="first=2: must be 0 or 1"):
+        open_folder(folder, first="2")
+
+
+def test_a_first_class_without_pixels_is_told_with_what_it_may_mean(folder, tmp_path, capsys):
+    for name in ("a", "b.2"):
+        write_map(folder / "labels" / f"{name}.png", [[1, 2, 2]] * 2)
+    code, lines = prepared(capsys, "folder", folder, tmp_path / "out")
+    assert code == 0
+    assert any("no label file holds the value 0" in line and "first=1" in line for line in lines)
+
+
+def test_voc_s_own_folders(tmp_path):
+    for name, values in (("a", [[0, 1, 2]] * 2), ("b", [[2, 2, 255]] * 2)):
+        write_photograph(tmp_path / "JPEGImages" / f"{name}.jpg")
+        image = Image.fromarray(np.array(values, np.uint8), mode="P")
+        image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [224, 224, 192] * 253)
+        (tmp_path / "SegmentationClass").mkdir(exist_ok=True)
+        image.save(tmp_path / "SegmentationClass" / f"{name}.png")
+        lists = tmp_path / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{'train' if name == 'a' else 'val'}.txt").write_text(f"{name}\n")
+    (tmp_path / "class_names.txt").write_text("_background_\ncar\nperson\n")
+    source = open_folder(tmp_path, ignored="_background_")
+    assert splits_of(source) == {"a": ("train",), "b": ("val",)}
+    assert labels_of(source) == {"a": [[-1, 0, 1]] * 2, "b": [[1, 1, -1]] * 2}
+    assert "_background_" in open_folder(tmp_path).notes[0]
+
+
+def test_a_label_map_with_colours_is_read_by_them(tmp_path):
+    """As CVAT writes it: labelmap.txt, and labels in its colours."""
+    write_photograph(tmp_path / "JPEGImages" / "a.jpg")
+    write_map(tmp_path / "SegmentationClass" / "a.png", [[(0, 0, 0), (250, 50, 83), (1, 2, 3)]] * 2)
+    (tmp_path / "labelmap.txt").write_text(
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncar:250,50,83::\nsky:1,2,3::\n"
+    )
+    assert labels_of(open_folder(tmp_path)) == {"a": [[0, 1, 2]] * 2}
+    write_map(tmp_path / "SegmentationClass" / "a.png", [[(0, 0, 0), (250, 50, 83), (1, 2, 4)]] * 2)
+    with pytest.raises(ValueError, match=r"colour 1 2 4, which is not in labelmap.txt"):
+        labels_of(open_folder(tmp_path))
+    (tmp_path / "labelmap.txt").write_text("background:0,0::\n")
+    with pytest.raises(ValueError, match=r"labelmap.txt: line 1: '0,0' is not label:R,G,B::"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "hint"),
+    [
+        ("a.json", '{"version": "5", "shapes": []}', "data prepare labelme"),
+        ("annotations/instances_val.json", '{"images": [], "annotations": []}', "data prepare coco-instances"),
+        ("labels/train/a.txt", "0 0.1 0.1 0.9 0.1 0.9 0.9\n", "data prepare yolo-seg"),
+        ("data/train-00000-of-00001.parquet", "PAR1", "data prepare huggingface"),
+    ],
+)
+def test_another_form_is_known_and_named(tmp_path, file, content, hint):
+    write_photograph(tmp_path / "a.jpg")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"it must hold images/ and labels/NAME.png .*{hint}"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="file names of any bytes are POSIX's")
+def test_a_file_name_that_is_no_utf_8_and_one_that_is_too_long_cost_themselves_alone(folder, tmp_path, capsys):
+    import os
+
+    long = "x" * 230
+    for name in (os.fsdecode(b"caf\xe9"), long):
+        write_photograph(folder / "images" / f"{name}.jpg")
+        write_map(folder / "labels" / f"{name}.png", [[0, 1, 2]] * 2)
+    for _ in range(2):
+        code, lines = prepared(capsys, "folder", folder, tmp_path / "out")
+        assert code == 1 and len([line for line in lines if line.startswith("left out: ")]) == 2
+        assert read_manifest(tmp_path / "out").photographs == 2

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from opensan.data.prepare.engine import prepare
 from opensan.data.prepare.own_coco import mask_of, open_instances, open_panoptic
-from opensan.data.prepare.source import Source
+from opensan.data.prepare.source import Labelled, Source
 from opensan.data.segmentation_folder import SegmentationFolder
 
 CATEGORIES = [{"id": 1, "name": "person", "isthing": 1}, {"id": 90, "name": "tree-merged"}, {"id": 7, "name": "car"}]
@@ -30,7 +31,9 @@ def write_json(path: Path, **data) -> None:
 
 
 def labels_of(source: Source) -> dict[str, list]:
-    return {one.name: pickle.loads(pickle.dumps(one.labels))().tolist() for one in source.photographs}
+    read = {one.name: pickle.loads(pickle.dumps(one.labels))() for one in source.photographs}
+    assert not any(isinstance(labels, Labelled) and labels.left_out for labels in read.values())
+    return {name: getattr(labels, "labels", labels).tolist() for name, labels in read.items()}
 
 
 def write_panoptic(root: Path, split: str, segments: list, ids, name: str = "1") -> None:
@@ -86,9 +89,9 @@ def test_panoptic_files_that_are_named(tmp_path):
     ("segments", "message"),
     [
         (SEGMENTS[1:], r"1.png: 1 pixels are of segment 3226956, which the JSON file doesn't list"),
-        ([*SEGMENTS[1:], {"id": 3_226_956, "category_id": 2}], r"image 5: segment 3226956: category_id 2 is none of"),
-        ([*SEGMENTS, {"id": 2**40, "category_id": 7}], r"image 5: 1099511627776 is no segment id"),
-        ([*SEGMENTS, {"id": 9}], r"image 5: segment 9: 'category_id' must be a whole number, not None"),
+        ([*SEGMENTS[1:], {"id": 3_226_956, "category_id": 2}], r"segment 3226956: category_id 2 is none of"),
+        ([*SEGMENTS, {"id": 2**40, "category_id": 7}], r"1099511627776 is no segment id"),
+        ([*SEGMENTS, {"id": 9}], r"segment 9: 'category_id' must be a whole number, not None"),
     ],
 )
 def test_wrong_segments_are_named(tmp_path, segments, message):
@@ -181,8 +184,8 @@ def test_a_polygon_covers_what_it_should():
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        (None, "has no segmentation"),
-        ([], "has no segmentation"),
+        (None, r"has only a box, no segmentation"),
+        ([], r"has only a box, no segmentation"),
         ([[0, 0, 5, 0, 5]], "not a list of numbers x, y, x, y"),
         ([[0, 0, 5, 0, 5, "4"]], "not a list of numbers x, y, x, y"),
         ([{"a": 1}], "not a list of numbers x, y, x, y"),
@@ -254,8 +257,9 @@ def test_exports_with_a_folder_per_split(tmp_path):
 
 def test_annotations_of_other_images_are_counted(tmp_path):
     write_instances(tmp_path, [{"category_id": 7, "image_id": 6, "segmentation": []}] * 2)
-    with pytest.warns(UserWarning, match=r"instances_val.json: 2 annotations are of images that the file doesn't list"):
-        assert labels_of(open_instances(tmp_path)) == {"1": [[-1] * 6] * 4}
+    source = open_instances(tmp_path)
+    assert labels_of(source) == {"1": [[-1] * 6] * 4}
+    assert source.left_out == {"instances_val.json: 2 annotations": "they are of images that the file doesn't list"}
 
 
 IMAGE = {"id": 5, "file_name": "1.jpg", "width": 6, "height": 4}
@@ -266,25 +270,23 @@ IMAGE = {"id": 5, "file_name": "1.jpg", "width": 6, "height": 4}
     [
         ({"images": 3}, r"instances_val.json: not this kind of COCO file, it has no list 'images' of objects"),
         ({"images": [3]}, "it has no list 'images' of objects"),
-        ({"images": [{"file_name": "1.jpg"}]}, r"an image: 'id' must be a whole number, not None"),
-        ({"images": [{**IMAGE, "id": True}]}, r"an image: 'id' must be a whole number, not True"),
-        ({"images": [IMAGE, IMAGE]}, r"two images have the same id"),
-        ({"images": [IMAGE, {**IMAGE, "id": 6}]}, r"'1.jpg' is listed twice"),
-        ({"images": [{**IMAGE, "file_name": "../1.jpg"}]}, r"image 5: '../1.jpg' is no path below the folder"),
-        ({"images": [{**IMAGE, "file_name": "/etc/passwd"}]}, r"image 5: '/etc/passwd' is no path below the folder"),
+        ({"images": [{"file_name": "1.jpg"}]}, r"none of its images can be used: its id is None: a whole number"),
+        ({"images": [{**IMAGE, "id": True}]}, r"its id is True: a whole number is needed"),
+        ({"images": [IMAGE, IMAGE]}, r"its id is 5: a whole number is needed that no other image has"),
+        ({"images": [{**IMAGE, "file_name": "../1.jpg"}]}, r"'../1.jpg' is no path below the folder"),
+        ({"images": [{**IMAGE, "file_name": "/etc/passwd"}]}, r"'/etc/passwd' is no path below the folder"),
         (
             {"images": [{**IMAGE, "file_name": "lost.jpg"}]},
             r"instances_val.json: its photographs are in none of .*/val/, ",
         ),
         ({"images": []}, r"instances_val.json: it lists no images"),
-        ({"images": [{**IMAGE, "width": "6"}]}, r"image 5: 'width' must be a whole number, not '6'"),
+        ({"images": [{**IMAGE, "width": "6"}]}, r"'width' must be a whole number, not '6'"),
         ({"categories": []}, r"instances_val.json: categories: the vocabulary is empty"),
         (
             {"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "A"}]},
             r"categories: word 2 'A' repeats word 1 'a'",
         ),
         ({"categories": [{"id": 1, "name": "a"}] * 2}, r"two categories have the same id"),
-        ({"annotations": [{"image_id": 5, "category_id": 2}]}, r"annotation 1: category_id 2 is none of the file's"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, data, message):
@@ -308,3 +310,119 @@ def test_categories_must_agree(tmp_path):
     write_json(tmp_path / "instances_train.json", images=[IMAGE], annotations=[], categories=CATEGORIES[:2])
     with pytest.raises(ValueError, match=r"instances_val.json: its categories are not those of .*instances_train.json"):
         open_instances(tmp_path)
+
+
+def boxed(identity: int, **annotation) -> dict:
+    return {"id": identity, "category_id": 7, "bbox": [0, 0, 2, 2], "segmentation": rectangle(0, 0, 2, 2), **annotation}
+
+
+def test_one_bad_object_costs_itself_alone_and_is_named(tmp_path):
+    wrong = [
+        boxed(2, segmentation=[]),
+        boxed(3, category_id=12),
+        boxed(4, segmentation=[[0, 0, 1e9, 0, 5, 5]]),
+        boxed(5, segmentation={"size": [9, 9], "counts": [81]}),
+        {"id": 6, "category_id": 7, "image_id": "5", "segmentation": []},
+    ]
+    write_instances(tmp_path / "raw", [boxed(1), *wrong, boxed(7, segmentation=[], bbox=[0, 0, 0, 0], area=0)])
+    for _ in range(2):  # also when the folder is there already
+        manifest = prepare(open_instances(tmp_path / "raw"), "coco-instances", tmp_path / "out")
+        assert manifest.photographs == 1 and set(manifest.left_out) == {
+            "1 (in part)",
+            "instances_val.json: annotation 6",
+        }
+        said = manifest.left_out["1 (in part)"].split("; ")
+        assert [line.partition(":")[0] for line in said] == [f"annotation {number}" for number in (3, 2, 4, 5)]
+    assert SegmentationFolder(tmp_path / "out", "val")[0][1].tolist() == [[2, 2, *[-1] * 4]] * 2 + [[-1] * 6] * 2
+
+
+def test_one_bad_image_costs_itself_alone_and_is_named(tmp_path):
+    write_photograph(tmp_path / "images" / "1.jpg", 6, 4)
+    images = [
+        {"id": 5, "file_name": "1.jpg"},  # no size: the image's own is meant
+        {"file_name": "2.jpg"},
+        {"id": 7, "file_name": "../3.jpg"},
+        {"id": 8, "file_name": "x" * 300 + ".jpg"},
+        {"id": 9, "file_name": "1.jpg"},
+        {"id": 10, "file_name": 7},
+    ]
+    annotations = [{"image_id": 5, "category_id": 1, "segmentation": rectangle(0, 0, 6, 4)}]
+    write_json(tmp_path / "instances_val.json", images=images, annotations=annotations, categories=CATEGORIES)
+    manifest = prepare(open_instances(tmp_path), "coco-instances", tmp_path / "out")
+    assert manifest.photographs == 1 and len(manifest.left_out) == 5
+    assert "'1.jpg' is listed twice" in manifest.left_out["instances_val.json: image 9"]
+    assert SegmentationFolder(tmp_path / "out", "val")[0][1].tolist() == [[0] * 6] * 4
+
+
+def test_without_a_size_what_a_turned_image_was_drawn_on_is_open(tmp_path):
+    write_instances(tmp_path, [boxed(1)], orientation=6)
+    path = tmp_path / "instances_val.json"
+    data = json.loads(path.read_text())
+    del data["images"][0]["width"], data["images"][0]["height"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="which was drawn on is open"):
+        labels_of(open_instances(tmp_path))
+
+
+CROWD = {"size": [4, 6], "counts": [0, 4, 20]}
+
+
+@pytest.mark.parametrize(
+    ("objects", "expected", "note"),
+    [
+        ([boxed(1, iscrowd=1, segmentation=CROWD)] * 2, 2, r"2 of 2 objects are marked as crowds .* as all are"),
+        (
+            [boxed(1, iscrowd=1, segmentation=CROWD, attributes={"occluded": False}), boxed(2)],
+            2,
+            r"1 of 2 objects are marked as crowds .* as CVAT writes masks",
+        ),
+        ([boxed(1, iscrowd=1, segmentation=CROWD), boxed(2)], -1, r"1 of 2 objects are crowds .* say crowds=objects"),
+    ],
+)
+def test_crowds(tmp_path, objects, expected, note):
+    """CVAT marks masks as crowds; in COCO a crowd has no label."""
+    write_instances(tmp_path, objects)
+    source = open_instances(tmp_path)
+    assert labels_of(source)["1"][3][0] == expected
+    assert len(source.notes) == 1
+    assert re.match(note, source.notes[0])
+    for crowds, label in (("objects", 2), ("unlabelled", -1)):
+        source = open_instances(tmp_path, crowds=crowds)
+        assert (labels_of(source)["1"][3][0], source.notes) == (label, ())
+    with pytest.raises(ValueError, match=r"crowds=x: must be objects or unlabelled"):
+        open_instances(tmp_path, crowds="x")
+
+
+def test_crowds_alone_that_are_called_unlabelled_are_no_set(tmp_path):
+    write_instances(tmp_path / "raw", [boxed(1, iscrowd=1, segmentation=CROWD)])
+    with pytest.raises(ValueError, match=r"no pixel of 1 images is labelled: .* say crowds=objects"):
+        prepare(open_instances(tmp_path / "raw", crowds="unlabelled"), "coco-instances", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("categories", "names"),
+    [
+        (["car", "car", "tree"], ["car", "tree"]),  # the project is called as a class
+        (["street", "car", "tree"], ["car", "tree"]),
+    ],
+)
+def test_a_root_category_without_objects_is_no_class(tmp_path, categories, names):
+    """As Roboflow writes it: a category of the project's name before the others."""
+    records = [
+        {"id": number, "name": name, "supercategory": categories[0] if number else "none"}
+        for number, name in enumerate(categories)
+    ]
+    write_instances(tmp_path, [boxed(1, category_id=1)])
+    path = tmp_path / "instances_val.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "categories": records}))
+    source = open_instances(tmp_path)
+    assert source.vocabulary.names == names
+    assert "category 0" in source.notes[0] and "has no object" in source.notes[0]
+    assert labels_of(source)["1"][0][0] == 0
+    if categories[0] == "car":
+        assert open_instances(tmp_path, ignored="car").vocabulary.names == ["tree"]
+
+
+def test_a_category_without_objects_that_is_no_root_stays_a_class(tmp_path):
+    write_instances(tmp_path, [boxed(1)])
+    assert open_instances(tmp_path).vocabulary.names == ["person", "tree-merged", "car"]

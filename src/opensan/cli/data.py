@@ -128,33 +128,36 @@ def _option_values(reader: "Reader", arguments: list[str]) -> dict[str, str]:
 
 
 def _report(reader: "Reader", manifest: "DatasetManifest", out: Path) -> bool:
-    """Print what there is now, and what was left out and why; true if nothing was."""
+    """Print what there is now, and what was left out and why; true if nothing was.
+
+    Fewer images than the set has elsewhere are told, and no mistake here: who prepares a sample knows it.
+    """
     from opensan.data.check import shortfalls
 
     _print_counts(manifest.splits, reader, manifest.request.splits)
     _print_classes(manifest.request.classes, manifest.counts, manifest.pixels)
-    print(f"{out}: {manifest.photographs:,} images, {len(manifest.request.classes)} classes")
+    counted = [(manifest.photographs, "image", "images"), (len(manifest.request.classes), "class", "classes")]
+    print(f"{out}: " + ", ".join(f"{count:,} {one if count == 1 else many}" for count, one, many in counted))
     for line in manifest.notes:
         complain(f"note: {line}")
-    missing = list(shortfalls(reader, manifest.splits, manifest.request.splits))
-    _complain_of(missing)
-    if missing and reader.obtained:
-        complain(f"{reader.name} is obtained from {reader.obtained}")
+    for line in shortfalls(reader, manifest.splits, manifest.request.splits):
+        complain(f"note: {line}")
     _complain_of([f"left out: {name}: {reason}" for name, reason in manifest.left_out.items()], out / "manifest.json")
     if manifest.left_out:
         complain(f"{len(manifest.left_out):,} left out")
-    return not missing and not manifest.left_out
+    return not manifest.left_out
 
 
 def _print_classes(lines: Sequence[str], counts: Sequence["ClassCount"], pixels: int) -> None:
     """A line a class: the images that it is in, its pixels and their share; of many classes those with most pixels."""
-    if not counts:
+    if not counts or not pixels:
         return
     names = [line.partition("|")[0] for line in lines]
     shown = list(range(len(names)))
     if len(shown) > SHOWN_CLASSES:
+        shown = [label for label in shown if counts[label].pixels]
         shown = sorted(shown, key=lambda label: -counts[label].pixels)[:SHOWN_CLASSES]
-    width = max(len("unlabelled"), *(len(names[label]) for label in shown))
+    width = max(map(len, ["unlabelled", *(names[label] for label in shown)]))
     row = f"{{:<{width}}}  {{:>9}}  {{:>16}}  {{:>7}}".format
 
     def share(part: int) -> str:
@@ -164,13 +167,13 @@ def _print_classes(lines: Sequence[str], counts: Sequence["ClassCount"], pixels:
     for label in shown:
         count = counts[label]
         print(row(names[label], f"{count.images:,}", f"{count.pixels:,}", share(count.pixels)))
-    if rest := len(names) - len(shown):
-        print(row(f"{rest:,} more", "", "", ""))
+    if rest := sum(count.pixels > 0 for count in counts) - sum(counts[label].pixels > 0 for label in shown):
+        print(f"{rest:,} more")
     unlabelled = pixels - sum(count.pixels for count in counts)
     print(row("unlabelled", "", f"{unlabelled:,}", share(unlabelled)))
     if empty := [name for name, count in zip(names, counts, strict=True) if not count.pixels]:
         more = f" and {len(empty) - SHOWN:,} more" if len(empty) > SHOWN else ""
-        complain(f"note: without a pixel: {', '.join(empty[:SHOWN])}{more}")
+        complain(f"note: {len(empty):,} of {len(names):,} classes have no pixel: {', '.join(empty[:SHOWN])}{more}")
 
 
 def _print_counts(
@@ -182,7 +185,10 @@ def _print_counts(
         expected = {split: count for split, count in expected.items() if split in asked_for}
     for split in [*splits, *(split for split in expected if split not in splits)]:
         count, of = splits.get(split, 0), expected.get(split)
-        print(f"{split:<12} {count:>9,} images" + (f" of {of:,}" if of not in (None, count) else ""))
+        print(
+            f"{split:<12} {count:>9,} image{'s' if count != 1 else ''}"
+            + (f" of {of:,}" if of not in (None, count) else "")
+        )
 
 
 def _complain_of(problems: list[str], all_in: Path | None = None) -> None:

@@ -6,9 +6,10 @@ Formats: Caesar, Uijlings, Ferrari, CVPR 2018 (COCO-Stuff); Everingham et al., I
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -18,11 +19,20 @@ from opensan.errors import UserError, reason
 from opensan.vocabulary import Vocabulary
 
 
-def _source(label_set: str, photographs: Iterable[Photograph], folder: Path, needs: str) -> Source:
+def _source(
+    label_set: str,
+    photographs: Iterable[Photograph],
+    folder: Path,
+    needs: str,
+    incomplete: Mapping[str, str] = MappingProxyType({}),
+) -> Source:
     photographs = list(photographs)
     if not photographs:
-        raise _incomplete(folder, needs)
-    return Source(Vocabulary.ready(label_set), photographs, evaluation_split="val", label_set=label_set)
+        missing = "; ".join(incomplete.values())
+        raise _incomplete(folder, needs, *([missing] if missing else []))
+    return Source(
+        Vocabulary.ready(label_set), photographs, evaluation_split="val", label_set=label_set, incomplete=incomplete
+    )
 
 
 def _incomplete(folder: Path, needs: str, missing: str = "no photographs with labels") -> UserError:
@@ -55,12 +65,11 @@ def open_coco_stuff(folder: Path) -> Source:
             if images and labels:
                 yield from _two_folders(images, labels, split, "coco_stuff_171")
             elif images or labels:
-                what = (
-                    f"there is {(images or labels).relative_to(folder)}/ without its {'labels' if images else 'images'}"
-                )
-                raise _incomplete(folder, COCO_NEEDS, what)
+                there = (images or labels).relative_to(folder)
+                incomplete[split] = f"there is {there}/ without its {'labels' if images else 'images'}"
 
-    return _source("coco_stuff_171", photographs(), folder, COCO_NEEDS)
+    incomplete: dict[str, str] = {}
+    return _source("coco_stuff_171", photographs(), folder, COCO_NEEDS, incomplete)
 
 
 # Pascal VOC 2012
@@ -180,9 +189,10 @@ def open_ade(folder: Path) -> Source:
             if images.is_dir() and labels.is_dir():
                 yield from _two_folders(images, labels, split, "ade20k_150")
             elif images.is_dir() or labels.is_dir():
-                raise _incomplete(root, ADE_NEEDS, f"of images/{part}/ and annotations/{part}/ one is missing")
+                incomplete[split] = f"of images/{part}/ and annotations/{part}/ one is missing"
 
-    return _source("ade20k_150", photographs(), root, ADE_NEEDS)
+    incomplete: dict[str, str] = {}
+    return _source("ade20k_150", photographs(), root, ADE_NEEDS, incomplete)
 
 
 _CONTEXT = dict(

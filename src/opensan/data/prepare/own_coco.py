@@ -5,8 +5,8 @@ the folder, and sizes are compared with the photograph's before anything is allo
 """
 
 import json
-import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -18,15 +18,18 @@ from opensan.data.prepare.own_labels import Layers, look_up, read_map, upright_a
 from opensan.data.prepare.own_photographs import (
     NO_SPLIT,
     Found,
+    background_notes,
     below,
     evaluation_split,
     fail,
+    is_image,
     photographs,
     vocabulary_of,
     without,
 )
-from opensan.data.prepare.source import Reader, Source
+from opensan.data.prepare.source import Labelled, Reader, Source
 from opensan.errors import UserError, reason
+from opensan.images import stored_size
 from opensan.outputs.coco import decode_mask
 from opensan.vocabulary import UNLABELLED
 
@@ -45,44 +48,160 @@ class _File:
     images: list[Mapping[str, Any]]
     annotations: dict[int, list[Mapping[str, Any]]]
     """By image id."""
-    categories: dict[int, str]
+    categories: dict[int, Mapping[str, Any]]
+    """By id."""
+    left_out: dict[str, str]
+    """Records that can't be used: which one -> why."""
+
+    @property
+    def objects(self) -> Iterator[Mapping[str, Any]]:
+        """Every object, or segment of a panoptic file."""
+        for annotation in (one for of_image in self.annotations.values() for one in of_image):
+            segments = annotation.get("segments_info")
+            yield from (
+                (one for one in segments if isinstance(one, Mapping)) if isinstance(segments, list) else [annotation]
+            )
 
 
-def open_panoptic(folder: Path, *, annotations: str = "", ignored: str = "") -> Source:
+def open_panoptic(folder: Path, *, annotations: str = "", ignored: str = "", crowds: str = "") -> Source:
     """JSON files with a PNG a photograph, whose pixels say the segment: R + 256 G + 65536 B."""
-    return _open(folder, "panoptic", annotations, ignored, _panoptic_labels)
+    return _open(folder, "panoptic", annotations, ignored, crowds, _panoptic_labels)
 
 
-def open_instances(folder: Path, *, annotations: str = "", ignored: str = "") -> Source:
+def open_instances(folder: Path, *, annotations: str = "", ignored: str = "", crowds: str = "") -> Source:
     """JSON files with a polygon or run-length mask an object."""
-    return _open(folder, "instances", annotations, ignored, _instance_labels)
+    return _open(folder, "instances", annotations, ignored, crowds, _instance_labels)
 
 
-def _open(folder: Path, kind: str, annotations: str, ignored: str, labels_of: Callable) -> Source:
+def _open(folder: Path, kind: str, annotations: str, ignored: str, crowds: str, labels_of: Callable) -> Source:
     files = [_read(path, folder, kind) for path in _annotation_files(folder, kind, annotations)]
-    first = files[0]
-    for file in files[1:]:
-        if file.categories != first.categories:
-            raise UserError(f"{file.path}: its categories are not those of {first.path}")
-    vocabulary = vocabulary_of(list(first.categories.values()), f"{first.path}: categories")
-    vocabulary, labels = without(vocabulary, ignored, str(first.path))
-    label_of_category = dict(zip(first.categories, labels, strict=True))
+    names, notes = _class_names(files)
+    first = files[0].path
+    vocabulary, labels = without(vocabulary_of(list(names.values()), f"{first}: categories"), ignored, str(first))
+    crowds_are_objects, said = _what_crowds_are(files, crowds)
+    label_of_category = _Labels(dict(zip(names, labels, strict=True)), crowds_are_objects)
     found: dict[Path, Found] = {}
-    readers: dict[Path, Callable[[], np.ndarray]] = {}
+    readers: dict[Path, Callable[[], np.ndarray | Labelled]] = {}
+    left_out: dict[str, str] = {}
     for file in files:
         images = _image_folder(folder, file)
+        left_out |= file.left_out
         for record in file.images:
-            name = _get(record, "file_name", str, f"{file.path}: image {record['id']}")
-            path = below(images, name, f"{file.path}: image {record['id']}")
-            if path in readers:
-                raise UserError(f"{file.path}: {name!r} is listed twice, here or in another annotation file")
+            place = f"{file.path.name}: image {record['id']}"
+            try:
+                name = _get(record, "file_name", str, place)
+                path = below(images, name, place)
+                if path in readers:
+                    raise UserError(f"{place}: {name!r} is listed twice, here or in another annotation file")
+                readers[path] = labels_of(folder, file, record, path, label_of_category)
+            except UserError as error:
+                left_out[place] = str(error).removeprefix(f"{place}: ")
+                continue
             found[path] = Found(f"{file.split}/{PurePosixPath(name).with_suffix('')}", path, [file.split])
-            readers[path] = labels_of(folder, file, record, path, label_of_category)
+    if not found:
+        raise UserError(f"{first}: none of its images can be used: {'; '.join(list(left_out.values())[:3])}")
     return Source(
         vocabulary=vocabulary,
         photographs=photographs(found.values(), lambda one: readers[one.file]),
         evaluation_split=evaluation_split(file.split for file in files),
+        left_out=left_out,
+        notes=(*notes, *said, *_not_listed(found), *background_notes(vocabulary)),
+        unlabelled_because=(
+            "the objects have boxes only, or no pixel"
+            if crowds_are_objects or not any(map(_is_crowd, files[0].objects))
+            else "all objects may be crowds; say crowds=objects if they are masks of single objects"
+        ),
     )
+
+
+def _not_listed(found: Collection[Path]) -> Iterator[str]:
+    """What to say of images that lie beside those of the files and are in none of them."""
+    for folder in sorted({path.parent for path in found}):
+        others = [path for path in folder.iterdir() if is_image(path) and path not in found] if folder.is_dir() else []
+        if others:
+            yield f"{folder}: {len(others)} images are in no annotation file, and not used (such as {min(others).name})"
+
+
+def _class_names(files: Sequence[_File]) -> tuple[dict[int, str], list[str]]:
+    """The names of the classes by category id, and what to say of categories that are none.
+
+    Some tools put a category of the project's name before the others, which no object has: one that is the others'
+    supercategory, or repeats the name of another, is left out.
+    """
+    used = {one.get("category_id") for file in files for one in file.objects if _is_hashable(one.get("category_id"))}
+    kept: list[dict[int, str]] = []
+    notes: dict[str, None] = {}
+    for file in files:
+        names = {number: category["name"] for number, category in file.categories.items()}
+        counts = Counter(names.values())
+        parents = {
+            category.get("supercategory")
+            for category in file.categories.values()
+            if _is_hashable(category.get("supercategory"))
+        }
+        for number, category in file.categories.items():
+            is_root = names[number] in parents and category.get("supercategory") in (None, "", "none")
+            if number not in used and (is_root or counts[category["name"]] > 1) and len(names) > 1:
+                counts[names.pop(number)] -= 1
+                notes[
+                    f"category {number} ({category['name']!r}) has no object and is left out, as a root of the others"
+                ] = None
+        kept.append(names)
+    for file, names in zip(files[1:], kept[1:], strict=True):
+        if names != kept[0]:
+            raise UserError(f"{file.path}: its categories are not those of {files[0].path}")
+    return kept[0], list(notes)
+
+
+def _is_hashable(value: object) -> bool:
+    return isinstance(value, Hashable)
+
+
+def _is_crowd(record: Mapping[str, Any]) -> bool:
+    return bool(record.get("iscrowd"))
+
+
+def _what_crowds_are(files: Sequence[_File], crowds: str) -> tuple[bool, list[str]]:
+    """Whether what is marked as a crowd is an object as others, and what to say of that.
+
+    In COCO a crowd is a region of objects that nobody told apart. CVAT marks every mask that was drawn with a brush so,
+    and sets of such masks have nothing else, or the attribute "occluded" that CVAT writes.
+    """
+    if crowds not in ("", "objects", "unlabelled"):
+        raise UserError(f"crowds={crowds}: must be objects or unlabelled")
+    marked = total = 0
+    of_cvat = False
+    for one in (one for file in files for one in file.objects):
+        total += 1
+        marked += _is_crowd(one)
+        of_cvat |= isinstance(one.get("attributes"), Mapping) and "occluded" in one["attributes"]
+    if crowds or not marked:
+        return crowds == "objects", []
+    if marked == total or of_cvat:
+        why = "as all are" if marked == total else "as CVAT writes masks"
+        return True, [
+            f"{marked} of {total} objects are marked as crowds (iscrowd: 1), {why}; they are taken as objects; "
+            "say crowds=unlabelled if they are crowds"
+        ]
+    return False, [
+        f"{marked} of {total} objects are crowds (iscrowd: 1) and unlabelled; if they are masks of single objects, "
+        "say crowds=objects"
+    ]
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The label of each category, and what crowds are."""
+
+    by_category: Mapping[int, int]
+    crowds_are_objects: bool
+
+    def of(self, record: Mapping[str, Any], place: str) -> int:
+        """The label of an object or segment. Raises UserError, beginning with `place`, on an unknown category."""
+        category = _get(record, "category_id", int, place)
+        if category not in self.by_category:
+            raise UserError(f"{place}: category_id {category} is none of the file's categories")
+        return UNLABELLED if _is_crowd(record) and not self.crowds_are_objects else self.by_category[category]
 
 
 def _annotation_files(folder: Path, kind: str, annotations: str) -> list[Path]:
@@ -104,30 +223,37 @@ def _read(path: Path, folder: Path, kind: str) -> _File:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable COCO JSON file ({reason(error)})") from None
-    place = str(path)
+    place, left_out = str(path), {}
     images, annotations, categories = (_list(data, key, place) for key in ("images", "annotations", "categories"))
     if not images:
         raise UserError(f"{place}: it lists no images")
     by_image: dict[int, list[Mapping[str, Any]]] = {}
-    for record in images:
-        by_image[_get(record, "id", int, f"{place}: an image")] = []
-    if len(by_image) < len(images):
-        raise UserError(f"{place}: two images have the same id")
-    names = {
-        _get(record, "id", int, f"{place}: a category"): _get(record, "name", str, f"{place}: a category")
-        for record in categories
-    }
-    if len(names) < len(categories):
-        raise UserError(f"{place}: two categories have the same id")
+    kept: list[Mapping[str, Any]] = []
+    identities = Counter(number for number in (record.get("id") for record in images) if type(number) is int)
+    for number, record in enumerate(images, 1):
+        name = f"{path.name}: image {number} in the file"
+        if identities[record["id"]] > 1 if type(record.get("id")) is int else True:
+            left_out[name] = f"its id is {record.get('id')!r:.40}: a whole number is needed that no other image has"
+            continue
+        by_image[record["id"]] = []
+        kept.append(record)
+    named: dict[int, Mapping[str, Any]] = {}
+    for category in categories:
+        _get(category, "name", str, f"{place}: a category")
+        if named.setdefault(_get(category, "id", int, f"{place}: a category"), category) is not category:
+            raise UserError(f"{place}: two categories have the same id")
     strays = 0
-    for record in annotations:
-        owner = by_image.get(_get(record, "image_id", int, f"{place}: an annotation"))
-        strays += owner is None
-        if owner is not None:
-            owner.append(record)
+    for number, record in enumerate(annotations, 1):
+        owner = record.get("image_id")
+        if type(owner) is not int:
+            left_out[f"{path.name}: annotation {record.get('id', number)!r:.40}"] = f"its image_id is {owner!r:.40}"
+        elif owner in by_image:
+            by_image[owner].append(record)
+        else:
+            strays += 1
     if strays:
-        warnings.warn(f"{path}: {strays} annotations are of images that the file doesn't list", stacklevel=4)
-    return _File(path, _split(path, folder, kind), images, by_image, names)
+        left_out[f"{path.name}: {strays} annotations"] = "they are of images that the file doesn't list"
+    return _File(path, _split(path, folder, kind), kept, by_image, named, left_out)
 
 
 def _split(path: Path, folder: Path, kind: str) -> str:
@@ -140,12 +266,17 @@ def _split(path: Path, folder: Path, kind: str) -> str:
 def _image_folder(folder: Path, file: _File) -> Path:
     """Where the photographs are, known by where the first of them is."""
     places = [folder / file.split, folder / "images" / file.split, folder / "images", file.path.parent, folder]
+    usable = False
     for record in file.images[:100]:
-        place = f"{file.path}: image {record['id']}"
-        name = _get(record, "file_name", str, place)
         for images in places:
-            if below(images, name, place).is_file():
-                return images
+            try:
+                if below(images, _get(record, "file_name", str, "an image"), "an image").is_file():
+                    return images
+                usable = True
+            except (UserError, OSError):  # said of the record later; a name may be too long to ask for
+                break
+    if not usable:
+        return folder
     shown = ", ".join(dict.fromkeys(f"{images}/" for images in places))
     raise UserError(f"{file.path}: its photographs are in none of {shown}")
 
@@ -172,9 +303,9 @@ class _Panoptic:
 
 
 def _panoptic_labels(
-    folder: Path, file: _File, record: Mapping[str, Any], image: Path, label_of_category: Mapping[int, int]
+    folder: Path, file: _File, record: Mapping[str, Any], image: Path, label_of_category: _Labels
 ) -> Callable[[], np.ndarray]:
-    place = f"{file.path}: image {record['id']}"
+    place = f"{file.path.name}: image {record['id']}"
     annotations = file.annotations[record["id"]]
     if len(annotations) != 1:
         return partial(fail, f"{place}: has {len(annotations)} annotations, not one (the segments of a panoptic PNG)")
@@ -183,7 +314,7 @@ def _panoptic_labels(
         number = _get(segment, "id", int, f"{place}: a segment")
         if not 0 < number < 2**24:
             raise UserError(f"{place}: {number} is no segment id (1 to {2**24 - 1})")
-        labels[number] = _label(segment, label_of_category, f"{place}: segment {number}")
+        labels[number] = label_of_category.of(segment, f"{place}: segment {number}")
     name = _get(annotations[0], "file_name", str, place)
     beside = [file.path.with_suffix(""), folder / f"panoptic_{file.split}", folder / "panoptic" / file.split]
     pngs = [below(place_of_pngs, name, place) for place_of_pngs in (*beside, folder / "panoptic", file.path.parent)]
@@ -196,32 +327,61 @@ class _Instances:
 
     name: str
     image: Path
-    size: tuple[int, int]
-    objects: tuple[tuple[str, int, Any], ...]
-    """What messages call it, label, and segmentation as it is in the file."""
+    size: tuple[int, int] | None
+    """(height, width) that the file says."""
+    objects: tuple[tuple[str, int, Any, bool], ...]
+    """What messages call it, label, segmentation as it is in the file, and whether it has a box."""
+    left_out: tuple[str, ...]
 
-    def __call__(self) -> np.ndarray:
-        turn = upright_as(self.image, self.size, self.name)
-        layers = Layers(self.size)
-        for name, label, segmentation in self.objects:
+    def __call__(self) -> np.ndarray | Labelled:
+        size = self._size()
+        turn = upright_as(self.image, size, self.name)
+        layers = Layers(size)
+        left_out = list(self.left_out)
+        for name, label, segmentation, has_box in self.objects:
+            if segmentation == [] and not has_box:
+                continue  # some tools leave objects without a pixel
             try:
-                layers.add(mask_of(segmentation, *self.size), label)
+                layers.add(mask_of(segmentation, *size), label)
             except UserError as error:
-                raise UserError(f"{self.name}: {name}: {error}") from None
-        return turn(layers.labels)
+                left_out.append(f"{name}: {error}")
+        if left_out and len(left_out) == len(self.objects) + len(self.left_out):
+            raise UserError(f"{self.name}: {'; '.join(left_out)}")
+        return Labelled(turn(layers.labels), tuple(left_out))
+
+    def _size(self) -> tuple[int, int]:
+        """The size in pixels that the objects are drawn on."""
+        if self.size is not None:
+            return self.size
+        size, turn = stored_size(self.image)
+        if turn is not None:
+            raise UserError(
+                f"{self.name}: has no width and height, and EXIF turns the image: which was drawn on is open"
+            )
+        return size
 
 
 def _instance_labels(
-    folder: Path, file: _File, record: Mapping[str, Any], image: Path, label_of_category: Mapping[int, int]
-) -> Callable[[], np.ndarray]:
-    place = f"{file.path}: image {record['id']}"
-    size = (_get(record, "height", int, place), _get(record, "width", int, place))
-    objects = []
+    folder: Path, file: _File, record: Mapping[str, Any], image: Path, labels: _Labels
+) -> Callable[[], np.ndarray | Labelled]:
+    place = f"{file.path.name}: image {record['id']}"
+    size = None
+    if record.get("height") is not None or record.get("width") is not None:
+        size = (_get(record, "height", int, place), _get(record, "width", int, place))
+    objects, left_out = [], []
     for number, annotation in enumerate(file.annotations[record["id"]], 1):
-        name = f"annotation {annotation.get('id', number)}"
-        label = _label(annotation, label_of_category, f"{place}: {name}")
-        objects.append((name, label, annotation.get("segmentation")))
-    return _Instances(place, image, size, tuple(objects))
+        name = f"annotation {annotation.get('id', number)!r:.40}"
+        box = annotation.get("bbox")
+        has_box = (
+            isinstance(box, list)
+            and len(box) == 4
+            and all(isinstance(side, int | float) and side > 0 for side in box[2:])
+        )
+        try:
+            objects.append((name, labels.of(annotation, name), annotation.get("segmentation"), has_box))
+        except UserError as error:
+            left_out.append(str(error))
+    return _Instances(place, image, size, tuple(objects), tuple(left_out))
 
 
 def mask_of(segmentation: object, height: int, width: int) -> np.ndarray:
@@ -233,7 +393,7 @@ def mask_of(segmentation: object, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, Mapping):
         return decode_mask(segmentation, height, width)
     if not isinstance(segmentation, list) or not segmentation:
-        raise UserError("has no segmentation (polygons or run lengths), only a box perhaps")
+        raise UserError("has only a box, no segmentation (polygons or run lengths)")
     polygons = [_polygon(points, height, width) for points in segmentation]
     polygons = [points.tolist() for points in polygons if len(points) >= 6]  # two points enclose nothing
     if not polygons:
@@ -260,16 +420,10 @@ def _polygon(points: object, height: int, width: int) -> np.ndarray:
     return flat
 
 
-def _label(record: Mapping[str, Any], label_of_category: Mapping[int, int], place: str) -> int:
-    """The label of an object or segment; a crowd's is "unlabelled"."""
-    category = _get(record, "category_id", int, place)
-    if category not in label_of_category:
-        raise UserError(f"{place}: category_id {category} is none of the file's categories")
-    return UNLABELLED if record.get("iscrowd") else label_of_category[category]
-
-
 def _get(record: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
     value = record.get(key)
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)
     if type(value) is not kind:
         raise UserError(f"{place}: {key!r} must be {'text' if kind is str else 'a whole number'}, not {value!r:.40}")
     return value
@@ -285,6 +439,7 @@ def _list(data: object, key: str, place: str) -> list[Mapping[str, Any]]:
 _OPTIONS = {
     "annotations": "JSON files in the folder, if they are called otherwise: FILE,FILE",
     "ignored": "categories whose pixels become unlabelled: NAME,NAME",
+    "crowds": "objects or unlabelled: what objects with iscrowd: 1 are (CVAT marks its masks so)",
 }
 
 PANOPTIC = Reader(

@@ -160,8 +160,8 @@ def _listed(root: Path, images: Path, found: Sequence[Found], lists: Path) -> li
     """The photographs of the lists; empty if there are none."""
     by_name: dict[str, list[Found]] = defaultdict(list)
     for one in found:
-        below = one.file.relative_to(images).as_posix()
-        for name in {below, one.place, one.file.name, one.file.stem}:
+        path_below = one.file.relative_to(images).as_posix()
+        for name in {path_below, one.place, one.file.name, one.file.stem}:
             by_name[name].append(one)
     listed: dict[Path | str, Found] = {}
     for path in sorted(lists.glob("*.txt")):
