@@ -125,13 +125,14 @@ def untiled(segmenter, image, vocabulary):
     from PIL import Image
 
     from opensan.images import PreparedImage, prepare
+    from opensan.segmenters.results import InputImage
 
-    config = segmenter.model.config.image
+    config = segmenter.image_config
     side = SIDE * config.short_side // TILE
     small = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
     prepared = prepare(small, config, resize=False)
     prepared = PreparedImage(prepared.pixels, replace(prepared.sizes, image=(SIDE, SIDE)))
-    return segmenter.segment(segmenter.encode_prepared([prepared])[0], vocabulary).labels
+    return segmenter.segment(segmenter.encode_prepared([InputImage(None, prepared)])[0], vocabulary).labels
 
 
 def near_borders(tiling):

@@ -1,8 +1,12 @@
 """How much faster and smaller is the label map than the plain one? Interleaved pairs, medians, peak memory.
 
     python bench/label_map.py [--pairs 7] [--threads 2] [--json FILE] [--skip-memory]
+    python bench/label_map.py --methods [--words 7 20 50 100 171 300 847 3000 10000]
 
-Rows:
+With `--methods`, the two ways of computing the label map on a CPU are compared with each other, for each number of
+words: all words at all pixels, a band of rows at a time, and blocks of pixels that bounds decide as a whole.
+
+Rows without it:
 
 - `label map`: from 100 mask logits (40x40) and class probabilities to labels at 640x640; plain is the official
   sequence in full: masks resized to the padded image, cropped, resized to the photograph, sigmoid, scores of every
@@ -26,6 +30,7 @@ Random weights give masks and class probabilities that no trained model gives, s
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -41,7 +46,8 @@ import torch
 import torch.nn.functional as F
 
 import opensan
-from opensan.assemble.labels import label_map
+from opensan.assemble.labels import label_map, label_map_by_bands, label_map_by_bounds
+from opensan.assemble.scores import label_scores
 from opensan.structures import ImageSizes, TextClassifier
 from opensan.vocabulary import Vocabulary
 from plain import PlainSAN
@@ -96,6 +102,9 @@ def cases(words: int) -> dict[str, tuple[torch.Tensor, torch.Tensor, ImageSizes]
     encoding = tiny.encode(SCENE)
     sizes = replace(encoding.sizes, image=(640, 640 * encoding.sizes.image[1] // encoding.sizes.image[0]))
     asked = Vocabulary.ready("ade20k_847").names[:words]
+    asked += [
+        f"{first} {second}" for first, second in itertools.islice(itertools.product(asked, asked), words - len(asked))
+    ]
     return {
         "objects, peaked": (masks, peaked, SIZES),
         "objects, flat": (masks, flat, SIZES),
@@ -153,6 +162,25 @@ def compare_label_maps(words: int, pairs: int) -> list[dict[str, object]]:
     return rows
 
 
+@torch.inference_mode()
+def compare_methods(words: int, pairs: int) -> list[dict[str, object]]:
+    """Seconds of both methods; the labels must be the same wherever the scores are not nearly equal."""
+    rows = []
+    for name, (masks, probabilities, sizes) in cases(words).items():
+        given = (masks, probabilities, sizes)
+        bands, bounds = label_map_by_bands(*given), label_map_by_bounds(*given)
+        lost = label_scores(*given, bands) - label_scores(*given, bounds)
+        assert lost.abs().max() <= CLEAR_MARGIN, f"{name}: the two methods give different labels"
+        row = compare(
+            f"{words:,} words, {name}",
+            lambda given=given: label_map_by_bands(*given),
+            lambda given=given: label_map_by_bounds(*given),
+            pairs,
+        )
+        rows.append(row | {"words": words})
+    return rows
+
+
 class GivenWords:
     """In place of `SanSegmenter.text`: rows that exist already, whatever the vocabulary says."""
 
@@ -180,7 +208,7 @@ def compare_relabel(pairs: int, count: int = 20) -> list[dict[str, object]]:
         segmenter.model.clip.logit_scale.fill_(np.log(scale))
         segmenter.model.no_object_embedding.copy_(classes[-1:])
         segmenter.text = GivenWords(classes[:-1])
-        made = replace(encoding, mask_logits=masks, mask_embeddings=embeddings)
+        made = replace(encoding, arrays={"mask_logits": masks, "mask_embeddings": embeddings})
         segmentation = segmenter.segment(made, words)
         rows.append(
             compare(
@@ -243,7 +271,9 @@ def print_memory() -> None:
     loaded = peak()
     encoding = segmenter.segment(image, words).encoding
     noise = 4 * torch.randn(encoding.mask_logits.shape, generator=generator)  # undecided nearly everywhere
-    segmentation = segmenter.segment(replace(encoding, mask_logits=noise, mask_embeddings=embeddings), words)
+    segmentation = segmenter.segment(
+        replace(encoding, arrays={"mask_logits": noise, "mask_embeddings": embeddings}), words
+    )
     labelled = peak()
     assert segmentation.confidence.shape == (3000, 4000)
     figures = {"loaded_mib": loaded, "added_mib": labelled - loaded, "with_confidence_mib": peak() - loaded}
@@ -256,16 +286,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--methods", action="store_true")
+    parser.add_argument("--words", type=int, nargs="+", default=[7, 20, 50, 100, 171, 300, 847, 3000, 10_000])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print("| case | plain, s | ours, s | ratio |\n|---|---|---|---|")
     rows = []
-    for words in (20, 847):
-        rows += compare_label_maps(words, options.pairs)
-    rows += compare_relabel(options.pairs)
-    rows += compare_words(options.pairs)
-    if not options.skip_memory:
-        rows.append(measure_memory())
+    if options.methods:
+        print("| case | bands, s | bounds, s | ratio |\n|---|---|---|---|")
+        for words in options.words:
+            rows += compare_methods(words, options.pairs)
+    else:
+        print("| case | plain, s | ours, s | ratio |\n|---|---|---|---|")
+        for words in (20, 847):
+            rows += compare_label_maps(words, options.pairs)
+        rows += compare_relabel(options.pairs)
+        rows += compare_words(options.pairs)
+        if not options.skip_memory:
+            rows.append(measure_memory())
     if options.json:
         about = {"threads": options.threads, "pairs": options.pairs}
         options.json.write_text(json.dumps(about | {"rows": rows}, indent=2))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from opensan.assemble import labels, scores
 from opensan.assemble.bounds import first_maximum, mask_errors
 from opensan.assemble.interpolation import interpolation_matrix
-from opensan.assemble.labels import label_map, label_map_by_bands
+from opensan.assemble.labels import label_map, label_map_by_bands, label_map_by_bounds
 from opensan.assemble.resize import linear_pieces
 from opensan.assemble.scores import label_scores, score_maps
 from opensan.structures import ImageSizes
@@ -71,9 +71,9 @@ def test_labels_and_scores_equal_the_plain_computation(sizes, monkeypatch):
     seven_rows = 7 * sizes.image[1] * 17  # a band of so many: many bands, a short last one
     monkeypatch.setattr(labels, "BAND_FLOATS", seven_rows)
     monkeypatch.setattr(scores, "BAND_FLOATS", seven_rows)
-    found = label_map(masks, probabilities, sizes)
+    found = label_map_by_bands(masks, probabilities, sizes)
     assert_same_labels(found, expected)
-    assert_same_labels(label_map_by_bands(masks, probabilities, sizes), expected)
+    assert_same_labels(label_map_by_bounds(masks, probabilities, sizes), expected)
     best = expected.amax(dim=0)
     torch.testing.assert_close(label_scores(masks, probabilities, sizes, found), best, atol=1e-4, rtol=0)
 
@@ -109,10 +109,12 @@ def test_blocks_decide_as_every_pixel_would(rows, columns, cell, queries, words,
             patch.setattr(labels, "CHUNK_FLOATS", 20_000)
             patch.setattr(labels, "SMALL_BLOCK", 16)
             patch.setattr(labels, "MOST_CANDIDATES", 8)
-        found = label_map(masks, probabilities, sizes)
-    assert_same_labels(found, plain_scores(masks, probabilities, sizes))
-    if shape == "ties":  # every second word is the one before it
-        assert (found % 2 == 0).all()
+        found = label_map_by_bounds(masks, probabilities, sizes)
+    expected = plain_scores(masks, probabilities, sizes)
+    for labelled in (found, label_map_by_bands(masks, probabilities, sizes), label_map(masks, probabilities, sizes)):
+        assert_same_labels(labelled, expected)
+        if shape == "ties":  # every second word is the one before it
+            assert (labelled % 2 == 0).all()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -163,10 +165,29 @@ def test_first_maximum_is_the_first(words):
     assert torch.equal(first_maximum(values), expected)
 
 
-def test_ties_go_to_the_first_word():
+@pytest.mark.parametrize("method", [label_map, label_map_by_bands, label_map_by_bounds])
+def test_ties_go_to_the_first_word(method):
     sizes = ImageSizes((8, 8), (32, 32), (32, 32))
-    found = label_map(torch.zeros(3, 2, 2), torch.full((3, 4), 0.25), sizes)
+    found = method(torch.zeros(3, 2, 2), torch.full((3, 4), 0.25), sizes)
     assert (found == 0).all()
+
+
+@pytest.mark.parametrize("words", [100, 101])
+def test_few_words_are_labelled_by_bands_and_many_by_bounds(words, monkeypatch):
+    """Bounds cost more than they save where there are few words; both ways give the same labels."""
+    used = []
+    for method in (label_map_by_bands, label_map_by_bounds):
+        monkeypatch.setattr(
+            labels, method.__name__, lambda *given, method=method: used.append(method) or method(*given)
+        )
+    generator = torch.Generator().manual_seed(0)
+    masks = random_masks(20, (8, 8), "regions", generator)
+    probabilities = random_probabilities(20, words, "peaked", generator)
+    sizes = ImageSizes((64, 64), (64, 64), (64, 64))
+    found = label_map(masks, probabilities, sizes)
+    assert used == [label_map_by_bands if words <= 100 else label_map_by_bounds]
+    other = label_map_by_bounds if words <= 100 else label_map_by_bands
+    assert (found == other(masks, probabilities, sizes)).float().mean() > 0.999
 
 
 def test_most_blocks_are_decided_whole(monkeypatch):

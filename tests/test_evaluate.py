@@ -32,6 +32,7 @@ from opensan.evaluate.report import write_report
 from opensan.evaluate.table import Measured, as_markdown, missing, table
 from opensan.images import prepare
 from opensan.outputs import save_label_map
+from opensan.segmenters.results import InputImage
 from opensan.segmenters.san import SanSegmenter
 from opensan.vocabulary import Vocabulary
 
@@ -321,7 +322,7 @@ def test_augmentation_is_the_mean_of_the_views_scores(folder, small_model):
             config = small_model.config.image.model_copy(update=sides)
             for flip in (False, True):
                 seen = np.ascontiguousarray(image[:, ::-1]) if flip else image
-                (encoding,) = segmenter.encode_prepared([prepare(seen, config)])
+                (encoding,) = segmenter.encode_prepared([InputImage(None, prepare(seen, config))])
                 assert encoding.sizes.network[0] == int(96 * scale)
                 found = score_maps(
                     encoding.mask_logits, segmenter.class_probabilities(encoding, vocabulary), encoding.sizes

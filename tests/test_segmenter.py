@@ -175,7 +175,7 @@ def test_an_encoding_can_be_kept(san, tmp_path):
 
 def test_a_foreign_or_damaged_encoding_is_refused(san, small_model, tmp_path):
     encoding = san.encode(picture(60, 60))
-    stranger = Encoding(encoding.mask_logits, encoding.mask_embeddings, encoding.sizes, "other-model")
+    stranger = replace(encoding, model="other-model")
     with pytest.raises(ValueError, match="made by model other-model"):
         san.segment(stranger, WORDS)
     enormous = replace(encoding.sizes, image=(1_000_000, 1_000_000))

@@ -23,7 +23,7 @@ from opensan.assemble.scores import label_scores, score_maps
 from opensan.outputs.coco import decode_mask
 from opensan.segmenters.san import SanSegmenter
 from opensan.serve import ServiceLimits, create_app
-from opensan.serve.cache import EncodingCache, encoding_bytes
+from opensan.serve.cache import EncodingCache
 from opensan.serve.negotiation import best_media_type
 from opensan.serve.server import Server, bind, url_of
 
@@ -394,7 +394,7 @@ def test_a_token_keeps_strangers_out(segmenter):
 
 def test_cache_is_bounded(segmenter):
     encoding = segmenter.encode(photograph())
-    size = encoding_bytes(encoding)
+    size = encoding.nbytes
     now = [0.0]
     cache = EncodingCache(3, 10 * size, 100, clock=lambda: now[0])
     first, second, third = (cache.add(encoding) for _ in range(3))

@@ -14,7 +14,6 @@ from PIL import Image
 from opensan.images import ImageError
 from opensan.segmenters.san import SanSegmenter
 from opensan.serve import ServiceLimits
-from opensan.serve.cache import encoding_bytes
 from opensan.serve.engine import Engine
 from opensan.serve.metrics import Metrics
 from opensan.serve.photographs import MOST_SCANS, decode, more_scans
@@ -87,7 +86,7 @@ def test_what_is_kept_is_what_is_counted(segmenter):
     encodings = asyncio.run(encode_together())
     for encoding in encodings:
         held = sum(tensor.untyped_storage().nbytes() for tensor in (encoding.mask_logits, encoding.mask_embeddings))
-        assert held + encoding.image.nbytes == encoding_bytes(encoding)
+        assert held + encoding.image.nbytes == encoding.nbytes
         assert encoding.image.base is None
 
 
@@ -157,10 +156,10 @@ def failing(segmenter, monkeypatch, bad: bytes):
     shade = np.asarray(Image.open(io.BytesIO(bad)).convert("RGB"))
     through = segmenter.encode_prepared
 
-    def encode(batch, arrays):
-        if any(np.array_equal(array, shade) for array in arrays):
+    def encode(batch):
+        if any(np.array_equal(one.image, shade) for one in batch):
             raise RuntimeError("the network failed")
-        return through(batch, arrays)
+        return through(batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(segmenter, "encode_prepared", encode)

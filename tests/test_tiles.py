@@ -73,7 +73,7 @@ def blended_plainly(segmenter, picture, vocabulary, tiling):
         for left in tiling.lefts:
             window = slice(top, top + tiling.height), slice(left, left + tiling.width)
             encoding = segmenter.encode(picture[window])
-            ((_, masks),) = mask_bands(encoding.mask_logits, encoding.sizes, tiling.height)
+            masks = mask_bands(encoding.mask_logits, encoding.sizes)(slice(tiling.height))
             weight = border_weights(tiling.height, tiling.overlap)[:, None] * border_weights(
                 tiling.width, tiling.overlap
             )

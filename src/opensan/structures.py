@@ -76,6 +76,8 @@ class TextClassifier:
     """[R] int64, ascending: the class (0..K-1) that each row speaks for."""
     num_classes: int
     """K."""
+    first_equal: Tensor | None = None
+    """[R] int64: the first row that equals each row; None where no two rows are equal."""
 
 
 @dataclass(frozen=True)

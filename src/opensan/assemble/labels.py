@@ -6,12 +6,14 @@ Letters: Q queries, K words, C candidate words of a block, h w stride-16 grid, H
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from opensan.assemble.bands import first_equal, row_bands, to_array
 from opensan.assemble.best_row import best_row
 from opensan.assemble.bounds import ROUNDING, first_maximum, group_size, mask_errors, possible_winners
-from opensan.assemble.resize import interpolation_matrices, linear_pieces, mask_bands
+from opensan.assemble.resize import MaskBand, interpolation_matrices, linear_pieces, mask_bands
 from opensan.structures import ImageSizes
 
 PARTS = 4
@@ -19,6 +21,9 @@ PARTS = 4
 
 SMALL_BLOCK = 96
 """Pixels; of a block no larger, all pixels are computed: fewer than twice those a division would look at."""
+
+MOST_WORDS_BY_BANDS = 100
+"""With so many words or fewer, all of them at all pixels are sooner computed than bounded (docs/results.md)."""
 
 BAND_PIXELS = 1 << 20
 """About how many pixels are under way together."""
@@ -48,27 +53,33 @@ def label_map(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> 
         sizes: of the image these come from.
 
     Returns:
-        [H0, W0] int32 in 0..K-1. Ties go to the lowest class, as argmax answers them.
+        [H0, W0] int32 in 0..K-1. Ties go to the lowest class, as argmax answers them; words with equal columns of
+        `probabilities` always tie.
 
     Memory is bounded, whatever K x H0 x W0. The answer is the plain computation's up to rounding. An accelerator
     has arithmetic to spare, and gets it band by band.
     """
-    if mask_logits.device.type == "cpu":
+    if mask_logits.device.type == "cpu" and probabilities.shape[1] > MOST_WORDS_BY_BANDS:
         return label_map_by_bounds(mask_logits, probabilities, sizes)
     return label_map_by_bands(mask_logits, probabilities, sizes)
 
 
 def label_map_by_bands(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
     """`label_map` in the simplest way: all words at all pixels of a band of rows at a time."""
-    height, width = sizes.image
-    labels = torch.empty(height, width, dtype=torch.int32, device=mask_logits.device)
-    weights = probabilities.T.contiguous()
+    return best_words_of_masks(mask_bands(mask_logits, sizes), probabilities, sizes.image)
+
+
+def best_words_of_masks(masks: MaskBand, probabilities: Tensor, size: tuple[int, int]) -> Tensor:
+    """[H0, W0] int32: the word with the highest score at each pixel of an image of `size`, given masks by bands."""
+    names = distinct_words(probabilities)
+    weights = probabilities[:, names].T.contiguous()
+    labels = torch.empty(size, dtype=torch.int32, device=weights.device)
     # Where the scores are not written down, only the masks take memory.
-    rows_of_floats = len(mask_logits) if mask_logits.is_cuda else sum(weights.shape)
-    floats = BAND_FLOATS_ON_CUDA if mask_logits.is_cuda else BAND_FLOATS
-    rows = max(1, floats // (rows_of_floats * width))
-    for top, masks in mask_bands(mask_logits, sizes, rows):
-        labels[top : top + rows] = best_row(weights, masks.flatten(1)).view(masks.shape[1:])
+    floats_a_pixel, floats = (
+        (len(probabilities), BAND_FLOATS_ON_CUDA) if weights.is_cuda else (sum(weights.shape), BAND_FLOATS)
+    )
+    for rows in row_bands(size[0], floats_a_pixel * size[1], floats):
+        labels[rows] = names[best_row(weights, masks(rows).flatten(1))].view(-1, size[1])
     return labels
 
 
@@ -307,15 +318,8 @@ def distinct_words(probabilities: Tensor) -> Tensor:
 
     Equal columns may differ in their products by rounding, which must not decide between them; nor could any bound.
     """
-    queries, words = probabilities.shape
-    bits = probabilities.contiguous().view(torch.int32).long()
-    factors = torch.randint(1 << 62, (queries,), generator=torch.Generator().manual_seed(0))
-    _, same = (factors[:, None] * bits).sum(dim=0).unique(return_inverse=True)
-    first = torch.full((words,), words).scatter_reduce_(0, same, torch.arange(words), "amin")
-    representative = first[same]
-    if not torch.equal(probabilities, probabilities[:, representative]):  # two sums that are equal by accident
-        return torch.arange(words)
-    return representative.unique()
+    first = np.unique(first_equal(to_array(probabilities.T)))
+    return torch.from_numpy(first).to(probabilities.device)
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:

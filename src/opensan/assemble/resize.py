@@ -3,7 +3,7 @@
 Letters: Q queries, h w stride-16 grid, H W the padded network image, H0 W0 the answer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from opensan.assemble import interpolation
 from opensan.structures import ImageSizes
+
+MaskBand = Callable[[slice], Tensor]
+"""A band of rows to the mask probabilities there, [Q, rows, W0] float32 in [0, 1]."""
 
 
 def interpolation_matrices(mask_logits: Tensor, sizes: ImageSizes) -> tuple[Tensor, Tensor]:
@@ -41,8 +44,7 @@ def linear_pieces(grid: int, padded: int, network: int, image: int) -> tuple[Ten
     return torch.tensor(first), torch.tensor(last)
 
 
-def mask_bands(mask_logits: Tensor, sizes: ImageSizes, rows: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, mask probabilities [Q, rows, W0]) from top to bottom; mask_logits is [Q, h, w]."""
+def mask_bands(mask_logits: Tensor, sizes: ImageSizes) -> MaskBand:
+    """Return the function that resizes the mask logits [Q, h, w] for a band of rows of the image."""
     down, across = interpolation_matrices(mask_logits, sizes)
-    for top in range(0, sizes.image[0], rows):
-        yield top, (down[top : top + rows] @ mask_logits @ across.T).sigmoid_()
+    return lambda rows: (down[rows] @ mask_logits @ across.T).sigmoid_()

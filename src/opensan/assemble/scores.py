@@ -1,4 +1,4 @@
-"""Scores, where somebody asks for them.
+"""Class probabilities, and scores of words where somebody asks for them.
 
 Letters: Q queries, K words, h w stride-16 grid, H0 W0 the answer.
 """
@@ -6,11 +6,17 @@ Letters: Q queries, K words, h w stride-16 grid, H0 W0 the answer.
 import torch
 from torch import Tensor
 
-from opensan.assemble.resize import mask_bands
+from opensan.assemble.bands import row_bands
+from opensan.assemble.resize import MaskBand, mask_bands
 from opensan.structures import ImageSizes
 
 BAND_FLOATS = 1 << 20
 """About how many floats a band of rows may need for its scores and masks (4 MB: a processor's cache)."""
+
+
+def class_probabilities(class_logits: Tensor) -> Tensor:
+    """Return the softmax of class logits [..., K + 1], "no object" last, without the latter: [..., K]."""
+    return class_logits.softmax(dim=-1)[..., :-1]
 
 
 def label_scores(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes, labels: Tensor) -> Tensor:
@@ -19,19 +25,25 @@ def label_scores(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes, 
     The other arguments as for `label_map`. Only words that occur are computed, a band of rows at a time.
     """
     scores = torch.empty(labels.shape, dtype=mask_logits.dtype, device=mask_logits.device)
+    height, width = labels.shape
     queries, words = probabilities.shape
     weights = probabilities.T
-    rows = max(1, BAND_FLOATS // ((queries + words) * labels.shape[1]))
-    for top, masks in mask_bands(mask_logits, sizes, rows):
-        winners = labels[top : top + rows].long().flatten()
+    masks = mask_bands(mask_logits, sizes)
+    for rows in row_bands(height, (queries + words) * width, BAND_FLOATS):
+        winners = labels[rows].long().flatten()
         occurs = winners.bincount(minlength=words) > 0
-        band = weights[occurs] @ masks.flatten(1)
+        band = weights[occurs] @ masks(rows).flatten(1)
         index = (occurs.cumsum(0) - 1)[winners]
-        scores[top : top + rows] = band.gather(0, index.unsqueeze(0)).view(masks.shape[1:])
+        scores[rows] = band.gather(0, index.unsqueeze(0)).view(-1, width)
     return scores
+
+
+def band_scores(masks: MaskBand, probabilities: Tensor, rows: slice) -> Tensor:
+    """All scores [K, rows, W0] of a band of rows, from class probabilities [Q, K]."""
+    band = masks(rows)
+    return (probabilities.T @ band.flatten(1)).unflatten(1, band.shape[1:])
 
 
 def score_maps(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
     """All scores [K, H0, W0]: the plain form, for inspection and tests; needs the memory that `label_map` avoids."""
-    (_, masks), *_ = mask_bands(mask_logits, sizes, sizes.image[0])
-    return torch.einsum("qk,qhw->khw", probabilities, masks)
+    return band_scores(mask_bands(mask_logits, sizes), probabilities, slice(0, sizes.image[0]))

@@ -193,7 +193,7 @@ class _Run:
             class_of_id = prepared.class_of_id() if self._category_ids is CategoryIds.dataset else None
             predictions = SavedPredictions(self._from_predictions, len(vocabulary.names), class_of_id=class_of_id)
             return SavedPredictor(predictions)
-        self._segmenter.text.classifier(vocabulary)  # before the photographs: it may take long, with a bar of its own
+        self._segmenter.prepare_words(vocabulary)  # before the photographs: it may take long, with a bar of its own
         return (AugmentedPredictor if self._tta else ModelPredictor)(self._segmenter, vocabulary)
 
     def table(self, sets: Sequence["PreparedSet"], evaluations: Sequence["Evaluation"]) -> None:

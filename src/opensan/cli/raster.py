@@ -93,8 +93,8 @@ def segment_raster(
             from opensan.segmenters.san import load_san
 
             segmenter = load_san(model, device=device, speed=speed.value, dtype=dtype and dtype.value)
-            segmenter.text.classifier(vocabulary)  # before the work: it finds words that do not fit
-            tiling = Tiling.plan(raster.size, tile or segmenter.model.config.image.short_side, overlap)
+            segmenter.prepare_words(vocabulary)  # before the work: it finds words that do not fit
+            tiling = Tiling.plan(raster.size, tile or segmenter.image_config.short_side, overlap)
             work = _work(raster, segmenter, vocabulary, tiling)
             result = SingleResult(out, image, raster.stat, LABELS, work)
             part = out / f".{result.name}.labels.part"

@@ -90,7 +90,7 @@ def segment(
     jobs = plan(without_results(list_images(images), images, out), images)
     note(f"loading {model}")
     segmenter = load(model, device=device, speed=speed.value, dtype=dtype and dtype.value, max_pixels=max_pixels)
-    segmenter.text.classifier(vocabulary)  # before the images: it may take long, and it finds words that do not fit
+    segmenter.prepare_words(vocabulary)  # before the images: it may take long, and it finds words that do not fit
     try:
         if len(jobs) == 1 and not datasets:
             _one(segmenter, vocabulary, jobs[0], out, kinds)

@@ -60,7 +60,7 @@ def segment_video(
     from opensan.segmenters.load import load
 
     segmenter = load(model, device=device, speed=speed.value, dtype=dtype and dtype.value, max_pixels=max_pixels)
-    segmenter.text.classifier(vocabulary)  # before the work: it finds words that do not fit
+    segmenter.prepare_words(vocabulary)  # before the work: it finds words that do not fit
     try:
         with VideoRun(segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch) as run:
             _run(run, vocabulary.names)

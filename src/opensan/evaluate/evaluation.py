@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.progress import track
 
 from opensan.assemble.labels import label_map
+from opensan.assemble.scores import class_probabilities
 from opensan.data.dataset import SegmentationDataset
 from opensan.errors import UserError
 from opensan.evaluate.metrics import Confusion, Counts, SegmentationMetrics
 from opensan.images import prepare
 from opensan.model import SAN
-from opensan.segmenters.san import SanSegmenter
+from opensan.segmenters.base import Segmenter
 from opensan.structures import TextClassifier
 from opensan.text.encoder import TextEncoder
 from opensan.vocabulary import UNLABELLED, Vocabulary
@@ -55,7 +56,7 @@ class Evaluation:
     """Metrics of each image, in the data set's order; empty if they were not kept."""
 
 
-def segmenter_predictor(segmenter: SanSegmenter, vocabulary: Vocabulary) -> Predictor:
+def segmenter_predictor(segmenter: Segmenter, vocabulary: Vocabulary) -> Predictor:
     """Return a predictor that labels as `segmenter.segment` does, by the model's own image configuration."""
     return lambda image: segmenter.segment(image, vocabulary).labels
 
@@ -71,7 +72,7 @@ def model_predictor(model: SAN, text: TextClassifier, words: int) -> Predictor:
     def predict(image: np.ndarray) -> np.ndarray:
         prepared = prepare(image, model.config.image)
         proposals = model.propose(prepared.pixels.unsqueeze(0).to(device))
-        probabilities = model.classify(proposals, text)[0].softmax(dim=-1)[:, :-1]
+        probabilities = class_probabilities(model.classify(proposals, text))[0]
         labels = label_map(proposals.mask_logits[0], probabilities, prepared.sizes).cpu().numpy()
         return np.where(labels < words, labels, UNLABELLED)
 

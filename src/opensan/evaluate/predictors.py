@@ -4,26 +4,22 @@ Letters: Q queries, K words, H0 W0 the image.
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from opensan.assemble.resize import mask_bands
+from opensan.assemble.bands import best_words
 from opensan.config import ImageConfig
 from opensan.evaluate.predictions import SavedPredictions
-from opensan.images import PreparedImage, network_size, padded_size, prepare
-from opensan.segmenters.results import Encoding
-from opensan.segmenters.san import SanSegmenter
+from opensan.images import network_size, padded_size, prepare
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.results import Encoding, InputImage
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Factors of the short side; each as it is and mirrored: the usual set of test-time augmentation."""
-
-_BAND_ELEMENTS = 8_000_000
-"""Number of floats that a band of rows may need for its scores and masks, about (32 MB)."""
 
 
 class BatchPredictor(Protocol):
@@ -45,10 +41,10 @@ class BatchPredictor(Protocol):
 class ModelPredictor:
     """Labels by a model and its own image configuration. Images of different padded shapes never share a batch."""
 
-    def __init__(self, segmenter: SanSegmenter, vocabulary: Vocabulary) -> None:
+    def __init__(self, segmenter: Segmenter, vocabulary: Vocabulary) -> None:
         self._segmenter = segmenter
         self._vocabulary = vocabulary
-        self._image = segmenter.model.config.image
+        self._image = segmenter.image_config
         self.key = {
             "model": str(segmenter.identity),
             "image": self._image.model_dump(mode="json"),
@@ -61,11 +57,11 @@ class ModelPredictor:
     def shape(self, size: tuple[int, int]) -> Hashable:
         return padded_size(network_size(size, self._image), self._image)
 
-    def prepare(self, name: str, image: np.ndarray) -> PreparedImage:
-        return prepare(image, self._image)
+    def prepare(self, name: str, image: np.ndarray) -> InputImage:
+        return _input(image, self._image)
 
-    def predict(self, prepared: Sequence[PreparedImage]) -> list[np.ndarray]:
-        encodings = encode_by_shape(self._segmenter, prepared)
+    def predict(self, prepared: Sequence[InputImage]) -> list[np.ndarray]:
+        encodings = self._segmenter.encode_read(prepared, batch_size=len(prepared))
         return [answer.labels for answer in self._segmenter.segment(encodings, self._vocabulary)]
 
 
@@ -77,11 +73,11 @@ class AugmentedPredictor:
     """
 
     def __init__(
-        self, segmenter: SanSegmenter, vocabulary: Vocabulary, scales: Sequence[float] = TTA_SCALES, flip: bool = True
+        self, segmenter: Segmenter, vocabulary: Vocabulary, scales: Sequence[float] = TTA_SCALES, flip: bool = True
     ) -> None:
         self._segmenter = segmenter
         self._vocabulary = vocabulary
-        image = segmenter.model.config.image
+        image = segmenter.image_config
         self._images = [_scaled(image, scale) for scale in scales]
         self._flips = (False, True) if flip else (False,)
         self.key = ModelPredictor(segmenter, vocabulary).key | {"augmentation": [list(scales), flip]}
@@ -89,30 +85,24 @@ class AugmentedPredictor:
     def shape(self, size: tuple[int, int]) -> Hashable:
         return tuple(padded_size(network_size(size, image), image) for image in self._images)
 
-    def prepare(self, name: str, image: np.ndarray) -> list[PreparedImage]:
+    def prepare(self, name: str, image: np.ndarray) -> list[InputImage]:
         pictures = [np.ascontiguousarray(image[:, ::-1]) if flip else image for flip in self._flips]
-        return [prepare(picture, config) for config in self._images for picture in pictures]
+        return [_input(picture, config) for config in self._images for picture in pictures]
 
-    def predict(self, prepared: Sequence[list[PreparedImage]]) -> list[np.ndarray]:
-        views = [encode_by_shape(self._segmenter, view) for view in zip(*prepared, strict=True)]
+    def predict(self, prepared: Sequence[list[InputImage]]) -> list[np.ndarray]:
+        views = [self._segmenter.encode_read(view, batch_size=len(view)) for view in zip(*prepared, strict=True)]
         flips = self._flips * len(self._images)
         return [self._label(encodings, flips) for encodings in zip(*views, strict=True)]
 
-    @torch.inference_mode()
     def _label(self, encodings: Sequence[Encoding], flips: Sequence[bool]) -> np.ndarray:
-        probabilities = [self._segmenter.class_probabilities(one, self._vocabulary) for one in encodings]
-        height, width = encodings[0].sizes.image
-        queries, words = probabilities[0].shape
-        rows = max(1, _BAND_ELEMENTS // ((queries + words) * width))
-        bands = [mask_bands(one.mask_logits, one.sizes, rows) for one in encodings]
-        labels = np.empty((height, width), dtype=np.int32)
-        for views in zip(*bands, strict=True):
-            scores = sum(
-                torch.einsum("qk,qyx->kyx", weights, masks.flip(-1) if flip else masks)
-                for weights, (_, masks), flip in zip(probabilities, views, flips, strict=True)
+        views = [self._segmenter.scores(encoding, self._vocabulary) for encoding in encodings]
+
+        def summed(rows: slice) -> "torch.Tensor | np.ndarray":
+            return sum(
+                _mirrored(scores(rows)) if flip else scores(rows) for scores, flip in zip(views, flips, strict=True)
             )
-            top = views[0][0]
-            labels[top : top + rows] = scores.argmax(dim=0).cpu().numpy()
+
+        labels = best_words(summed, encodings[0].sizes.image, len(self._vocabulary.words))
         labels[labels >= len(self._vocabulary.names)] = UNLABELLED
         return labels
 
@@ -135,16 +125,13 @@ class SavedPredictor:
         return list(prepared)
 
 
-def encode_by_shape(segmenter: SanSegmenter, prepared: Sequence[PreparedImage]) -> list[Encoding]:
-    """Return encodings in the order given; those of one padded shape go through the network together."""
-    groups = defaultdict(list)
-    for index, image in enumerate(prepared):
-        groups[image.sizes.padded].append(index)
-    encodings: dict[int, Encoding] = {}
-    for indices in groups.values():
-        found = segmenter.encode_prepared([prepared[index] for index in indices])
-        encodings.update(zip(indices, found, strict=True))
-    return [encodings[index] for index in range(len(prepared))]
+def _input(image: np.ndarray, config: ImageConfig) -> InputImage:
+    """Network input alone: nobody looks at the image of an encoding here."""
+    return InputImage(None, prepare(image, config))
+
+
+def _mirrored(scores: "torch.Tensor | np.ndarray") -> "torch.Tensor | np.ndarray":
+    return scores[..., ::-1] if isinstance(scores, np.ndarray) else scores.flip(-1)
 
 
 def _scaled(image: ImageConfig, scale: float) -> ImageConfig:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from opensan.assemble.interpolation import interpolation_matrices
 from opensan.assemble.labels import label_map
+from opensan.assemble.scores import class_probabilities
 from opensan.config import ModelConfig
 from opensan.files import ASSETS
 from opensan.images import PreparedImage, prepare
@@ -128,7 +129,7 @@ def _images(config: ModelConfig) -> Iterator[PreparedImage]:
 
 def _probabilities(model: SAN, proposals: Proposals, rows: torch.Tensor) -> torch.Tensor:
     text = TextClassifier(rows, torch.arange(len(rows)), len(rows))
-    return model.classify(proposals, text)[0].softmax(dim=-1)[:, :-1]
+    return class_probabilities(model.classify(proposals, text))[0]
 
 
 def _exported_probabilities(graphs: Mapping[str, Run], embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:

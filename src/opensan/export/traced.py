@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from opensan.assemble.scores import class_probabilities
 from opensan.config import ModelConfig
 from opensan.errors import UserError
 from opensan.model import SAN
@@ -47,7 +48,7 @@ class WordGraph(nn.Module):
         one_class_a_row = TextClassifier(rows, rows_of_word, rows.shape[0])
         logits = self.model.classify(proposals, one_class_a_row)[0]
         words = logits[:, :-1][:, rows_of_word].amax(dim=2)
-        return torch.cat([words, logits[:, -1:]], dim=1).softmax(dim=1)[:, :-1]
+        return class_probabilities(torch.cat([words, logits[:, -1:]], dim=1))
 
 
 class LabelGraph(nn.Module):

@@ -26,7 +26,7 @@ from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from opensan.segmenters.base import Segmenter
-    from opensan.segmenters.results import ReadImage, Segmentation
+    from opensan.segmenters.results import InputImage, Segmentation
 
 MAX_THREADS = 4
 """That read, and that write."""
@@ -99,7 +99,7 @@ class _Read:
     """An image in memory, and the file it is from."""
 
     job: Job
-    image: "ReadImage"
+    image: "InputImage"
     source: Stamp
 
 

@@ -22,19 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensan.assemble.best_row import best_row
+from opensan.assemble.labels import best_words_of_masks
 from opensan.assemble.resize import interpolation_matrices
 from opensan.errors import UserError
-from opensan.images import prepare
-from opensan.segmenters.results import Encoding
-from opensan.segmenters.san import SanSegmenter
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.proposals import with_proposals
+from opensan.segmenters.results import Encoding, InputImage
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 OVERLAP = 5
 """A tile overlaps its neighbour by this part of itself, if nobody says otherwise."""
-
-CHUNK_FLOATS = 1 << 21
-"""About how many floats of masks and scores are made at once (8 MB)."""
 
 
 class Raster(Protocol):
@@ -109,7 +106,7 @@ def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
 
 
 def label_by_tiles(
-    segmenter: SanSegmenter,
+    segmenter: Segmenter,
     raster: Raster,
     vocabulary: Vocabulary,
     tiling: Tiling,
@@ -159,14 +156,14 @@ class _Work:
 
     def __init__(
         self,
-        segmenter: SanSegmenter,
+        segmenter: Segmenter,
         raster: Raster,
         vocabulary: Vocabulary,
         tiling: Tiling,
         batch_size: int,
         advance: Callable[[int], None],
     ) -> None:
-        self._segmenter = segmenter
+        self._segmenter = with_proposals(segmenter, "an image by tiles")
         self._raster = raster
         self._vocabulary = vocabulary
         self._tiling = tiling
@@ -197,18 +194,20 @@ class _Work:
             return pixels, None
         if not valid.any():
             return None, valid
-        mean = np.round(self._segmenter.model.config.image.mean).astype(np.uint8)
+        mean = np.round(self._segmenter.image_config.mean).astype(np.uint8)
         return np.where(valid[..., None], pixels, mean), valid  # no data looks like padding: nothing, not black
 
     def _encode(self, images: list[np.ndarray]) -> list[Encoding]:
-        prepared = [prepare(image, self._segmenter.model.config.image) for image in images]
-        return self._segmenter.encode_prepared(prepared) if prepared else []
+        prepared = [self._segmenter.prepare(image).prepared for image in images]
+        return self._segmenter.encode_prepared([InputImage(None, one) for one in prepared]) if prepared else []
 
     @torch.inference_mode()
     def _ask(self, encoding: Encoding, valid: np.ndarray | None) -> _Tile:
+        masks = torch.as_tensor(encoding["mask_logits"])
         if self._matrices is None:
-            self._matrices = interpolation_matrices(encoding.mask_logits, encoding.sizes)
-        return _Tile(encoding.mask_logits, self._segmenter.class_probabilities(encoding, self._vocabulary), valid)
+            self._matrices = interpolation_matrices(masks, encoding.sizes)
+        probabilities = self._segmenter.class_probabilities(encoding, self._vocabulary)
+        return _Tile(masks, torch.as_tensor(probabilities), valid)
 
     @torch.inference_mode()
     def labels(self, rows: dict[int, list[_Tile | None]], strip: int, top: int, bottom: int) -> np.ndarray:
@@ -241,15 +240,18 @@ class _Work:
             out.fill_(0)  # without data; `labels` sees to it
             return
         height, width = out.shape
-        weights = torch.cat([tile.probabilities for tile, _, _ in tiles]).T.contiguous()
-        rows = max(1, CHUNK_FLOATS // (sum(weights.shape) * width))
-        for start in range(0, height, rows):
-            stop = min(height, start + rows)
-            masks = [
-                self._masks(tile, slice(down + start, down + stop), slice(across, across + width), len(tiles) > 1)
-                for tile, down, across in tiles
-            ]
-            out[start:stop] = best_row(weights, torch.cat(masks).flatten(1)).view(stop - start, width)
+
+        def masks(rows: slice) -> Tensor:
+            return torch.cat(
+                [
+                    self._masks(
+                        tile, slice(down + rows.start, down + rows.stop), slice(across, across + width), len(tiles) > 1
+                    )
+                    for tile, down, across in tiles
+                ]
+            )
+
+        out.copy_(best_words_of_masks(masks, torch.cat([tile.probabilities for tile, _, _ in tiles]), (height, width)))
 
     def _masks(self, tile: _Tile, rows: slice, columns: slice, weigh: bool) -> Tensor:
         """[Q, rows, columns] in [0, 1]: mask probabilities, times the tile's weights if others have a say.

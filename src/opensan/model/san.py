@@ -132,11 +132,14 @@ class SAN(nn.Module):
     def classify(self, proposals: Proposals, text: TextClassifier) -> Tensor:
         """Class logits [B, Q, K + 1] of the proposals, "no object" last.
 
-        A class's logit is that of its best row, so that a synonym can only help it.
+        A class's logit is that of its best row, so that a synonym can only help it. Rows that are equal give exactly
+        equal logits: a matrix product alone may differ in the last bit from one column to the next.
         """
         scale = self.clip.logit_scale.exp()
         embeddings = proposals.mask_embeddings.to(text.rows.dtype)
         words = embeddings @ (scale * text.rows).T  # [B, Q, R]
+        if text.first_equal is not None:
+            words = words[..., text.first_equal]
         if text.rows.shape[0] != text.num_classes:
             index = text.row_class.to(words.device).expand_as(words)
             empty = words.new_full((*words.shape[:2], text.num_classes), -torch.inf)

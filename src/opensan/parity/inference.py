@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from opensan.assemble.labels import label_map
-from opensan.assemble.scores import score_maps
+from opensan.assemble.scores import class_probabilities, score_maps
 from opensan.errors import UserError
 from opensan.images import prepare
 from opensan.model import SAN
@@ -77,7 +77,7 @@ def _answers(
     vocabulary = Vocabulary.parse(list(meta["words"]), templates=meta["templates"])
     text = TextEncoder(model, disk_cache=False).classifier(vocabulary)
     logits = model.classify(proposals, text)[0]
-    masks, probabilities = proposals.mask_logits[0], logits.softmax(dim=-1)[:, :-1]
+    masks, probabilities = proposals.mask_logits[0], class_probabilities(logits)
     scores = score_maps(masks, probabilities, sizes)
     best = scores.topk(2, dim=0).values
     ours = {

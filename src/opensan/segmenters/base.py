@@ -1,6 +1,6 @@
 """The base class of all segmenters; needs no torch.
 
-Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the image.
+Letters: H0 W0 the image.
 """
 
 from collections import defaultdict
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from opensan.assemble.bands import Scores, best_words, scores_of_words
 from opensan.config import ImageConfig
 from opensan.errors import UserError
-from opensan.images import ImageSource, PreparedImage, open_image
-from opensan.segmenters.results import Encoding, ReadImage, Segmentation, is_finite
+from opensan.images import ImageSource, open_image, prepare_array
+from opensan.segmenters.results import Encoding, InputImage, Segmentation
 from opensan.structures import Identity
-from opensan.text.rows import TextRows
 from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
 
 if TYPE_CHECKING:
@@ -22,46 +22,56 @@ if TYPE_CHECKING:
 
 
 class Segmenter:
-    """A model ready to be asked. Holds no state of any image, so threads may share one object."""
+    """Base class of all segmenters. Holds no state of any image, so threads may share one object.
+
+    A subclass sets the attributes and says how a batch is encoded (`encode_prepared`) and how words score in a band of
+    rows (`scores`). Labels and confidence follow from the scores; a subclass overrides `winners` and `confidence` where
+    it knows a faster way.
+    """
 
     identity: Identity
     """Which model it is, taken when the segmenter was built."""
     max_pixels: int
-    """Larger photographs are refused."""
+    """Larger images are refused."""
     image_config: ImageConfig
-    """How a photograph becomes network input."""
+    """How an image becomes network input."""
     device: "torch.device | str"
     speed: str
     """One of those of `opensan.load`, or the format of an exported model."""
     dtype: "torch.dtype | str"
     """Of the image half's matrices."""
-    text: TextRows
-    """What knows words."""
 
-    def prepare(self, image: np.ndarray) -> ReadImage:
-        """A photograph, [H0, W0, 3] uint8 RGB, with its network input in the form that `encode_prepared` takes."""
+    def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
+        """Run images of one padded shape through the network."""
         raise NotImplementedError
 
-    def encode_prepared(
-        self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
-    ) -> list[Encoding]:
-        """Images of one padded shape through the network; `arrays` are the photographs that the encodings keep."""
+    def scores(self, encoding: Encoding, vocabulary: Vocabulary) -> Scores:
+        """Return the function that scores all words, background words included, in a band of rows of the image."""
         raise NotImplementedError
 
-    def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> "torch.Tensor | np.ndarray":
-        """[Q, K] float32: each proposal's softmax over the words and "no object", without the latter.
+    def prepare(self, image: np.ndarray) -> InputImage:
+        """Turn an image, [H0, W0, 3] uint8 RGB, into network input in the form that `encode_prepared` takes."""
+        return InputImage(image, prepare_array(image, self.image_config))
 
-        K counts the background words too; they come last.
-        """
-        raise NotImplementedError
+    def prepare_words(self, vocabulary: Vocabulary) -> None:
+        """Do what takes long when words are used for the first time. Raises ValueError for words that can't be used."""
 
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
         """[H0, W0] int32: each pixel's word, background words included, which come last."""
-        raise NotImplementedError
+        return best_words(self.scores(encoding, vocabulary), encoding.sizes.image, len(vocabulary.words))
 
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
         """What `Segmentation.confidence` answers."""
-        raise NotImplementedError
+        vocabulary = segmentation.vocabulary
+        scores = self.scores(segmentation.encoding, vocabulary)
+        return scores_of_words(scores, segmentation.winners, len(vocabulary.words)).clip(0, 1)
+
+    def check_encoding(self, encoding: Encoding) -> None:
+        """Raise UserError, one line, unless this model made the encoding, of finite numbers."""
+        if encoding.model != self.identity.encodings:
+            raise UserError(f"this encoding was made by model {encoding.model}, not by {self.identity.encodings}")
+        if not encoding.is_finite:
+            raise UserError(f"model {encoding.model} gives no finite numbers for an image: its weights are not usable")
 
     @overload
     def encode(self, images: list[Any] | tuple[Any, ...], *, batch_size: int = 4) -> list[Encoding]: ...
@@ -89,27 +99,23 @@ class Segmenter:
     def _encode_all(self, images: Sequence[Any], batch_size: int) -> list[Encoding]:
         return self.encode_read([self.read(image) for image in images], batch_size=batch_size)
 
-    def read(self, image: Any) -> ReadImage:
+    def read(self, image: Any) -> InputImage:
         """Decode and resize one image, as `encode` takes them: the part that may run ahead, in another thread.
 
         Raises ImageError (a ValueError), one line naming the image that cannot be read.
         """
         return self.prepare(open_image(image, max_pixels=self.max_pixels))
 
-    def encode_read(self, images: Sequence[ReadImage], *, batch_size: int = 4) -> list[Encoding]:
+    def encode_read(self, images: Sequence[InputImage], *, batch_size: int = 4) -> list[Encoding]:
         """What `encode` does after reading; see there."""
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        by_shape = defaultdict(list)
-        for index, image in enumerate(images):
-            by_shape[image.prepared.sizes.padded].append(index)
         encodings: dict[int, Encoding] = {}
-        for group in by_shape.values():
+        for group in same_shape(images):
             for start in range(0, len(group), batch_size):
                 indices = group[start : start + batch_size]
-                batch = [images[index] for index in indices]
-                found = self.encode_prepared([image.prepared for image in batch], [image.array for image in batch])
-                encodings.update(zip(indices, found, strict=True))
+                encoded = self.encode_prepared([images[index] for index in indices])
+                encodings.update(zip(indices, encoded, strict=True))
         return [encodings[index] for index in range(len(images))]
 
     @overload
@@ -169,17 +175,20 @@ class Segmenter:
 
     def _label(self, encoding: Encoding, vocabulary: Vocabulary) -> Segmentation:
         """The word half of the model, and the label map."""
-        if encoding.model != self.identity.encodings:
-            raise UserError(f"this encoding was made by model {encoding.model}, not by {self.identity.encodings}")
-        if not (is_finite(encoding.mask_logits) and is_finite(encoding.mask_embeddings)):
-            raise UserError(
-                f"model {encoding.model} gives no finite numbers for an image: its weights are not usable"
-            )
+        self.check_encoding(encoding)
         winners = self.winners(encoding, vocabulary)
         names = vocabulary.names
         background = len(vocabulary.words) > len(names)
         labels = np.where(winners < len(names), winners, np.int32(UNLABELLED)) if background else winners
         return Segmentation(labels, names, winners, vocabulary, encoding, self)
+
+
+def same_shape(images: Sequence[InputImage]) -> list[list[int]]:
+    """Group images by padded shape: those of one shape may go through the network together. Returns their indices."""
+    groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, image in enumerate(images):
+        groups[image.prepared.sizes.padded].append(index)
+    return list(groups.values())
 
 
 AnySegmenter = Segmenter

@@ -7,12 +7,12 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from opensan import outputs
+from opensan.assemble.bands import to_array
 from opensan.errors import UserError
 from opensan.files import atomic_path
 from opensan.images import PreparedImage
@@ -29,53 +30,75 @@ from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
 if TYPE_CHECKING:
     import torch
 
-    from opensan.segmenters.base import Segmenter
-
-
 MOST_ANSWERED_PIXELS = 2**30
-"""An encoding from a file may say that its photograph was no larger (4 GiB of labels), and no more can be checked."""
+"""An encoding from a file may say that its image was no larger (4 GiB of labels), and no more can be checked."""
+
+_IMAGE = "image"
+"""The name of the image itself among the tensors of a file."""
 
 
-def to_array(tensor: "torch.Tensor | np.ndarray") -> np.ndarray:
-    """A tensor of any device as a contiguous array."""
-    return np.ascontiguousarray(tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy())
+@dataclass(frozen=True)
+class InputImage:
+    """An image as network input, and the image itself."""
 
-
-def is_finite(tensor: "torch.Tensor | np.ndarray") -> bool:
-    """Return whether no number is NaN or infinite (nor the sum of all so large): one quick pass."""
-    return math.isfinite(float(tensor.sum()))
+    image: np.ndarray | None
+    """[H0, W0, 3] uint8 RGB, which the encoding keeps; None if it shall not."""
+    prepared: PreparedImage
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Encoding:
-    """An image after both ViTs, before any word: all that `SanSegmenter.segment` needs to answer any vocabulary.
+    """An image after the image half of a model, before any word: all that `Segmenter.segment` needs to answer words.
 
-    Its tensors are arrays where torch is not installed, or an exported model made them.
+    Which arrays there are is the model's own matter. Those of SAN are its mask proposals: "mask_logits" [Q, h, w] and
+    "mask_embeddings" [Q, D], unit length, both float32.
     """
 
-    mask_logits: "torch.Tensor | np.ndarray"
-    """[Q, h, w] float32."""
-    mask_embeddings: "torch.Tensor | np.ndarray"
-    """[Q, D] float32, unit length."""
+    arrays: Mapping[str, "torch.Tensor | np.ndarray"]
+    """By name: tensors, or arrays where torch is not installed or an exported model made them."""
     sizes: ImageSizes
     model: str
     """Fingerprint of the model that made it; another model cannot read it."""
     image: np.ndarray | None = None
-    """The photograph, [H0, W0, 3] uint8 RGB, for overlays; None if it was not kept."""
+    """The image, [H0, W0, 3] uint8 RGB, for overlays; None if it was not kept."""
 
     def __repr__(self) -> str:
         height, width = self.sizes.image
         return f"<Encoding of a photograph of {width}x{height} by {self.model}>"
 
+    def __getitem__(self, name: str) -> "torch.Tensor | np.ndarray":
+        return self.arrays[name]
+
+    @property
+    def mask_logits(self) -> "torch.Tensor | np.ndarray":
+        """`encoding["mask_logits"]`, of a model that proposes masks."""
+        return self.arrays["mask_logits"]
+
+    @property
+    def mask_embeddings(self) -> "torch.Tensor | np.ndarray":
+        """`encoding["mask_embeddings"]`, of a model that proposes masks."""
+        return self.arrays["mask_embeddings"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its arrays and its image take."""
+        arrays = [*self.arrays.values(), *([] if self.image is None else [self.image])]
+        return sum(array.nbytes for array in arrays)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no number of the arrays is NaN or infinite (nor the sum of all so large): one quick pass."""
+        return all(math.isfinite(float(array.sum())) for array in self.arrays.values())
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` (a safetensors file), all or nothing."""
         path = Path(path)
-        tensors = {"mask_logits": to_array(self.mask_logits), "mask_embeddings": to_array(self.mask_embeddings)}
+        tensors = {name: to_array(array) for name, array in self.arrays.items()}
         if self.image is not None:
-            tensors["image"] = np.ascontiguousarray(self.image)
-        sizes = {"image": self.sizes.image, "network": self.sizes.network, "padded": self.sizes.padded}
+            tensors[_IMAGE] = np.ascontiguousarray(self.image)
+        about = {"model": self.model, "sizes": asdict(self.sizes)}
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"opensan": json.dumps({"model": self.model, "sizes": sizes})})
+            save_file(tensors, temporary, metadata={"opensan": json.dumps(about)})
         return path
 
     @classmethod
@@ -84,35 +107,41 @@ class Encoding:
         try:
             with safe_open(path, framework="pt" if find_spec("torch") else "np") as file:
                 meta = json.loads(file.metadata()["opensan"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             sizes = ImageSizes(**{name: (int(size[0]), int(size[1])) for name, size in meta["sizes"].items()})
-            image = np.asarray(tensors["image"]) if "image" in tensors else None
-            encoding = cls(tensors["mask_logits"], tensors["mask_embeddings"], sizes, str(meta["model"]), image)
+            image = np.asarray(arrays.pop(_IMAGE)) if _IMAGE in arrays else None
+            encoding = cls(arrays, sizes, str(meta["model"]), image)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"{os.fspath(path)}: not a saved encoding ({error})") from None
-        encoding._check(os.fspath(path))
+        if not encoding._is_bounded():
+            raise UserError(f"{os.fspath(path)}: not a saved encoding (its arrays and sizes contradict each other)")
+        if not encoding.is_finite:
+            raise UserError(f"{os.fspath(path)}: not a saved encoding (its arrays hold NaN or infinity)")
         return encoding
 
-    def _check(self, source: str) -> None:
-        """Sizes from a file must describe its tensors, or they would ask for memory of any amount."""
-        masks, embeddings, sizes = self.mask_logits, self.mask_embeddings, self.sizes
-        fits = (
-            masks.ndim == 3
-            and embeddings.ndim == 2
-            and len(masks) == len(embeddings)
-            and str(masks.dtype) == str(embeddings.dtype) in ("float32", "torch.float32")
-            and all(0 < network <= padded for network, padded in zip(sizes.network, sizes.padded, strict=True))
-            and all(padded <= 256 * grid for padded, grid in zip(sizes.padded, masks.shape[1:], strict=True))
-            and is_finite(masks)
-            and is_finite(embeddings)
+    def _is_bounded(self) -> bool:
+        """Whether the sizes fit the arrays. A file may say anything, and ask for memory of any amount by that."""
+        sizes = self.sizes
+        longest = max((side for array in self.arrays.values() for side in array.shape), default=0)
+        return (
+            all(
+                0 < network <= padded <= 256 * longest
+                for network, padded in zip(sizes.network, sizes.padded, strict=True)
+            )
             and min(sizes.image) > 0
             and math.prod(sizes.image) <= MOST_ANSWERED_PIXELS
             and (self.image is None or self.image.shape == (*sizes.image, 3))
         )
-        if not fits:
-            raise UserError(
-                f"{source}: not a saved encoding (its tensors and sizes contradict each other, or hold NaN or infinity)"
-            )
+
+
+class _Answers(Protocol):
+    """What a segmentation asks of the segmenter that made it."""
+
+    def segment(
+        self, images: Encoding, words: Any, *, background: Iterable[Any] = (), templates: Templates | None = None
+    ) -> "Segmentation": ...
+
+    def confidence(self, segmentation: "Segmentation") -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,8 +159,10 @@ class Segmentation:
     """[H0, W0] int32: index into `vocabulary.words`, background words included; `labels` itself if there are none."""
     vocabulary: Vocabulary
     encoding: Encoding
-    segmenter: "Segmenter | None"
+    segmenter: _Answers | None
     """What answered; None in one that was unpickled."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known of the image or of its pixels, by name: a place for what other methods and tools add."""
 
     def __repr__(self) -> str:
         height, width = self.labels.shape
@@ -204,12 +235,3 @@ class Segmentation:
             vocabulary=self.vocabulary.to_dict(),
             model=self.encoding.model,
         )
-
-
-@dataclass(frozen=True)
-class ReadImage:
-    """A photograph, decoded and as network input."""
-
-    array: np.ndarray
-    """[H0, W0, 3] uint8 RGB."""
-    prepared: PreparedImage

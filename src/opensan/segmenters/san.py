@@ -17,22 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from opensan.assemble.bands import Scores, first_equal, to_array
 from opensan.assemble.labels import label_map
-from opensan.assemble.scores import label_scores
+from opensan.assemble.resize import MaskBand, mask_bands
+from opensan.assemble.scores import band_scores, class_probabilities, label_scores
 from opensan.checkpoints import load_model, random_model
 from opensan.devices import checked_device
 from opensan.errors import UserError
-from opensan.images import MAX_PIXELS, PreparedImage, prepare
+from opensan.images import MAX_PIXELS, prepare
 from opensan.model import SAN
 from opensan.model.identity import model_identity
-from opensan.segmenters.base import Segmenter
 from opensan.segmenters.image_half import DTYPES, SPEEDS, fastest_dtype, prepare_image_half
-from opensan.segmenters.results import Encoding, ReadImage, Segmentation
+from opensan.segmenters.proposals import ProposalSegmenter
+from opensan.segmenters.results import Encoding, InputImage, Segmentation
 from opensan.structures import Proposals
 from opensan.text.encoder import TextEncoder
 from opensan.vocabulary import Vocabulary
 
-__all__ = ["Encoding", "ReadImage", "SanSegmenter", "Segmentation", "load_san"]
+__all__ = ["Encoding", "InputImage", "SanSegmenter", "Segmentation", "load_san"]
 
 
 def _undisturbed(method: Callable) -> Callable:
@@ -50,7 +52,7 @@ def _undisturbed(method: Callable) -> Callable:
     return call
 
 
-class SanSegmenter(Segmenter):
+class SanSegmenter(ProposalSegmenter):
     """A model ready to be asked. Holds no state of any image, so threads may share one object."""
 
     def __init__(
@@ -81,37 +83,40 @@ class SanSegmenter(Segmenter):
         self._propose = prepare_image_half(self.model, self.device, speed, self.dtype)
         self.text = TextEncoder(self.model, disk_cache=text_cache, identity=self.identity.text)
 
+    def prepare(self, image: np.ndarray) -> InputImage:
+        """What `Segmenter.prepare` answers."""
+        return InputImage(image, prepare(image, self.image_config))
+
     @_undisturbed
-    def encode_prepared(
-        self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
-    ) -> list[Encoding]:
-        """Images of one padded shape through the network; `arrays` are the photographs that the encodings keep."""
-        pixels = torch.stack([prepared.pixels for prepared in batch]).to(self.device)
+    def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
+        """Run images of one padded shape through the network."""
+        pixels = torch.stack([torch.as_tensor(image.prepared.pixels) for image in batch]).to(self.device)
         proposals = self._propose(pixels)
         # Copies: a part of the batch's tensors would keep all of them in memory for as long as it is kept.
         return [
-            Encoding(masks.clone(), embeddings.clone(), prepared.sizes, self.identity.encodings, array)
-            for masks, embeddings, prepared, array in zip(
-                proposals.mask_logits.float(),
-                proposals.mask_embeddings.float(),
-                batch,
-                arrays or [None] * len(batch),
-                strict=True,
+            Encoding(
+                {"mask_logits": masks.clone(), "mask_embeddings": embeddings.clone()},
+                image.prepared.sizes,
+                self.identity.encodings,
+                image.image,
+            )
+            for masks, embeddings, image in zip(
+                proposals.mask_logits.float(), proposals.mask_embeddings.float(), batch, strict=True
             )
         ]
 
     @_undisturbed
+    def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> torch.Tensor:
+        """What `ProposalSegmenter.class_probabilities` answers."""
+        embeddings = torch.as_tensor(encoding["mask_embeddings"], device=self.device)
+        proposals = Proposals(self._masks(encoding).unsqueeze(0), embeddings.unsqueeze(0))
+        return class_probabilities(self.model.classify(proposals, self.text.classifier(vocabulary)))[0]
+
+    @_undisturbed
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
-        """Return each pixel's word index, [H0, W0] int32; see `Segmenter.winners`."""
+        """What `Segmenter.winners` answers."""
         probabilities = self.class_probabilities(encoding, vocabulary)
         return label_map(self._masks(encoding), probabilities, encoding.sizes).cpu().numpy()
-
-    def _masks(self, encoding: Encoding) -> torch.Tensor:
-        return torch.as_tensor(encoding.mask_logits, device=self.device)
-
-    def prepare(self, image: np.ndarray) -> ReadImage:
-        """What `Segmenter.prepare` answers."""
-        return ReadImage(image, prepare(image, self.image_config))
 
     @_undisturbed
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
@@ -122,13 +127,19 @@ class SanSegmenter(Segmenter):
         scores = label_scores(self._masks(encoding), probabilities, encoding.sizes, labels)
         return scores.clamp_(0, 1).cpu().numpy()
 
+    def scores(self, encoding: Encoding, vocabulary: Vocabulary) -> Scores:
+        """What `Segmenter.scores` answers, as tensors on the device."""
+        probabilities = self.class_probabilities(encoding, vocabulary)
+        masks = mask_bands(self._masks(encoding), encoding.sizes)
+        first = torch.from_numpy(first_equal(to_array(probabilities.T))).to(self.device)
+        return lambda rows: self._band_scores(masks, probabilities, rows)[first]
+
     @_undisturbed
-    def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> torch.Tensor:
-        """What `Segmenter.class_probabilities` answers."""
-        text = self.text.classifier(vocabulary)
-        masks, embeddings = self._masks(encoding), torch.as_tensor(encoding.mask_embeddings, device=self.device)
-        proposals = Proposals(mask_logits=masks.unsqueeze(0), mask_embeddings=embeddings.unsqueeze(0))
-        return self.model.classify(proposals, text)[0].softmax(dim=-1)[:, :-1]
+    def _band_scores(self, masks: MaskBand, probabilities: torch.Tensor, rows: slice) -> torch.Tensor:
+        return band_scores(masks, probabilities, rows)
+
+    def _masks(self, encoding: Encoding) -> torch.Tensor:
+        return torch.as_tensor(encoding["mask_logits"], device=self.device)
 
 
 def load_san(

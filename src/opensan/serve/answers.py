@@ -14,9 +14,11 @@ import numpy as np
 from PIL import Image
 
 from opensan import outputs
+from opensan.assemble.bands import to_array
 from opensan.assemble.interpolation import masks_at, resized_masks
 from opensan.segmenters.base import Segmenter
-from opensan.segmenters.results import Encoding, Segmentation, to_array
+from opensan.segmenters.proposals import with_proposals
+from opensan.segmenters.results import Encoding, Segmentation
 from opensan.serve.limits import Problem
 from opensan.serve.schemas import Format, PointAnswer, PointProposal, PointWord
 from opensan.vocabulary import Vocabulary
@@ -137,12 +139,16 @@ def _map(segmentation: Segmentation, with_confidence: bool) -> bytes:
 
 
 def point(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, x: int, y: int) -> PointAnswer:
-    """What decides the pixel in column `x` and row `y`. Raises Problem (422) if the photograph has no such pixel."""
+    """What decides the pixel in column `x` and row `y`. Raises Problem (422) if the photograph has no such pixel.
+
+    Raises ValueError, one line, for a model that has no mask proposals.
+    """
+    segmenter = with_proposals(segmenter, "an explanation of a pixel")
     height, width = encoding.sizes.image
     if x >= width or y >= height:
         raise Problem(422, f"pixel ({x}, {y}) is outside the photograph of {width} x {height}")
     probabilities = to_array(segmenter.class_probabilities(encoding, vocabulary))
-    mask_logits = to_array(encoding.mask_logits)
+    mask_logits = to_array(encoding["mask_logits"])
     masks = masks_at(mask_logits, encoding.sizes, y, x)
     contributions = probabilities * masks[:, None]
     scores = contributions.sum(axis=0)

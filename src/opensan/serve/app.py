@@ -162,7 +162,7 @@ class Service:
 
     def reading(self, vocabulary: Vocabulary) -> list[Callable[[], Any]]:
         """What makes the text rows of a long vocabulary, a part at a time. They are remembered, also for later."""
-        return [partial(self.segmenter.text.classifier, part) for part in text_parts(vocabulary)]
+        return [partial(self.segmenter.prepare_words, part) for part in text_parts(vocabulary)]
 
     async def segmented(
         self,

@@ -38,7 +38,7 @@ class EncodingCache:
     def add(self, encoding: Encoding) -> str:
         """Keep `encoding` and answer its name; the least recently used ones make room."""
         name = secrets.token_urlsafe(16)
-        self._kept[name] = _Kept(encoding, encoding_bytes(encoding), self._clock() + self.seconds)
+        self._kept[name] = _Kept(encoding, encoding.nbytes, self._clock() + self.seconds)
         self.size += self._kept[name].size
         self.sweep()
         while len(self._kept) > 1 and (len(self._kept) > self._entries or self.size > self._most):
@@ -70,9 +70,3 @@ class EncodingCache:
 
     def _drop(self, name: str) -> None:
         self.size -= self._kept.pop(name).size
-
-
-def encoding_bytes(encoding: Encoding) -> int:
-    """What keeping it costs."""
-    image = 0 if encoding.image is None else encoding.image.nbytes
-    return encoding.mask_logits.nbytes + encoding.mask_embeddings.nbytes + image

@@ -7,7 +7,6 @@ milliseconds, whatever photographs wait.
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,8 +17,8 @@ from batched.aio import AsyncBatchProcessor
 
 from opensan.errors import UserError
 from opensan.images import ImageError
-from opensan.segmenters.base import Segmenter
-from opensan.segmenters.results import Encoding, ReadImage
+from opensan.segmenters.base import Segmenter, same_shape
+from opensan.segmenters.results import Encoding, InputImage
 from opensan.serve.limits import Problem, ServiceLimits, busy
 from opensan.serve.metrics import Metrics
 from opensan.serve.photographs import decode
@@ -37,7 +36,7 @@ Answer = TypeVar("Answer")
 class _Place:
     """A request in the queue of batches. If its client leaves, it stays until its turn, but drops its image at once."""
 
-    photograph: ReadImage | None = None
+    photograph: InputImage | None = None
     left: bool = False
 
 
@@ -159,7 +158,7 @@ class Engine:
 
         return counted
 
-    def _read(self, data: bytes, place: _Place) -> ReadImage:
+    def _read(self, data: bytes, place: _Place) -> InputImage:
         try:
             return self.segmenter.prepare(decode(data, self._limits))
         finally:
@@ -174,14 +173,11 @@ class Engine:
         finally:
             self._encoded.beat()
 
-    def _encode(self, photographs: list[ReadImage]) -> list[Encoding | Exception]:
+    def _encode(self, photographs: list[InputImage]) -> list[Encoding | Exception]:
         """Photographs of one padded shape go through the network together."""
         started = time.monotonic()
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, photograph in enumerate(photographs):
-            groups[photograph.prepared.sizes.padded].append(index)
         encodings: dict[int, Encoding | Exception] = {}
-        for indices in groups.values():
+        for indices in same_shape(photographs):
             found = self._encode_group([photographs[index] for index in indices])
             encodings.update(zip(indices, found, strict=True))
             self._metrics.batch.observe(len(indices))
@@ -190,12 +186,10 @@ class Engine:
         self._seconds_an_image += 0.2 * (seconds / len(photographs) - self._seconds_an_image)
         return [encodings[index] for index in range(len(photographs))]
 
-    def _encode_group(self, group: list[ReadImage]) -> list[Encoding | Exception]:
+    def _encode_group(self, group: list[InputImage]) -> list[Encoding | Exception]:
         """Photographs of one padded shape; those of a batch that fails are tried one by one."""
         try:
-            return self.segmenter.encode_prepared(
-                [photograph.prepared for photograph in group], [photograph.array for photograph in group]
-            )
+            return self.segmenter.encode_prepared(group)
         except Exception as error:
             if len(group) == 1:
                 return [error]

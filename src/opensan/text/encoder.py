@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from opensan.assemble.bands import first_equal
 from opensan.errors import UserError
 from opensan.model.identity import text_identity
 from opensan.structures import PromptTree, TextClassifier
@@ -88,9 +89,15 @@ class TextEncoder(TextRows):
     def _build(self, vocabulary: Vocabulary, device: torch.device, progress: bool | None) -> TextClassifier:
         # What is made here outlives the caller's mode: it must serve training after inference, and the other way round.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            matrix = torch.from_numpy(self.rows(vocabulary, progress=progress)).to(device)
-            row_class = torch.tensor(vocabulary.row_class, device=device)
-        return TextClassifier(matrix, row_class, len(vocabulary.words))
+            rows = self.rows(vocabulary, progress=progress)
+            first = first_equal(rows)
+            all_differ = np.array_equal(first, np.arange(len(rows)))
+            return TextClassifier(
+                torch.from_numpy(rows).to(device),
+                torch.tensor(vocabulary.row_class, device=device),
+                len(vocabulary.words),
+                None if all_differ else torch.from_numpy(first).to(device),
+            )
 
     @property
     def most_nodes(self) -> int:

@@ -39,6 +39,9 @@ PROMPTS_AT_ONCE = 64
 ROWS_IN_MEMORY = 65_536
 """Rows kept in memory: 128 MiB at D = 512."""
 
+EQUAL = 1e-6
+"""Two rows that differ by no more in any number are equal: so much depends on what the tower embeds together."""
+
 _LONGEST_TOKEN = 40
 """Characters; no token of CLIP's is longer, so text beyond this many a position needs no tokenizer to be refused."""
 
@@ -70,6 +73,25 @@ def row_key(tower: str, prompts: Sequence[str]) -> bytes:
     """
     same = (" ".join(prompt.lower().split()) for prompt in prompts)
     return hashlib.sha256("\0".join([tower, *same]).encode()).digest()
+
+
+def with_equal_rows(rows: np.ndarray) -> np.ndarray:
+    """Replace each of the unit rows [R, D] by the first row that is equal up to rounding, so that equal is equal.
+
+    Words that the model never learned have equal rows, and so have texts that are the same to the tokenizer.
+    """
+    direction = np.random.default_rng(0).standard_normal(rows.shape[1])
+    position = rows @ (direction / np.linalg.norm(direction))  # those of equal rows lie side by side
+    order = position.argsort()
+    starts = np.flatnonzero(np.diff(position[order], prepend=-np.inf) > EQUAL)
+    first = np.arange(len(rows))
+    for start, size in zip(starts, np.diff(starts, append=len(rows)), strict=True):
+        group = np.sort(order[start : start + size])
+        while len(group) > 1:
+            equal = np.abs(rows[group] - rows[group[0]]).max(axis=1) <= EQUAL
+            first[group[equal]] = group[0]
+            group = group[~equal]
+    return rows[first]
 
 
 class TextRows:
@@ -108,6 +130,7 @@ class TextRows:
         """The vocabulary as unit rows [R, D], float32; one thread at a time.
 
         A row is the mean of its prompts' unit embeddings, normalised again (paper, section 4.1; ViLD's ensemble).
+        Rows that are equal up to rounding are equal in every bit.
         `progress` shows a bar on stderr: None means if that is a terminal and it takes more than a second.
         Warns about words that consist of tokens the model was never trained on.
         Raises ValueError, one line naming the word, if a prompt has more tokens than the model reads.
@@ -134,7 +157,7 @@ class TextRows:
         for key in keys:
             self._rows.put(key, embeddings[key], 1)
         self._warn_of_unseen_words(vocabulary, tower.unseen)
-        return np.stack([embeddings[key] for key in keys])
+        return with_equal_rows(np.stack([embeddings[key] for key in keys]))
 
     def _remembered(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """The rows that memory or disk holds."""
@@ -195,10 +218,14 @@ class TextRows:
             return
         names = []
         for word in vocabulary.words:
-            texts = [*(word.prompts or word.synonyms[:1]), *word.synonyms[1:]]
-            tokens = [token for text in texts for token in tokenize(text)[1:-1]]
-            if unseen[tokens].all():
-                names.append(word.name)
+            texts = {
+                word.synonyms[0]: word.prompts or word.synonyms[:1],
+                **{text: (text,) for text in word.synonyms[1:]},
+            }
+            never = [
+                name for name, read in texts.items() if unseen[[t for text in read for t in tokenize(text)[1:-1]]].all()
+            ]
+            names += [word.name] if len(never) == len(texts) else never
         if names:
             more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
             listed = ", ".join(short(name) for name in names[:10])

@@ -35,7 +35,7 @@ from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from opensan.segmenters.base import Segmenter
-    from opensan.segmenters.results import ReadImage
+    from opensan.segmenters.results import InputImage
 
 AHEAD = 2
 """Frames (or batches of them) that are read before they are needed, and that wait to be drawn and to be written."""
@@ -70,7 +70,7 @@ class Done:
 @dataclass(frozen=True)
 class _Read:
     frame: Frame
-    image: "ReadImage | None"
+    image: "InputImage | None"
     """None if its labels are there already."""
 
 
@@ -126,7 +126,7 @@ class VideoRun:
         self._path = path
         self._out = out
         self._every = every
-        self._steadier = Steadier() if steady else None
+        self._steadier = Steadier.of(segmenter) if steady else None
         self._batch = batch
         self._name = path.stem
         self._latest: tuple[int, Past | None] | None = None

@@ -16,7 +16,10 @@ import numpy as np
 from scipy.ndimage import map_coordinates, uniform_filter
 from scipy.special import expit
 
-from opensan.segmenters.results import Encoding, to_array
+from opensan.assemble.bands import to_array
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.proposals import with_proposals
+from opensan.segmenters.results import Encoding
 
 PAST = 0.8
 """The share of the past in the mixture where the picture is found again: an average over about five frames."""
@@ -54,15 +57,21 @@ class Steadier:
         """`past` is an earlier steadier's, to go on from there."""
         self.past = past
 
+    @classmethod
+    def of(cls, segmenter: Segmenter) -> "Steadier":
+        """For the encodings of this model. Raises ValueError, one line, if it has no mask proposals."""
+        with_proposals(segmenter, "a steadied video (steady=False and --no-steady do without)")
+        return cls()
+
     def steadied(self, encoding: Encoding, pixels: np.ndarray) -> Encoding:
         """The next frame's encoding, mixed with those before; `pixels` [3, H, W] is the network input it is made of."""
-        masks, embeddings = to_array(encoding.mask_logits), to_array(encoding.mask_embeddings)
+        masks, embeddings = to_array(encoding["mask_logits"]), to_array(encoding["mask_embeddings"])
         grid = masks.shape[1:]
         grey = _grey(to_array(pixels), grid)
         if self.past is not None:
             masks, embeddings = _mixed(masks, embeddings, grey, self.past)
         self.past = Past(masks, embeddings, grey)
-        return replace(encoding, mask_logits=masks, mask_embeddings=embeddings)
+        return replace(encoding, arrays={**encoding.arrays, "mask_logits": masks, "mask_embeddings": embeddings})
 
 
 def _mixed(masks: np.ndarray, embeddings: np.ndarray, grey: np.ndarray, past: Past) -> tuple[np.ndarray, np.ndarray]:

@@ -8,22 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
+from opensan.assemble.bands import first_equal, row_bands, to_array
 from opensan.assemble.interpolation import interpolation_matrices
 from opensan.errors import UserError
-from opensan.images import MAX_PIXELS, PreparedImage, prepare_array
-from opensan.segmenters.base import Segmenter
+from opensan.images import MAX_PIXELS
 from opensan.segmenters.exported.manifest import read_folder
 from opensan.segmenters.exported.runtimes import SUFFIXES, Run, open_graph
 from opensan.segmenters.exported.text import WORDS_NAME, EmbeddedWords, ExportedText
-from opensan.segmenters.results import Encoding, ReadImage, Segmentation, to_array
+from opensan.segmenters.proposals import ProposalSegmenter
+from opensan.segmenters.results import Encoding, InputImage, Segmentation
 from opensan.structures import Identity
 from opensan.vocabulary import Vocabulary
 
-BAND_FLOATS = 1 << 21
-"""About how many floats a band of the label map may need for its scores and masks (8 MB)."""
 
-
-class ExportedSegmenter(Segmenter):
+class ExportedSegmenter(ProposalSegmenter):
     """What `opensan export` wrote, ready to be asked; `opensan.load` makes one."""
 
     def __init__(
@@ -59,21 +57,18 @@ class ExportedSegmenter(Segmenter):
             disk_cache=text_cache,
         )
 
-    def prepare(self, image: np.ndarray) -> ReadImage:
-        """What `Segmenter.prepare` answers."""
-        return ReadImage(image, prepare_array(image, self.image_config))
-
-    def encode_prepared(
-        self, batch: Sequence[PreparedImage], arrays: Sequence[np.ndarray | None] | None = None
-    ) -> list[Encoding]:
-        """What `Segmenter.encode_prepared` answers."""
-        masks, embeddings = self._image(pixels=np.stack([to_array(prepared.pixels) for prepared in batch]))
+    def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
+        """Run images of one padded shape through the network."""
+        masks, embeddings = self._image(pixels=np.stack([to_array(image.prepared.pixels) for image in batch]))
         # Copies: a part of the batch's arrays would keep all of them in memory for as long as it is kept.
         return [
-            Encoding(mask.copy(), embedding.copy(), prepared.sizes, self.identity.encodings, array)
-            for mask, embedding, prepared, array in zip(
-                masks, embeddings, batch, arrays or [None] * len(batch), strict=True
+            Encoding(
+                {"mask_logits": mask.copy(), "mask_embeddings": embedding.copy()},
+                image.prepared.sizes,
+                self.identity.encodings,
+                image.image,
             )
+            for mask, embedding, image in zip(masks, embeddings, batch, strict=True)
         ]
 
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
@@ -86,24 +81,27 @@ class ExportedSegmenter(Segmenter):
         return np.clip(np.concatenate([scores for _, scores in bands]), 0, 1)
 
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
-        """What `Segmenter.class_probabilities` answers."""
+        """What `ProposalSegmenter.class_probabilities` answers."""
         rows = self.text.classifier(vocabulary)
         (found,) = self._words(
-            mask_embeddings=to_array(encoding.mask_embeddings), rows=rows, rows_of_word=rows_of_words(vocabulary)
+            mask_embeddings=to_array(encoding["mask_embeddings"]),
+            rows=rows,
+            rows_of_word=first_equal(rows)[rows_of_words(vocabulary)],  # equal rows give exactly equal probabilities
         )
         return found
 
     def _bands(self, encoding: Encoding, vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Labels and scores of a band of rows at a time, so that memory does not grow with words times pixels."""
         probabilities = self.class_probabilities(encoding, vocabulary)
-        masks = to_array(encoding.mask_logits)
+        names = np.unique(first_equal(probabilities.T))  # of words with equal scores, rounding would choose
+        probabilities = np.ascontiguousarray(probabilities[:, names])
+        masks = to_array(encoding["mask_logits"])
         down, across = interpolation_matrices(masks.shape[1:], encoding.sizes)
-        rows = max(1, BAND_FLOATS // (sum(probabilities.shape) * len(across)))
-        for top in range(0, len(down), rows):
+        for rows in row_bands(len(down), sum(probabilities.shape) * len(across)):
             labels, scores = self._labels(
-                probabilities=probabilities, mask_logits=masks, down=down[top : top + rows], across=across
+                probabilities=probabilities, mask_logits=masks, down=down[rows], across=across
             )
-            yield labels, scores
+            yield names.astype(np.int32)[labels], scores
 
 
 def rows_of_words(vocabulary: Vocabulary) -> np.ndarray:

@@ -1,0 +1,82 @@
+"""Segmenters that propose masks first and classify the masks by words then; needs no torch.
+
+Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the image.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import expit
+
+from opensan.assemble.bands import Scores, first_equal, to_array
+from opensan.assemble.interpolation import interpolation_matrices
+from opensan.errors import UserError
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.results import Encoding
+from opensan.text.rows import TextRows
+from opensan.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ProposalSegmenter(Segmenter):
+    """Base class of segmenters with mask proposals: the score of a word is the sum of class times mask probability.
+
+    Their encodings hold "mask_logits" [Q, h, w] and "mask_embeddings" [Q, D], both float32. Explanations of a pixel,
+    steadied videos and blended tiles are made of these.
+    """
+
+    text: TextRows
+    """The text half: it embeds words."""
+
+    def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> "torch.Tensor | np.ndarray":
+        """[Q, K] float32: each proposal's softmax over the words and "no object", without the latter.
+
+        K counts the background words too; they come last. Words with equal text rows have equal columns.
+        """
+        raise NotImplementedError
+
+    def scores(self, encoding: Encoding, vocabulary: Vocabulary) -> Scores:
+        """What `Segmenter.scores` answers."""
+        probabilities = to_array(self.class_probabilities(encoding, vocabulary))
+        masks = to_array(encoding["mask_logits"])
+        down, across = interpolation_matrices(masks.shape[1:], encoding.sizes)
+        first = first_equal(probabilities.T)
+
+        def of_rows(rows: slice) -> np.ndarray:
+            band = expit(down[rows] @ masks @ across.T)
+            scores = probabilities.T @ band.reshape(len(band), -1)
+            return scores[first].reshape(-1, *band.shape[1:])
+
+        return of_rows
+
+    def prepare_words(self, vocabulary: Vocabulary) -> None:
+        """Embed the words, with a progress bar on a terminal."""
+        self.text.classifier(vocabulary)
+
+    def check_encoding(self, encoding: Encoding) -> None:
+        """Raise ValueError, one line, unless this model made the encoding and its arrays are mask proposals."""
+        super().check_encoding(encoding)
+        masks, embeddings = encoding.arrays.get("mask_logits"), encoding.arrays.get("mask_embeddings")
+        if (
+            masks is None
+            or embeddings is None
+            or not (
+                masks.ndim == 3
+                and embeddings.ndim == 2
+                and len(masks) == len(embeddings)
+                and str(masks.dtype) == str(embeddings.dtype) in ("float32", "torch.float32")
+                and all(
+                    padded <= 256 * grid for padded, grid in zip(encoding.sizes.padded, masks.shape[1:], strict=True)
+                )
+            )
+        ):
+            raise UserError("this encoding holds no mask proposals (its arrays and sizes contradict each other)")
+
+
+def with_proposals(segmenter: Segmenter, purpose: str) -> ProposalSegmenter:
+    """Return the segmenter itself. Raises ValueError, one line saying what for, if it has no mask proposals."""
+    if not isinstance(segmenter, ProposalSegmenter):
+        raise UserError(f"{purpose} needs a model with mask proposals, and {segmenter.fingerprint} has none")
+    return segmenter
