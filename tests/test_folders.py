@@ -335,7 +335,7 @@ class Counting(SanSegmenter):
         with self.lock:
             self.alive += 1
             self.most = max(self.most, self.alive)
-        weakref.finalize(found.array, self._gone)
+        weakref.finalize(found.image, self._gone)
         return found
 
     def _gone(self) -> None:

@@ -1,6 +1,7 @@
 """The object a user holds: inputs, batches, relabelling, saved encodings, threads."""
 
 import io
+import json
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 import opensan
 from opensan.checkpoints import save_folder
@@ -92,6 +94,7 @@ def test_a_pickled_result_is_complete_but_for_the_model(san, tmp_path):
     data = pickle.dumps(seg)
     assert len(data) < 40 * image.size  # the model stays behind
     copy = pickle.loads(data)
+    assert pickle.loads(pickle.dumps(replace(seg, data={"depth": image}))).data["depth"].shape == image.shape
     assert np.array_equal(copy.labels, seg.labels) and np.array_equal(copy.confidence, seg.confidence)
     assert copy.names == seg.names and copy.areas == seg.areas and copy.vocabulary == seg.vocabulary
     written, expected = copy.save(tmp_path / "copy"), seg.save(tmp_path / "original")
@@ -173,6 +176,18 @@ def test_an_encoding_can_be_kept(san, tmp_path):
     assert [seg.labels.shape for seg in mixed] == [(70, 110), (50, 50)]
 
 
+def test_an_encoding_of_version_0_1_0_is_read(san, tmp_path):
+    """Such a file holds the two arrays of SAN by name, the image, and the sizes in its metadata."""
+    encoding = san.encode(picture(50, 70))
+    sizes = {name: list(getattr(encoding.sizes, name)) for name in ("image", "network", "padded")}
+    tensors = {name: encoding[name].numpy() for name in ("mask_logits", "mask_embeddings")} | {"image": encoding.image}
+    about = json.dumps({"model": encoding.model, "sizes": sizes})
+    save_file(tensors, tmp_path / "old.encoding", metadata={"opensan": about})
+    loaded = Encoding.load(tmp_path / "old.encoding")
+    assert set(loaded.arrays) == {"mask_logits", "mask_embeddings"} and np.array_equal(loaded.image, encoding.image)
+    assert np.array_equal(san.segment(loaded, WORDS).labels, san.segment(encoding, WORDS).labels)
+
+
 def test_a_foreign_or_damaged_encoding_is_refused(san, small_model, tmp_path):
     encoding = san.encode(picture(60, 60))
     stranger = replace(encoding, model="other-model")
@@ -182,6 +197,17 @@ def test_a_foreign_or_damaged_encoding_is_refused(san, small_model, tmp_path):
     path = replace(encoding, sizes=enormous, image=None).save(tmp_path / "enormous.encoding")
     with pytest.raises(ValueError, match="contradict each other"):
         Encoding.load(path)
+    wide = replace(encoding.sizes, network=(10**6, 10**6), padded=(10**6, 10**6))
+    for name, sizes in (("huge", wide), ("upside-down", replace(encoding.sizes, network=(0, 64)))):
+        path = replace(encoding, sizes=sizes).save(tmp_path / name)
+        with pytest.raises(ValueError, match="contradict each other"):
+            Encoding.load(path)
+    fewer = {"mask_logits": encoding.mask_logits, "mask_embeddings": encoding.mask_embeddings[1:]}
+    for arrays in (fewer, {"mask_logits": encoding.mask_logits}, {"features": encoding.mask_logits}):
+        path = replace(encoding, arrays=arrays).save(tmp_path / "others")
+        with pytest.raises(ValueError, match="holds no mask proposals") as caught:
+            san.segment(Encoding.load(path), WORDS)
+        assert "\n" not in str(caught.value)
     path = encoding.save(tmp_path / "x.encoding")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a saved encoding"):

@@ -24,7 +24,7 @@ def to_array(tensor: "torch.Tensor | np.ndarray") -> np.ndarray:
     return np.ascontiguousarray(tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy())
 
 
-def row_bands(height: int, floats_a_row: int, floats: int = BAND_FLOATS) -> Iterator[slice]:
+def row_bands(height: int, floats_a_row: int, floats: int) -> Iterator[slice]:
     """Cut the rows 0..`height` - 1 into bands that need about `floats` floats each, and at least one row."""
     rows = max(1, floats // floats_a_row)
     for top in range(0, height, rows):
@@ -37,7 +37,7 @@ def best_words(scores: Scores, size: tuple[int, int], words: int) -> np.ndarray:
     Ties go to the lowest word.
     """
     labels = np.empty(size, dtype=np.int32)
-    for rows in row_bands(size[0], words * size[1]):
+    for rows in row_bands(size[0], words * size[1], BAND_FLOATS):
         labels[rows] = to_array(scores(rows).argmax(0))
     return labels
 
@@ -45,7 +45,7 @@ def best_words(scores: Scores, size: tuple[int, int], words: int) -> np.ndarray:
 def scores_of_words(scores: Scores, labels: np.ndarray, words: int) -> np.ndarray:
     """Return the score of the word that `labels` [H0, W0] names at each pixel: [H0, W0] float32."""
     found = np.empty(labels.shape, dtype=np.float32)
-    for rows in row_bands(labels.shape[0], words * labels.shape[1]):
+    for rows in row_bands(labels.shape[0], words * labels.shape[1], BAND_FLOATS):
         found[rows] = np.take_along_axis(to_array(scores(rows)), labels[None, rows], axis=0)[0]
     return found
 

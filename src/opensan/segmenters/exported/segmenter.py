@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opensan.assemble.bands import first_equal, row_bands, to_array
+from opensan.assemble.bands import BAND_FLOATS, first_equal, row_bands, to_array
 from opensan.assemble.interpolation import interpolation_matrices
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS
@@ -97,7 +97,7 @@ class ExportedSegmenter(ProposalSegmenter):
         probabilities = np.ascontiguousarray(probabilities[:, names])
         masks = to_array(encoding["mask_logits"])
         down, across = interpolation_matrices(masks.shape[1:], encoding.sizes)
-        for rows in row_bands(len(down), sum(probabilities.shape) * len(across)):
+        for rows in row_bands(len(down), sum(probabilities.shape) * len(across), BAND_FLOATS):
             labels, scores = self._labels(
                 probabilities=probabilities, mask_logits=masks, down=down[rows], across=across
             )
