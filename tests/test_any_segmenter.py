@@ -88,7 +88,7 @@ def test_it_labels_and_relabels_and_scores(colours, monkeypatch):
     assert first.labels.dtype == np.int32 and first.confidence.dtype == np.float32
     assert 0.9 < np.median(first.confidence) <= 1
     again = first.relabel(["blue", "red"], background=["green"])
-    assert again.areas["blue"] == pytest.approx(1 / 3, abs=0.03)
+    assert again.areas["blue"] == pytest.approx(1 / 3, abs=0.04)
     assert (again.labels[:, 50:70] == -1).all()
     with pytest.raises(ValueError, match="'purple' is no colour"):
         first.relabel("purple")

@@ -3,6 +3,8 @@
 Letters: Q queries, h w stride-16 grid, H0 W0 the answer.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from opensan.structures import ImageSizes
@@ -33,10 +35,15 @@ def interpolation_matrices(grid: tuple[int, int], sizes: ImageSizes) -> tuple[np
     return down, across
 
 
+def mask_bands(mask_logits: np.ndarray, sizes: ImageSizes) -> Callable[[slice], np.ndarray]:
+    """Return the function from a band of rows to the mask probabilities there, [Q, rows, W0]; mask_logits [Q, h, w]."""
+    down, across = interpolation_matrices((mask_logits.shape[1], mask_logits.shape[2]), sizes)
+    return lambda rows: _sigmoid(down[rows] @ mask_logits @ across.T)
+
+
 def resized_masks(mask_logits: np.ndarray, sizes: ImageSizes) -> np.ndarray:
     """Mask probabilities [Q, H0, W0] of mask logits [Q, h, w]."""
-    down, across = interpolation_matrices((mask_logits.shape[1], mask_logits.shape[2]), sizes)
-    return _sigmoid(down @ mask_logits @ across.T)
+    return mask_bands(mask_logits, sizes)(slice(None))
 
 
 def masks_at(mask_logits: np.ndarray, sizes: ImageSizes, row: int, column: int) -> np.ndarray:

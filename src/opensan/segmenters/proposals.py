@@ -6,10 +6,9 @@ Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the image.
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import expit
 
 from opensan.assemble.bands import Scores, first_equal, to_array
-from opensan.assemble.interpolation import interpolation_matrices
+from opensan.assemble.interpolation import mask_bands
 from opensan.errors import UserError
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.results import Encoding
@@ -40,12 +39,11 @@ class ProposalSegmenter(Segmenter):
     def scores(self, encoding: Encoding, vocabulary: Vocabulary) -> Scores:
         """What `Segmenter.scores` answers."""
         probabilities = to_array(self.class_probabilities(encoding, vocabulary))
-        masks = to_array(encoding["mask_logits"])
-        down, across = interpolation_matrices(masks.shape[1:], encoding.sizes)
+        masks = mask_bands(to_array(encoding["mask_logits"]), encoding.sizes)
         first = first_equal(probabilities.T)
 
         def of_rows(rows: slice) -> np.ndarray:
-            band = expit(down[rows] @ masks @ across.T)
+            band = masks(rows)
             scores = probabilities.T @ band.reshape(len(band), -1)
             return scores[first].reshape(-1, *band.shape[1:])
 
