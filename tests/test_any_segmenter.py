@@ -18,6 +18,7 @@ from opensan.jobs.folder import FolderRun, plan
 from opensan.jobs.tiles import ArrayRaster, Tiling, label_by_tiles
 from opensan.jobs.video.job import VideoRun
 from opensan.segmenters.results import InputImage
+from opensan.structures import Identity
 from opensan.vocabulary import Vocabulary
 
 from .test_serve import refused, serving
@@ -30,7 +31,7 @@ WORDS = ["red", "green", "blue"]
 class ColourSegmenter(Segmenter):
     """Gives each cell of the image the word whose colour is nearest to the cell's mean colour."""
 
-    fingerprint = "colours-1"
+    identity = Identity("colours", "1" * 64, "")
     max_pixels = 1_000_000
     image_config = ImageConfig(short_side=64, long_side=256)
     device, speed, dtype = "cpu", "exact", "float32"
@@ -44,7 +45,7 @@ class ColourSegmenter(Segmenter):
         pixels += np.float32(self.image_config.mean)[:, None, None]
         height, width = (side // CELL for side in pixels.shape[1:])
         means = pixels.reshape(3, height, CELL, width, CELL).mean(axis=(2, 4))
-        return Encoding({"colours": means}, image.prepared.sizes, self.fingerprint, image.image)
+        return Encoding({"colours": means}, image.prepared.sizes, self.identity.encodings, image.image)
 
     def prepare_words(self, vocabulary):
         for word in vocabulary.words:
@@ -107,9 +108,9 @@ def test_its_encodings_and_results_are_kept(colours, tmp_path):
 
 def test_another_models_encoding_is_refused(colours):
     encoding = colours.encode(stripes())
-    with pytest.raises(ValueError, match="made by model colours-1"):
+    with pytest.raises(ValueError, match="made by model colours-111111111111"):
         other = ColourSegmenter()
-        other.fingerprint = "colours-2"
+        other.identity = Identity("colours", "2" * 64, "")
         other.segment(encoding, WORDS)
 
 
@@ -165,7 +166,7 @@ def test_the_service_answers_plainly_and_says_what_it_cannot_explain(colours):
             )
         refused(running.client.post(f"{place}/segmentation", json={"words": ["purple"]}), 422, "is no colour")
         point = running.client.post(f"{place}/point", json={"words": WORDS, "x": 3, "y": 5})
-        refused(point, 422, "an explanation of a pixel needs a model with mask proposals, and colours-1 has none")
+        refused(point, 422, "an explanation of a pixel needs a model with mask proposals, and colours has none")
 
 
 def test_what_needs_mask_proposals_says_so_in_one_line(colours, tmp_path):

@@ -76,5 +76,5 @@ class ProposalSegmenter(Segmenter):
 def with_proposals(segmenter: Segmenter, purpose: str) -> ProposalSegmenter:
     """Return the segmenter itself. Raises ValueError, one line saying what for, if it has no mask proposals."""
     if not isinstance(segmenter, ProposalSegmenter):
-        raise UserError(f"{purpose} needs a model with mask proposals, and {segmenter.fingerprint} has none")
+        raise UserError(f"{purpose} needs a model with mask proposals, and {segmenter.identity.name} has none")
     return segmenter
