@@ -91,6 +91,67 @@ def test_nodata_alpha_and_nan_have_no_data(tmp_path):
         np.testing.assert_array_equal(valid, bands[0] > 0)
 
 
+def near_infrared(tmp_path):
+    """Red, green, blue and near infrared with GDAL's defaults, which call the fourth band alpha; 0 on water."""
+    bands = noise(4, 40, 50).clip(1)
+    bands[3, :20] = 0
+    return write(tmp_path / "rgbn.tif", bands, **PLACE), bands
+
+
+def test_a_band_that_was_chosen_as_a_colour_is_no_mask(tmp_path):
+    path, bands = near_infrared(tmp_path)
+    pixels, valid = geotiff.GeoRaster(path, bands=(4, 3, 2)).read(0, 0, 40, 50)
+    assert valid is None
+    np.testing.assert_array_equal(pixels, bands[[3, 2, 1]].transpose(1, 2, 0))
+
+
+def test_a_band_that_may_be_no_alpha_is_told_and_can_be_refused(tmp_path):
+    path, bands = near_infrared(tmp_path)
+    raster = geotiff.GeoRaster(path)
+    np.testing.assert_array_equal(raster.read(0, 0, 40, 50)[1], bands[3] > 0)
+    assert "band 4 is taken for transparency" in raster.notes[0] and "--nodata none" in raster.notes[0]
+    assert geotiff.GeoRaster(path, nodata="none").read(0, 0, 40, 50)[1] is None
+    true_alpha = np.concatenate([bands[:3], (bands[3:] > 0) * np.uint8(255)])
+    assert not geotiff.GeoRaster(write(tmp_path / "alpha.tif", true_alpha)).notes
+
+
+def test_no_data_that_no_tag_declares(tmp_path):
+    bands = np.random.default_rng(0).random((3, 60, 80), dtype=np.float32)
+    bands[:, :, :18] = -9999
+    path = write(tmp_path / "x.tif", bands, **PLACE)
+    (told,) = geotiff.GeoRaster(path).notes
+    assert "hardly any contrast" in told and told.endswith("--nodata -9999")
+    declared = geotiff.GeoRaster(write(tmp_path / "y.tif", bands, nodata=-9999, **PLACE)).read(0, 0, 60, 80)
+    given = geotiff.GeoRaster(path, nodata=-9999.0)
+    for found, expected in zip(given.read(0, 0, 60, 80), declared, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert not given.notes and given.read(0, 0, 60, 80)[1][:, 18:].all()
+    with pytest.raises(ValueError, match="no band can hold the value -9999"):
+        geotiff.GeoRaster(write(tmp_path / "z.tif", noise(3, 8, 8)), nodata=-9999.0)
+
+
+def test_a_dark_image_is_told(tmp_path):
+    raster = geotiff.GeoRaster(write(tmp_path / "x.tif", noise(3, 40, 50) // 32))
+    assert "hardly any contrast: nearly all values are from 0 to 7" in raster.contrast_note(raster.reduced(100))
+    bright = geotiff.GeoRaster(write(tmp_path / "y.tif", noise(3, 40, 50)))
+    assert bright.contrast_note(bright.reduced(100)) is None
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_few_bits_reach_from_black_to_white(tmp_path, bits):
+    highest = 2**bits - 1
+    path = write(tmp_path / "x.tif", (noise(1, 30, 40) % (highest + 1)), nbits=bits)
+    with rasterio.open(path) as file:
+        stored = file.read(1).astype(int)
+    np.testing.assert_array_equal(geotiff.GeoRaster(path).read(0, 0, 30, 40)[0][..., 0], stored * 255 // highest)
+
+
+def test_where_0_is_white(tmp_path):
+    grey = noise(1, 30, 40)
+    path = write(tmp_path / "x.tif", grey, photometric="MINISWHITE")
+    np.testing.assert_array_equal(geotiff.GeoRaster(path).read(0, 0, 30, 40)[0][..., 0], 255 - grey[0])
+
+
 def test_palettes_become_colours(tmp_path):
     picture = Image.fromarray(noise(30, 30) % 4).convert("P")
     picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
@@ -182,11 +243,13 @@ def test_polygons_are_the_regions_and_lie_where_the_image_lies(tmp_path):
     labels[20:30, 30:50] = 1  # a hole in the first
     labels[50, 70] = 1
     path, _ = results(tmp_path, labels, ["roof", "pond"], **PLACE)
-    assert geotiff.write_polygons(tmp_path / "all.geojson", path, ["roof", "pond"]) == 3
-    assert geotiff.write_polygons(tmp_path / "large.geojson", path, ["roof", "pond"], min_pixels=2) == 2
+    assert geotiff.write_polygons(tmp_path / "all.geojson", path, ["roof", "pond"]) == (3, 0)
+    assert geotiff.write_polygons(tmp_path / "large.geojson", path, ["roof", "pond"], min_pixels=2) == (2, 0)
     features = json.loads((tmp_path / "large.geojson").read_text())["features"]
     by_word = {feature["properties"]["word"]: feature for feature in features}
-    assert by_word["roof"]["properties"] == {"word": "roof", "index": 0, "pixels": 1000, "square_metres": 4000}
+    metres = by_word["roof"]["properties"].pop("square_metres")
+    assert metres == pytest.approx(4000 / 0.9996**2, rel=1e-4)  # the scale of UTM on its central meridian
+    assert by_word["roof"]["properties"] == {"word": "roof", "index": 0, "pixels": 1000}
     assert by_word["pond"]["properties"]["pixels"] == 200
     outer, hole = (np.array(ring) for ring in by_word["roof"]["geometry"]["coordinates"])
     assert signed_area(outer[:-1]) > 0 > signed_area(hole[:-1])
@@ -197,19 +260,35 @@ def test_polygons_are_the_regions_and_lie_where_the_image_lies(tmp_path):
 
 
 def test_polygons_are_those_of_gdal(tmp_path):
+    """But valid: GDAL's rings come to a point twice where pixels touch by a corner."""
     from rasterio.features import shapes
+    from shapely.geometry import shape
+    from shapely.validation import make_valid
 
     labels = np.random.default_rng(0).integers(-1, 3, (50, 40)).repeat(2, axis=0).repeat(3, axis=1).astype(np.int32)
     path, _ = results(tmp_path, labels, ["a", "b", "c"])
     geotiff.write_polygons(tmp_path / "x.geojson", path, ["a", "b", "c"])
     features = json.loads((tmp_path / "x.geojson").read_text())["features"]
+    ours = [(one["properties"]["index"], shape(one["geometry"])) for one in features]
+    assert all(polygon.is_valid for _, polygon in ours)
+    theirs = [(int(label), make_valid(shape(one))) for one, label in shapes(labels, mask=labels >= 0, connectivity=4)]
 
-    def plain(label, rings):  # GDAL begins rings elsewhere
-        return label, sorted(sorted(map(tuple, ring[:-1])) for ring in rings)
+    def plain(found):
+        return sorted((label, polygon.normalize().wkt) for label, polygon in found)
 
-    found = [plain(one["properties"]["index"], one["geometry"]["coordinates"]) for one in features]
-    other = shapes(labels, mask=labels >= 0, connectivity=4)
-    assert sorted(found) == sorted(plain(int(label), shape["coordinates"]) for shape, label in other)
+    assert plain(ours) == plain(theirs)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_polygons_are_valid(tmp_path, seed):
+    from shapely.geometry import shape
+
+    labels = np.random.default_rng(seed).integers(-1, 2, (23, 31)).astype(np.int32)
+    path, _ = results(tmp_path, labels, ["a", "b"], **PLACE)
+    geotiff.write_polygons(tmp_path / "x.geojson", path, ["a", "b"])
+    features = json.loads((tmp_path / "x.geojson").read_text())["features"]
+    assert all(shape(one["geometry"]).is_valid for one in features)
+    assert sum(one["properties"]["pixels"] for one in features) == (labels >= 0).sum()
 
 
 def test_without_coordinates_polygons_count_pixels(tmp_path):
@@ -326,9 +405,32 @@ def test_what_somebody_changed_is_kept_and_other_work_is_told(tmp_path, scene, c
     assert json.loads((out / "scene.polygons.geojson").read_text())["type"] == "FeatureCollection"
 
 
+def test_a_sites_own_grid_is_told_before_the_work(tmp_path, capsys):
+    grid = 'LOCAL_CS["Site grid",UNIT["metre",1],AXIS["Easting",EAST],AXIS["Northing",NORTH]]'
+    picture = make_scene(3, 1, (120, 150), split="test").image.transpose(2, 0, 1)
+    path = write(tmp_path / "local.tif", picture, crs=grid, transform=from_origin(500_000, 5_500_000, 0.5, 0.5))
+    assert not run(*arguments(path, tmp_path / "out"))
+    printed = capsys.readouterr()
+    assert "no way to longitude and latitude" in printed.err and "hectares" in printed.out
+    collection = json.loads((tmp_path / "out" / "local.polygons.geojson").read_text())
+    assert "Site grid" in collection["coordinate_system"]
+    corners = np.concatenate([one["geometry"]["coordinates"][0] for one in collection["features"]])
+    assert corners.max(axis=0).tolist() == [500_075, 5_500_000]
+    assert sum(one["properties"]["square_metres"] for one in collection["features"]) == 120 * 150 / 4
+
+
+def test_hectares_of_web_mercator_are_those_of_the_ground(tmp_path, capsys):
+    picture = make_scene(3, 1, (96, 128), split="test").image.transpose(2, 0, 1)
+    place = {"crs": "EPSG:3857", "transform": from_origin(2_780_000, 8_440_000, 6, 6)}
+    assert not run(*arguments(write(tmp_path / "x.tif", picture, **place), tmp_path / "out"))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert sum(float(row[-1]) for row in rows) == pytest.approx(10.97, abs=0.05)  # and not 44.2
+
+
 @pytest.mark.parametrize(
     ("option", "code", "message"),
     [
+        (("--nodata", "nothing"), 2, "--nodata takes a number or none"),
         (("--bands", "4,3,2"), 1, "choose one or three, of 1 to 3"),
         (("--bands", "red"), 2, "--bands takes numbers"),
         (("--stretch", "98,2"), 2, "the lower one first"),

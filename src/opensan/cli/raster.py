@@ -61,6 +61,15 @@ def segment_raster(
             show_default=False,
         ),
     ] = None,
+    nodata: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VALUE",
+            help="The value of pixels without data, which get no label; none: all have data (default: what the file "
+            "says: its no-data value, mask, or alpha band).",
+            show_default=False,
+        ),
+    ] = None,
     polygons: Annotated[bool, typer.Option(help="Also write the regions as GeoJSON.")] = True,
     min_pixels: Annotated[int, typer.Option(min=1, help="Regions smaller than this get no polygon.")] = 1,
     device: Device = "cpu",
@@ -79,13 +88,24 @@ def segment_raster(
     if percentiles and not (len(percentiles) == 2 and 0 <= percentiles[0] < percentiles[1] <= 100):
         raise UsageError("--stretch takes two percentiles, the lower one first: 2,98")
 
+    without_data = None if nodata is None else _nodata(nodata)
+
     from opensan import outputs
     from opensan.jobs import geotiff
+    from opensan.jobs.ground import Ground
 
     outputs.check_writable(out)
     with geotiff.gdal():
-        raster = geotiff.GeoRaster(image, bands=chosen, stretch=percentiles)
+        raster = geotiff.GeoRaster(image, bands=chosen, stretch=percentiles, nodata=without_data)
         try:
+            for line in raster.notes:
+                complain(f"warning: {line}")
+            ground = Ground(raster.crs, raster.transform, raster.size)  # before the work: systems have their own faults
+            if raster.crs is not None and not ground.on_earth:
+                complain(
+                    f"warning: {image}: its coordinate system has no way to longitude and latitude: polygons get the "
+                    f"image's own coordinates ({raster.crs.to_wkt()[:60]}...)"
+                )
             note(f"loading {model}")
             from opensan.jobs.ledger import SingleResult
             from opensan.jobs.strips import StripFile
@@ -117,12 +137,22 @@ def _numbers(option: str, text: str | None, kind: type) -> "tuple[Any, ...] | No
         raise UsageError(f"{option} takes numbers with commas between them, not {text!r}") from None
 
 
+def _nodata(text: str) -> float | str:
+    if text == "none":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--nodata takes a number or none, not {text!r}") from None
+
+
 def _work(raster: "GeoRaster", segmenter: "SanSegmenter", vocabulary: "Vocabulary", tiling: "Tiling") -> dict[str, Any]:
     """All that the labels depend on: unfinished work is gone on with only if none of it has changed."""
     return {
         "image": [str(raster.path.absolute()), raster.stat.st_size, raster.stat.st_mtime_ns],
         "bands": raster.bands,
         "stretch": raster.stretch,
+        "nodata": raster.nodata,
         "model": [str(segmenter.identity), segmenter.speed, str(segmenter.dtype)],
         "words": len(vocabulary.names),
         "vocabulary": vocabulary.to_dict(),
@@ -191,19 +221,25 @@ def _write(
     areas = {name: int(count) / total for name, count in zip(names, pixels, strict=True)}
     with atomic_path(preview) as temporary:
         small = geotiff.reduced_labels(label_path, PREVIEW_SIDE)
-        outputs.overlay(raster.reduced(PREVIEW_SIDE), small, names, areas).save(temporary)
+        picture = raster.reduced(PREVIEW_SIDE)
+        outputs.overlay(picture, small, names, areas).save(temporary)
+    if line := raster.contrast_note(picture):
+        complain(f"warning: {line}")
     written = [f"wrote {label_path}", f"wrote {preview}"]
     for path in outlines:
         note("writing polygons")
-        count = geotiff.write_polygons(path, label_path, names, min_pixels=min_pixels)
+        count, nowhere = geotiff.write_polygons(path, label_path, names, min_pixels=min_pixels)
         written.append(f"wrote {path} ({count:,} polygons)")
+        if nowhere:
+            complain(f"warning: {nowhere:,} regions reach beyond the earth's edge: they have no polygon in {path}")
     result.add([label_path, preview, *outlines])
-    metres = geotiff.square_metres(raster.crs, raster.transform)
+    metres = geotiff.word_square_metres(label_path, len(names))
+    hectares = None if metres is None else dict(zip(names, metres / 10_000, strict=True))
     table = word_table(
         areas,
         (total - int(pixels.sum())) / total,
-        None if metres is None else "hectares",
-        lambda _, share: f"{share * total * metres / 10_000:,.2f}",
+        None if hectares is None else "hectares",
+        lambda name, _: "" if name is None else f"{hectares[name]:,.2f}",
     )
     console.print(table)
     for line in written:

@@ -18,9 +18,10 @@ import numpy as np
 
 from opensan.errors import UserError
 from opensan.files import atomic_path
+from opensan.jobs.ground import Ground
 from opensan.jobs.strips import StripFile, label_dtype
 from opensan.outputs import UNLABELLED_COLOUR, palette
-from opensan.outputs.polygons import Region, regions_of_strips, signed_area
+from opensan.outputs.polygons import regions_of_strips
 
 if TYPE_CHECKING:
     from affine import Affine
@@ -49,8 +50,11 @@ BLOCK = 512
 SAMPLE_SIDE = 1024
 """Percentiles are those of the image reduced to so many pixels a side."""
 
-LONGITUDE_LATITUDE = "EPSG:4326"
-"""What GeoJSON's coordinates are (RFC 7946), in rasterio's order: longitude first."""
+WIDE_GAP = 0.9
+"""Of the range from black to white: two clumps of values so far apart leave each of them a tenth of the contrast."""
+
+LEAST_LEVELS = 16
+"""Of 256: an image of fewer is hardly seen."""
 
 POLYGONS_AT_ONCE = 2000
 """So many are transformed and written together."""
@@ -66,10 +70,12 @@ def gdal() -> Iterator[None]:
     Raises UserError if rasterio is not installed.
     """
     try:
+        import pyproj  # noqa: F401
         import rasterio
+        import shapely  # noqa: F401
         from rasterio.errors import NotGeoreferencedWarning
-    except ImportError:
-        raise UserError("rasters need rasterio: pip install 'opensan[geo]'") from None
+    except ImportError as error:
+        raise UserError(f"rasters need {error.name}: pip install 'opensan[geo]'") from None
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MEGABYTES), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield
@@ -88,6 +94,7 @@ class GeoRaster:
         *,
         bands: Sequence[int] | None = None,
         stretch: tuple[float, float] | None = None,
+        nodata: float | str | None = None,
     ) -> None:
         """Open `path`.
 
@@ -95,6 +102,8 @@ class GeoRaster:
             path: a GeoTIFF, PNG, JPEG or JPEG 2000 file.
             bands: one or three bands to see as red, green and blue, counted from 1.
             stretch: percentiles that become black and white; None leaves 8-bit values alone and is 2, 98 for others.
+            nodata: the value of pixels without data, in all the bands; "none" if all have data, whatever the file
+                says; None for what the file says.
 
         Raises:
             ValueError: one line; the file cannot be read so.
@@ -113,10 +122,13 @@ class GeoRaster:
             raise UserError(f"{self.path}: can't be read ({reason})") from None
         self.size = (self._file.height, self._file.width)
         self.bands = self._chosen(bands)
-        self._has_gaps = any(
-            rasterio.enums.MaskFlags.all_valid not in self._file.mask_flag_enums[band - 1] for band in self.bands
-        )
+        self.notes: list[str] = []
+        """What a user should know of how the image is seen; each one line."""
+        self.nodata = nodata
+        self._empty = self._empty_values(nodata)
+        self._alpha, self._has_mask = self._mask()
         self._colours = self._palette()
+        self._white = self._grey_levels()
         self._ranges = self._stretched(stretch)
         self.stretch = None if self._ranges is None else [limit.tolist() for limit in self._ranges]
 
@@ -157,13 +169,68 @@ class GeoRaster:
 
         try:
             values = self._file.read(list(self.bands), window=window, out_shape=shape and (len(self.bands), *shape))
-            valid = self._file.dataset_mask(window=window, out_shape=shape) > 0 if self._has_gaps else None
+            valid = self._valid(values, window, shape)
         except rasterio.errors.RasterioIOError as error:
             raise UserError(f"{self.path}: damaged ({' '.join(str(error.__cause__ or error).split())})") from None
         if values.dtype.kind == "f":
             finite = np.isfinite(values).all(axis=0)
             valid = finite if valid is None else valid & finite
         return values, valid
+
+    def _valid(self, values: np.ndarray, window: "Window | None", shape: tuple[int, int] | None) -> np.ndarray | None:
+        """Which of a window's pixels the file, or the user, says have data; None if all have."""
+        if self._alpha is not None:
+            return self._file.read(self._alpha, window=window, out_shape=shape) > 0
+        if self._has_mask:
+            masks = self._file.read_masks(list(self.bands), window=window, out_shape=values.shape)
+            return (masks > 0).any(axis=0)
+        if any(value is not None for value in self._empty):
+            if None in self._empty:  # a pixel has data if any of its bands has
+                return None
+            return np.any([band != value for band, value in zip(values, self._empty, strict=True)], axis=0)
+        return None
+
+    def _empty_values(self, nodata: float | str | None) -> list[Any]:
+        """The value of each band that means "no data", as the band stores it; None for a band without."""
+        if nodata == "none":
+            return [None] * len(self.bands)
+        given = self._file.nodatavals if nodata is None else [nodata] * self._file.count
+        found = []
+        for band in self.bands:
+            dtype, value = np.dtype(self._file.dtypes[band - 1]), given[band - 1]
+            if value is not None and dtype.kind in "iu":
+                limits = np.iinfo(dtype)
+                value = int(value) if limits.min <= value <= limits.max and float(value).is_integer() else None
+            found.append(None if value is None else np.array(value).astype(dtype)[()])
+        if nodata is not None and all(value is None for value in found):
+            raise UserError(f"{self.path}: no band can hold the value {nodata:g}, which --nodata gives")
+        return found
+
+    def _mask(self) -> tuple[int | None, bool]:
+        """The band that is taken for transparency, and whether the file has a mask beside its bands.
+
+        Transparency is what the file calls so, unless that band was chosen as a colour.
+        """
+        from rasterio.enums import ColorInterp, MaskFlags
+        from rasterio.windows import Window
+
+        if self.nodata is not None:
+            return None, False
+        alpha = [number for number, kind in enumerate(self._file.colorinterp, 1) if kind == ColorInterp.alpha]
+        if not alpha:
+            masks = [self._file.mask_flag_enums[band - 1] for band in self.bands]
+            return None, any(MaskFlags.per_dataset in flags for flags in masks)
+        if alpha[0] in self.bands:
+            return None, False
+        (height, width), side = self.size, BLOCK
+        middle = Window(max(0, (width - side) // 2), max(0, (height - side) // 2), min(side, width), min(side, height))
+        values = np.unique(self._file.read(alpha[0], window=middle))
+        if not set(values.tolist()) <= {0, np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1}:
+            self.notes.append(
+                f"{self.path}: band {alpha[0]} is taken for transparency, as the file calls it (alpha): pixels with 0 "
+                "in it get no label. If it is a colour, as near infrared, --nodata none takes all pixels"
+            )
+        return alpha[0], False
 
     def _sampled(self, longest_side: int) -> tuple[np.ndarray, np.ndarray | None]:
         """As `_read`, of the whole image reduced to `longest_side`.
@@ -194,6 +261,8 @@ class GeoRaster:
         """Bands [C, H, W] as uint8 RGB [H, W, 3]."""
         if self._colours is not None:
             return self._colours[values[0]]
+        if self._white is not None:
+            values = self._white[values]
         if self._ranges is not None:
             low, high = (limit[:, None, None] for limit in self._ranges)
             values = np.nan_to_num((values.astype(np.float32) - low) * (255 / (high - low)))
@@ -228,6 +297,31 @@ class GeoRaster:
         colours = self._file.colormap(band)
         return np.array([colours.get(value, (0, 0, 0))[:3] for value in range(256)], dtype=np.uint8)
 
+    def _grey_levels(self) -> np.ndarray | None:
+        """[256] uint8: brightness by value, of fewer bits than 8 and where 0 is white; None for others."""
+        band = self.bands[0]
+        if self._colours is not None or {self._file.dtypes[each - 1] for each in self.bands} != {"uint8"}:
+            return None
+        bits = int(self._file.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8))
+        inverted = self._file.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+        if bits >= 8 and not inverted:
+            return None
+        highest = 2 ** min(bits, 8) - 1
+        levels = (np.arange(256).clip(0, highest) * 255 + highest // 2) // highest
+        return (255 - levels if inverted else levels).astype(np.uint8)
+
+    def contrast_note(self, sample: np.ndarray) -> str | None:
+        """What to say of 8-bit RGB that is nearly of one brightness; None if it isn't, and of stretched values."""
+        if self._ranges is not None or self._colours is not None:
+            return None
+        low, high = np.percentile(sample, (1, 99))
+        if high - low >= LEAST_LEVELS:
+            return None
+        return (
+            f"{self.path}: hardly any contrast: nearly all values are from {low:.0f} to {high:.0f} of 255; "
+            "--stretch 2,98 spreads them"
+        )
+
     def _stretched(self, percentiles: tuple[float, float] | None) -> tuple[np.ndarray, np.ndarray] | None:
         """Values [C] that become 0, and 255; None if values stay as they are."""
         dtypes = {self._file.dtypes[band - 1] for band in self.bands}
@@ -237,13 +331,32 @@ class GeoRaster:
             return None
         sample, valid = self._sampled(SAMPLE_SIDE)
         values = [band if valid is None else band[valid] for band in sample]
-        empty = [self._file.nodatavals[band - 1] for band in self.bands]  # may be marked in one band only
-        values = [band[np.isfinite(band) & (band != none)] for band, none in zip(values, empty, strict=True)]
+        values = [  # no data may be in one band only
+            band[np.isfinite(band) & (True if none is None else band != none)]
+            for band, none in zip(values, self._empty, strict=True)
+        ]
         if not all(map(len, values)):
             raise UserError(f"{self.path}: a band has no data")
         limits = np.array([np.percentile(band, percentiles or (2, 98)) for band in values], dtype=np.float32)
         low, high = limits.T
+        self._look_for_clumps(values, limits)
         return low, np.maximum(high, low + 1e-6 * np.maximum(1, np.abs(low)))  # a band of one value: no division by 0
+
+    def _look_for_clumps(self, values: list[np.ndarray], limits: np.ndarray) -> None:
+        """Note if all bands' values lie in two clumps far apart: one is no data perhaps, and takes the contrast."""
+        alone = []
+        for found, (low, high) in zip(values, limits.astype(np.float64), strict=True):
+            inside = np.unique(found.astype(np.float64).clip(low, high))
+            gaps = np.diff(inside)
+            if len(inside) < 3 or gaps.max() < WIDE_GAP * (high - low):
+                return
+            widest = int(gaps.argmax())
+            lower = inside[widest] - low < high - inside[widest + 1]  # the narrower clump
+            alone.append(found.min() if lower else found.max())
+        self.notes.append(
+            f"{self.path}: hardly any contrast: there are values near {alone[0]:g}, and all others far from it, which "
+            f"the stretch turns into one brightness. If it means no data, say so: --nodata {alone[0]:g}"
+        )
 
 
 def _format(path: Path) -> str:
@@ -316,80 +429,77 @@ def reduced_labels(path: str | os.PathLike, longest_side: int) -> np.ndarray:
         return np.where(labels == file.nodata, np.int32(-1), labels)
 
 
-def square_metres(crs: "CRS | None", transform: "Affine") -> float | None:
-    """The area of a pixel; None if the raster has no coordinates in a plane."""
-    if crs is None or not crs.is_projected:
-        return None
-    return abs(transform.determinant) * crs.linear_units_factor[1] ** 2
+def word_square_metres(labels: str | os.PathLike, count: int) -> np.ndarray | None:
+    """The area on the ground, [count] float64, of each word of a label raster; None where areas are not known."""
+    import rasterio
+
+    totals = np.zeros(count + 1)
+    with rasterio.open(labels) as file:
+        ground = Ground(file.crs, file.transform, (file.height, file.width))
+        if not ground.has_areas:
+            return None
+        edges, areas = ground.pixel_areas()
+        for top, bottom, pixel in zip(edges[:-1], edges[1:], areas, strict=True):
+            rows = _label_rows(file, int(top), int(bottom))
+            weights = np.broadcast_to(pixel, rows.shape)
+            totals += np.bincount(rows.ravel() + 1, weights=weights.ravel(), minlength=count + 1)
+    return totals[1:]
 
 
 def write_polygons(
     path: str | os.PathLike, labels: str | os.PathLike, names: Sequence[str], *, min_pixels: int = 1
-) -> int:
+) -> tuple[int, int]:
     """Write a label raster's regions as GeoJSON (RFC 7946), all or nothing.
 
     A feature is a region of one word whose pixels touch along edges: its polygon follows the pixels' edges, with holes;
-    properties are word, index, pixels and, where coordinates are in a plane, square_metres. Regions of fewer than
-    `min_pixels` pixels are left out. Coordinates are longitude and latitude; of an image without a coordinate reference
-    system they are columns and rows, which GeoJSON has no word for.
+    properties are word, index, pixels and, where areas are known, square_metres on the ground. Regions of fewer than
+    `min_pixels` pixels are left out. Coordinates are longitude and latitude, cut at the antimeridian. Where the image
+    has no way to these, they are its own, and the file says so in a member `coordinate_system`. A region of which a
+    part lies nowhere on the earth has no geometry.
 
     Memory grows with the corners of all polygons, some 100 bytes each, and with the image's width, not its height.
 
     Returns:
-        How many polygons there are.
+        How many features there are, and how many of them have no geometry.
     """
     import rasterio
 
-    written = 0
+    written = nowhere = 0
     with (
         atomic_path(path) as temporary,
         temporary.open("w", encoding="utf-8") as out,
         rasterio.open(labels) as file,
     ):
-        metres = square_metres(file.crs, file.transform)
+        ground = Ground(file.crs, file.transform, (file.height, file.width))
         found = (region for region in regions_of_strips(_label_strips(file)) if region.pixels >= min_pixels)
-        out.write('{"type": "FeatureCollection", "features": [')
+        system = "" if ground.on_earth else f' "coordinate_system": {_json(ground.coordinates)},'
+        out.write(f'{{"type": "FeatureCollection",{system} "features": [')
         while some := list(islice(found, POLYGONS_AT_ONCE)):
-            for region, rings in zip(some, _placed(some, file.crs, file.transform), strict=True):
+            for region, geometry in zip(some, ground.geometries(some), strict=True):
                 properties = {"word": names[region.label], "index": region.label, "pixels": region.pixels}
-                if metres is not None:
-                    properties["square_metres"] = round(region.pixels * metres, 3)
-                geometry = {"type": "Polygon", "coordinates": [ring.tolist() for ring in rings]}
+                if ground.has_areas:
+                    properties["square_metres"] = round(ground.square_metres(region), 3)
                 feature = {"type": "Feature", "properties": properties, "geometry": geometry}
-                out.write((",\n" if written else "\n") + json.dumps(feature, ensure_ascii=False, allow_nan=False))
+                out.write((",\n" if written else "\n") + _json(feature))
                 written += 1
+                nowhere += geometry is None
         out.write("\n]}\n")
-    return written
+    return written, nowhere
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _label_strips(file: "DatasetReader") -> Iterator[np.ndarray]:
     """A label raster from the top, [rows, W] int32 with -1 for unlabelled."""
-    from rasterio.windows import Window
-
     at_once = max(1, STRIP_PIXELS // file.width)
     for top in range(0, file.height, at_once):
-        window = Window(0, top, file.width, min(at_once, file.height - top))
-        labels = file.read(1, window=window).astype(np.int32)
-        yield np.where(labels == file.nodata, np.int32(-1), labels)
+        yield _label_rows(file, top, min(top + at_once, file.height))
 
 
-def _placed(some: list[Region], crs: "CRS | None", transform: "Affine") -> Iterator[list[np.ndarray]]:
-    """Closed rings [corners + 1, 2] of each region, as GeoJSON has them; all transformed by one call."""
-    polygons = [[ring[[*range(len(ring)), 0]] for ring in (region.outline, *region.holes)] for region in some]
-    columns, rows = np.concatenate([ring for rings in polygons for ring in rings]).T.astype(np.float64)
-    right, right_by_row, left, down_by_column, down, top = tuple(transform)[:6]
-    x, y = right * columns + right_by_row * rows + left, down_by_column * columns + down * rows + top
-    if crs is not None:
-        from rasterio.warp import transform as between
+def _label_rows(file: "DatasetReader", top: int, bottom: int) -> np.ndarray:
+    from rasterio.windows import Window
 
-        x, y = np.round(between(crs, LONGITUDE_LATITUDE, x, y), 8)  # a millimetre
-    placed = np.stack([x, y], axis=1)
-    start = 0
-    for rings in polygons:
-        moved = []
-        for number, ring in enumerate(rings):
-            part = placed[start : start + len(ring)]
-            start += len(ring)
-            # RFC 7946: the outer ring counter-clockwise, holes clockwise.
-            moved.append(part if (signed_area(part[:-1]) > 0) == (number == 0) else part[::-1])
-        yield moved
+    labels = file.read(1, window=Window(0, top, file.width, bottom - top)).astype(np.int32)
+    return np.where(labels == file.nodata, np.int32(-1), labels)

@@ -40,7 +40,7 @@ class Region:
     outline: np.ndarray
     """[N, 2] int64: its corners (x, y), clockwise on the screen; every side runs along a row or a column."""
     holes: tuple[np.ndarray, ...]
-    """The outlines of its holes, counter-clockwise."""
+    """The outlines of its holes, counter-clockwise. No ring comes to a point twice; rings may touch."""
 
 
 def regions(labels: np.ndarray) -> Iterator[Region]:
@@ -60,8 +60,29 @@ def regions_of_strips(strips: Iterable[np.ndarray]) -> Iterator[Region]:
     # A stable sort keeps a region's outline, which begins at its uppermost corner, before its holes.
     in_order = np.lexsort([owners, labels[owners]])
     for owner, group in groupby(in_order.tolist(), key=lambda ring: int(owners[ring])):
-        outline, *holes = (rings[begins[ring] : ends[ring]].astype(np.int64) for ring in group)
-        yield Region(int(labels[owner]), int(pixels[owner]), outline, tuple(holes))
+        found = [part for ring in group for part in _simple(rings[begins[ring] : ends[ring]].astype(np.int64))]
+        # What is cut off where pixels touch by a corner may come before the outline.
+        found.sort(key=lambda ring: signed_area(ring) < 0)
+        yield Region(int(labels[owner]), int(pixels[owner]), found[0], tuple(found[1:]))
+
+
+def _simple(ring: np.ndarray) -> list[np.ndarray]:
+    """A ring, cut where it comes to a point again, which no valid polygon may (OGC Simple Features, 6.1.11)."""
+    keys = ring[:, 0] << 32 | ring[:, 1]
+    if len(np.unique(keys)) == len(keys):
+        return [ring]
+    rings, path, place = [], [], {}
+    for index, key in enumerate(keys.tolist()):
+        if key in place:
+            begin = place[key]
+            for other in path[begin + 1 :]:
+                del place[int(keys[other])]
+            rings.append(ring[path[begin:]])
+            del path[begin + 1 :]
+        else:
+            place[key] = len(path)
+            path.append(index)
+    return [*rings, ring[path]]
 
 
 def signed_area(ring: np.ndarray) -> float:
