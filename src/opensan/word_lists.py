@@ -35,7 +35,7 @@ _HEADINGS = {"name", "names", "word", "words", "class", "classes", "label", "lab
 
 
 def word_list(text: str) -> Any:
-    """The words that a text lists: plain entries, as a JSON file may hold them, not yet checked.
+    """Return the words that a text lists: plain entries, as a JSON file may hold them, not yet checked.
 
     Commas separate words (also `、`, `，` and line breaks; or semicolons, if there is no comma). A word in quotation
     marks may hold them. A text that begins with a bracket is a JSON or Python list, or a JSON object.
@@ -68,7 +68,7 @@ def word_list(text: str) -> Any:
 
 
 def read_words(path: Path) -> tuple[Any, list[str] | None]:
-    """The words of a file: what it holds, and for a text file what to call each entry in an error ("line 7").
+    """Read the words of a file: its entries, and for a text file what to call each in an error ("line 7").
 
     Raises:
         UserError: one line, without the path.
@@ -94,7 +94,7 @@ def read_words(path: Path) -> tuple[Any, list[str] | None]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, UTF-8 or UTF-16 with its mark. Raises UserError on one that can't be read or is no text."""
+    """Read a file of UTF-8, or UTF-16 with its mark. Raises UserError if it can't be read or is no text."""
     try:
         # Bounded by what is read, not by what the file system says: a pipe or a device has no size.
         with path.open("rb") as file:
@@ -117,7 +117,7 @@ def read_text(path: Path) -> str:
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """(line number, content) of the lines that hold anything but comments."""
+    """Yield (line number, content) of the lines that hold anything but comments."""
     for number, line in enumerate(text.splitlines(), 1):
         content = _INVISIBLE.sub("", re.split(r"(?:^|\s)#", line, maxsplit=1)[0]).strip()
         if content:
@@ -125,12 +125,12 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
 
 
 def without_invisible(text: str) -> str:
-    """`text` without characters that cannot be seen and say nothing, as zero-width spaces and soft hyphens."""
+    """Drop characters that cannot be seen and say nothing, as zero-width spaces and soft hyphens."""
     return text if text.isascii() else _STRAY_JOINER.sub("", _INVISIBLE.sub("", text))
 
 
 def short(value: object) -> str:
-    """repr on one line, cut to what fits in a message."""
+    """Return the repr on one line, cut to what fits in a message."""
     text = repr(value[:80]) if isinstance(value, str) else " ".join(_repr.repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -140,7 +140,7 @@ _repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 60, 60
 
 
 def _split(line: str, used: set[str]) -> list[str]:
-    """The parts of a line; a part in quotation marks may hold separators, and loses the marks. Adds to those `used`."""
+    """Split a line, and add its separators to `used`. A part in quotation marks may hold some, and loses the marks."""
     parts, begin, closing = [], 0, ""
     for place, character in enumerate(line):
         if closing:
@@ -169,7 +169,7 @@ def _unquoted(part: str, count: int) -> str:
 
 
 def _refuse_no_word(text: str, place: str) -> None:
-    """Refuse what stands in lists of words and is none."""
+    """Refuse a file name, a number or a bullet that stands for a word."""
     if _FILE.search(text):
         raise UserError(
             f"{place} {short(text)} looks like a file: give it as --words-file, or in Python as a pathlib.Path"
@@ -181,7 +181,7 @@ def _refuse_no_word(text: str, place: str) -> None:
 
 
 def _refuse_line(line: str, place: str, *, table: bool) -> None:
-    """The same for a line of a word file, where commas belong to the name."""
+    """Refuse a line of a word file that holds no single word; commas belong to the name there."""
     if table and re.search(r'[,;\t"]', line):
         raise UserError(f"{place} {short(line)} is of a table: give a text file with a word on each line, or JSON")
     if mark := next((mark for mark in (*_SEMICOLONS, *_COMMAS[1:]) if mark in line), None):
@@ -193,7 +193,7 @@ def _refuse_line(line: str, place: str, *, table: bool) -> None:
 
 
 def _literal(text: str) -> Any:
-    """A JSON or Python list, or a JSON object, that a text is. YAML's lists without quotation marks are refused."""
+    """Read a JSON or Python list, or a JSON object. YAML's lists without quotation marks are refused."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -207,7 +207,7 @@ def _literal(text: str) -> Any:
 
 
 def _python_literal(text: str) -> Any:
-    """What Python's literal `text` is: no name and no call, so nothing is run. None if it is none."""
+    """Evaluate a Python literal, in which no name and no call can stand; None if it is none."""
     try:
         with warnings.catch_warnings():  # about a backslash
             warnings.simplefilter("ignore")
@@ -236,7 +236,7 @@ def _from_yaml(text: str) -> Any:
 
 
 def listed_names(names: object) -> object:
-    """A list of names as it is, or of a mapping of the numbers 0, 1, ... to names, as YOLO's data files have it."""
+    """Return the names of a list, or of a mapping of the numbers 0, 1, ... to names, as YOLO's data files have it."""
     if not isinstance(names, Mapping):
         return names
     numbers = {str(number): name for number, name in names.items()}

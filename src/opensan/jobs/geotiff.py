@@ -178,7 +178,7 @@ class GeoRaster:
         return values, valid
 
     def _valid(self, values: np.ndarray, window: "Window | None", shape: tuple[int, int] | None) -> np.ndarray | None:
-        """Which of a window's pixels the file, or the user, says have data; None if all have."""
+        """Return which of a window's pixels have data, as the file or the user says; None if all have."""
         if self._alpha is not None:
             return self._file.read(self._alpha, window=window, out_shape=shape) > 0
         if self._has_mask:
@@ -191,7 +191,7 @@ class GeoRaster:
         return None
 
     def _empty_values(self, nodata: float | str | None) -> list[Any]:
-        """The value of each band that means "no data", as the band stores it; None for a band without."""
+        """Return the value of each band that means "no data", as the band stores it; None for a band without."""
         if nodata == "none":
             return [None] * len(self.bands)
         given = self._file.nodatavals if nodata is None else [nodata] * self._file.count
@@ -207,7 +207,7 @@ class GeoRaster:
         return found
 
     def _mask(self) -> tuple[int | None, bool]:
-        """The band that is taken for transparency, and whether the file has a mask beside its bands.
+        """Find the band that is taken for transparency, and whether the file has a mask beside its bands.
 
         Transparency is what the file calls so, unless that band was chosen as a colour.
         """
@@ -298,7 +298,7 @@ class GeoRaster:
         return np.array([colours.get(value, (0, 0, 0))[:3] for value in range(256)], dtype=np.uint8)
 
     def _grey_levels(self) -> np.ndarray | None:
-        """[256] uint8: brightness by value, of fewer bits than 8 and where 0 is white; None for others."""
+        """Return [256] uint8, brightness by value, of fewer bits than 8 and where 0 is white; None for others."""
         band = self.bands[0]
         if self._colours is not None or {self._file.dtypes[each - 1] for each in self.bands} != {"uint8"}:
             return None
@@ -311,7 +311,7 @@ class GeoRaster:
         return (255 - levels if inverted else levels).astype(np.uint8)
 
     def contrast_note(self, sample: np.ndarray) -> str | None:
-        """What to say of 8-bit RGB that is nearly of one brightness; None if it isn't, and of stretched values."""
+        """Return a warning about 8-bit RGB that is nearly of one brightness; None if it isn't, and of stretched values."""
         if self._ranges is not None or self._colours is not None:
             return None
         low, high = np.percentile(sample, (1, 99))
@@ -430,7 +430,7 @@ def reduced_labels(path: str | os.PathLike, longest_side: int) -> np.ndarray:
 
 
 def word_square_metres(labels: str | os.PathLike, count: int) -> np.ndarray | None:
-    """The area on the ground, [count] float64, of each word of a label raster; None where areas are not known."""
+    """Measure each word of a label raster on the ground, [count] float64; None where areas are not known."""
     import rasterio
 
     totals = np.zeros(count + 1)

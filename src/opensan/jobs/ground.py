@@ -1,4 +1,4 @@
-"""Where a raster lies on the earth: longitudes and latitudes of its outlines, and true areas of its pixels.
+"""Place a raster on the earth: longitudes and latitudes of its outlines, and true areas of its pixels.
 
 Letters: H W the raster in pixels, N points, columns and rows counted from the raster's upper left corner.
 """
@@ -34,7 +34,7 @@ class Ground:
     """A raster's way to longitude and latitude (WGS 84), if it has one, and what its pixels measure."""
 
     def __init__(self, crs: "CRS | None", transform: "Affine", size: tuple[int, int]) -> None:
-        """`transform` leads from (column, row) to coordinates of `crs`; `size` is (H, W)."""
+        """Take `transform`, which leads from (column, row) to coordinates of `crs`, and the size (H, W)."""
         self._crs, self._to_degrees = _way(crs)
         self._affine = np.array(tuple(transform)[:6], dtype=np.float64).reshape(2, 3)
         height, width = size
@@ -44,7 +44,7 @@ class Ground:
         lattice = np.stack(np.meshgrid(self._columns, self._rows), axis=-1)  # [rows, columns, 2]
         degrees = self._degrees(lattice.reshape(-1, 2)).reshape(lattice.shape)
         self.on_earth = bool(np.isfinite(degrees).all(axis=-1).any())
-        """Whether there is a way to longitude and latitude."""
+        """True if there is a way to longitude and latitude."""
         self._longest_side = math.inf
         self._decimals = 8  # a millimetre
         self._mirrored = False
@@ -58,12 +58,12 @@ class Ground:
 
     @property
     def has_areas(self) -> bool:
-        """Whether areas are known in square metres."""
+        """Tell whether areas are known in square metres."""
         return self._cells is not None
 
     @property
     def coordinates(self) -> str | None:
-        """What polygons' coordinates are, where they are not longitude and latitude; one line."""
+        """The system of the polygons' coordinates, in one line; None for longitude and latitude."""
         if self.on_earth:
             return None
         if self._crs is not None:
@@ -72,25 +72,25 @@ class Ground:
         return "columns and rows of the image" if plain else "those of the image's world file, which names no system"
 
     def pixel_areas(self) -> tuple[np.ndarray, np.ndarray]:
-        """Square metres of a pixel by bands of rows: where each band begins [B + 1], and [B, W] float64."""
+        """Return a pixel's square metres by bands of rows: the bands' edges [B + 1], and [B, W] float64."""
         heights, widths = np.diff(self._rows), np.diff(self._columns)
         density = self._cells / (heights[:, None] * widths)
         return self._rows.astype(int), np.repeat(density, widths.astype(int), axis=1)
 
     def square_metres(self, region: Region) -> float:
-        """The area of a region on the ground."""
+        """Return the area of a region on the ground."""
         outline, *holes = (abs(self._enclosed(ring)) for ring in (region.outline, *region.holes))
         return outline - sum(holes)
 
     def _enclosed(self, ring: np.ndarray) -> float:
-        """The area in a ring along rows and columns, with a sign: a sum over its sides along columns."""
+        """Return the area in a ring along rows and columns, with a sign: a sum over its sides along columns."""
         x, y = ring.T
         sums = self._sum_before(y, x)
         following = np.roll(sums, -1)
         return float((following - sums)[x == np.roll(x, -1)].sum())
 
     def _sum_before(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """The area above and to the left of points [N]."""
+        """Return the area above and to the left of points [N]."""
         i, down = _place(self._rows, rows)
         j, right = _place(self._columns, columns)
         sums = self._sums
@@ -99,7 +99,7 @@ class Ground:
         return upper * (1 - down) + lower * down
 
     def geometries(self, regions: Sequence[Region]) -> list[dict[str, Any] | None]:
-        """A GeoJSON geometry of each region; None where a part of it lies nowhere on the earth.
+        """Return a GeoJSON geometry of each region; None where a part of it lies nowhere on the earth.
 
         Polygons are cut at the antimeridian and enclose poles as RFC 7946 (section 3.1.9) asks. All points are
         transformed by one call.
@@ -129,7 +129,7 @@ class Ground:
         return {"type": "Polygon", "coordinates": closed}
 
     def _sides_cut(self, ring: np.ndarray) -> np.ndarray:
-        """A ring [N, 2] with more points on sides that are too long to be straight in degrees."""
+        """Add points to a ring [N, 2] on sides that are too long to be straight in degrees."""
         if math.isinf(self._longest_side):
             return ring
         following = np.roll(ring, -1, axis=0)
@@ -141,17 +141,17 @@ class Ground:
         return ring[begin] + share[:, None] * (following - ring)[begin]
 
     def _coordinates(self, points: np.ndarray) -> np.ndarray:
-        """[N, 2] (column, row) in the raster's own system."""
+        """Transform points [N, 2] (column, row) to the raster's own system."""
         return points @ self._affine[:, :2].T + self._affine[:, 2]
 
     def _degrees(self, points: np.ndarray) -> np.ndarray:
-        """[N, 2] (column, row) as longitude and latitude; infinite off the earth, and if there is no way to them."""
+        """Transform points [N, 2] (column, row) to longitude and latitude, infinite where there are none."""
         if self._to_degrees is None:
             return np.full(points.shape, np.inf)
         return np.stack(self._to_degrees.transform(*self._coordinates(points).T), axis=1)
 
     def _plane_cells(self) -> np.ndarray | None:
-        """Square metres of the cells in a system that is a plane on the ground, as a site's; None for others."""
+        """Return the cells' square metres in a system that is a plane on the ground, as a site's; None for others."""
         if self._crs is None or not self._crs.is_engineering:
             return None
         metres = self._crs.axis_info[0].unit_conversion_factor
@@ -179,13 +179,13 @@ class Ground:
 
 
 def _place(edges: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The cell that each value lies in, and where in it, from 0 to 1."""
+    """Find the cell that each value lies in, and where in it, from 0 to 1."""
     index = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
     return index, (values - edges[index]) / (edges[index + 1] - edges[index])
 
 
 def _way(crs: "CRS | None") -> "tuple[pyproj.CRS | None, pyproj.Transformer | None]":
-    """A system as pyproj has it, and the way to longitude and latitude; None for what there is not."""
+    """Return a system as pyproj has it, and the way to longitude and latitude; None for what there is not."""
     import pyproj
 
     if crs is None:
@@ -201,7 +201,7 @@ def _way(crs: "CRS | None") -> "tuple[pyproj.CRS | None, pyproj.Transformer | No
 
 
 def _cell_areas(degrees: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Square metres on the ellipsoid of the cells between points [R, C, 2], 0 off the earth; is the image mirrored?"""
+    """Return the areas on the ellipsoid of cells between points [R, C, 2], 0 off the earth; is the image mirrored?"""
     with np.errstate(invalid="ignore"):
         longitude, latitude = np.radians(np.moveaxis(degrees, -1, 0))
         radius = _EQUATOR_METRES / np.sqrt(1 - _ECCENTRICITY_SQUARED * np.sin(latitude) ** 2)
@@ -223,19 +223,19 @@ def _cell_areas(degrees: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def _wrapped(differences: np.ndarray) -> np.ndarray:
-    """Differences [..., 2] of longitude and latitude, the shorter way round."""
+    """Turn differences [..., 2] of longitude and latitude the shorter way round."""
     differences[..., 0] = (differences[..., 0] + 180) % 360 - 180
     return differences
 
 
 def _crosses(ring: np.ndarray) -> bool:
-    """Whether a ring of degrees goes across the antimeridian, or round a pole."""
+    """Tell whether a ring of degrees goes across the antimeridian, or round a pole."""
     longitudes = ring[:, 0]
     return bool((np.abs(np.diff(longitudes, append=longitudes[0])) > 180).any() or np.abs(longitudes).max() > 180)
 
 
 def _cut(rings: list[np.ndarray], decimals: int) -> dict[str, Any]:
-    """A Polygon or MultiPolygon, cut at the antimeridian, of rings that keep the region on their left."""
+    """Cut rings, which have the region on their left, at the antimeridian into a Polygon or MultiPolygon."""
     import shapely
     from shapely.affinity import translate
     from shapely.geometry import MultiPolygon, mapping
@@ -259,7 +259,7 @@ def _cut(rings: list[np.ndarray], decimals: int) -> dict[str, Any]:
 
 
 def _unrolled(ring: np.ndarray) -> Any:
-    """The polygon that a ring has on its left, with longitudes that go on beyond 180; round a pole, it reaches that."""
+    """Return the polygon on a ring's left, with longitudes that go on beyond 180; round a pole, it reaches that."""
     import shapely
 
     longitudes = np.append(ring[:, 0], ring[0, 0])

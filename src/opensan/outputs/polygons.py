@@ -67,7 +67,7 @@ def regions_of_strips(strips: Iterable[np.ndarray]) -> Iterator[Region]:
 
 
 def _simple(ring: np.ndarray) -> list[np.ndarray]:
-    """A ring, cut where it comes to a point again, which no valid polygon may (OGC Simple Features, 6.1.11)."""
+    """Cut a ring where it comes to a point again, which no valid polygon may (OGC Simple Features, 6.1.11)."""
     keys = ring[:, 0] << 32 | ring[:, 1]
     if len(np.unique(keys)) == len(keys):
         return [ring]
