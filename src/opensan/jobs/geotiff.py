@@ -311,7 +311,7 @@ class GeoRaster:
         return (255 - levels if inverted else levels).astype(np.uint8)
 
     def contrast_note(self, sample: np.ndarray) -> str | None:
-        """Return a warning about 8-bit RGB of nearly one brightness; None if there is none, and for stretched values."""
+        """Return a warning about 8-bit RGB of nearly one brightness; None if there is none, also if stretched."""
         if self._ranges is not None or self._colours is not None:
             return None
         low, high = np.percentile(sample, (1, 99))
