@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import re
 import signal
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from faster_coco_eval import mask as coco_mask
-from filelock import FileLock
 from PIL import Image
 
 from opensan.assemble.scores import score_maps
@@ -30,7 +31,9 @@ from opensan.evaluate.predictions import SavedPredictions
 from opensan.evaluate.predictors import AugmentedPredictor, ModelPredictor, SavedPredictor
 from opensan.evaluate.report import write_report
 from opensan.evaluate.table import Measured, as_markdown, missing, table
+from opensan.files import hold
 from opensan.images import prepare
+from opensan.journal import Journal
 from opensan.outputs import save_label_map
 from opensan.segmenters.results import InputImage
 from opensan.segmenters.san import SanSegmenter
@@ -118,22 +121,26 @@ def test_broken_photographs_are_named_and_tried_again(folder, tmp_path):
 
 
 def run_and_kill(folder: Path, out: Path, moment: int) -> bool:
-    """Evaluate in a process of its own, with a save after every photograph, that dies around its n-th renaming of a
-    written file: before it if `moment` = 2 n is even, after it if 2 n + 1. Returns whether it lived that long."""
+    """Evaluate in a process of its own, with a save after every photograph, that dies around its n-th change on disk
+    (of a journal, or a renaming): before it if `moment` = 2 n is even, after it if 2 n + 1.
+    Returns whether it lived that long."""
 
     def work() -> None:
-        rename, renamed = Path.replace, []
+        done = []
 
-        def replace(path: Path, target: Path) -> Path:
-            renamed.append(target)
-            if moment == 2 * len(renamed):
-                os.kill(os.getpid(), signal.SIGKILL)
-            rename(path, target)
-            if moment == 2 * len(renamed) + 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return target
+        def dying(original):
+            def change(self, *arguments):
+                done.append(self)
+                if moment == 2 * len(done):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                result = original(self, *arguments)
+                if moment == 2 * len(done) + 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
 
-        Path.replace = replace
+            return change
+
+        Path.replace, Journal._change = dying(Path.replace), dying(Journal._change)
         measure(SegmentationFolder(folder, "val"), ByColour(), out, workers=2, save_predictions=True, save_every=0)
 
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -158,7 +165,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(folder, tmp_path):
     while not run_and_kill(folder, tmp_path / f"killed-{moment}", moment):
         left.append(finishes_like(whole, expected, folder, tmp_path / f"killed-{moment}"))
         moment += 1
-    # Renamed are the key, then predictions and progress in turn, at last the joined predictions.
+    # Changed are the journal's work, then the journal for each photograph, at last the joined predictions.
     assert len(left) >= 12 and left[0] == 7 and left[-1] == 0 and left == sorted(left, reverse=True)
 
 
@@ -181,7 +188,7 @@ def test_another_model_or_changed_data_starts_anew_and_says_so(folder, tmp_path)
     other, notes = ByColour(kind="other"), []
     measure(dataset, other, tmp_path / "out", note=notes.append)
     assert len(other.batches) == 7 and notes == [
-        f"{tmp_path / 'out'}: holds an evaluation of another model, data set or protocol: starting anew"
+        f"{tmp_path / 'out'}: holds an evaluation with other kind: starting anew"
     ]
     os.utime(folder / "labels" / "a0.png", ns=(1, 1))
     changed = ByColour(kind="other")
@@ -189,9 +196,43 @@ def test_another_model_or_changed_data_starts_anew_and_says_so(folder, tmp_path)
     assert len(changed.batches) == 7
 
 
+def test_progress_of_the_version_before_is_told(folder, tmp_path):
+    (tmp_path / "out" / "progress").mkdir(parents=True)
+    (tmp_path / "out" / "progress" / "key.json").write_text("{}")
+    (tmp_path / "out" / "progress" / "rank-0000.npz").write_text("")
+    notes = []
+    measure(SegmentationFolder(folder, "val"), ByColour(), tmp_path / "out", note=notes.append)
+    assert notes == [f"{tmp_path / 'out'}: holds an evaluation with another version: starting anew"]
+    assert [path.name for path in (tmp_path / "out" / "progress").iterdir()] == ["rank-0000.sqlite"]
+
+
+@pytest.mark.parametrize("column", ["value = '[-1, 2]'", "value = '{}'", "data = x'00'"])
+def test_what_is_no_count_is_measured_again(folder, tmp_path, column):
+    dataset = SegmentationFolder(folder, "val")
+    whole = measure(dataset, ByColour(), tmp_path / "out")
+    path = tmp_path / "out" / "progress" / "rank-0000.sqlite"
+    with closing(sqlite3.connect(path)) as rows, rows:
+        rows.execute(f"UPDATE done SET {column} WHERE key = '00000003'")
+    again = ByColour()
+    found = measure(dataset, again, tmp_path / "out")
+    assert same(found, whole) and len(again.batches) == 1
+
+
+def test_what_a_killed_evaluation_left_half_written_is_removed(folder, tmp_path):
+    left = [".metrics.abcd0123.part.json", "pictures/.001.abcd0123.part.png"]
+    for name in left:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("half")
+    measure(SegmentationFolder(folder, "val"), ByColour(), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.part*"))
+
+
 def test_two_evaluations_do_not_write_to_one_folder(folder, tmp_path):
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ValueError, match="another evaluation is writing there"):
+    with (
+        hold(tmp_path / "out" / ".lock", "busy"),
+        pytest.raises(ValueError, match="another evaluation is writing there"),
+    ):
         measure(SegmentationFolder(folder, "val"), ByColour(), tmp_path / "out")
 
 
@@ -206,15 +247,15 @@ def test_two_processes_answer_as_one_and_one_goes_on_from_two(folder, tmp_path):
 
     run_ranks(work)
     progress = tmp_path / "two" / "progress"
-    assert {path.name for path in progress.iterdir()} == {"key.json", "rank-0000.npz", "rank-0001.npz"}
-    (progress / "rank-0001.npz").unlink()
+    assert {path.name for path in progress.iterdir()} == {"rank-0000.sqlite", "rank-0001.sqlite"}
+    (progress / "rank-0001.sqlite").unlink()
     left = ByColour()
     assert same(measure(dataset, left, tmp_path / "two", batch=2), whole)
     assert 0 < sum(map(len, left.batches)) < 7
 
 
 def test_saved_predictions_are_usual_ones_and_give_the_same_figures(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure_module, "_PART_BYTES", 500)  # several parts
+    monkeypatch.setattr(measure_module, "_MOST_UNSAVED", 500)  # several saves
     monkeypatch.setattr(predictions, "_READ", 64)  # entries longer than what is read at once
     dataset = SegmentationFolder(folder, "val")
     whole = measure(dataset, ByColour(), tmp_path / "out", save_predictions=True)
@@ -227,7 +268,7 @@ def test_saved_predictions_are_usual_ones_and_give_the_same_figures(folder, tmp_
         if entry["file_name"] == str(folder / "images" / "küste.png"):
             found[coco_mask.decode(entry["segmentation"]).astype(bool)] = entry["category_id"]
     assert (found == expected).all()
-    assert {file.name for file in (tmp_path / "out" / "progress").iterdir()} == {"key.json", "rank-0000.npz"}
+    assert {file.name for file in (tmp_path / "out" / "progress").iterdir()} == {"rank-0000.sqlite"}
 
     again = SavedPredictor(SavedPredictions(path, len(NAMES)))
     assert same(measure(dataset, again, tmp_path / "again"), whole)
@@ -410,7 +451,7 @@ def test_eval_writes_everything_and_resumes(command, folder, model_folder):
     written = {path.name for path in results.iterdir()}
     assert written == {
         *("metrics.json", "metrics.md", "classes.csv", "confusions.csv", "photographs.csv", "index.html"),
-        *("pictures", "progress", "sem_seg_predictions.json", ".lock"),
+        *("pictures", "progress", "sem_seg_predictions.json"),
     }
     metrics = json.loads((results / "metrics.json").read_text())
     code, again, err = command("--data", folder, "--model", model_folder, "--save-predictions")

@@ -9,33 +9,31 @@ The plan of batches depends on the data set and the batch size alone. Every proc
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
 from opensan.data.dataset import SegmentationDataset
-from opensan.distributed import barrier, is_main, on_main, rank, world_size
+from opensan.distributed import barrier, gather_objects, is_main, on_main, rank, world_size
 from opensan.errors import UserError
 from opensan.evaluate import predictions
 from opensan.evaluate.evaluation import Evaluation, Photograph
-from opensan.evaluate.metrics import Counts, ImageCounts, count_image
+from opensan.evaluate.metrics import ImageCounts, count_image
 from opensan.evaluate.predictors import BatchPredictor
-from opensan.evaluate.progress import Progress, open_progress, read_all, total
-from opensan.files import write_text
+from opensan.evaluate.progress import Progress, journal_path, open_progress, read_all, read_predictions
+from opensan.files import hold, remove_temporaries
 
 SAVE_EVERY = 15.0
 """Seconds of work that an interruption may cost."""
 
-_PART_BYTES = 8 * 2**20
+_MOST_UNSAVED = 8 * 2**20
 """Saved predictions kept in memory before they are written."""
 
 
@@ -79,29 +77,24 @@ def measure(
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: the data set is empty, a progress file is damaged, or another evaluation is writing to `folder`.
+        ValueError: the data set is empty, or another evaluation is writing to `folder`.
     """
     if len(dataset) == 0:
         raise UserError("the data set has no images")
-    lock = FileLock(folder / ".lock", timeout=0)
-    on_main(lambda: _take(lock, folder))
-    try:
+    with ExitStack() as held:
+        on_main(lambda: _take(held, folder))
         return _measure(
             dataset, predictor, folder, batch, workers, save_predictions, save_every, note, progress and is_main()
         )
-    finally:
-        lock.release()
 
 
-def _take(lock: FileLock, folder: Path) -> None:
-    """Lock the folder until this process ends, in any way."""
+def _take(held: ExitStack, folder: Path) -> None:
+    """Hold the folder, and remove what a killed evaluation left half-written there."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"{folder}: another evaluation is writing there; wait for it, or choose another --out"
-        ) from None
+    busy = f"{folder}: another evaluation is writing there; wait for it, or choose another --out"
+    held.enter_context(hold(folder / ".lock", busy))
+    for place in (folder, folder / "pictures"):
+        remove_temporaries(place)
 
 
 def _measure(
@@ -117,39 +110,36 @@ def _measure(
 ) -> Evaluation:
     num_classes = len(dataset.vocabulary.names)
     state = folder / "progress"
-    key = {"data": dataset.fingerprint(), "saves predictions": save_predictions, **predictor.key}
-    if not on_main(lambda: open_progress(state, key)):
-        note(f"{folder}: holds an evaluation of another model, data set or protocol: starting anew")
-    earlier = read_all(state, num_classes)
-    done = set().union(*(one.photographs for one in earlier.values()))
+    work = {"data": dataset.fingerprint(), "saves predictions": save_predictions, **predictor.key}
+    other = on_main(lambda: open_progress(state, work))
+    if other is not None:
+        note(f"{folder}: holds an evaluation with {other}: starting anew")
+    done = read_all(state, num_classes).figures.keys()
     if done:
         note(f"{folder}: {len(done)} of {len(dataset)} images are measured already")
     batches = _share(_plan(dataset, predictor, batch, workers), done)
-    own = state / f"rank-{rank():04d}.npz"
-    mine = earlier.get(own.name) or Progress(Counts(num_classes))
-    mine.broken.clear()
-    with _bar(sum(map(len, batches)), shown=progress) as advance:
-        _Run(dataset, predictor, own, mine, save_predictions, save_every, advance).all(batches, workers)
-    barrier()
-    return on_main(lambda: _whole(dataset, folder))
+    barrier()  # all have read before one writes
+    with Progress(journal_path(state, rank())) as mine:
+        mine.begin(work)
+        with _bar(sum(map(len, batches)), shown=progress) as advance:
+            _Run(dataset, predictor, mine, save_predictions, save_every, advance).all(batches, workers)
+    broken = {index: text for part in gather_objects(mine.broken) for index, text in part.items()}
+    return on_main(lambda: _whole(dataset, folder, broken, save_predictions))
 
 
-def _whole(dataset: MeasurableDataset, folder: Path) -> Evaluation:
-    """Return the evaluation of all processes' progress together."""
+def _whole(dataset: MeasurableDataset, folder: Path, broken: Mapping[int, str], save_predictions: bool) -> Evaluation:
+    """Sum up all processes' progress."""
     names = dataset.vocabulary.names
-    whole = total(read_all(folder / "progress", len(names)).values(), len(names))
-    if whole.parts:
-        parts = [folder / "progress" / part for part in whole.parts]
-        predictions.join_parts(parts, folder / predictions.FILE_NAME)
-    photographs = [
-        Photograph(index, dataset.name(index), *whole.photographs[index]) for index in sorted(whole.photographs)
-    ]
+    whole = read_all(folder / "progress", len(names))
+    if save_predictions:
+        predictions.write_list(read_predictions(folder / "progress"), folder / predictions.FILE_NAME)
+    images = [Photograph(index, dataset.name(index), *whole.figures[index]) for index in sorted(whole.figures)]
     return Evaluation(
         whole.counts.metrics(names),
-        len(photographs),
-        tuple(whole.broken[index] for index in sorted(whole.broken)),
+        len(images),
+        tuple(broken[index] for index in sorted(broken)),
         tuple(whole.counts.worst_confusions(names)),
-        tuple(photographs),
+        tuple(images),
     )
 
 
@@ -169,20 +159,10 @@ def _plan(dataset: MeasurableDataset, predictor: BatchPredictor, batch: int, wor
     return sorted(group[start : start + batch] for group in groups.values() for start in range(0, len(group), batch))
 
 
-def _share(batches: Sequence[list[int]], done: set[int]) -> list[list[int]]:
+def _share(batches: Sequence[list[int]], done: Collection[int]) -> list[list[int]]:
     """Return this process's batches, without the images that are done."""
     left = [[index for index in batch if index not in done] for batch in batches[rank() :: world_size()]]
     return [batch for batch in left if batch]
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """Counts of one image, on the way from a thread to the sums."""
-
-    counts: ImageCounts
-    figures: tuple[float, float]
-    entries: list[str]
-    """JSON entries of the saved predictions."""
 
 
 class _Run:
@@ -192,7 +172,6 @@ class _Run:
         self,
         dataset: MeasurableDataset,
         predictor: BatchPredictor,
-        path: Path,
         progress: Progress,
         save_predictions: bool,
         save_every: float,
@@ -200,21 +179,17 @@ class _Run:
     ) -> None:
         self._dataset = dataset
         self._predictor = predictor
-        self._path = path
         self._progress = progress
         self._save_predictions = save_predictions
         self._save_every = save_every
         self._advance = advance
         self._num_classes = len(dataset.vocabulary.names)
-        self._entries: list[str] = []
-        self._entry_bytes = 0
-        self._unsaved = 0
         self._saved = time.monotonic()
 
     def all(self, batches: Sequence[list[int]], workers: int) -> None:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
         try:
-            counting: deque[tuple[int, Future[_Counted]]] = deque()
+            counting: deque[tuple[int, Future[tuple[ImageCounts, list[str]]]]] = deque()
             for indices, truths, prepared in self._loaded(pool, batches, workers):
                 answers = self._predictor.predict(prepared) if prepared else []
                 for index, truth, labels in zip(indices, truths, answers, strict=True):
@@ -224,7 +199,7 @@ class _Run:
                 self._save_now_and_then()
             while counting:
                 self._add(*counting.popleft())
-            self._save()
+            self._progress.save()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -256,37 +231,22 @@ class _Run:
         image, truth = self._dataset[index]
         return truth, self._predictor.prepare(self._dataset.name(index), image)
 
-    def _count(self, index: int, truth: np.ndarray, labels: np.ndarray) -> _Counted:
-        counts = count_image(truth, labels, self._num_classes)
+    def _count(self, index: int, truth: np.ndarray, labels: np.ndarray) -> tuple[ImageCounts, list[str]]:
+        """Return an image's counts, and the JSON entries of its prediction if they are saved."""
         entries = []
         if self._save_predictions:
             entries = predictions.entries(str(self._dataset.file(index)), labels, self._num_classes)
-        return _Counted(counts, counts.figures(self._num_classes), entries)
+        return count_image(truth, labels, self._num_classes), entries
 
-    def _add(self, index: int, future: "Future[_Counted]") -> None:
-        found = future.result()
-        self._progress.counts.add(found.counts)
-        self._progress.photographs[index] = found.figures
-        self._entries += found.entries
-        self._entry_bytes += sum(map(len, found.entries))
-        self._unsaved += 1
+    def _add(self, index: int, future: "Future[tuple[ImageCounts, list[str]]]") -> None:
+        self._progress.add(index, *future.result())
         self._advance(1)
 
     def _save_now_and_then(self) -> None:
         due = time.monotonic() - self._saved >= self._save_every
-        if self._unsaved and (due or self._entry_bytes > _PART_BYTES):
-            self._save()
-
-    def _save(self) -> None:
-        """Save predictions first: a file that the progress does not name yet is written again, under the same name."""
-        if self._entries:
-            name = f"{self._path.stem}-part-{len(self._progress.parts):06d}.json"
-            write_text(self._path.with_name(name), "\n".join(self._entries) + "\n")
-            self._progress.parts.append(name)
-            self._entries, self._entry_bytes = [], 0
-        self._progress.save(self._path)
-        self._unsaved = 0
-        self._saved = time.monotonic()
+        if due or self._progress.unsaved_bytes > _MOST_UNSAVED:
+            self._progress.save()
+            self._saved = time.monotonic()
 
 
 @contextmanager

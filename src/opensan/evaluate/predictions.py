@@ -1,14 +1,14 @@
 """Read and write predictions: the usual `sem_seg_predictions.json`, and folders of index PNGs.
 
 The JSON is a list of {"file_name", "category_id", "segmentation": {"size": [H, W], "counts": "..."}}, one entry for
-each class of an image's prediction, its mask in COCO's run-length encoding. It is written in parts and read
+each class of an image's prediction, its mask in COCO's run-length encoding. It is written and read
 entry by entry, so neither needs memory for the whole.
 """
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,20 +39,14 @@ def entries(file_name: str, labels: np.ndarray, num_classes: int) -> list[str]:
     ]
 
 
-def join_parts(parts: Sequence[Path], target: Path) -> None:
-    """Make one JSON list of files that hold an entry a line, then remove them. May be cut short and called again."""
-    if not all(part.exists() for part in parts):
-        return  # joined before: parts are removed only when `target` is complete
+def write_list(entries: Iterable[str], target: Path) -> None:
+    """Write JSON entries as one list, an entry a line; one is in memory at a time."""
     with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as out:
         start = "[\n"
-        for part in parts:
-            with part.open(encoding="utf-8") as lines:
-                for line in lines:
-                    out.write(start + line.rstrip("\n"))
-                    start = ",\n"
+        for entry in entries:
+            out.write(start + entry)
+            start = ",\n"
         out.write("[]\n" if start == "[\n" else "\n]\n")
-    for part in reversed(parts):
-        part.unlink()
 
 
 class SavedPredictions:

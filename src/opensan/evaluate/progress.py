@@ -1,97 +1,141 @@
-"""Keep an evaluation's progress on disk, so that after an interruption each image is counted exactly once.
+"""What an evaluation has counted, on disk: what is counted is never counted again, and nothing is counted twice.
 
-Every process keeps a file of its own with all it has counted since the evaluation began, written as a whole and
-renamed. The evaluation's counts are the sum of all such files, whoever wrote them: processes may be killed, and others,
-more or fewer, may go on.
+Every process keeps a journal of its own, with a row for each image. The evaluation's counts are the sum of all
+journals, whoever wrote them: processes may be killed, and others, more or fewer, may continue.
 """
 
-import json
 import shutil
-import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
-from opensan.errors import UserError
-from opensan.evaluate.metrics import Counts
-from opensan.files import atomic_path, write_text
+from opensan.evaluate.metrics import Counts, ImageCounts
+from opensan.journal import Journal, difference
 
-_KEY = "key.json"
+_PREDICTIONS = "predictions "
 
 
-@dataclass
 class Progress:
-    """The counts of one process."""
+    """What one process has counted. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is its journal; see `open_progress`, which comes first."""
+        self._journal = Journal(path)
+        self._rows: list[tuple[str, object, bytes]] = []
+        self.unsaved_bytes = 0
+        """Of predictions that are not yet on disk."""
+        self.broken: dict[int, str] = {}
+        """Index of an image -> why it could not be measured. Not kept: a later run tries again."""
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._journal.close()
+
+    def begin(self, work: Mapping[str, object]) -> None:
+        """Say what evaluation this is."""
+        self._journal.begin(work)
+
+    def add(self, index: int, counts: ImageCounts, predictions: list[str]) -> None:
+        """Add an image's counts, and the JSON entries of its prediction if they are wanted."""
+        self._rows.append((f"{index:08}", [len(counts.pairs), len(counts.band_classes)], _bytes(counts)))
+        if predictions:
+            text = "\n".join(predictions).encode()
+            self._rows.append((f"{_PREDICTIONS}{index:08}", None, text))
+            self.unsaved_bytes += len(text)
+
+    def save(self) -> None:
+        """Have all that was added on disk, together."""
+        if self._rows:
+            self._journal.put_all(self._rows)
+            self._rows, self.unsaved_bytes = [], 0
+
+
+def open_progress(folder: Path, work: Mapping[str, object]) -> str | None:
+    """Make `folder` ready for the evaluation that `work` describes; what another evaluation left there is forgotten.
+
+    Returns in what the other evaluation differed, if there was one.
+    """
+    other = None
+    if (folder / "key.json").exists():  # of version 0.1.0
+        shutil.rmtree(folder)
+        other = "another version"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [journal_path(folder, 0), *_journals(folder)]:
+        with Journal(path) as journal:
+            if journal.damaged:
+                journal.damaged.unlink()
+            before = journal.begin(work)
+        other = other if before is None else difference(before, work)
+    return other
+
+
+def journal_path(folder: Path, rank: int) -> Path:
+    """The journal of one process."""
+    return folder / f"rank-{rank:04}.sqlite"
+
+
+def _journals(folder: Path) -> list[Path]:
+    return sorted(folder.glob("rank-*.sqlite"))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All processes' progress together."""
 
     counts: Counts
-    photographs: dict[int, tuple[float, float]] = field(default_factory=dict)
+    figures: dict[int, tuple[float, float]]
     """Index of an image -> its own mIoU (classes in the ground truth) and pixel accuracy."""
-    broken: dict[int, str] = field(default_factory=dict)
-    """Index -> the reason why it could not be measured; a later run tries again."""
-    parts: list[str] = field(default_factory=list)
-    """Names of the files of saved predictions, in order."""
-
-    def save(self, path: Path) -> None:
-        """Write all of it, all or nothing."""
-        about = {"broken": list(self.broken.items()), "parts": self.parts}
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                confusion=self.counts.confusion,
-                bands=self.counts.bands,
-                indices=np.array(list(self.photographs), dtype=np.int64),
-                figures=np.array(list(self.photographs.values()), dtype=np.float64).reshape(-1, 2),
-                about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-            )
-
-    @classmethod
-    def load(cls, path: Path, num_classes: int) -> "Progress":
-        """Read a file that `save` wrote. Raises UserError, one line, on any other."""
-        counts = Counts(num_classes)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                about = json.loads(file["about"].tobytes())
-                confusion, bands = file["confusion"], file["bands"]
-                photographs = dict(zip(file["indices"].tolist(), map(tuple, file["figures"].tolist()), strict=True))
-            if confusion.shape != counts.confusion.shape or bands.shape != counts.bands.shape:
-                raise UserError(f"counts of {len(confusion)} classes, not of {num_classes}")
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: not an evaluation's progress ({error}); remove it to start anew") from None
-        counts.confusion += confusion
-        counts.bands += bands
-        return cls(counts, photographs, {index: reason for index, reason in about["broken"]}, list(about["parts"]))
 
 
-def open_progress(folder: Path, key: Mapping[str, object]) -> bool:
-    """Prepare `folder` for the evaluation that `key` describes; the progress of another evaluation is removed.
+def read_all(folder: Path, num_classes: int) -> Whole:
+    """Sum up what every process that ever worked on this evaluation has counted.
 
-    Returns False if there was another evaluation.
+    A row that is not what `Progress` writes counts for nothing: its image is measured again.
     """
-    text = json.dumps(key, indent=1, sort_keys=True, default=str)
-    known = (folder / _KEY).read_text(encoding="utf-8") if (folder / _KEY).exists() else None
-    if known not in (None, text):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _KEY, text)
-    return known in (None, text)
-
-
-def total(parts: Iterable[Progress], num_classes: int) -> Progress:
-    """Return all processes' progress together."""
-    whole = Progress(Counts(num_classes))
-    for part in parts:
-        whole.counts.confusion += part.counts.confusion
-        whole.counts.bands += part.counts.bands
-        whole.photographs |= part.photographs
-        whole.broken |= part.broken
-        whole.parts += part.parts
-    for index in whole.photographs:
-        whole.broken.pop(index, None)
+    whole = Whole(Counts(num_classes), {})
+    for path in _journals(folder):
+        with Journal(path) as journal:
+            for key, value in journal.items():
+                if key.isdecimal() and int(key) not in whole.figures:
+                    counts = _counts(value, journal.data(key), num_classes)
+                    if counts is not None:
+                        whole.counts.add(counts)
+                        whole.figures[int(key)] = counts.figures(num_classes)
     return whole
 
 
-def read_all(folder: Path, num_classes: int) -> dict[str, Progress]:
-    """Read file name -> progress, for every process that ever worked on this evaluation."""
-    return {path.name: Progress.load(path, num_classes) for path in sorted(folder.glob("rank-*.npz"))}
+def read_predictions(folder: Path) -> Iterator[str]:
+    """The JSON entries of all saved predictions, in the images' order."""
+    with ExitStack() as stack:
+        rows = {}
+        for path in _journals(folder):
+            journal = stack.enter_context(Journal(path))
+            rows |= {key: journal for key, _ in journal.items() if key.startswith(_PREDICTIONS)}
+        for key in sorted(rows):
+            yield from rows[key].data(key).decode().splitlines()
+
+
+def _bytes(counts: ImageCounts) -> bytes:
+    arrays = (counts.pairs, counts.pixels, counts.band_classes, counts.bands)
+    return b"".join(np.ascontiguousarray(one, dtype="<i8").tobytes() for one in arrays)
+
+
+def _counts(lengths: object, data: bytes, num_classes: int) -> ImageCounts | None:
+    """What `_bytes` wrote of an image; None of anything else."""
+    if not (isinstance(lengths, list) and [type(one) for one in lengths] == [int, int]):
+        return None
+    pairs, classes = lengths
+    if min(lengths) < 0 or len(data) != 8 * (2 * pairs + 4 * classes):
+        return None
+    values = np.frombuffer(data, dtype="<i8").astype(np.int64)
+    one, two, three, four = np.split(values, np.cumsum([pairs, pairs, classes]))
+    fits = values.min(initial=0) >= 0 and one.max(initial=0) < num_classes * (num_classes + 1)
+    if not fits or three.max(initial=0) >= num_classes:
+        return None
+    return ImageCounts(one, two, three, four.reshape(classes, 3))
