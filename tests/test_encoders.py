@@ -4,19 +4,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opensan.checkpoints import load_folder, save_folder
+from opensan.checkpoints import build_empty, load_folder, save_folder
 from opensan.config import (
+    AlignConfig,
+    AlignTextConfig,
+    AlignVisionConfig,
     ClipResNetConfig,
+    ConvNetConfig,
+    ConvNetVisionConfig,
     ImageConfig,
     ModelConfig,
+    PooledVitConfig,
+    PooledVitVisionConfig,
     ResNetVisionConfig,
     SideAdapterConfig,
+    SiglipTextConfig,
     TextConfig,
 )
-from opensan.model import build_san
+from opensan.model import SAN, build_san
 from opensan.model.backbones import build_backbone
+from opensan.segmenters.san import SanSegmenter
 
 pytest.importorskip("open_clip")
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
 
 SIDE = SideAdapterConfig(
     width=48,
@@ -24,20 +35,58 @@ SIDE = SideAdapterConfig(
     heads=3,
     image_size=96,
     queries=10,
-    fusion={0: 0, 1: 1, 2: 3},
+    fusion={0: 1, 1: 2, 2: 3},
     supervised_blocks=(3, 4),
     mask_channels=20,
     mlp_channels=28,
 )
+TEXT = TextConfig(width=16, layers=2, heads=2, context_length=32)
 
-RESNET = ClipResNetConfig(
-    kind="clip_resnet",
-    embed_dim=24,
-    quick_gelu=True,
-    vision=ResNetVisionConfig(layers=(1, 2, 1, 1), width=8, image_size=64),
-    text=TextConfig(width=16, layers=2, heads=2, context_length=16),
-)
-CLIPS = {"clip_resnet": (RESNET, 4)}
+CLIPS = {
+    "clip_resnet": ClipResNetConfig(
+        kind="clip_resnet",
+        embed_dim=24,
+        quick_gelu=True,
+        vision=ResNetVisionConfig(layers=(1, 2, 1, 1), width=8, image_size=64),
+        text=TEXT,
+    ),
+    "siglip": PooledVitConfig(
+        kind="vit_pooled",
+        embed_dim=64,
+        vision=PooledVitVisionConfig(model="test_vit", layers=6, projection=False),
+        text=SiglipTextConfig(kind="siglip_text", width=16, layers=2, heads=2, context_length=32, vocab_size=49_408),
+    ),
+    "perception encoder": PooledVitConfig(
+        kind="vit_pooled",
+        embed_dim=24,
+        vision=PooledVitVisionConfig(model="vit_pe_core_tiny_patch16_384", layers=12, projection=True),
+        text=TEXT,
+    ),
+    "convnext": ConvNetConfig(
+        kind="convnet",
+        embed_dim=24,
+        vision=ConvNetVisionConfig(model="test_convnext", layers=4, head="linear"),
+        text=TEXT,
+    ),
+    "convnext mlp": ConvNetConfig(
+        kind="convnet",
+        embed_dim=24,
+        vision=ConvNetVisionConfig(model="test_convnext", layers=4, head="mlp"),
+        text=TEXT,
+    ),
+    "align": AlignConfig(
+        kind="align",
+        embed_dim=80,
+        vision=AlignVisionConfig(width_coefficient=0.25, depth_coefficient=0.5, image_size=64),
+        text=AlignTextConfig(
+            width=16, layers=2, heads=2, mlp_channels=20, positions=32, context_length=32, vocab_size=49_408
+        ),
+    ),
+}
+
+
+def layers_of(clip) -> int:
+    return 4 if clip.kind == "clip_resnet" else clip.vision.layers
 
 
 def lively(module: torch.nn.Module) -> torch.nn.Module:
@@ -54,14 +103,14 @@ def lively(module: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module", params=list(CLIPS))
-def family(request):
+def family(request) -> SAN:
     """A small SAN of each family. Not to be changed."""
-    clip, layers = CLIPS[request.param]
+    clip = CLIPS[request.param]
     config = ModelConfig(
         name=request.param,
         clip=clip,
         side_adapter=SIDE,
-        recognition_layer=layers,
+        recognition_layer=layers_of(clip),
         clip_scale=1.0,
         image=ImageConfig(short_side=96, long_side=384),
     )
@@ -72,35 +121,96 @@ def pixels(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+def recognised(ours, images: torch.Tensor, bias: float = 0.0) -> torch.Tensor:
+    """What a bias that is equal everywhere recognises, [B, 3, D]."""
+    features = ours.shallow_features(images, max(ours.layer_widths), ())
+    return ours.recognise(features, torch.full((len(images), ours.attention_heads, 3, 8, 8), bias))
+
+
+def check(ours, images, expected_images, tokens, expected_texts) -> None:
+    expected_images = F.normalize(expected_images, dim=-1).unsqueeze(1).expand(-1, 3, -1)
+    torch.testing.assert_close(recognised(ours, images), expected_images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.embed_prompts(tokens), F.normalize(expected_texts, dim=-1), atol=1e-5, rtol=0)
+
+
+PROMPTS = torch.tensor([[49406, 320, 1125, 49407, 0], [49406, 320, 49407, 0, 0]])
+PADDED = F.pad(PROMPTS, (0, 27))
+CLIP_TEXT = {"width": 16, "layers": 2, "heads": 2, "context_length": 32}
+
+
 @torch.inference_mode()
 def test_a_resnet_is_open_clips():
     model = pytest.importorskip("open_clip.model")
-    ours = lively(build_backbone(RESNET))
-    theirs = model.CLIP(
-        24,
-        {"layers": [1, 2, 1, 1], "width": 8, "image_size": 64, "head_width": 64},
-        {"width": 16, "layers": 2, "heads": 2, "context_length": 16},
-        quick_gelu=True,
-    ).eval()
+    ours = lively(build_backbone(CLIPS["clip_resnet"]))
+    vision = {"layers": [1, 2, 1, 1], "width": 8, "image_size": 64, "head_width": 64}
+    theirs = model.CLIP(24, vision, CLIP_TEXT, quick_gelu=True).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     images = pixels(2, 3, 64, 64)
-    features = ours.shallow_features(images, 4, ())
-    found = ours.recognise(features, torch.zeros(2, ours.attention_heads, 3, 8, 8))
-    expected = theirs.encode_image(images, normalize=True).unsqueeze(1).expand(-1, 3, -1)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    tokens = torch.tensor([[49406, 320, 1125, 49407, 0], [49406, 320, 49407, 0, 0]])
-    padded = F.pad(tokens, (0, 11))
+    check(ours, images, theirs.encode_image(images), PROMPTS, theirs.encode_text(PADDED))
+
+
+@torch.inference_mode()
+def test_siglip_is_open_clips():
+    model = pytest.importorskip("open_clip.model")
+    ours = lively(build_backbone(CLIPS["siglip"]))
+    vision = {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"}
+    text = CLIP_TEXT | {
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+        "norm_kwargs": {"eps": 1e-6},
+    }
+    theirs = model.CustomTextCLIP(64, vision, text, init_logit_bias=-10).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = pixels(2, 3, 160, 160)
+    padded = F.pad(PROMPTS, (0, 27), value=1)
+    check(ours, images, theirs.encode_image(images), PROMPTS, theirs.encode_text(padded))
+    torch.testing.assert_close(recognised(ours, images, 7.0), recognised(ours, images), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_perception_encoder_is_open_clips():
+    model = pytest.importorskip("open_clip.model")
+    ours = lively(build_backbone(CLIPS["perception encoder"]))
+    name = "vit_pe_core_tiny_patch16_384"
+    vision = {"image_size": 384, "timm_model_name": name, "timm_pool": "map", "timm_proj": None}
+    theirs = model.CustomTextCLIP(24, vision, CLIP_TEXT).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = pixels(1, 3, 384, 384)
+    check(ours, images, theirs.encode_image(images), PROMPTS, theirs.encode_text(PADDED))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_a_convnext_is_open_clips(head):
+    model = pytest.importorskip("open_clip.model")
+    ours = lively(build_backbone(CLIPS["convnext" if head == "linear" else "convnext mlp"]))
+    vision = {"image_size": 160, "timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": head}
+    theirs = model.CLIP(24, vision, CLIP_TEXT).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = pixels(2, 3, 160, 160)
+    check(ours, images, theirs.encode_image(images), PROMPTS, theirs.encode_text(PADDED))
+    torch.testing.assert_close(recognised(ours, images, -3.0), recognised(ours, images), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_align_is_transformers():
+    ours = lively(build_backbone(CLIPS["align"]))
+    images = pixels(2, 3, 64, 64)
+    theirs = ours.model
+    found = theirs(input_ids=PADDED, attention_mask=(PADDED != 0).long(), pixel_values=images)
+    check(ours, images, found.image_embeds, PROMPTS, found.text_embeds)
     torch.testing.assert_close(
-        ours.embed_prompts(tokens), theirs.encode_text(padded, normalize=True), atol=1e-5, rtol=0
+        found.logits_per_text, ours.logit_scale.exp() * found.text_embeds @ found.image_embeds.T, atol=1e-3, rtol=1e-4
     )
+    torch.testing.assert_close(recognised(ours, images, -3.0), recognised(ours, images), atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()
 def test_the_bias_steers_recognition(family):
-    """A query that sees one half of an image recognises what it recognises on an image with the same half."""
-    first, second = pixels(2, 1, 3, 128, 128)
+    """Queries that look elsewhere recognise something else; the size of the image is free."""
     clip, layers = family.clip, family.config.recognition_layer
-    features = clip.shallow_features(torch.cat([first, second]), layers, ())
+    features = clip.shallow_features(pixels(2, 3, 100, 140), layers, ())
     bias = torch.zeros(2, clip.attention_heads, 2, 16, 16)
     bias[:, :, 1, :, 8:] = -50.0
     found = clip.recognise(features, bias)
@@ -116,7 +226,7 @@ def test_a_training_step_changes_what_is_trained_and_nothing_else(family, tmp_pa
     trained = model.trained()
     optimizer = torch.optim.SGD([one.parameter for one in trained], lr=1.0)
     proposals = model.propose(pixels(2, 3, 96, 128), supervise=True)
-    (proposals.mask_embeddings.square() * torch.arange(10.0).view(1, 10, 1)).sum().backward()
+    (proposals.mask_embeddings * pixels(2, 10, proposals.mask_embeddings.shape[2])).sum().backward()
     optimizer.step()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed and changed <= {one.name for one in trained}
@@ -129,3 +239,17 @@ def test_saved_and_loaded_models_answer_alike(family, tmp_path):
     found, expected = again.propose(images), family.propose(images)
     torch.testing.assert_close(found.mask_logits, expected.mask_logits, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(found.mask_embeddings, expected.mask_embeddings, atol=1e-5, rtol=1e-5)
+
+
+def test_images_are_labelled(family):
+    """From pixels to words, by a tower that is read through the prompt tree or not."""
+    segmenter = SanSegmenter(family, text_cache=False)
+    image = torch.randint(0, 256, (70, 90, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+    found = segmenter.segment(image, ["sky", "grass", "road"])
+    assert found.labels.shape == (70, 90)
+
+
+def test_a_model_without_memory_counts_the_same_parameters(family):
+    empty = build_empty(family.config)
+    shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in family.state_dict().items()}

@@ -114,6 +114,122 @@ class ClipResNetConfig(Config):
             raise UserError("clip: vision.width must be even, and text.width a multiple of text.heads")
 
 
+TimmName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,80}$")]
+"""Name of a model of timm: nothing that timm would take for an address."""
+
+
+class SiglipTextConfig(Config):
+    """The text tower of SigLIP: bidirectional, read at the last of all positions, with a tokenizer of its own."""
+
+    kind: Literal["siglip_text"]
+    width: Count
+    layers: LayerCount
+    heads: Count
+    context_length: Count = 64
+    vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 32_000
+    padding: Annotated[int, Field(ge=0)] = 1
+    """The token that fills a prompt up to `context_length`: 1 in SigLIP, 0 in SigLIP 2."""
+    tanh_gelu: bool = False
+    """GELU by its tanh approximation, as in SigLIP 2."""
+
+
+class PooledVitVisionConfig(Config):
+    """The image tower of the family "vit_pooled"."""
+
+    model: TimmName
+    """Of timm, which knows its shape: vit_base_patch16_siglip_224, vit_pe_core_base_patch16_224, ..."""
+    layers: LayerCount
+    """Blocks of that model."""
+    projection: bool
+    """Whether a linear layer stands behind the pooling, as in Perception Encoder and not in SigLIP."""
+
+
+class PooledVitConfig(Config):
+    """The family "vit_pooled": a ViT that is read by attention pooling, as open_clip builds it around timm's."""
+
+    kind: Literal["vit_pooled"]
+    embed_dim: Count
+    vision: PooledVitVisionConfig
+    text: Annotated[
+        Annotated[TextConfig, Tag("clip_text")] | Annotated[SiglipTextConfig, Tag("siglip_text")],
+        Discriminator(lambda value: _kind(value, "clip_text")),
+    ]
+
+    def check_layers(self, recognition_layer: int) -> None:
+        """Raise UserError unless all blocks are shallow and the text tower's width fits its heads."""
+        _check_all_shallow(recognition_layer, self.vision.layers)
+        if self.text.width % self.text.heads:
+            raise UserError(f"clip.text: width {self.text.width} is not a multiple of heads {self.text.heads}")
+
+
+class ConvNetVisionConfig(Config):
+    """The image tower of the family "convnet"."""
+
+    model: TimmName
+    """Of timm, which knows its shape: convnext_base, ..."""
+    layers: LayerCount
+    """Stages of that model."""
+    head: Literal["linear", "mlp"]
+    """What stands behind the pooling."""
+
+
+class ConvNetConfig(Config):
+    """The family "convnet": a ConvNet of timm with a linear head beside CLIP's text tower, as open_clip builds it."""
+
+    kind: Literal["convnet"]
+    embed_dim: Count
+    quick_gelu: bool = False
+    """Of the text tower."""
+    vision: ConvNetVisionConfig
+    text: TextConfig
+
+    def check_layers(self, recognition_layer: int) -> None:
+        """Raise UserError unless all stages are shallow and the text tower's width fits its heads."""
+        _check_all_shallow(recognition_layer, self.vision.layers)
+        if self.text.width % self.text.heads:
+            raise UserError(f"clip.text: width {self.text.width} is not a multiple of heads {self.text.heads}")
+
+
+class AlignVisionConfig(Config):
+    """ALIGN's image tower, an EfficientNet; the defaults are ALIGN-base's, EfficientNet-B7."""
+
+    image_size: Count = 289
+    width_coefficient: Ratio = 2.0
+    depth_coefficient: Ratio = 3.1
+    depthwise_padding: tuple[int, ...] = ()
+    """Blocks whose convolution is padded otherwise (transformers' field of that name)."""
+    layers: LayerCount = 5
+    """Maps before a halving of the resolution, and the last."""
+
+
+class AlignTextConfig(Config):
+    """ALIGN's text tower, a BERT; the defaults are ALIGN-base's."""
+
+    width: Count = 768
+    layers: LayerCount = 12
+    heads: Count = 12
+    mlp_channels: Count = 3_072
+    positions: Count = 512
+    context_length: Count = 64
+    """Tokens that are read of a prompt."""
+    vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 30_522
+
+
+class AlignConfig(Config):
+    """The family "align": ALIGN, as transformers builds it."""
+
+    kind: Literal["align"]
+    embed_dim: Count = 640
+    vision: AlignVisionConfig = AlignVisionConfig()
+    text: AlignTextConfig = AlignTextConfig()
+
+    def check_layers(self, recognition_layer: int) -> None:
+        """Raise UserError unless all layers are shallow and the text tower's width fits its heads."""
+        _check_all_shallow(recognition_layer, self.vision.layers)
+        if self.text.width % self.text.heads:
+            raise UserError(f"clip.text: width {self.text.width} is not a multiple of heads {self.text.heads}")
+
+
 def _check_all_shallow(recognition_layer: int, layers: int) -> None:
     if recognition_layer != layers:
         raise UserError(
@@ -122,18 +238,24 @@ def _check_all_shallow(recognition_layer: int, layers: int) -> None:
         )
 
 
-def _kind(value: object) -> object:
-    """The family of a backbone's configuration, given as data or as an object."""
-    return value.get("kind", "clip_vit") if isinstance(value, dict) else getattr(value, "kind", None)
+def _kind(value: object, unnamed: str = "clip_vit") -> object:
+    """The kind of a configuration, given as data or as an object."""
+    return value.get("kind", unnamed) if isinstance(value, dict) else getattr(value, "kind", unnamed)
 
 
 AnyClipConfig = Annotated[
-    Annotated[ClipConfig, Tag("clip_vit")] | Annotated[ClipResNetConfig, Tag("clip_resnet")], Discriminator(_kind)
+    Annotated[ClipConfig, Tag("clip_vit")]
+    | Annotated[ClipResNetConfig, Tag("clip_resnet")]
+    | Annotated[PooledVitConfig, Tag("vit_pooled")]
+    | Annotated[ConvNetConfig, Tag("convnet")]
+    | Annotated[AlignConfig, Tag("align")],
+    Discriminator(_kind),
 ]
 """Of the backbone: one class a family, told apart by `kind`. A family that is not named is "clip_vit"."""
 
 KINDS = {member.__metadata__[0].tag for member in get_args(get_args(AnyClipConfig)[0])}
 """The families of backbones."""
+_TAGS = KINDS | {"clip_text", "siglip_text"}
 
 
 class SideAdapterConfig(Config):
@@ -209,7 +331,7 @@ def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:
         errors = error.errors()
         # A misspelt key is also a missing one: the misspelling says more.
         first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-        loc = tuple(part for part in first["loc"] if part not in KINDS)  # pydantic adds which family it took
+        loc = tuple(part for part in first["loc"] if part not in _TAGS)  # pydantic adds which kind it took
         where = ".".join(short(str(part))[1:-1] for part in loc) or "top level"
         if first["type"] == "extra_forbidden":
             raise UserError(f"{source}: {where}: no such key{_nearest_key(kind, loc)}") from None

@@ -49,6 +49,9 @@ def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
     # Weights may be stored in half precision to be small; they are computed with in float32.
     full = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
     check_finite(full, source)
+    if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in expected):
+        with torch.random.fork_rng(devices=[]):
+            model = build_san(config)  # its constants, such as rotary angles, are in no file: only building makes them
     model.load_state_dict(full, strict=True, assign=True)
     return model
 

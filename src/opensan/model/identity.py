@@ -28,7 +28,7 @@ def model_identity(model: SAN) -> Identity:
 def image_identity(model: SAN) -> str:
     """Hash what encodings and scores depend on: all but the text tower. 64 hexadecimal digits."""
     data = model.config.model_dump(mode="json")
-    del data["clip"]["text"]
+    data["clip"].pop("text", None)
     text = {f"clip.{name}" for name in model.clip.state_dict() if model.clip.is_text(name)}
     return _hash(data, {name: tensor for name, tensor in model.state_dict().items() if name not in text})
 
@@ -36,7 +36,7 @@ def image_identity(model: SAN) -> str:
 def text_identity(model: SAN) -> str:
     """Hash what text embeddings depend on: the text tower. 64 hexadecimal digits."""
     data = model.config.clip.model_dump(mode="json")
-    del data["vision"]
+    data.pop("vision", None)
     return _hash(data, {name: tensor for name, tensor in model.clip.state_dict().items() if model.clip.is_text(name)})
 
 

@@ -104,3 +104,12 @@ def pool_bias(attention_bias: Tensor, grid: tuple[int, int]) -> Tensor:
     """Bring `attention_bias` [B, N, Q, h', w'] to `grid` by the maximum of each window: [B, N, Q, h * w]."""
     pooled = adaptive_max_pool(attention_bias.flatten(0, 1), grid)
     return pooled.view(*attention_bias.shape[:3], -1)
+
+
+def weighted_means(features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
+    """Means [B, Q, C] of the last features, weighted by the softmax over positions of `attention_bias` [B, 1, Q, ...].
+
+    A bias that is equal everywhere gives the plain mean.
+    """
+    weights = pool_bias(attention_bias, features.grid).softmax(dim=-1).mean(dim=1)  # [B, Q, L]
+    return weights @ features.tokens
