@@ -71,7 +71,7 @@ def test_lists_may_name_files_and_missing_photographs_are_left_out_by_name(folde
     ("values", "message"),
     [
         (np.full((4, 6), 3, np.uint8), r"street.png: holds the value 3; classes.txt has 3 classes"),
-        (np.zeros((6, 4), np.uint8), r"street.png: is 4x6, its photograph 6x4"),
+        (np.zeros((6, 4), np.uint8), r"street.png: is 4x6, its image 6x4"),
         (np.zeros((4, 6, 3), np.uint8), r"street.png: an image of mode RGB, not an index PNG"),
     ],
 )

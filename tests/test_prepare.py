@@ -134,7 +134,7 @@ def test_a_broken_photograph_is_left_out_and_tried_again(tmp_path):
     manifest = prepare(Source(WORDS, photographs), "mine", tmp_path / "out")
     assert list(manifest.left_out) == ["cut", "high", "small", "torn"]
     assert "cut.png: not an image in a known format, or damaged" in manifest.left_out["cut"]
-    assert manifest.left_out["small"] == "its labels are 2x2 (width x height), its photograph 3x2"
+    assert manifest.left_out["small"] == "its labels are 2x2 (width x height), its image 3x2"
     assert manifest.left_out["high"] == "its labels hold the value 3, there are 3 classes"
     assert manifest.left_out["torn"] == "torn.mat: torn"
     assert (tmp_path / "out" / "val.txt").read_text() == "good.png\n"
@@ -368,8 +368,8 @@ def test_check_names_what_is_wrong(whole, tmp_path):
     (whole / "labels" / "c.png").unlink()
     (whole / "images" / "d.png").write_text("not listed")
     expected = [
-        "images/: 1 files belong to no listed photograph, the first is d.png",
-        f"images/a.png: the photograph it links to is gone ({tmp_path / 'raw' / 'a.png'})",
+        "images/: 1 files belong to no listed image, the first is d.png",
+        f"images/a.png: the image it links to is missing ({tmp_path / 'raw' / 'a.png'})",
         "labels/b.png: its content has changed since it was prepared",
         "labels/c.png: missing",
     ]
@@ -384,10 +384,10 @@ def test_check_compares_lists_classes_and_records(whole):
     (whole / "files.jsonl").write_text("".join(lines[:2]))
     found = problems(whole)
     assert found[0] == "val.txt: a.png is not in images/"
-    assert found[1] == "classes.txt: not the classes that the manifest says"
-    assert found[2] == "val.txt: names 2 photographs in images/, the manifest says 3"
+    assert found[1] == "classes.txt: not the classes in the manifest"
+    assert found[2] == "val.txt: names 2 images in images/, the manifest 3"
     assert found[3] == "files.jsonl: missing, or not the one that the manifest was written with"
-    assert found[4] == "labels/: 1 files belong to no listed photograph, the first is a.png"
+    assert found[4] == "labels/: 1 files belong to no listed image, the first is a.png"
     assert found[5:] == ["images/c.png: files.jsonl does not have it"]
     (whole / "val.txt").unlink()
     with pytest.raises(ValueError, match="has no split list"):
@@ -401,7 +401,7 @@ def test_check_of_a_folder_without_manifest_looks_at_values_and_sizes(whole):
     Image.fromarray(np.zeros((3, 3), np.uint8)).save(whole / "labels" / "b.png")
     first, second = problems(whole)
     assert first == "labels/a.png: holds the value 9; classes.txt has 3 classes, 255 is unlabelled"
-    assert second == "labels/b.png: is 3x3, its photograph 3x2 (width x height)"
+    assert second == "labels/b.png: is 3x3, its image 3x2 (width x height)"
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_the_command_line(run, tmp_path):
     code, stdout, stderr = run("data", "check", out, "--quick", "--workers", 1)
     assert code == 1
     assert "val                  1 image of 1,449" in stdout
-    assert stderr.splitlines()[1].startswith(f"{out}/images/2007_000061.jpg: the photograph it links to is gone")
+    assert stderr.splitlines()[1].startswith(f"{out}/images/2007_000061.jpg: the image it links to is missing")
     assert "is obtained from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/" in stderr
     code, stdout, stderr = run("data", "prepare", "pascal_voc_20", "--source", source, "--out", out)
     assert code == 1

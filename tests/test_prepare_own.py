@@ -165,8 +165,8 @@ def test_a_wrong_table_of_colours_is_named(folder, line, message):
     [
         ([[0, 7, 7], [0, 0, 0]], np.uint8, r"a.png: 2 pixels hold the value 7; classes are 0-2, 255 is unlabelled"),
         ([[0, 255, 0], [0, 0, 0]], np.uint16, r"a.png: 1 pixels hold the value 255; .* 65535 is unlabelled"),
-        ([[0, 1], [0, 1], [0, 1]], np.uint8, r"a.png: is 2x3, its photograph 3x2 .* exactly the photograph's size"),
-        ([[0] * 300] * 200, np.uint8, r"a.png: is 300x200, its photograph 3x2"),
+        ([[0, 1], [0, 1], [0, 1]], np.uint8, r"a.png: is 2x3, its image 3x2 .* exactly the image's size"),
+        ([[0] * 300] * 200, np.uint8, r"a.png: is 300x200, its image 3x2"),
         ([[(1, 2, 1)] * 3] * 2, np.uint8, r"a.png: an RGB picture, .* or list its colours in colours.txt"),
         ([[(1, 2, 1, 9)] * 3] * 2, np.uint8, r"a.png: has transparent pixels, whose meaning is not known"),
         ([[True, False, True]] * 2, bool, r"a.png: stored with 1 bit a pixel: its numbers \(0-1\) .* \(0, 255\)"),
@@ -362,7 +362,7 @@ def test_imperfect_word_masks_are_named(masked):
     with pytest.raises(ValueError, match=r"its brightest pixel is 5; a mask is black and white"):
         labels_of(open_word_masks(masked))
     write_map(file, [[0, 255]] * 4)
-    with pytest.raises(ValueError, match=r"png: is 2x4, its photograph 4x2"):
+    with pytest.raises(ValueError, match=r"png: is 2x4, its image 4x2"):
         labels_of(open_word_masks(masked))
     write_photograph(masked / "images" / "c.jpg")
     manifest = prepare(open_word_masks(masked), "word-masks", masked.parent / "out")
@@ -372,7 +372,7 @@ def test_imperfect_word_masks_are_named(masked):
 
 def test_word_masks_without_masks(tmp_path):
     write_photograph(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match=r"no mask of a photograph; they are masks/NAME/WORD.png or masks/WORD/"):
+    with pytest.raises(ValueError, match=r"no mask of an image; they are masks/NAME/WORD.png or masks/WORD/"):
         open_word_masks(tmp_path)
 
 

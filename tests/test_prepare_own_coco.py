@@ -107,7 +107,7 @@ def test_wrong_panoptic_pngs_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"1.png: one channel; COCO panoptic PNGs are RGB"):
         labels_of(open_panoptic(tmp_path))
     Image.fromarray(np.zeros((3, 3, 3), np.uint8)).save(png)
-    with pytest.raises(ValueError, match=r"1.png: is 3x3, its photograph 3x2"):
+    with pytest.raises(ValueError, match=r"1.png: is 3x3, its image 3x2"):
         labels_of(open_panoptic(tmp_path))
     png.unlink()
     with pytest.raises(ValueError, match=r"1.png: can't be read .*No such file"):
@@ -192,7 +192,7 @@ def test_a_polygon_covers_what_it_should():
         ([3.5], "not a list of numbers x, y, x, y"),
         ([[0, 0, 5, 0, 5, float("nan")]], "not a list of numbers x, y, x, y"),
         ([[0, 0, 5, 0, 5, 10**400]], "not a list of numbers x, y, x, y"),
-        ([[0, 0, 1e9, 0, 5, 5]], "lies far outside the photograph of 6x4"),
+        ([[0, 0, 1e9, 0, 5, 5]], "lies far outside the image of 6x4"),
         ([[0, 0, 6, 4, 0, 4] * 400_000], "outline is .* pixels long, more than 4,000,000"),
         ({"size": [4, 6], "counts": [10**12]}, "not a list of run lengths"),
         ({"size": [40_000, 60_000], "counts": [2_400_000_000]}, r"size is \[40000, 60000\], the picture's \[4, 6\]"),
@@ -208,7 +208,7 @@ def test_a_wrong_mask_is_named_and_the_photograph_left_out(tmp_path):
     write_instances(tmp_path / "raw", [{"category_id": 7, "segmentation": [[0, 0, 1e9, 0, 5, 5]]}])
     manifest = prepare(open_instances(tmp_path / "raw"), "coco-instances", tmp_path / "out")
     assert manifest.left_out["1"].endswith(
-        "instances_val.json: image 5: annotation 0: a polygon lies far outside the photograph of 6x4 (width x height)"
+        "instances_val.json: image 5: annotation 0: a polygon lies far outside the image of 6x4 (width x height)"
     )
 
 
@@ -224,7 +224,7 @@ def test_a_photograph_without_objects_is_unlabelled(tmp_path):
 def test_a_size_that_is_not_the_photograph_s(tmp_path):
     write_instances(tmp_path, [])
     write_photograph(tmp_path / "images" / "1.jpg", 7, 4)
-    with pytest.raises(ValueError, match=r"instances_val.json: image 5: is 6x4, its photograph 7x4"):
+    with pytest.raises(ValueError, match=r"instances_val.json: image 5: is 6x4, its image 7x4"):
         labels_of(open_instances(tmp_path))
 
 
@@ -277,7 +277,7 @@ IMAGE = {"id": 5, "file_name": "1.jpg", "width": 6, "height": 4}
         ({"images": [{**IMAGE, "file_name": "/etc/passwd"}]}, r"'/etc/passwd' is no path below the folder"),
         (
             {"images": [{**IMAGE, "file_name": "lost.jpg"}]},
-            r"instances_val.json: its photographs are in none of .*/val/, ",
+            r"instances_val.json: its images are in none of .*/val/, ",
         ),
         ({"images": []}, r"instances_val.json: it lists no images"),
         ({"images": [{**IMAGE, "width": "6"}]}, r"'width' must be a whole number, not '6'"),

@@ -181,7 +181,7 @@ def test_grey_stored_as_rgb_is_read_and_colours_are_not(tmp_path):
         ({"bytes": None, "path": "/etc/passwd"}, r"row group 0, row 0, column 'label': holds only a path; write"),
         (None, r"column 'label': holds nothing"),
         ({"bytes": encoded([[2] * 3] * 2), "path": None}, r"6 pixels hold the value 2; classes are 0-1, 34, 255 is"),
-        ({"bytes": encoded([[0] * 2] * 2), "path": None}, r"'label': is 2x2, its photograph 3x2"),
+        ({"bytes": encoded([[0] * 2] * 2), "path": None}, r"'label': is 2x2, its image 3x2"),
         ({"bytes": PHOTOGRAPH, "path": None}, r"'label': not a PNG or TIFF or BMP or GIF file"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Data sets: where photographs and their labels come from, and what is done to them before training."""
+"""Prepare, check and read labelled data sets, and augment them for training."""

@@ -1,7 +1,7 @@
-"""SAN's training augmentation: scale, crop, SSD colour jitter, flip, padding. All randomness comes from one generator.
+"""Augment training images as SAN does: scale, crop, SSD colour jitter, flip, padding. One generator draws all.
 
 Scale and crop are done in one resampling of the crop alone, which gives the same pixels (to 2 levels of 255)
-as resizing the whole photograph first, because Pillow's filters look beyond the box, at a fraction of the time.
+as resizing the whole image first, because Pillow's filters look beyond the box, at a fraction of the time.
 """
 
 from typing import Annotated
@@ -15,18 +15,18 @@ from opensan.images import network_size
 from opensan.vocabulary import UNLABELLED
 
 PADDING_GREY = 128
-"""Fills crops that are larger than the resized photograph, before normalisation (the official recipe)."""
+"""Grey that fills crops beyond the resized image, before normalisation (the official recipe)."""
 
 
 class AugmentConfig(Config):
-    """What is done to a photograph before training. The defaults are SAN's."""
+    """Augmentation of training images. The defaults are SAN's."""
 
     short_sides: Annotated[tuple[Count, ...], Field(min_length=1)] = tuple(range(320, 961, 64))
     """The short side in pixels is drawn from these."""
     long_side: Count = 2_560
-    """The long side never exceeds this, whatever the short side becomes."""
+    """Limit of the long side; it overrides the short side."""
     crop: tuple[Count, Count] = (640, 640)
-    """Height and width of what the network sees."""
+    """Height and width of the network's input."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability of a horizontal flip."""
     colour_jitter: bool = True
@@ -36,7 +36,7 @@ class AugmentConfig(Config):
 def augment(
     image: np.ndarray, labels: np.ndarray, config: AugmentConfig, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A training crop of a photograph.
+    """Return a random training crop of an image.
 
     Args:
         image: [H, W, 3] uint8 RGB.
@@ -67,7 +67,7 @@ def augment(
 def _resize_crop(
     image: np.ndarray, scaled: tuple[int, int], start: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """The part [start, start + size) of `image` resized to `scaled`, bilinearly with antialias, as uint8."""
+    """Return [start, start + size) of `image` resized to `scaled`, bilinearly with antialias, as uint8."""
     (height, width), (top, left), (rows, columns) = scaled, start, size
     y, x = image.shape[0] / height, image.shape[1] / width
     box = (left * x, top * y, min((left + columns) * x, image.shape[1]), min((top + rows) * y, image.shape[0]))
@@ -78,7 +78,7 @@ def _resize_crop(
 def _resize_crop_labels(
     labels: np.ndarray, scaled: tuple[int, int], start: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """The same for labels: the nearest pixel's."""
+    """Return [start, start + size) of `labels` resized to `scaled`, by nearest pixels."""
     rows, columns = (
         ((np.arange(part) + first + 0.5) * (whole / side)).astype(np.intp)
         for part, first, whole, side in zip(size, start, labels.shape, scaled, strict=True)
@@ -87,7 +87,7 @@ def _resize_crop_labels(
 
 
 def jitter_colours(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """SSD's photometric distortion (Liu et al., ECCV 2016) of an image [H, W, 3] uint8 RGB.
+    """Apply SSD's photometric distortion (Liu et al., ECCV 2016) to an image [H, W, 3] uint8 RGB.
 
     Each with probability 1/2: brightness +-32, contrast x 0.5..1.5, saturation x 0.5..1.5, hue +-36 degrees; contrast
     comes before or after the other two, with equal chance.
@@ -112,10 +112,10 @@ def jitter_colours(image: np.ndarray, generator: np.random.Generator) -> np.ndar
 
 
 def _scaled_levels(factor: float) -> np.ndarray:
-    """Every level 0..255 times `factor`, [256] uint8."""
+    """Return every level 0..255 times `factor`, [256] uint8."""
     return np.clip(np.arange(256) * factor, 0, 255).astype(np.uint8)
 
 
 def _change_levels(picture: Image.Image, levels: np.ndarray) -> Image.Image:
-    """Every channel's level v becomes levels[v]."""
+    """Replace level v of every channel by levels[v]."""
     return picture if (levels == np.arange(256)).all() else picture.point(levels.tolist() * 3)

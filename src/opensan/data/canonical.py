@@ -1,7 +1,7 @@
-"""What a prepared folder says of itself: manifest.json and files.jsonl, beside the layout of `segmentation_folder`.
+"""Read and write a prepared folder's records: manifest.json and files.jsonl, beside `segmentation_folder`'s layout.
 
-manifest.json       what was prepared from what, counts, what was left out; written last
-files.jsonl         a line a photograph: its files with sizes and checksums, sorted by name
+manifest.json       source, options, counts, and records that were left out; written last
+files.jsonl         a line an image: its files with sizes and checksums, sorted by name
 """
 
 import hashlib
@@ -22,7 +22,7 @@ FILES = "files.jsonl"
 
 
 def check_name(name: str) -> str:
-    """`name`, if it can be a file's in a folder of ours. Raises ValueError if it could lead elsewhere or be hidden."""
+    """Return `name` if it is a plain file name. Raises UserError if it could lead to another folder or be hidden."""
     odd = any(character in '/\\:*?"<>|' or not character.isprintable() for character in name)
     if not name or odd or name.startswith(".") or name != name.strip() or len(name.encode()) > 200:
         raise UserError(f"{name[:80]!r} is no plain file name (no separators, no leading dot, at most 200 bytes)")
@@ -34,19 +34,19 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Request(Config):
-    """What was asked for. The same request continues a folder; another one needs another folder."""
+    """The arguments of a preparation. The same request continues a folder; another one needs another folder."""
 
     source: str
     """The reader's name."""
     options: dict[str, str]
     splits: tuple[PlainName, ...] | None
-    """The splits that were asked for; None is all."""
+    """The requested splits; None for all."""
     classes: tuple[str, ...]
     """The lines of classes.txt."""
 
 
 class ClassCount(Config):
-    """How much of a class a set has."""
+    """Images and pixels of a class in a set."""
 
     images: Annotated[int, Field(ge=0)]
     pixels: Annotated[int, Field(ge=0)]
@@ -58,23 +58,23 @@ class DatasetManifest(Config):
     format: Literal[1] = 1
     request: Request
     label_set: str | None
-    """The ready label set that the classes are, if they are one."""
+    """The ready label set with the same classes, if there is one."""
     evaluation_split: str | None
-    """The list to measure on."""
+    """The list for evaluation."""
     splits: dict[PlainName, int]
-    """Photographs in each list."""
+    """Images in each list."""
     photographs: int
-    """Different ones."""
+    """Images in the set, each counted once."""
     files_sha256: Sha256
-    """Of files.jsonl."""
+    """Checksum of files.jsonl."""
     left_out: dict[str, str]
-    """What could not be used: name of an image, file or record -> why."""
+    """Images, files and records that could not be used: name -> reason."""
     notes: tuple[str, ...] = ()
-    """What was decided for the whole set."""
+    """Decisions about the whole set."""
     counts: tuple[ClassCount, ...] = ()
-    """Of each class, in order; empty in folders that an earlier version wrote."""
+    """Counts of each class, in order; empty in folders that an earlier version wrote."""
     pixels: Annotated[int, Field(ge=0)] = 0
-    """Of all images, unlabelled ones included."""
+    """Pixels of all images, unlabelled ones included."""
 
 
 class FileRecord(Config):
@@ -83,7 +83,7 @@ class FileRecord(Config):
     file: PlainName
     """Its name in images/ or labels/."""
     size: Annotated[int, Field(ge=0)]
-    """In bytes."""
+    """Size in bytes."""
     sha256: Sha256
 
 
@@ -98,24 +98,24 @@ class PhotographRecord(Config):
     classes: tuple[tuple[int, int], ...] | None = None
     """(label, number of pixels) of the classes in it; None in folders that an earlier version wrote."""
     left_out: tuple[str, ...] = ()
-    """The records of this image that could not be used: which, and why."""
+    """The records of this image that could not be used, each with the reason."""
 
 
 def file_record(path: Path) -> FileRecord:
-    """Size and checksum of a file (links are followed)."""
+    """Return size and checksum of a file (links are followed)."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(file=path.name, size=file.tell(), sha256=digest)
 
 
 def class_pixels(values: np.ndarray, classes: int) -> tuple[tuple[int, int], ...]:
-    """(label, number of pixels) of the classes in an index map [H, W] of ours, where larger values are unlabelled."""
+    """Return (label, number of pixels) of the classes in an index map [H, W], where larger values are unlabelled."""
     counts = np.bincount(values.ravel(), minlength=classes)[:classes]
     return tuple((int(label), int(counts[label])) for label in np.flatnonzero(counts))
 
 
 def class_counts(records: Iterable[PhotographRecord], classes: int) -> tuple[ClassCount, ...]:
-    """What the images of `records` have of each class."""
+    """Count images and pixels of each class over `records`."""
     images, pixels = [0] * classes, [0] * classes
     for record in records:
         for label, count in record.classes or ():
@@ -125,7 +125,7 @@ def class_counts(records: Iterable[PhotographRecord], classes: int) -> tuple[Cla
 
 
 def read_manifest(root: str | Path) -> DatasetManifest | None:
-    """The manifest of a folder; None if it has none. Raises ValueError, one line, on one that can't be used."""
+    """Read the manifest of a folder; None if it has none. Raises UserError on one that can't be used."""
     path = Path(root) / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -137,12 +137,13 @@ def read_manifest(root: str | Path) -> DatasetManifest | None:
 
 
 def write_manifest(root: Path, manifest: DatasetManifest) -> None:
+    """Write `manifest` to the folder, all or nothing."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
     write_text(root / MANIFEST, text + "\n")
 
 
 def parse_record(line: str, place: str) -> PhotographRecord:
-    """A line of files.jsonl. Raises ValueError, beginning with `place`, on anything else."""
+    """Parse a line of files.jsonl. Raises UserError, beginning with `place`, if it is not one."""
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -151,12 +152,13 @@ def parse_record(line: str, place: str) -> PhotographRecord:
 
 
 def read_records(path: Path) -> Iterator[PhotographRecord]:
-    """The records of a files.jsonl."""
+    """Read the records of a files.jsonl."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             yield parse_record(line, f"{path}: line {number}")
 
 
 def write_records(path: Path, records: Iterable[PhotographRecord]) -> None:
+    """Write a files.jsonl, all or nothing."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(record.model_dump_json() + "\n" for record in records)

@@ -1,4 +1,4 @@
-"""Whether a prepared folder is whole: lists, photographs, labels, sizes, values, checksums."""
+"""Check that a prepared folder is complete: lists, images, labels, sizes, values, checksums."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -18,14 +18,14 @@ from opensan.vocabulary import Vocabulary
 
 
 class FolderCheck:
-    """A check of one folder in the canonical layout. Lists and manifest are looked at when it is made."""
+    """A check of one folder in the canonical layout. Lists and manifest are checked when it is created."""
 
     def __init__(self, root: Path) -> None:
         """Raises ValueError if the folder has no such layout at all, or a manifest that can't be read."""
         self.manifest = canonical.read_manifest(root)
-        """None: the folder was not written by `opensan data prepare`; there are no counts and checksums to compare."""
+        """None if `opensan data prepare` did not write the folder; then no counts and checksums are compared."""
         self.problems: list[str] = []
-        """One line each, naming the file; empty if all is well."""
+        """One line for each problem, naming the file; empty if there is none."""
         self._classes = read_class_list(_part(root, "classes.txt"))
         self._vocabulary = self._classes.vocabulary
         self._splits: dict[str, list[Path]] = {}
@@ -35,9 +35,9 @@ class FolderCheck:
         self._files = list(dict.fromkeys(file for files in self._splits.values() for file in files))
         self._bad: set[Path] = set()
         self.counts: tuple[ClassCount, ...] = self.manifest.counts if self.manifest else ()
-        """What the images have of each class; of a folder without manifest once its labels were looked at."""
+        """Counts of each class; without a manifest, known after the labels were checked."""
         self.pixels = self.manifest.pixels if self.manifest else 0
-        """Of all images, unlabelled ones included."""
+        """Pixels of all images, unlabelled ones included."""
         self._records: dict[str, PhotographRecord] | None = None
         if self.manifest is not None:
             self.problems += _compared(root, self.manifest, self._vocabulary, self.splits)
@@ -45,7 +45,7 @@ class FolderCheck:
             self.problems += _strangers(root, self._files)
 
     def _lists(self, root: Path) -> list[str]:
-        """The split lists that are there: the manifest's, or all .txt files."""
+        """Return the existing split lists: the manifest's, or all .txt files."""
         there = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
         if not there:
             raise UserError(f"{root}: has no split list such as val.txt")
@@ -53,23 +53,23 @@ class FolderCheck:
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes, in order."""
+        """Return the names of the classes, in order."""
         return [word.name for word in self._vocabulary.words]
 
     def __len__(self) -> int:
-        """The number of photographs to look at."""
+        """Return the number of images to check."""
         return len(self._files)
 
     @property
     def splits(self) -> dict[str, int]:
-        """Usable photographs in each list, as far as is known."""
+        """Usable images in each list, as far as is known."""
         return {split: sum(file not in self._bad for file in files) for split, files in self._splits.items()}
 
     def look(self, *, quick: bool = False, workers: int = 1, progress: Callable[[int], None] = lambda _: None) -> None:
-        """Look at every image and its labels, and then at the set as a whole; what is wrong is added to `problems`.
+        """Check every image and its labels, and then the set as a whole; add problems to `problems`.
 
         Args:
-            quick: only that files are there and of the size that the manifest says; nothing is decoded.
+            quick: check only that files exist and have the size in the manifest; decode none.
             workers: processes.
             progress: told the number of photographs done, as they are.
         """
@@ -97,7 +97,7 @@ class FolderCheck:
         self.problems += self._as_a_whole()
 
     def _as_a_whole(self) -> Iterator[str]:
-        """What no single image shows to be wrong."""
+        """Yield problems of the set as a whole."""
         if self.counts and len(self._files) > len(self._bad) and not any(count.pixels for count in self.counts):
             yield f"labels/: no pixel of {len(self._files):,} images is labelled"
         reader = READERS.get(self.manifest.request.source) if self.manifest else None
@@ -106,7 +106,7 @@ class FolderCheck:
 
 
 def shortfalls(reader: Reader, splits: Mapping[str, int], asked_for: Sequence[str] | None) -> Iterator[str]:
-    """Which splits of a set that is the same everywhere have fewer images than they should."""
+    """Yield the splits of a benchmark that have fewer images than published."""
     for split, expected in reader.expected.items():
         if asked_for is not None and split not in asked_for:
             continue
@@ -125,12 +125,12 @@ def _part(root: Path, name: str) -> Path:
 
 
 def _compared(root: Path, manifest: DatasetManifest, vocabulary: Vocabulary, counts: dict[str, int]) -> Iterator[str]:
-    """Where the folder is not what its manifest says."""
+    """Yield the folder's differences from its manifest."""
     if vocabulary != Vocabulary.parse(list(manifest.request.classes)):
-        yield "classes.txt: not the classes that the manifest says"
+        yield "classes.txt: not the classes in the manifest"
     for split, count in manifest.splits.items():
         if counts.get(split) != count:
-            yield f"{split}.txt: names {counts.get(split, 0):,} photographs in images/, the manifest says {count:,}"
+            yield f"{split}.txt: names {counts.get(split, 0):,} images in images/, the manifest {count:,}"
     files = root / canonical.FILES
     if not files.is_file() or canonical.file_record(files).sha256 != manifest.files_sha256:
         yield f"{files.name}: missing, or not the one that the manifest was written with"
@@ -143,31 +143,31 @@ def _records(root: Path) -> Iterator[PhotographRecord]:
 
 
 def _strangers(root: Path, files: list[Path]) -> Iterator[str]:
-    """Files that belong to no listed photograph."""
+    """Yield files that belong to no listed image."""
     expected = {file for image in files for file in (image, label_file(image))}
     for folder in ("images", "labels"):
         there = sorted(_part(root, folder).iterdir())
         strange = [file for file in there if file not in expected and not file.name.startswith(".")]
         if strange:
-            yield f"{folder}/: {len(strange):,} files belong to no listed photograph, the first is {strange[0].name}"
+            yield f"{folder}/: {len(strange):,} files belong to no listed image, the first is {strange[0].name}"
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Look at one image: what is wrong with it, or the pixels of each word and those unlabelled; None if `quick`."""
+    """Check one image: return its problem, or the pixels of each word and unlabelled ones; None if `quick`."""
 
     image: Path
     values: np.ndarray
     words: int
     record: PhotographRecord | None
     recorded: bool
-    """The folder has records, so this should have one."""
+    """Whether the folder has records, so that this image must have one."""
     quick: bool
 
     def __call__(self) -> str | np.ndarray | None:
         label = label_file(self.image)
         if self.image.is_symlink() and not self.image.exists():
-            return f"{self.image}: the photograph it links to is gone ({self.image.readlink()})"
+            return f"{self.image}: the image it links to is missing ({self.image.readlink()})"
         if not label.exists():
             return f"{label}: missing"
         if self.recorded and self.record is None:

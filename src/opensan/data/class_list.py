@@ -1,6 +1,6 @@
-"""The list of classes that label files count in, classes.txt: which pixel value is which class.
+"""Read lists of classes (classes.txt), which give the pixel value of each class in label files.
 
-One rule, wherever such a list is read. Either every class has its number ("7: car"), and lines may then be blank,
+One rule holds for all such lists. Either every class has its number ("7: car"), and lines may then be blank,
 comments or missing; or the classes are the lines from the first one on, counted from 0, without a blank line or a
 comment line before the last class, because nothing would say whether that line counts.
 """
@@ -23,11 +23,11 @@ class ClassList:
 
     vocabulary: Vocabulary
     values: tuple[int, ...]
-    """In the order of the words."""
+    """Pixel values in the order of the words."""
 
 
 def read_class_list(path: Path) -> ClassList:
-    """Read a list of classes whose place or number is their pixel value.
+    """Read a list of classes whose line or number is their pixel value.
 
     Raises ValueError, one line that names the file and the line, on a list that can't be read, and on one that leaves
     open which value a class has.
@@ -43,16 +43,16 @@ def read_class_list(path: Path) -> ClassList:
 
 
 def read_class_names(path: Path) -> Vocabulary:
-    """Read a list of classes of which only the names and their order matter; numbers before them are dropped."""
+    """Read the names of classes and their order; numbers before them are dropped."""
     return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[Vocabulary, tuple[int, ...], tuple[int, str] | None]:
-    """The words, their values, and the first line of which it is open whether it counts: (line number, what it is)."""
+    """Return the words, their values, and the first line that may or may not count: (line number, its kind)."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError):
-        lines = []  # what is wrong with it is said below
+        lines = []  # the error is reported below
     contents = [_COMMENT.split(line, maxsplit=1)[0].strip() for line in lines]
     classes = [(number, content) for number, content in enumerate(contents, 1) if content]
     numbered = [_NUMBERED.fullmatch(content) for _, content in classes]

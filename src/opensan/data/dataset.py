@@ -1,4 +1,4 @@
-"""What every segmentation data set offers, wherever its photographs come from."""
+"""The protocol of segmentation data sets."""
 
 from typing import Protocol
 
@@ -8,19 +8,19 @@ from opensan.vocabulary import Vocabulary
 
 
 class SegmentationDataset(Protocol):
-    """Labelled photographs. Anything with these members can be trained on and evaluated."""
+    """A labelled data set. Any object with these members can be used for training and evaluation."""
 
     vocabulary: Vocabulary
-    """The words that labels are indices into."""
+    """The classes; labels are indices into its words."""
 
     def __len__(self) -> int:
-        """The number of photographs."""
+        """Return the number of images."""
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Photograph [H, W, 3] uint8 RGB, and labels [H, W] int16: 0..K-1, or -1 where unlabelled.
+        """Return an image [H, W, 3] uint8 RGB, and labels [H, W] int16: 0..K-1, or -1 where unlabelled.
 
         Raises `opensan.errors.UserError` or OSError, naming the file, when it can't be read.
         """
 
     def name(self, index: int) -> str:
-        """What messages and result files call the photograph."""
+        """Return the image's name for messages and result files."""

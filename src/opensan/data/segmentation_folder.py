@@ -1,10 +1,10 @@
-"""The canonical layout of a labelled data set on disk.
+"""Read the canonical layout of a labelled data set on disk.
 
-images/NAME.jpg     photographs, any format that Pillow reads
+images/NAME.jpg     images, any format that Pillow reads
 labels/NAME.png     index PNG: pixel value = line of classes.txt, counted from 0, or the number before the class.
                     8-bit with 255 unlabelled, or 16-bit with 65535 unlabelled
 classes.txt         a class a line ("7: car" where classes have numbers), `|` between synonyms
-SPLIT.txt           the photographs of a split, one a line: with or without suffix
+SPLIT.txt           the images of a split, one a line: with or without suffix
 """
 
 import hashlib
@@ -23,23 +23,23 @@ from opensan.images.pixels import Pixels, one_reading, read_pixels
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 _NO_CLASS = -2
-"""In a table of labels: a value that no class has."""
+"""Entry of a label table for a value that no class has."""
 
 
 class SegmentationFolder:
     """One split of a data set in the canonical layout (a `SegmentationDataset`)."""
 
     def __init__(self, root: str | Path, split: str, *, ignored: Sequence[str] = ()) -> None:
-        """Read the lists; photographs are read when asked for.
+        """Read the lists; images are read on access.
 
         Args:
             root: the folder.
             split: the name of a list, without ".txt".
-            ignored: classes that are no words (a "background" that means "anything else"): their pixels become
+            ignored: classes to ignore (a "background" that means "anything else"): their pixels become
                 unlabelled, and the classes after them move up.
 
         Raises:
-            ValueError: a missing list, class or folder. A listed photograph that does not exist is left out with a
+            ValueError: a missing list, class or folder. A listed image that does not exist is left out with a
                 warning that names it.
         """
         self.root = Path(root)
@@ -55,7 +55,7 @@ class SegmentationFolder:
         self._files = self._listed_files()
 
     def _listed_files(self) -> list[tuple[Path, Path]]:
-        """The split's photographs with their label files."""
+        """Return the split's images with their label files."""
         found, missing = find_listed(self.root, self.split)
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -73,15 +73,15 @@ class SegmentationFolder:
         return self._files[index][0].stem
 
     def file(self, index: int) -> Path:
-        """The photograph's file."""
+        """Return the image's file."""
         return self._files[index][0]
 
     def size(self, index: int) -> tuple[int, int]:
-        """(H, W) of a photograph, known without decoding it; errors as for reading it."""
+        """Return (H, W) of an image without decoding it; errors as for reading it."""
         return image_size(self._files[index][0])
 
     def fingerprint(self) -> str:
-        """Changes when the lists, the classes or any file of the split changes; reads no photograph."""
+        """Return a text that changes with the lists, the classes or any file of the split; reads no image."""
         digest = hashlib.sha256(repr((self.vocabulary, self._label_of_value.tolist())).encode())
         for file in (file for pair in self._files for file in pair):
             state = file.stat() if file.exists() else None
@@ -93,16 +93,16 @@ class SegmentationFolder:
 
 
 def label_table(values: Sequence[int], labels: Sequence[int]) -> np.ndarray:
-    """[K] int16: the label of each pixel value up to the largest of `values`; `_NO_CLASS` of values in between."""
+    """Return [K] int16: each pixel value's label up to the largest of `values`; `_NO_CLASS` for values in between."""
     table = np.full(max(values) + 1, _NO_CLASS, dtype=np.int16)
     table[list(values)] = labels
     return table
 
 
 def find_listed(root: Path, split: str) -> tuple[list[Path], list[str]]:
-    """The photographs that a list names, in its order, and the names that no file in images/ has."""
+    """Return the images that a list names, in its order, and the names that no file in images/ has."""
     path = _existing(root / f"{split}.txt")
-    text = path.read_text(encoding="utf-8-sig")  # Windows' editors mark UTF-8 at the start
+    text = path.read_text(encoding="utf-8-sig")  # Windows editors write a UTF-8 mark at the start
     listed = [line.strip() for line in text.splitlines() if line.strip()]
     # Stems may contain dots, so a listed name is looked up as a whole before it is taken for a stem.
     by_name = {file.name: file for file in _existing(root / "images").iterdir()}
@@ -113,12 +113,12 @@ def find_listed(root: Path, split: str) -> tuple[list[Path], list[str]]:
 
 
 def label_file(image: Path) -> Path:
-    """Where the labels of a photograph in images/ are."""
+    """Return the path of the labels of an image in images/."""
     return image.parents[1] / "labels" / f"{image.stem}.png"
 
 
 def read_labelled(image_path: Path, label_path: Path, label_of_value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A photograph [H, W, 3] uint8 RGB and its labels [H, W] int16.
+    """Read an image [H, W, 3] uint8 RGB and its labels [H, W] int16.
 
     `label_of_value` [K] int16 has the label of each value below K, as `label_table` makes it. Raises ValueError, one
     line, naming the file.
@@ -128,13 +128,13 @@ def read_labelled(image_path: Path, label_path: Path, label_of_value: np.ndarray
     if labels.shape != image.shape[:2]:
         raise UserError(
             f"{label_path}: is {labels.shape[1]}x{labels.shape[0]}, "
-            f"its photograph {image.shape[1]}x{image.shape[0]} (width x height)"
+            f"its image {image.shape[1]}x{image.shape[0]} (width x height)"
         )
     return image, labels
 
 
 def _read_labels(path: Path, label_of_value: np.ndarray) -> np.ndarray:
-    """The label map at `path`, [H, W] int16."""
+    """Read the label map at `path`, [H, W] int16."""
     pixels = _read_index_png(path)
     read = {"stored": partial(_labels_of, pixels.stored, path, label_of_value)}
     if pixels.differs:
@@ -157,7 +157,7 @@ def _labels_of(values: np.ndarray, path: Path, label_of_value: np.ndarray) -> np
 
 
 def _read_index_png(path: Path) -> Pixels:
-    """Pixels of an index PNG. Raises ValueError on any other kind of image."""
+    """Read the pixels of an index PNG. Raises UserError on any other kind of image."""
     try:
         with Image.open(path) as file:
             if file.mode not in ("1", "L", "P", "I;16", "I;16B", "I"):

@@ -1,6 +1,6 @@
-"""Photographs in: from whatever a user has to 8-bit RGB, and from there to what the network reads.
+"""Read images of any kind as 8-bit RGB, and prepare them as network input.
 
-Letters: H W the network's image, H0 W0 the photograph as given.
+Letters: H W the network image, H0 W0 the image as given.
 """
 
 import functools
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     import torch
 
 MAX_PIXELS = 100_000_000
-"""Larger photographs are refused unless the caller raises the limit: decoding is paid before anything can be said."""
+"""Larger images are refused unless the caller raises the limit, because decoding takes memory and time."""
 
 T = TypeVar("T")
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray | torch.Tensor"
 
-# Raster formats that Pillow decodes itself. Not EPS and its like, which are handed to an interpreter.
+# Raster formats that Pillow decodes itself; not EPS and similar ones, which need an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
-# Photographs of other programs: whoever has them in a folder takes them for segmented, unless told otherwise.
+# Photographs in formats that can't be read: users expect them to be segmented, so they are reported.
 FOREIGN_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"})
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
-# EXIF orientation -> the transposition that puts the photograph upright.
+# EXIF orientation -> the transposition that puts the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -56,12 +56,12 @@ _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
 
 class ImageError(UserError):
-    """A photograph that can't be used; the message is one line and names it."""
+    """An image that can't be used; the message is one line and names it."""
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A photograph as network input."""
+    """An image as network input."""
 
     pixels: "torch.Tensor | np.ndarray"
     """[3, H, W] float32, normalised, zero-padded at the bottom and right to `sizes.padded`."""
@@ -69,11 +69,11 @@ class PreparedImage:
 
 
 def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read one photograph as uint8 RGB [H0, W0, 3], a new contiguous array.
+    """Read one image as uint8 RGB [H0, W0, 3], a new contiguous array.
 
     `source` is a path, the bytes of an image file, a PIL image, a uint8 numpy array ([H0, W0] grey, [H0, W0, 3] RGB or
     [H0, W0, 4] RGBA), or a uint8 torch tensor ([3, H0, W0], or [H0, W0, 3] if its first dimension isn't 3).
-    EXIF rotation is applied; transparency is laid on white, as viewers show it; 16-bit grey is scaled by its full
+    EXIF rotation is applied; transparency is blended with white, as viewers show it; 16-bit grey is scaled by its full
     range (65,535 is white); of an animation the first frame is taken; colour profiles are ignored.
 
     Raises ImageError, one line, naming the source: unreadable, not an image, damaged, without pixels, or of more than
@@ -99,7 +99,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarr
 def stored_size(
     source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS
 ) -> tuple[tuple[int, int], Image.Transpose | None]:
-    """Height and width of an image file's pixels as they are stored, and what `open_image` does to put them upright.
+    """Return height and width of an image file's stored pixels, and how `open_image` turns them upright.
 
     The transposition is None where EXIF asks for none. The pixels are not decoded (except a PNG's, whose EXIF may stand
     behind them). Raises ImageError as `open_image` does.
@@ -108,7 +108,7 @@ def stored_size(
     def size_and_turn(image: Image.Image, name: str) -> tuple[tuple[int, int], Image.Transpose | None]:
         check_size(image.height, image.width, name, max_pixels)
         size = (image.height, image.width)
-        if image.format == "TIFF":  # Pillow turns these itself and may give the turned size
+        if image.format == "TIFF":  # Pillow turns these itself and may report the turned size
             size = (image.tag_v2[_TIFF_HEIGHT], image.tag_v2[_TIFF_WIDTH])
         return size, _UPRIGHT.get(_orientation(image))
 
@@ -116,15 +116,15 @@ def stored_size(
 
 
 def image_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
-    """(H0, W0) of the array that `open_image` makes of a file, known without decoding it; errors as there."""
+    """Return (H0, W0) of the array that `open_image` makes of a file, without decoding it; errors as there."""
     (height, width), turn = stored_size(source)
     return (width, height) if turn in _SIDEWAYS else (height, width)
 
 
 def network_size(image_size: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
-    """(H, W) of the network's image for a photograph of `image_size` (H0, W0), before padding.
+    """Return (H, W) of the network image for an image of `image_size` (H0, W0), before padding.
 
-    The short side becomes `config.short_side`; if the long side then exceeds `config.long_side`, that decides.
+    The short side becomes `config.short_side`, or the long side `config.long_side` if it would exceed that.
     Rounding is int(x + 0.5), as in the official evaluation; no side becomes less than one pixel.
     """
     scale = config.short_side / min(image_size)
@@ -137,13 +137,13 @@ def network_size(image_size: tuple[int, int], config: ImageConfig) -> tuple[int,
 
 
 def padded_size(network_size: tuple[int, int], config: ImageConfig) -> tuple[int, int]:
-    """(H, W) after padding each side to its own multiple of `config.size_divisor`."""
+    """Return (H, W) after padding each side to a multiple of `config.size_divisor`."""
     height, width = (math.ceil(side / config.size_divisor) * config.size_divisor for side in network_size)
     return height, width
 
 
 def prepare(image: np.ndarray, config: ImageConfig, *, resize: bool = True) -> PreparedImage:
-    """`prepare_array`, with the pixels as a torch tensor."""
+    """Prepare an image as `prepare_array` does, with the pixels as a torch tensor."""
     import torch  # everything else here is also used where torch is not installed
 
     prepared = prepare_array(image, config, resize=resize)
@@ -151,10 +151,10 @@ def prepare(image: np.ndarray, config: ImageConfig, *, resize: bool = True) -> P
 
 
 def prepare_array(image: np.ndarray, config: ImageConfig, *, resize: bool = True) -> PreparedImage:
-    """Turn a photograph, uint8 RGB [H0, W0, 3], into network input.
+    """Turn an image, uint8 RGB [H0, W0, 3], into network input.
 
     Resized by Pillow's bilinear filter (the official evaluation's; its demo used another), normalised, zero-padded
-    to its own multiple of `config.size_divisor`. `resize=False` takes the image as it is, already at network scale.
+    to a multiple of `config.size_divisor`. `resize=False` takes the image as it is, already at network scale.
     """
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
     image_size = (image.shape[0], image.shape[1])
@@ -171,9 +171,9 @@ def prepare_array(image: np.ndarray, config: ImageConfig, *, resize: bool = True
 
 
 def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The image files that `paths` stand for, each once.
+    """List the image files of `paths`, each once.
 
-    A file is taken whatever its name; a folder gives the images in it and below it, by suffix, sorted, without hidden
+    A file is taken with any name; a folder gives the images in it and below it, by suffix, sorted, without hidden
     ones and without following links to folders. Warns of photographs in formats that can't be read (.heic, .dng).
     Raises ImageError, one line, on a path that does not exist, a folder that can't be listed, and a folder without
     images.
@@ -192,7 +192,7 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 @functools.cache
 def known_suffixes() -> frozenset[str]:
-    """What `list_images` takes for an image in a folder (".jpg", ...; lower case)."""
+    """Return the suffixes of images in folders for `list_images` (".jpg", ...; lower case)."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS)
 
 
@@ -220,9 +220,9 @@ def _first_names(paths: list[Path]) -> str:
 
 @contextmanager
 def _without_pillow_limit() -> Iterator[None]:
-    """Pillow warns from 89 and refuses from 179 million pixels; here `max_pixels` decides, before decoding.
+    """Lift Pillow's own limit (a warning from 89, an error from 179 million pixels): `max_pixels` is checked instead.
 
-    Pillow's limit is a global, so the first thread in lifts it and the last one out puts it back.
+    Pillow's limit is global, so the first thread that enters lifts it and the last that leaves restores it.
     """
     with _limit.lock:
         if _limit.users == 0:
@@ -254,7 +254,7 @@ def _known_formats() -> tuple[str, ...]:
 
 
 def _read_file(source: str | os.PathLike[str] | bytes, read: Callable[[Image.Image, str], T]) -> T:
-    """What `read` finds in an image file (a path, or its content), given the opened image and the name for messages."""
+    """Return the result of `read` on an image file (a path, or its content), given the opened image and its name."""
     if not isinstance(source, str | os.PathLike):
         return _read_open_file(io.BytesIO(source), "image bytes", read)
     path = Path(source)
@@ -279,7 +279,7 @@ def _read_open_file(file: io.BufferedIOBase, name: str, read: Callable[[Image.Im
             if file.tell() and name.lower().endswith((".tif", ".tiff")):
                 what += "; `opensan segment-raster` reads TIFFs of any bands and values"
             raise ImageError(f"{name}: {what}") from None
-        except Exception as error:  # Pillow's readers raise whatever their parsing trips over
+        except Exception as error:  # Pillow's readers raise any kind of error on damaged files
             raise ImageError(f"{name}: {_reason(error)}") from None
         with image:
             return read(image, name)
@@ -297,6 +297,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
 
 
 def check_size(height: int, width: int, name: str, max_pixels: int) -> None:
+    """Raise ImageError for an image without pixels, or with more than `max_pixels`."""
     pixels = height * width
     if pixels == 0:
         raise ImageError(f"{name}: no pixels ({width} x {height})")
@@ -310,13 +311,13 @@ def check_size(height: int, width: int, name: str, max_pixels: int) -> None:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged EXIF must not cost the photograph
+    except Exception:  # an image with damaged EXIF is still usable
         return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode as 8-bit RGB."""
-    # 16-bit PGM arrives as 32-bit integers, scaled by Pillow to 0..65535.
+    """Convert a loaded image of any mode to 8-bit RGB."""
+    # Pillow reads 16-bit PGM as 32-bit integers, scaled to 0..65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         to_8_bit = ((np.arange(65_536) + 128) // 257).astype(np.uint8)
         return Image.fromarray(to_8_bit[deep_grey(image)]).convert("RGB")
@@ -337,7 +338,7 @@ def _channels_last(tensor: "torch.Tensor") -> np.ndarray:
     array = tensor.detach().cpu()
     if array.ndim == 3 and array.shape[0] == 3:
         array = array.permute(1, 2, 0)
-    if str(array.dtype) == "torch.bfloat16":  # numpy has none; the refusal below is about any float
+    if str(array.dtype) == "torch.bfloat16":  # numpy has none; any float is refused below
         array = array.float()
     return array.numpy()
 

@@ -1,4 +1,4 @@
-"""What the pixels of a file mean, in whatever way it stores them.
+"""Read pixel values of image files, both as stored and as viewers show them.
 
 A file stores numbers; viewers show them by the file's own rules: through a palette, stretched from 1, 2 or 4 bits to 8,
 or turned round (TIFF's "min is white"). Programs that make files smaller change the numbers and keep what is shown.
@@ -16,7 +16,7 @@ from opensan.errors import UserError
 
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _BITS, _PHOTOMETRIC = 258, 262
-"""TIFF's tags: bits a sample, and what 0 means (0: white)."""
+"""TIFF's tags: bits a sample, and the meaning of 0 (tag value 0: white)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Pixels:
 
     @property
     def grey(self) -> np.ndarray | None:
-        """What is shown as one channel [H, W]; None if there are colours."""
+        """Shown pixels as one channel [H, W]; None if there are colours."""
         if self.shown.ndim == 2:
             return self.shown
         channel = self.shown[..., 0]
@@ -40,7 +40,7 @@ class Pixels:
 
     @property
     def colours(self) -> np.ndarray:
-        """What is shown as RGB, [H, W, 3]."""
+        """Shown pixels as RGB, [H, W, 3]."""
         return self.shown if self.shown.ndim == 3 else np.repeat(self.shown[..., None], 3, axis=2)
 
     @property
@@ -81,7 +81,7 @@ def read_pixels(image: Image.Image) -> Pixels:
 
 
 def _grey(values: np.ndarray, bits: int, inverted: bool) -> Pixels:
-    """A file of one channel of up to 8 bits, whose values Pillow has stretched to 8 bits and turned if need be."""
+    """Return the pixels of a one-channel file of up to 8 bits; Pillow has stretched and perhaps inverted its values."""
     shown = values.astype(np.uint8) * 255 if values.dtype == bool else values
     stored = 255 - shown if inverted else shown
     return Pixels(stored // (255 // (2**bits - 1)) if bits < 8 else stored, shown, _how(bits, inverted))
@@ -93,26 +93,26 @@ def _how(bits: int, inverted: bool) -> str:
 
 
 def deep_grey(image: Image.Image) -> np.ndarray:
-    """What a file of 12 or 16 bits of grey shows, [H, W] uint16: white is 65,535. Pillow gives what is stored."""
+    """Return the shown pixels of 12 or 16-bit grey, [H, W] uint16, white is 65,535. Pillow returns stored values."""
     shown = stretched(np.asarray(image), _tag(image, _BITS, 16))
     return np.iinfo(shown.dtype).max - shown if _tag(image, _PHOTOMETRIC, 1) == 0 else shown
 
 
 def _tag(image: Image.Image, tag: int, otherwise: int) -> int:
-    """A tag of a TIFF file with one number or one for each channel."""
+    """Return a TIFF tag that holds one number, or one for each channel."""
     value = image.tag_v2.get(tag, otherwise) if image.format == "TIFF" else otherwise
     return value[0] if isinstance(value, tuple) else value
 
 
 def stretched(values: np.ndarray, bits: int) -> np.ndarray:
-    """Grey of any number of bits from 1 to 16 as uint8 (up to 8 bits) or uint16, so that the largest value is white."""
+    """Stretch grey of 1 to 16 bits to uint8 (up to 8 bits) or uint16, so that the largest value is white."""
     kind = np.uint8 if bits <= 8 else np.uint16
     white, largest = int(np.iinfo(kind).max), 2**bits - 1
     return ((values.astype(np.uint32) * white + largest // 2) // largest).astype(kind)
 
 
 def _through_palette(image: Image.Image, indices: np.ndarray) -> np.ndarray:
-    """The colours that indices [H, W] show, [H, W, 3] uint8; the indices of a palette that tells them not apart."""
+    """Return the colours of indices [H, W], [H, W, 3] uint8; the indices themselves if the palette repeats a grey."""
     if image.mode == "PA":
         image = image.convert("P")
     colours = np.zeros((256, 3), dtype=np.uint8)
@@ -120,12 +120,12 @@ def _through_palette(image: Image.Image, indices: np.ndarray) -> np.ndarray:
     colours[: len(entries)] = entries
     used = colours[: int(indices.max(initial=0)) + 1]
     if (used == used[:, :1]).all() and len(np.unique(used[:, 0])) < len(used):
-        return indices  # one grey for several indices shows nothing, and no program that keeps what is shown writes it
+        return indices  # with one grey for several indices, the shown picture can't hold the labels
     return colours[indices]
 
 
 def _rawmode(image: Image.Image) -> str:
-    """How the file holds its pixels, in Pillow's words ("L;4"); empty where it does not say."""
+    """Return how the file stores its pixels, as Pillow names it ("L;4"); empty if unknown."""
     for tile in getattr(image, "tile", ()):
         arguments = tile[3]
         first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -135,7 +135,7 @@ def _rawmode(image: Image.Image) -> str:
 
 
 def _bits(rawmode: str) -> int:
-    """The bits a channel."""
+    """Return the bits a channel."""
     if rawmode.partition(";")[0] == "1":
         return 1
     found = re.search(r";(\d+)", rawmode)
@@ -143,18 +143,18 @@ def _bits(rawmode: str) -> int:
 
 
 def _is_inverted(image: Image.Image, rawmode: str) -> bool:
-    """Whether 0 is white. Pillow turns such files of up to 8 bits, and leaves those of 12 and 16 as they are."""
+    """Return whether 0 is white. Pillow inverts such files of up to 8 bits, but not those of 12 and 16 bits."""
     if image.format == "TIFF":
         return _tag(image, _PHOTOMETRIC, 1) == 0
     return ";" in rawmode and "I" in rawmode.partition(";")[2] and image.mode in ("1", "L")
 
 
 def one_reading(pixels: Pixels, name: str, read: Mapping[str, Callable[[], np.ndarray]], remedy: str) -> np.ndarray:
-    """The labels of a file that can be read in one way or in several.
+    """Return the labels of a file that can be read in one way or in several.
 
-    `read` has for each way ("stored", "shown") what gives the labels, or raises ValueError where the file can't be read
-    so. Raises ValueError, one line that begins with `name` and ends with `remedy`, if no way fits, or if several do and
-    give different labels.
+    `read` has for each way ("stored", "shown") a function that returns labels, or raises UserError if it does not fit
+    the file. Raises UserError, one line that begins with `name` and ends with `remedy`, if no way fits, or if several
+    do and give different labels.
     """
     fitting: list[np.ndarray] = []
     failed: list[UserError] = []
@@ -176,7 +176,7 @@ def one_reading(pixels: Pixels, name: str, read: Mapping[str, Callable[[], np.nd
 
 
 def ranges(values: Iterable[int]) -> str:
-    """ "0-10, 12" of these numbers."""
+    """Format numbers as ranges: "0-10, 12"."""
     ranges: list[list[int]] = []
     for value in sorted(values):
         if ranges and ranges[-1][1] == value - 1:

@@ -1,4 +1,4 @@
-"""From data sets as their authors distribute them to the canonical layout."""
+"""Convert data sets from their authors' formats to the canonical layout."""
 
 from opensan.data.prepare import benchmarks, own_coco, own_folder, own_huggingface, own_word_masks
 from opensan.data.prepare.source import Photograph, Reader, Source
@@ -16,4 +16,4 @@ READERS: dict[str, Reader] = {
         own_huggingface.READER,
     )
 }
-"""What `opensan data prepare` knows, by name. To add one, write a `Reader` in a module here and name it above."""
+"""Readers of `opensan data prepare`, by name. To add a format, write a `Reader` in a module here and name it above."""

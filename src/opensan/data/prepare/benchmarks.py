@@ -1,4 +1,4 @@
-"""The six benchmarks that SAN is measured on, from the folders that their authors distribute.
+"""Read the six benchmarks of SAN's evaluation, from the folders that their authors distribute.
 
 Formats: Caesar, Uijlings, Ferrari, CVPR 2018 (COCO-Stuff); Everingham et al., IJCV 2010 (VOC); Mottaghi et al., CVPR
 2014 (Pascal Context); Zhou et al., CVPR 2017 (ADE20K).
@@ -35,12 +35,12 @@ def _source(
     )
 
 
-def _incomplete(folder: Path, needs: str, missing: str = "no photographs with labels") -> UserError:
+def _incomplete(folder: Path, needs: str, missing: str = "no images with labels") -> UserError:
     return UserError(f"{folder}: {missing}; {needs}")
 
 
 def _two_folders(images: Path, labels: Path, split: str, label_set: str) -> Iterator[Photograph]:
-    """Photographs X.jpg with labels X.png; where one of the two is missing, the engine says so."""
+    """Yield images X.jpg with labels X.png; if one of the two is missing, the engine reports it."""
     for stem in sorted(raw.stems(images, ".jpg") | raw.stems(labels, ".png")):
         yield Photograph(
             stem, (split,), images / f"{stem}.jpg", partial(raw.index_labels, labels / f"{stem}.png", label_set)
@@ -50,13 +50,15 @@ def _two_folders(images: Path, labels: Path, split: str, label_set: str) -> Iter
 # COCO-Stuff
 
 COCO_NEEDS = (
-    "it must hold train2017/ and val2017/ (or images/train2017/ and so on) with the photographs, and "
+    "it must hold train2017/ and val2017/ (or images/train2017/ and so on) with the images, and "
     "stuffthingmaps_trainval2017.zip unpacked in stuffthingmaps/ (stuffthingmaps/train2017/ and val2017/); "
-    "one split may be left away"
+    "one split may be left out"
 )
 
 
 def open_coco_stuff(folder: Path) -> Source:
+    """Open COCO-Stuff 164k."""
+
     def photographs() -> Iterator[Photograph]:
         for split, part in (("train", "train2017"), ("val", "val2017")):
             images = raw.find(folder, f"images/{part}", part)
@@ -80,6 +82,7 @@ VOC_NEEDS = (
 
 
 def open_voc(folder: Path) -> Source:
+    """Open Pascal VOC 2012."""
     root = raw.find(folder, "VOCdevkit/VOC2012", "VOC2012", ".")
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt"):
         if not (root / part).exists():
@@ -104,6 +107,7 @@ CONTEXT_NEEDS = (
 
 
 def open_context(label_set: str, folder: Path) -> Source:
+    """Open Pascal Context with the classes of `label_set`."""
     root = raw.find(folder, "VOCdevkit/VOC2010", "VOC2010", ".")
     labels = raw.find(root, "trainval") or raw.find(folder, "trainval")
     if labels is None or not (root / "JPEGImages").is_dir():
@@ -119,7 +123,7 @@ def open_context(label_set: str, folder: Path) -> Source:
 
 
 def _context_splits(*folders: Path) -> dict[str, list[str]]:
-    """Split -> names, of the first of `folders` that has lists: the JSON's, or those made from it."""
+    """Return split -> names, from the first of `folders` that has lists: the JSON's, or those made from it."""
     for folder in folders:
         if path := raw.find(folder, "trainval_merged.json"):
             return _splits_of_json(path)
@@ -135,7 +139,7 @@ def _context_splits(*folders: Path) -> dict[str, list[str]]:
 
 
 def _splits_of_json(path: Path) -> dict[str, list[str]]:
-    """The lists in trainval_merged.json: of each of "images" its file_name and phase.
+    """Read the lists in trainval_merged.json: file_name and phase of each of "images".
 
     Only that part is parsed: the whole file, masks and all, would take gigabytes.
     """
@@ -155,7 +159,7 @@ def _splits_of_json(path: Path) -> dict[str, list[str]]:
 
 
 def _label_map(path: Path, label_set: str) -> np.ndarray:
-    """The labels of a .mat file."""
+    """Read the labels of a .mat file."""
     from scipy.io import loadmat
 
     try:
@@ -176,11 +180,12 @@ def _label_map(path: Path, label_set: str) -> np.ndarray:
 
 ADE_NEEDS = (
     "it must be ADEChallengeData2016 (or hold it), with images/training/, images/validation/, annotations/training/ "
-    "and annotations/validation/; one split may be left away"
+    "and annotations/validation/; one split may be left out"
 )
 
 
 def open_ade(folder: Path) -> Source:
+    """Open ADE20K's scene parsing challenge."""
     root = raw.find(folder, "ADEChallengeData2016", ".")
 
     def photographs() -> Iterator[Photograph]:

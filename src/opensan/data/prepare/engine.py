@@ -1,7 +1,7 @@
-"""Writing a source in the canonical layout: in many processes, and so that a killed run goes on where it was.
+"""Write a source in the canonical layout, in many processes; a killed run can be continued.
 
-Every file is written under a temporary name and renamed. A finished photograph is noted in a journal; the next run
-finds its files as noted, or makes them again. The manifest comes last, so it stands for a whole folder.
+Every file is written under a temporary name and renamed. A finished image is recorded in a journal; the next run
+finds its files unchanged, or makes them again. The manifest is written last, so it marks a complete folder.
 """
 
 import io
@@ -28,17 +28,17 @@ from opensan.vocabulary import Vocabulary
 
 JOURNAL = ".prepare.jsonl"
 _TEMPORARY = ".*.part*"
-"""What `atomic_path` calls files that are not finished; a killed run leaves some."""
+"""Pattern of the temporary files that `atomic_path` writes; a killed run leaves some."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A photograph that could not be used."""
+    """An image that could not be used."""
 
     name: str
     reason: str
     value: int | None = None
-    """The value in its label file that is no class, if that is the reason."""
+    """The value in its label file that is not a class, if that is the reason."""
 
 
 def prepare(
@@ -54,18 +54,18 @@ def prepare(
     """Write `source` in the canonical layout to the folder `out`, or finish what an earlier run began there.
 
     Args:
-        source: what a reader found.
-        name: the reader's name. With `options`, `splits` and the classes it is what the folder is known by.
+        source: a data set that a reader opened.
+        name: the reader's name. Together with `options`, `splits` and the classes it identifies the folder.
         out: a new or empty folder, or one that the same request wrote.
-        splits: only the photographs of these lists.
+        splits: only the images of these lists.
         workers: processes.
         progress: told the number of photographs done, as they are.
 
     Returns:
-        The manifest; its `left_out` names the photographs that could not be used.
+        The manifest; its `left_out` names the images that could not be used.
 
     Raises:
-        ValueError: a split that there is not or that is incomplete, `out` holding something else or not being
+        UserError: a split that does not exist or is incomplete, `out` holding something else or not being
             writable, a worker process that died, labels that can't be right, or no labelled pixel in the whole set.
     """
     photographs, refused = _wanted(source, splits)
@@ -82,7 +82,7 @@ def prepare(
         left_out = _all_left_out(source, refused, failed, records.values())
         _remove_stale(out, before.values(), records)
         return _write_lists(out, request, source, photographs, records, left_out)
-    except OSError as error:  # of reading a photograph it would not arrive here
+    except OSError as error:  # errors in reading an image are caught before
         raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
 
 
@@ -94,12 +94,12 @@ def _prepare_all(
     workers: int,
     progress: Callable[[int], None],
 ) -> tuple[dict[str, PhotographRecord], list[LeftOut]]:
-    """The records of the photographs, noted in the journal as they are made, and those left out."""
+    """Make the images' records, added to the journal one by one, and return them with the images left out."""
     tasks = [_Task(photograph, out, classes, before.get(photograph.name)) for photograph in photographs]
     records: dict[str, PhotographRecord] = {}
     failed: list[LeftOut] = []
     with (out / JOURNAL).open("a", encoding="utf-8") as journal, closing(run_all(tasks, workers)) as results:
-        journal.write("\n")  # a killed run may have left half a line
+        journal.write("\n")  # ends the half line that a killed run may have left
         for result in results:
             if isinstance(result, LeftOut):
                 failed.append(result)
@@ -112,7 +112,7 @@ def _prepare_all(
 
 
 def _look_at_whole(source: Source, out: Path, records: Collection[PhotographRecord], failed: list[LeftOut]) -> None:
-    """Raise UserError if what each image alone does not show is wrong with the set; its folder stays unfinished."""
+    """Raise UserError for problems of the set as a whole; its folder stays unfinished."""
     values = Counter(one.value for one in failed if one.value is not None)
     if values and (problem := source.judge(values)):
         raise UserError(f"{out}: not finished: {problem}")
@@ -124,7 +124,7 @@ def _look_at_whole(source: Source, out: Path, records: Collection[PhotographReco
 def _all_left_out(
     source: Source, refused: dict[str, str], failed: Iterable[LeftOut], records: Iterable[PhotographRecord]
 ) -> dict[str, str]:
-    """All that was left out: name of an image, file or record -> why."""
+    """Return all that was left out: name of an image, file or record -> reason."""
     left_out = {**source.left_out, **refused, **{one.name: one.reason for one in failed}}
     for record in records:
         if record.left_out:
@@ -133,14 +133,14 @@ def _all_left_out(
 
 
 def shown(text: str) -> str:
-    """`text` so that it can be written: a file name may hold bytes that are no UTF-8."""
+    """Make `text` printable: a file name may hold bytes that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def class_lines(vocabulary: Vocabulary) -> tuple[str, ...]:
-    """The lines of classes.txt. Raises ValueError if the file would not read back as these words.
+    """Return the lines of classes.txt. Raises UserError if the file would not read back as these words.
 
-    White space around names is lost (ADE20K has a "window "): the tokenizer does not see it.
+    White space around names is lost (ADE20K has a "window "); the tokenizer ignores it anyway.
     """
     lines = []
     for word in vocabulary.words:
@@ -154,7 +154,7 @@ def class_lines(vocabulary: Vocabulary) -> tuple[str, ...]:
 
 
 def _wanted(source: Source, splits: Sequence[str] | None) -> tuple[list[Photograph], dict[str, str]]:
-    """The photographs of `splits` whose names can be written, and why others can't."""
+    """Return the images of `splits` whose names can be written, and the reasons for the others."""
     photographs = list(source.photographs)
     known = {split for photograph in photographs for split in photograph.splits}
     _check_complete(source, known, splits)
@@ -180,7 +180,7 @@ def _wanted(source: Source, splits: Sequence[str] | None) -> tuple[list[Photogra
 
 
 def _check_complete(source: Source, known: set[str], splits: Sequence[str] | None) -> None:
-    """Raise UserError if one of the splits that are asked for is known to be incomplete."""
+    """Raise UserError if a requested split is incomplete."""
     for split, missing in source.incomplete.items():
         if splits is None:
             others = " or ".join(f"--split {other}" for other in sorted(known - set(source.incomplete)))
@@ -191,7 +191,7 @@ def _check_complete(source: Source, known: set[str], splits: Sequence[str] | Non
 
 
 def _open_folder(out: Path, request: Request) -> dict[str, PhotographRecord]:
-    """Make `out` ready to be written; what an earlier run of the same request finished there, by name."""
+    """Prepare `out` for writing; return the records that an earlier run of the same request finished, by name."""
     journal = out / JOURNAL
     manifest = canonical.read_manifest(out)
     lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
@@ -203,7 +203,7 @@ def _open_folder(out: Path, request: Request) -> dict[str, PhotographRecord]:
         raise UserError(f"{out}: holds something else; choose a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
     if not lines:
-        write_text(journal, request.model_dump_json() + "\n")  # first of all: from now on the folder is ours
+        write_text(journal, request.model_dump_json() + "\n")  # first, because it marks the folder as ours
     for folder in (out, out / "images", out / "labels"):
         folder.mkdir(exist_ok=True)
         for left_over in folder.glob(_TEMPORARY):
@@ -230,12 +230,12 @@ def _journalled(lines: Iterable[str]) -> Iterator[PhotographRecord]:
         try:
             yield canonical.parse_record(line, JOURNAL)
         except UserError:
-            continue  # half a line of a killed run: that photograph is prepared again
+            continue  # half a line of a killed run: that image is prepared again
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Prepare one photograph, unless it is there as `before` says."""
+    """Prepare one image, unless its files are as `before` records them."""
 
     photograph: Photograph
     out: Path
@@ -257,7 +257,7 @@ class _Task:
         return self._write(image, values, labelled.left_out)
 
     def _write(self, image: ImageFile, values: np.ndarray, left_out: tuple[str, ...]) -> PhotographRecord:
-        # Names may hold dots, so that with_suffix would cut them.
+        # Names may hold dots, so with_suffix would cut them.
         label_file = self.out / "labels" / f"{self.photograph.name}.png"
         with atomic_path(label_file) as temporary:
             Image.fromarray(values).save(temporary)
@@ -282,12 +282,12 @@ class _Task:
 
 
 def _is_complete(record: PhotographRecord) -> bool:
-    """Nothing of the image was left out (it may be mended by now), and its pixels are counted."""
+    """Return whether no record of the image was left out (it may be corrected now), and its pixels are counted."""
     return record.classes is not None and not record.left_out
 
 
 def _is_whole(out: Path, record: PhotographRecord) -> bool:
-    """The label is to the byte as noted, and the photograph (perhaps of a link to elsewhere) is there, of its size."""
+    """Return whether the label has the recorded checksum, and the image (perhaps by a link) the recorded size."""
     label, image = out / "labels" / record.label.file, out / "images" / record.image.file
     return (
         label.is_file()
@@ -298,10 +298,10 @@ def _is_whole(out: Path, record: PhotographRecord) -> bool:
 
 
 def _label_values(labels: np.ndarray, size: tuple[int, int], classes: int) -> np.ndarray:
-    """What the index PNG holds, [H, W] uint8 (255 unlabelled) or uint16 (65535 unlabelled)."""
+    """Return the index PNG's values, [H, W] uint8 (255 unlabelled) or uint16 (65535 unlabelled)."""
     if labels.shape != size:
         raise UserError(
-            f"its labels are {labels.shape[1]}x{labels.shape[0]} (width x height), its photograph {size[1]}x{size[0]}"
+            f"its labels are {labels.shape[1]}x{labels.shape[0]} (width x height), its image {size[1]}x{size[0]}"
         )
     if labels.max() >= classes:
         raise UserError(f"its labels hold the value {labels.max()}, there are {classes} classes")
@@ -319,7 +319,7 @@ def _suffix(image: ImageFile) -> str:
 
 
 def _remove_stale(out: Path, before: Iterable[PhotographRecord], records: dict[str, PhotographRecord]) -> None:
-    """Remove what an earlier run wrote for photographs that are gone, or no longer fit to be used."""
+    """Remove an earlier run's files of images that are gone or can no longer be used."""
     kept = {record.image.file for record in records.values()}
     for record in before:
         if record.image.file not in kept:
@@ -340,7 +340,7 @@ def _write_lists(
     splits = request.splits or sorted({split for photograph in photographs for split in photograph.splits})
     counts = {}
     for split in splits:
-        # With suffix: a listed name is then one file's, whatever dots there are in names.
+        # With the suffix, a listed name means one file, even if names have dots.
         members = (photograph for photograph in photographs if split in photograph.splits)
         files = [records[member.name].image.file for member in members if member.name in records]
         write_text(out / f"{split}.txt", "".join(f"{file}\n" for file in files))

@@ -1,4 +1,4 @@
-"""ADE20K of 2021 with 847 classes (Zhou et al., CVPR 2017): labels in colours, and photographs scaled beforehand."""
+"""ADE20K of 2021 with 847 classes (Zhou et al., CVPR 2017): labels in colours, and images scaled beforehand."""
 
 import io
 from collections.abc import Iterator
@@ -15,12 +15,13 @@ from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
 SHORT_SIDE = 512
-"""Larger photographs are scaled to this before anything else: published figures contain it."""
+"""Larger images are scaled to this first, as for the published figures."""
 
 NEEDS = "it must be ADE20K_2021_17_01 (or hold it), with index_ade20k.pkl and images/ADE/"
 
 
 def open_full_ade(folder: Path) -> Source:
+    """Open ADE20K_2021_17_01."""
     index = raw.find(folder, "ADE20K_2021_17_01/index_ade20k.pkl", "index_ade20k.pkl")
     if index is None:
         raise UserError(f"{folder}: there is no index_ade20k.pkl; {NEEDS}")
@@ -42,7 +43,7 @@ def open_full_ade(folder: Path) -> Source:
 
 
 def _below(root: Path, folder: str, name: str) -> Path:
-    """The file that the index means. It writes folders from the download's own name on."""
+    """Return the path of an entry of the index, whose folders begin with the download's own name."""
     parts = [part for part in folder.replace("\\", "/").split("/") if part]
     inside = parts[1:] if parts[:1] == ["ADE20K_2021_17_01"] else parts
     if any(part in (".", "..") or ":" in part for part in parts) or folder.startswith("/") or "/" in name:
@@ -51,7 +52,7 @@ def _below(root: Path, folder: str, name: str) -> Path:
 
 
 def _at_most_512(path: Path) -> Path | bytes:
-    """The photograph, scaled if it is larger; JPEG with Pillow's settings, as is the practice."""
+    """Return the image, scaled if it is larger; as JPEG with Pillow's settings, as usual for this set."""
     from opensan.images import open_image  # only now: it imports torch
 
     image = open_image(path)
@@ -64,7 +65,7 @@ def _at_most_512(path: Path) -> Path | bytes:
 
 
 def _coded_classes(path: Path) -> np.ndarray:
-    """The labels beside a photograph: red and green code a class, blue an instance."""
+    """Read the label file beside an image: red and green code a class, blue an instance."""
     path = path.with_name(f"{path.stem}_seg.png")
     colours = raw.read_png(path).colours.astype(np.int32)
     labels = raw.labels_of(colours[..., 0] // 10 * 256 + colours[..., 1], raw.table_of("ade20k_847"), path)
@@ -72,7 +73,7 @@ def _coded_classes(path: Path) -> np.ndarray:
 
 
 def scaled_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(H, W) of a photograph after ADE20K-847's scaling of short sides above 512 to 512."""
+    """Return (H, W) of an image after ADE20K-847's scaling of short sides above 512 to 512."""
     height, width = size
     short = SHORT_SIDE
     if min(size) <= short:
@@ -81,7 +82,7 @@ def scaled_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def resize_nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Labels [H, W] at another size, each from the pixel at floor(place x scale), as OpenCV takes them."""
+    """Resize labels [H, W]: each pixel from floor(position x scale), as OpenCV does."""
     rows, columns = (
         np.minimum((np.arange(new) * (old / new)).astype(np.intp), old - 1)
         for new, old in zip(size, labels.shape, strict=True)
@@ -90,9 +91,9 @@ def resize_nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A photograph [H, W, 3] uint8 at another size: bilinear between the nearest pixels, without antialias.
+    """Resize an image [H, W, 3] uint8: bilinear between the nearest pixels, without antialias.
 
-    This is what OpenCV does (to one level of 255), with which the published figures' photographs were scaled; Pillow's
+    OpenCV does the same (to one level of 255), and the images for the published figures were scaled with it; Pillow's
     bilinear filter would average over more pixels when it shrinks.
     """
     result = image.astype(np.float32)

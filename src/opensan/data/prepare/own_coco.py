@@ -1,7 +1,7 @@
-"""COCO annotations of somebody's own: `opensan data prepare coco-panoptic` and `coco-instances`.
+"""Read users' COCO annotations: `opensan data prepare coco-panoptic` and `coco-instances`.
 
-Format: https://cocodataset.org/#format-data. Files come from anywhere, so nothing in them is believed: paths stay below
-the folder, and sizes are compared with the photograph's before anything is allocated.
+Format: https://cocodataset.org/#format-data. Files are not trusted: paths stay below
+the folder, and sizes are compared with the image's before anything is allocated.
 """
 
 import json
@@ -34,24 +34,24 @@ from opensan.outputs.coco import decode_mask
 from opensan.vocabulary import UNLABELLED
 
 MAX_OUTLINE = 4_000_000
-"""Pixels along a polygon; memory goes with it. Outlines of real objects have thousands."""
+"""Limit of pixels along a polygon, which decide its memory. Outlines of real objects have thousands."""
 
 _ROBOFLOW = "_annotations.coco.json"
 
 
 @dataclass(frozen=True)
 class _File:
-    """One annotation file: the photographs of a split."""
+    """One annotation file: the images of a split."""
 
     path: Path
     split: str
     images: list[Mapping[str, Any]]
     annotations: dict[int, list[Mapping[str, Any]]]
-    """By image id."""
+    """Annotations by image id."""
     categories: dict[int, Mapping[str, Any]]
-    """By id."""
+    """Categories by id."""
     left_out: dict[str, str]
-    """Records that can't be used: which one -> why."""
+    """Records that can't be used: name -> reason."""
 
     @property
     def objects(self) -> Iterator[Mapping[str, Any]]:
@@ -64,12 +64,12 @@ class _File:
 
 
 def open_panoptic(folder: Path, *, annotations: str = "", ignored: str = "", crowds: str = "") -> Source:
-    """JSON files with a PNG a photograph, whose pixels say the segment: R + 256 G + 65536 B."""
+    """Open JSON files with a PNG an image, whose pixels hold the segment: R + 256 G + 65536 B."""
     return _open(folder, "panoptic", annotations, ignored, crowds, _panoptic_labels)
 
 
 def open_instances(folder: Path, *, annotations: str = "", ignored: str = "", crowds: str = "") -> Source:
-    """JSON files with a polygon or run-length mask an object."""
+    """Open JSON files with a polygon or run-length mask an object."""
     return _open(folder, "instances", annotations, ignored, crowds, _instance_labels)
 
 
@@ -257,14 +257,14 @@ def _read(path: Path, folder: Path, kind: str) -> _File:
 
 
 def _split(path: Path, folder: Path, kind: str) -> str:
-    """What the file's name says: "panoptic_train2017.json", or the folder that a "_annotations.coco.json" is in."""
+    """Return the split in the file's name, "panoptic_train2017.json", or the folder of a "_annotations.coco.json"."""
     if path.name == _ROBOFLOW:
         return NO_SPLIT if path.parent == folder else path.parent.name
     return path.stem.removeprefix(f"{kind}_") or NO_SPLIT
 
 
 def _image_folder(folder: Path, file: _File) -> Path:
-    """Where the photographs are, known by where the first of them is."""
+    """Return the folder of the images, which is the one that holds the first image."""
     places = [folder / file.split, folder / "images" / file.split, folder / "images", file.path.parent, folder]
     usable = False
     for record in file.images[:100]:
@@ -278,12 +278,12 @@ def _image_folder(folder: Path, file: _File) -> Path:
     if not usable:
         return folder
     shown = ", ".join(dict.fromkeys(f"{images}/" for images in places))
-    raise UserError(f"{file.path}: its photographs are in none of {shown}")
+    raise UserError(f"{file.path}: its images are in none of {shown}")
 
 
 @dataclass(frozen=True)
 class _Panoptic:
-    """Reads a photograph's panoptic PNG."""
+    """Reads an image's panoptic PNG."""
 
     png: Path
     image: Path
@@ -323,14 +323,14 @@ def _panoptic_labels(
 
 @dataclass(frozen=True)
 class _Instances:
-    """Draws a photograph's objects."""
+    """Draws an image's objects as labels."""
 
     name: str
     image: Path
     size: tuple[int, int] | None
-    """(height, width) that the file says."""
+    """(height, width) in the file."""
     objects: tuple[tuple[str, int, Any, bool], ...]
-    """What messages call it, label, segmentation as it is in the file, and whether it has a box."""
+    """(Name for messages, label, segmentation as in the file, whether it has a box) of each object."""
     left_out: tuple[str, ...]
 
     def __call__(self) -> np.ndarray | Labelled:
@@ -350,7 +350,7 @@ class _Instances:
         return Labelled(turn(layers.labels), tuple(left_out))
 
     def _size(self) -> tuple[int, int]:
-        """The size in pixels that the objects are drawn on."""
+        """Return the size in pixels that the objects are drawn on."""
         if self.size is not None:
             return self.size
         size, turn = stored_size(self.image)
@@ -385,7 +385,7 @@ def _instance_labels(
 
 
 def mask_of(segmentation: object, height: int, width: int) -> np.ndarray:
-    """The mask [height, width] bool of a COCO segmentation: polygons, or run lengths (compressed or not).
+    """Return the mask [height, width] bool of a COCO segmentation: polygons, or run lengths (compressed or not).
 
     Polygons are drawn as COCO's own tools draw them. Raises ValueError, one line, on anything else, and on what would
     take memory out of all proportion.
@@ -404,16 +404,16 @@ def mask_of(segmentation: object, height: int, width: int) -> np.ndarray:
 
 
 def _polygon(points: object, height: int, width: int) -> np.ndarray:
-    """The coordinates x, y, x, y, ... [2 N] float64 of a polygon, checked."""
+    """Check a polygon and return its coordinates x, y, x, y, ... [2 N] float64."""
     numbers = isinstance(points, list) and all(type(value) in (int, float) for value in points)
-    # Not larger than a double holds: a JSON file may write any number of digits.
+    # Checked against a double's range, because JSON numbers may have any number of digits.
     if not numbers or len(points) % 2 or not all(abs(value) < 1e300 for value in points):
         raise UserError("a polygon is not a list of numbers x, y, x, y, ...")
     flat = np.array(points, dtype=np.float64)
     corners = flat.reshape(-1, 2)
     size = np.array([width, height])
     if (corners < -size).any() or (corners > 2 * size).any():
-        raise UserError(f"a polygon lies far outside the photograph of {width}x{height} (width x height)")
+        raise UserError(f"a polygon lies far outside the image of {width}x{height} (width x height)")
     steps = np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1)
     if steps.sum() > MAX_OUTLINE:
         raise UserError(f"a polygon's outline is {steps.sum():,.0f} pixels long, more than {MAX_OUTLINE:,}")
@@ -447,7 +447,7 @@ PANOPTIC = Reader(
     description="COCO panoptic JSON with its PNGs",
     open=open_panoptic,
     options=_OPTIONS,
-    needs="[annotations/]panoptic_SPLIT.json, its PNGs in panoptic_SPLIT/, photographs in SPLIT/ or images/",
+    needs="[annotations/]panoptic_SPLIT.json, its PNGs in panoptic_SPLIT/, images in SPLIT/ or images/",
 )
 
 INSTANCES = Reader(
@@ -455,5 +455,5 @@ INSTANCES = Reader(
     description="COCO JSON with a polygon or mask an object",
     open=open_instances,
     options=_OPTIONS,
-    needs="[annotations/]instances_SPLIT.json or SPLIT/_annotations.coco.json, photographs in SPLIT/ or images/",
+    needs="[annotations/]instances_SPLIT.json or SPLIT/_annotations.coco.json, images in SPLIT/ or images/",
 )

@@ -1,4 +1,4 @@
-"""A folder of photographs with an index PNG each: `opensan data prepare folder`."""
+"""Read a folder of images with an index PNG each: `opensan data prepare folder`."""
 
 import glob
 import re
@@ -32,7 +32,7 @@ NEEDS = "images/ and labels/NAME.png (or VOC's JPEGImages/ and SegmentationClass
 
 
 def open_folder(folder: Path, *, ignored: str = "", unlabelled: str = "", first: str = "", pixels: str = "") -> Source:
-    """images/, labels/ and classes.txt, with colours.txt if labels are RGB, and lists or sub-folders as splits."""
+    """Open images/, labels/ and classes.txt, with colours.txt if labels are RGB; lists or sub-folders are splits."""
     images, labels, classes = _parts(folder)
     listed, colours_of = _class_list(classes)
     vocabulary, label_of_class = without(listed.vocabulary, ignored, str(classes))
@@ -58,7 +58,7 @@ def open_folder(folder: Path, *, ignored: str = "", unlabelled: str = "", first:
 
 
 def _parts(folder: Path) -> tuple[Path, Path, Path]:
-    """The folders of images and labels, and the list of classes. Raises UserError that says all that is missing."""
+    """Return the folders of images and labels, and the list of classes. Raises UserError naming all missing parts."""
     found = [
         next((folder / name for name in names if (folder / name).exists()), None)
         for names in (_IMAGES, _LABELS, _CLASSES)
@@ -77,7 +77,7 @@ def _parts(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def _other_forms(folder: Path) -> Iterator[str]:
-    """What the folder looks like, if it is not of this form, and how it is prepared then."""
+    """Yield hints about another form that the folder seems to have, with the command for it."""
     for path in sorted(folder.rglob("*.json"))[:20]:
         with path.open("rb") as file:
             beginning = file.read(4096)
@@ -96,7 +96,7 @@ def _other_forms(folder: Path) -> Iterator[str]:
 
 
 def _class_list(path: Path) -> tuple[ClassList, dict[int, str]]:
-    """The classes with their values, and, if the list says them, the class of each colour."""
+    """Read the classes with their values, and, if the list has colours, the class of each colour."""
     if path.name != "labelmap.txt":
         return read_class_list(path), {}
     names, colours = [], {}
@@ -117,14 +117,14 @@ def _class_list(path: Path) -> tuple[ClassList, dict[int, str]]:
 
 @dataclass(frozen=True)
 class _Labels:
-    """Reads the labels of one photograph."""
+    """Reads the labels of one image."""
 
     photograph: Found
     folder: Path
     values: Values
     label_of_colour: Mapping[int, int]
     colour_list: str
-    """What messages call the table of colours."""
+    """Name of the table of colours for messages."""
 
     def __call__(self) -> np.ndarray:
         path = self.photograph.label or self.folder / f"{self.photograph.place}.png"
@@ -138,7 +138,7 @@ class _Labels:
         return one_reading(pixels, str(path), self._readings(pixels, str(path)), PIXELS_REMEDY)
 
     def _readings(self, pixels: Pixels, name: str) -> dict[str, Callable[[], np.ndarray]]:
-        """With a table of colours: what shows colours is read by them, and grey by them or as values."""
+        """Return the possible readings; a table of colours reads colours, and grey may also be values."""
         ways = {}
         if self.values.pixels != "stored":
             ways["shown"] = partial(self._by_colour, pixels, name)
@@ -161,7 +161,7 @@ class _Labels:
 
 
 def _colours(path: Path, label_of_class: Mapping[str, int]) -> dict[int, int]:
-    """The label of each colour (as 24 bits, red first) in lines of "R G B class"; empty without the file."""
+    """Read the label of each colour (24 bits, red first) from lines of "R G B class"; empty without the file."""
     labels: dict[int, int] = {}
     if not path.exists():
         return labels
@@ -179,7 +179,7 @@ def _colours(path: Path, label_of_class: Mapping[str, int]) -> dict[int, int]:
 
 
 def _code(rgb: list[str], place: str, form: str, line: str | None = None) -> int:
-    """Three numbers as 24 bits, red first. Raises UserError, beginning with `place`, if they are none."""
+    """Return three numbers as 24 bits, red first. Raises UserError, beginning with `place`, on anything else."""
     parts = [part.strip() for part in rgb]
     if len(parts) != 3 or not all(part.isascii() and part.isdecimal() and int(part) < 256 for part in parts):
         raise UserError(f"{place}: {(line or ','.join(rgb)).strip()[:60]!r} is not {form}")

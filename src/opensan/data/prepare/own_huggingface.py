@@ -1,4 +1,4 @@
-"""Tables of photographs and masks as Hugging Face `datasets` writes them: `opensan data prepare huggingface`.
+"""Read tables of images and masks, as Hugging Face `datasets` writes them: `opensan data prepare huggingface`.
 
 The files (Parquet, or the Arrow files of `save_to_disk`) are read with pyarrow; no code of a data set ever runs.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
 _PHOTOGRAPHS = {"image", "images", "img", "photo", "picture", "pixel_values"}
-"""What the column of photographs is usually called."""
+"""Usual names of the column of images."""
 
 _MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
 
@@ -51,7 +51,7 @@ def open_table(
     first: str = "",
     pixels: str = "",
 ) -> Source:
-    """Parquet or Arrow files with a column of photographs and one of masks whose pixels are class numbers."""
+    """Open Parquet or Arrow files with a column of images and one of masks whose pixels are class numbers."""
     if repo:
         _download(repo, folder)
     files = _table_files(folder)
@@ -88,7 +88,7 @@ def open_table(
 
 
 def _vocabulary(names: Mapping[int, str | Word], place: str) -> Vocabulary:
-    """The classes: of a list with synonyms its words, else names as they are."""
+    """Return the classes: the words of a list with synonyms, else names as they are."""
     words = [word if isinstance(word, Word) else Word(word) for word in names.values()]
     return vocabulary_of(words, place)
 
@@ -106,7 +106,7 @@ class _Row:
     values: Values
 
     def photograph(self) -> bytes:
-        """The content of an image file."""
+        """Return the content of the image file."""
         return self._picture(self.image_column)
 
     def labels(self) -> np.ndarray:
@@ -131,9 +131,9 @@ class _Row:
 
 @functools.lru_cache(maxsize=1)
 def _table(file: Path, group: int | None, columns: tuple[str, ...], _modified: int) -> "pyarrow.Table":
-    """A row group of a Parquet file, or an Arrow file as a whole (mapped, not read). The last one is kept.
+    """Open a row group of a Parquet file, or a whole Arrow file (mapped, not read). The last one is cached.
 
-    Neighbouring photographs are of one group, and each is asked for its picture, its mask and its picture's size.
+    Neighbouring images are in one group, and each is read for its picture, its mask and its picture's size.
     """
     with _naming(file):
         if group is None:
@@ -153,7 +153,7 @@ def _arrow_table(file: Path) -> "pyarrow.Table":
 
 
 def _row_numbers(file: Path) -> Iterator[tuple[int | None, int]]:
-    """(row group, row in it) of every row."""
+    """Yield (row group, row in it) of every row."""
     with _naming(file):
         if file.suffix == ".arrow":
             yield from ((None, row) for row in range(_arrow_table(file).num_rows))
@@ -176,7 +176,7 @@ def _schema(file: Path) -> "pyarrow.Schema":
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Whatever pyarrow says, in one line that names the file."""
+    """Turn pyarrow's errors into UserError, one line that names the file."""
     try:
         import pyarrow
     except ImportError:
@@ -201,7 +201,7 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 
 
 def _split(file: Path, folder: Path) -> str:
-    """What the file's name says ("data/train-00000-of-00002.parquet"), or the folder's of a numbered file."""
+    """Return the split in the file's name ("data/train-00000-of-00002.parquet"), or in its folder's."""
     stem = _SHARD.sub("", file.stem)
     if stem != "data" and not stem.isdecimal():
         return stem
@@ -209,17 +209,17 @@ def _split(file: Path, folder: Path) -> str:
 
 
 def _features(schema: "pyarrow.Schema", file: Path) -> Mapping[str, Any]:
-    """What `datasets` says of the columns; empty if another program wrote the table."""
+    """Return the column types that `datasets` stored; empty if another program wrote the table."""
     try:
         said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = said.get("info", {}).get("features", {})
     except (ValueError, AttributeError, RecursionError):
-        raise UserError(f"{file}: what `datasets` noted of its columns is damaged") from None
+        raise UserError(f"{file}: the column types that `datasets` stored are damaged") from None
     return features if isinstance(features, dict) else {}
 
 
 def _columns(schema: "pyarrow.Schema", file: Path, image: str, mask: str) -> tuple[str, str]:
-    """The columns of the photographs and of the masks: as told, or else by their type and name."""
+    """Return the columns of the images and of the masks: by option, else by their type and name."""
     for option, column in (("image", image), ("mask", mask)):
         if column and column not in schema.names:
             raise UserError(f"{option}={column}: {file} has no such column; it has {', '.join(schema.names)}")
@@ -246,7 +246,7 @@ def _holds_pictures(kind: "pyarrow.DataType") -> bool:
 
 
 def _classes(folder: Path, classes: str, features: Mapping[str, Any]) -> tuple[dict[int, str | Word], str]:
-    """The classes by pixel value, and where they are from."""
+    """Return the classes by pixel value, and their source."""
     labelled = dict(_class_labels(features))
     if classes in labelled:
         return dict(enumerate(labelled[classes])), f"column {classes}"
@@ -275,30 +275,30 @@ def _classes(folder: Path, classes: str, features: Mapping[str, Any]) -> tuple[d
 
 
 def _class_labels(features: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
-    """(column, names) of the columns of class labels, also of nested ones ("objects.category")."""
+    """Yield (column, names) of the columns of class labels, also of nested ones ("objects.category")."""
     if not isinstance(features, dict):
         return
     if features.get("_type") == "ClassLabel" and isinstance(features.get("names"), list):
         yield path, features["names"]
         return
     for key, value in features.items():
-        # A list of something, {"feature": ..., "_type": "List"}, is no level of a column's name.
+        # A list, {"feature": ..., "_type": "List"}, adds no level to a column's name.
         inner = path if key == "feature" and "_type" in features else f"{path}.{key}".strip(".")
         yield from _class_labels(value, inner)
 
 
 def _download(repo: str, folder: Path) -> None:
-    """Fetch a data set's tables from the hub into `folder`; what is there already is kept."""
+    """Download a data set's tables from the hub into `folder`; existing files are kept."""
     from huggingface_hub import snapshot_download
 
     patterns = ["*.parquet", "*.arrow", "id2label.json", "classes.txt"]
     try:
-        # Data sets that are made by a script have tables on a branch that the hub itself writes.
+        # For data sets made by a script, the hub itself writes tables to a branch.
         for revision in ("main", "refs/convert/parquet"):
             snapshot_download(repo, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=patterns)
             if any(folder.rglob("*.parquet")) or any(folder.rglob("*.arrow")):
                 return
-    except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
+    except Exception as error:  # the transport library and its errors differ between huggingface_hub's releases
         raise HubError(
             f"repo={repo}: the hub did not give it ({reason(error)}); "
             f"download its .parquet files elsewhere, put them into {folder}, and leave repo= out"
@@ -307,12 +307,12 @@ def _download(repo: str, folder: Path) -> None:
 
 READER = Reader(
     name="huggingface",
-    description="Hugging Face data set with columns of photographs and masks (Parquet, or save_to_disk)",
+    description="Hugging Face data set with columns of images and masks (Parquet, or save_to_disk)",
     open=open_table,
     options={
         "repo": "download the data set OWNER/NAME into the folder first",
         "classes": "id2label JSON or a list of classes in the folder, if it is called otherwise, or a column of labels",
-        "image": "the column of photographs",
+        "image": "the column of images",
         "mask": "the column of masks",
         **VALUE_OPTIONS,
     },

@@ -1,4 +1,4 @@
-"""Label maps as people have them: read, held against their photograph, put upright, laid over one another."""
+"""Read users' label maps: check their size, turn them upright, look labels up, and combine masks."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +25,11 @@ _TURNS = {
 
 
 def upright_as(image: Path | bytes, size: tuple[int, int], name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """What puts a label map of `size` (height, width), called `name`, upright as its photograph is shown.
+    """Return the function that turns a label map of `size` (height, width), called `name`, upright with its image.
 
-    Labels of the upright photograph's size stay as they are. If EXIF turns the photograph by a quarter and the labels
+    Labels of the upright image's size stay as they are. If EXIF turns the image by a quarter and the labels
     have the size of its stored pixels, they were drawn on these, and are turned with it. (Where the size can't tell,
-    labels are taken to be of the photograph as viewers show it.) Raises ValueError, one line, on any other size.
+    labels are assumed to belong to the image as viewers show it.) Raises UserError, one line, on any other size.
     """
     from opensan.images import stored_size  # only now: it imports torch
 
@@ -39,8 +39,8 @@ def upright_as(image: Path | bytes, size: tuple[int, int], name: str) -> Callabl
     if size == (height, width):
         return _TURNS[turn]
     raise UserError(
-        f"{name}: is {size[1]}x{size[0]}, its photograph {width}x{height} (width x height); "
-        "labels need exactly the photograph's size"
+        f"{name}: is {size[1]}x{size[0]}, its image {width}x{height} (width x height); "
+        "labels need exactly the image's size"
     )
 
 
@@ -50,10 +50,10 @@ def read_map(
     image: Path | bytes,
     formats: Sequence[str] = ("PNG",),
 ) -> Pixels:
-    """Read a label or mask file (or its content), upright as its photograph `image`.
+    """Read a label or mask file (or its content), turned upright with `image`.
 
     Sizes are compared before anything is decoded. Raises ValueError, one line that begins with `name`, on a size that
-    isn't the photograph's, and on anything but a file of `formats` whose pixels have a known meaning.
+    isn't the image's, and on anything but a file of `formats` whose pixels have a known meaning.
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as opened:
@@ -73,7 +73,7 @@ def read_map(
 
 
 def look_up(codes: np.ndarray, label_of_code: Mapping[int, int], complaint: Callable[[int, int], str]) -> np.ndarray:
-    """The label of each pixel, [H, W] int32, from codes [H, W] of at most 24 bits.
+    """Return the label of each pixel, [H, W] int32, from codes [H, W] of at most 24 bits.
 
     Raises ValueError with `complaint(code, its number of pixels)` if there is a code that has no label.
     """
@@ -88,13 +88,13 @@ def look_up(codes: np.ndarray, label_of_code: Mapping[int, int], complaint: Call
 
 
 class UnknownValue(UserError):
-    """A label file holds a value that is no class."""
+    """Raised if a label file holds a value that is not a class."""
 
     def __init__(self, message: str, value: int) -> None:
         super().__init__(message)
         self.unknown_value = value
 
-    def __reduce__(self) -> tuple:  # goes from process to process
+    def __reduce__(self) -> tuple:  # it is sent between processes
         return UnknownValue, (str(self), self.unknown_value)
 
 
@@ -105,16 +105,16 @@ PIXELS_REMEDY = (
 
 @dataclass(frozen=True)
 class Values:
-    """What the values in label files mean."""
+    """The label of each value in label files."""
 
     label_of_value: Mapping[int, int]
     one_past: int | None = None
     """The value after the last class, where classes are numbered without gaps."""
     pixels: str = ""
-    """Whether values are as files store them ("stored") or as viewers show them ("shown"); empty: whichever fits."""
+    """Use values as files store them ("stored") or as viewers show them ("shown"); empty: the one that fits."""
 
     def labels(self, pixels: Pixels, name: str, rgb_remedy: str = "") -> np.ndarray:
-        """The labels [H, W] int32 of an index map; 255 (of 16 bits: 65535) is unlabelled.
+        """Return the labels [H, W] int32 of an index map; 255 (of 16 bits: 65535) is unlabelled.
 
         Raises ValueError, one line that begins with `name`, on a value that is no class, on a map that holds no values,
         and on one that can be read in two ways.
@@ -122,7 +122,7 @@ class Values:
         return one_reading(pixels, name, self.readings(pixels, name, rgb_remedy), PIXELS_REMEDY)
 
     def readings(self, pixels: Pixels, name: str, rgb_remedy: str = "") -> dict[str, Callable[[], np.ndarray]]:
-        """The ways to read an index map, for `one_reading`."""
+        """Return the ways to read an index map, for `one_reading`."""
         grey = pixels.grey
         if pixels.stored is None and grey is None:
             problem = f"{name}: an RGB picture, not an index map with a class's number in each pixel{rgb_remedy}"
@@ -150,13 +150,13 @@ class Values:
 
     @property
     def first_is_free(self) -> str:
-        """What to say if no pixel is of the first class."""
+        """Message if no pixel is of the first class."""
         if self.one_past is None or self.label_of_value.get(0) != 0:
             return ""
         return "no label file holds the value 0, the first class: if labels count from 1, say first=1"
 
     def judge(self, images_by_value: Mapping[int, int]) -> str | None:
-        """What to say of a set whose label files hold these values that are no classes: value -> number of files."""
+        """Return the problem of a set whose label files hold values that are not classes (value -> number of files)."""
         last = max(images_by_value)
         if self.one_past is None or last != self.one_past:
             return None
@@ -172,7 +172,7 @@ def _refuse(problem: str) -> NoReturn:
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """The pixel values in an option such as "unlabelled=0,254"."""
+    """Return the pixel values in an option such as "unlabelled=0,254"."""
     try:
         values = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -183,7 +183,7 @@ def numbers(text: str, option: str) -> list[int]:
 
 
 def class_values(labels: Mapping[int, int], *, first: str = "", unlabelled: str = "", pixels: str = "") -> Values:
-    """What pixel values mean: `labels` by value, and what the options say.
+    """Return the label of each pixel value: `labels` by value, changed by the options.
 
     Args:
         labels: the label of each value, as the list of classes numbers them.
@@ -217,11 +217,11 @@ VALUE_OPTIONS = {
     "first": "1 if labels count from 1: 1 is the first class, and 0 unlabelled",
     "pixels": "stored or shown: for files whose numbers are not what viewers show (palettes of greys, 1 to 4 bits)",
 }
-"""The options of forms with index maps."""
+"""Options of readers with index maps."""
 
 
 class Layers:
-    """Masks laid over one another: where they overlap, the smaller one is on top (of two equal ones the later)."""
+    """Combines masks to labels: where they overlap, the smaller mask is on top (of two equal ones the later)."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.labels = np.full(size, UNLABELLED, dtype=np.int32)
@@ -229,7 +229,7 @@ class Layers:
         self._area = np.full(size, np.iinfo(np.int64).max)
 
     def add(self, mask: np.ndarray, label: int) -> None:
-        """Lay down `mask` [H, W] bool."""
+        """Add `mask` [H, W] bool."""
         area = np.count_nonzero(mask)
         seen = mask & (area <= self._area)
         self.labels[seen] = label

@@ -1,4 +1,4 @@
-"""Which photographs a folder of somebody's own holds, and which splits they belong to."""
+"""Find the images of a user's folder, and their splits."""
 
 import re
 import warnings
@@ -15,56 +15,56 @@ from opensan.images import FOREIGN_SUFFIXES, known_suffixes
 from opensan.vocabulary import Vocabulary, Word
 
 NO_SPLIT = "all"
-"""The split of everything, where nothing says which photographs are for what."""
+"""The split of all images, if neither lists nor folders define splits."""
 
 NO_LISTS = ("classes.txt", "colours.txt", "class_names.txt", "labels.txt", "labelmap.txt")
 _SPLIT_NAMES = re.compile(r"(train|val|valid|validation|test|trainval|minival)(\W|_|\d|$)", re.IGNORECASE)
-"""What lists of splits are called: one that names no image is a mistake."""
+"""Names of lists of splits: a list of such a name that names no image is a mistake."""
 _LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 _NO_WORDS = frozenset({"background", "void", "ignore", "unlabeled", "unlabelled", "other", "unknown", "none"})
-"""Names that say of a class that it is no thing to look for."""
+"""Names of classes that mean "anything else"."""
 _NO_IMAGES = frozenset(
     {".txt", ".json", ".xml", ".csv", ".md", ".html", ".yaml", ".yml", ".cache", ".npy", ".db", ".ini", ".zip"}
 )
-"""Suffixes of what lies beside images and is none."""
+"""Suffixes of other files that are common beside images."""
 
 
 @dataclass
 class Found:
-    """A photograph in a folder."""
+    """An image in a folder."""
 
     place: str
-    """Below the folder of photographs, without suffix: "0001", or "train/0001"."""
+    """Path below the folder of images, without suffix: "0001", or "train/0001"."""
     file: Path
     splits: list[str] = field(default_factory=list)
     label: Path | None = None
-    """Its label file, where a list says one."""
+    """Its label file, if a list names one."""
     problem: str | None = None
-    """Why it can't be used, if that is known already."""
+    """The reason why it can't be used, if it is known already."""
 
 
 @dataclass(frozen=True)
 class FoundSet:
-    """The photographs of a folder, and what else lies there."""
+    """The images of a folder, and other files in it."""
 
     found: list[Found]
-    """Those that lists name, or all."""
+    """Images that lists name, or all."""
     places: frozenset[str]
-    """Of all files in the folder of photographs, also of those that can't be read or that no list names."""
+    """Places of all files in the folder of images, also of those that can't be read or that no list names."""
     left_out: dict[str, str]
-    """Files that look like photographs and can't be read: path below the data set's folder -> why."""
+    """Files that look like images and can't be read: path below the data set's folder -> reason."""
     notes: tuple[str, ...] = ()
 
 
 def find_photographs(root: Path, images: Path, *, nested: bool = True, lists: Path | None = None) -> FoundSet:
-    """The photographs in `images`, with the splits that lists in `root` or sub-folders of `images` give them.
+    """Find the images in `images`, with their splits by lists in `root` or by sub-folders of `images`.
 
-    If a `.txt` in `root` (or in `lists`) names photographs, such files are the splits. Else, if `nested`, sub-folders
-    of `images` are. Else there is one split, "all". A listed photograph that isn't there comes with that problem, and
+    If a `.txt` in `root` (or in `lists`) names images, such files are the splits. Else, if `nested`, sub-folders
+    of `images` are. Else there is one split, "all". A listed image that does not exist comes with that problem, and
     so do several of one stem.
 
-    Raises ValueError, one line: no photographs, photographs beside sub-folders of them, or a list called like a split
-    that fits nothing.
+    Raises UserError, one line: no images, images beside sub-folders of images, or a list called like a split
+    that names no image.
     """
     files, foreign = _images_in(images, nested)
     left_out = {_below_root(file, root): _why_foreign(file) for file in foreign}
@@ -97,7 +97,7 @@ def _refuse_equal_stems(images: Path, listed: Sequence[Found]) -> None:
 
 
 def unused_labels(root: Path, labels: Path, suffixes: Collection[str], places: Collection[str]) -> dict[str, str]:
-    """Label files in `labels` that belong to no photograph: path below `root` -> why they are not used."""
+    """Return label files in `labels` that belong to no image: path below `root` -> reason."""
     if not labels.is_dir():
         return {}
     files = [file for file in sorted(labels.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
@@ -117,7 +117,7 @@ def _place(file: Path, folder: Path) -> str:
 
 
 def _images_in(folder: Path, nested: bool) -> tuple[list[Path], list[Path]]:
-    """The images in a folder, and the other files that may be meant as such."""
+    """Return the images in a folder, and other files that may be meant as images."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; the images go there")
     images, others = [], []
@@ -140,7 +140,7 @@ def _why_foreign(file: Path) -> str:
 
 
 def is_image(path: Path) -> bool:
-    """By its suffix."""
+    """Return whether the suffix is an image's."""
     return path.suffix.lower() in known_suffixes()
 
 
@@ -149,7 +149,7 @@ def _split_by_folder(images: Path, found: Sequence[Found]) -> None:
     if flat and len(flat) < len(found):
         other = next(one for one in found if "/" in one.place)
         raise UserError(
-            f"{images}: photographs lie both in it ({flat[0].file.name}) and in sub-folders ({other.place}): "
+            f"{images}: images lie both in it ({flat[0].file.name}) and in sub-folders ({other.place}): "
             "sub-folders are splits, so put all into them, or none"
         )
     for one in found:
@@ -157,7 +157,7 @@ def _split_by_folder(images: Path, found: Sequence[Found]) -> None:
 
 
 def _listed(root: Path, images: Path, found: Sequence[Found], lists: Path) -> list[Found]:
-    """The photographs of the lists; empty if there are none."""
+    """Return the images of the lists; empty if there are no lists."""
     by_name: dict[str, list[Found]] = defaultdict(list)
     for one in found:
         path_below = one.file.relative_to(images).as_posix()
@@ -186,7 +186,7 @@ def _listed(root: Path, images: Path, found: Sequence[Found], lists: Path) -> li
 
 
 def _refuse_list(path: Path, images: Path, entries: Sequence[tuple[int, tuple[str, str]]]) -> None:
-    """Raise UserError for a list that must be one by its name and fits nothing; warn of another."""
+    """Raise UserError for a list that names no image but is called like a split; warn of other lists."""
     if not _SPLIT_NAMES.match(path.stem):
         warnings.warn(f"{path}: names no image in {images}, so it is taken for no list", stacklevel=5)
         return
@@ -198,7 +198,7 @@ def _refuse_list(path: Path, images: Path, entries: Sequence[tuple[int, tuple[st
 
 
 def _entry(line: str, images: Path, by_name: Mapping[str, Sequence[Found]]) -> tuple[str, str]:
-    """The image that a line names as `by_name` has it, and the label file of a pair ("" if it is none)."""
+    """Return the image that a line names, as in `by_name`, and the label file of a pair ("" if it is no pair)."""
     for separator in (None, "\t", ",", " "):
         image, label = (line, "") if separator is None else map(str.strip, line.partition(separator)[::2])
         name = _below_images(image, images)
@@ -208,14 +208,14 @@ def _entry(line: str, images: Path, by_name: Mapping[str, Sequence[Found]]) -> t
 
 
 def _below_images(name: str, images: Path) -> str:
-    """A listed name without what stands before the folder of images: "images/", "/data/set/images/", "./"."""
+    """Remove the folder of images from a listed name: "images/", "/data/set/images/", "./"."""
     name = name.replace("\\", "/") if "/" not in name else name
     _, middle, rest = f"/{name}".rpartition(f"/{images.name}/")
     return (rest if middle else name).removeprefix("./")
 
 
 def _below_root_of(label: str, images: Path) -> str:
-    """The label file of a pair, below the data set's folder: an absolute path must lead there."""
+    """Return the label file of a pair, relative to the data set's folder; an absolute path must lead there."""
     label = label.replace("\\", "/") if "/" not in label else label
     return label.removeprefix(f"{images.parent.as_posix()}/").removeprefix("./")
 
@@ -229,9 +229,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def photographs(found: Iterable[Found], labels: Callable[[Found], Callable]) -> list[Photograph]:
-    """`found` for the engine; `labels` gives what reads the labels of one.
+    """Return `found` in the engine's form; `labels` returns the function that reads an image's labels.
 
-    A photograph's name is its stem, or, where stems repeat in sub-folders, its path below the folder ("train_0001").
+    An image's name is its stem, or, where stems repeat in sub-folders, its path below the folder ("train_0001").
     """
     found = list(found)
     stems = Counter(PurePosixPath(one.place).name for one in found)
@@ -248,11 +248,12 @@ def photographs(found: Iterable[Found], labels: Callable[[Found], Callable]) -> 
 
 
 def fail(problem: str) -> NoReturn:
+    """Raise UserError; as a callable, it reports a problem that is known before labels are read."""
     raise UserError(problem)
 
 
 def below(folder: Path, name: str, place: str) -> Path:
-    """`folder / name`. Raises ValueError, beginning with `place`, if that would lead out of the folder."""
+    """Return `folder / name`. Raises UserError, beginning with `place`, if that would lead out of the folder."""
     path = PurePosixPath(name)
     if not path.parts or Path(name).anchor or ".." in path.parts or "\\" in name or "\0" in name:
         raise UserError(f"{place}: {name[:80]!r} is no path below the folder")
@@ -260,18 +261,18 @@ def below(folder: Path, name: str, place: str) -> Path:
 
 
 def evaluation_split(splits: Iterable[str]) -> str | None:
-    """The split to measure on: the first with "test" in its name, else with "val", else the only one."""
+    """Return the split for evaluation: the first with "test" in its name, else with "val", else the only one."""
     splits = sorted(set(splits))
     named = [split for word in ("test", "val") for split in splits if word in split.lower()]
     return (named or (splits if len(splits) == 1 else [None]))[0]
 
 
 def without(vocabulary: Vocabulary, ignored: str, place: str) -> tuple[Vocabulary, list[int]]:
-    """The vocabulary without the classes `ignored` (names between commas), and the label of each class: -1 if ignored.
+    """Return the vocabulary without the classes `ignored` (names between commas), and each class's label (-1: ignored).
 
     Raises ValueError, beginning with `place`, on a name that is no class.
     """
-    # A name may hold commas itself.
+    # A name may contain commas.
     names = [ignored] if ignored in vocabulary.names else [name.strip() for name in ignored.split(",") if name.strip()]
     if unknown := [name for name in names if name not in vocabulary.names]:
         raise UserError(f"{place}: has no class {unknown[0]!r} to ignore; it has {', '.join(vocabulary.names[:20])}")
@@ -283,7 +284,7 @@ def without(vocabulary: Vocabulary, ignored: str, place: str) -> tuple[Vocabular
 
 
 def background_notes(vocabulary: Vocabulary) -> tuple[str, ...]:
-    """What to say of classes whose names mean "anything else"."""
+    """Return notes about classes whose names mean "anything else"."""
     return tuple(
         f"the class {name!r} is prepared as a word; if it means anything else, say ignored={name}"
         for name in vocabulary.names
@@ -292,7 +293,7 @@ def background_notes(vocabulary: Vocabulary) -> tuple[str, ...]:
 
 
 def vocabulary_of(names: Sequence[str | Word], place: str) -> Vocabulary:
-    """Class names as they are, or words. Raises ValueError, beginning with `place`, on none, blank or repeated ones."""
+    """Make a vocabulary of class names or words. Raises UserError, beginning with `place`, on a wrong list."""
     try:
         return Vocabulary(tuple(name if isinstance(name, Word) else Word(name) for name in names))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Photographs with one mask file per word: `opensan data prepare word-masks`."""
+"""Read images with one mask file per word: `opensan data prepare word-masks`."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -23,12 +23,12 @@ from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
 _COLOURED, _PICTURE = 64, 0.25
-"""A mask has colours if channels differ by more, and is none if more of its pixels are coloured, or grey."""
+"""A pixel is coloured if its channels differ by more; a file with a larger share of such or grey pixels is no mask."""
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
 
 
 def open_word_masks(folder: Path, *, ignored: str = "") -> Source:
-    """images/NAME.jpg with masks/NAME/WORD.png, or masks/WORD/NAME.png; without these folders, all in `folder`."""
+    """Open images/NAME.jpg with masks/NAME/WORD.png, or masks/WORD/NAME.png; without these folders, all in `folder`."""
     images = folder / "images" if (folder / "images").is_dir() else folder
     masks = folder / "masks" if (folder / "masks").is_dir() else folder
     found_set = find_photographs(folder, images, nested=images != folder)
@@ -44,7 +44,7 @@ def open_word_masks(folder: Path, *, ignored: str = "") -> Source:
         if file not in photographs_of:  # with everything in one folder, images lie among the masks
             files[place].append((word, file))
     if not files:
-        raise UserError(f"{masks}: no mask of a photograph; they are masks/NAME/WORD.png or masks/WORD/NAME.png")
+        raise UserError(f"{masks}: no mask of an image; they are masks/NAME/WORD.png or masks/WORD/NAME.png")
     for place, one in by_place.items():
         if place not in files:
             one.problem = (
@@ -72,14 +72,14 @@ def open_word_masks(folder: Path, *, ignored: str = "") -> Source:
 
 
 def _by_photograph(masks: Path, by_place: dict[str, Found]) -> Iterator[tuple[str, str, Path]]:
-    """(photograph, word, mask) of masks/NAME/WORD.png."""
+    """Yield (image, word, mask) of masks/NAME/WORD.png."""
     for place in by_place:
         for file in _files(masks / place):
             yield place, _word(file.stem), file
 
 
 def _by_word(masks: Path, by_place: dict[str, Found], images: Path) -> Iterator[tuple[str, str, Path]]:
-    """(photograph, word, mask) of masks/WORD/NAME.png; NAME may have a split's folder before it."""
+    """Yield (image, word, mask) of masks/WORD/NAME.png; NAME may have a split's folder before it."""
     for folder in sorted(path for path in masks.iterdir() if path.is_dir() and not path.name.startswith(".")):
         if folder == images:
             continue
@@ -90,7 +90,7 @@ def _by_word(masks: Path, by_place: dict[str, Found], images: Path) -> Iterator[
 
 
 def _unused(folder: Path, masks: Path, images: Path, used: Collection[Path], places: Collection[str]) -> dict[str, str]:
-    """Masks in a folder of their own that are of no photograph: path -> why they are not used."""
+    """Return masks in a folder of their own that belong to no image: path -> reason."""
     if masks in (folder, images):
         return {}
     files = [file for file in sorted(masks.rglob("*")) if is_image(file) and not file.name.startswith(".")]
@@ -114,7 +114,7 @@ def _word(name: str) -> str:
 
 
 def _vocabulary(classes: Path, masks: Path, words: Sequence[str]) -> Vocabulary:
-    """The words of classes.txt if there is one, which must have them all; else the masks' names in ABC order."""
+    """Return the words of classes.txt, which must have all, or without it the masks' names in alphabetical order."""
     if not classes.exists():
         return vocabulary_of(sorted(set(words), key=lambda word: (word.casefold(), word)), str(masks))
     vocabulary = read_class_names(classes)
@@ -126,7 +126,7 @@ def _vocabulary(classes: Path, masks: Path, words: Sequence[str]) -> Vocabulary:
 
 @dataclass(frozen=True)
 class _Masks:
-    """Lays a photograph's masks over one another."""
+    """Combines an image's masks to labels."""
 
     image: Path
     masks: tuple[tuple[int, Path], ...]
@@ -141,7 +141,7 @@ class _Masks:
 
 
 def _inside(pixels: np.ndarray, file: Path) -> np.ndarray:
-    """Where a mask is bright, [H, W] bool: 1 where there is nothing but 0 and 1, else at least half of white."""
+    """Return where a mask is bright, [H, W] bool: 1 if it holds only 0 and 1, else at least half of white."""
     if pixels.ndim == 3:
         if _share(np.ptp(pixels, axis=2) > _COLOURED) > _PICTURE:
             raise UserError(f"{file}: has colours, as a picture and not a mask (black and white) has")
@@ -164,7 +164,7 @@ def _share(mask: np.ndarray) -> float:
 
 READER = Reader(
     name="word-masks",
-    description="photographs with a black and white mask per word",
+    description="images with a black and white mask per word",
     open=open_word_masks,
     options={"ignored": "words whose pixels become unlabelled: NAME,NAME"},
     needs="images/NAME.jpg with masks/NAME/WORD.png or masks/WORD/NAME.png; SPLIT.txt lists or sub-folders of images/",

@@ -1,7 +1,7 @@
-"""The plain data in a pickle from outside, without unpickling: nothing that the file names is imported or called.
+"""Read the plain data in a pickle from outside without unpickling: no code that the file names is imported or called.
 
-The file is read as the list of instructions that it is. Those that make dicts, lists, strings and numbers are
-followed; what would import or call something (a numpy array is made so) becomes a placeholder.
+The file is read as a list of instructions. Those that make dicts, lists, strings and numbers are
+followed; those that would import or call something (as for a numpy array) make a placeholder.
 """
 
 import mmap
@@ -12,7 +12,7 @@ from typing import Any
 from opensan.errors import UserError, reason
 
 _HARMLESS = {"numpy", "_codecs"}
-"""What data files use to make arrays. A file that names any other module was not written as data."""
+"""Modules that data files name to make arrays. A file that names any other module was not written as data."""
 _IGNORED = {"PROTO", "FRAME", "STOP"}
 _ARGUMENTS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -30,24 +30,24 @@ _MADE = {
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
 }
-"""Instructions that push something new."""
+"""Instructions that push a new object."""
 
 
 class Placeholder:
-    """Stands for an object that a pickle would have made by calling something."""
+    """Replaces an object that a pickle would have made by a call."""
 
 
 _PLACEHOLDER = Placeholder()
 
 
 def read_pickle_data(path: Path) -> Any:
-    """What a pickle holds, with a `Placeholder` for whatever is not plain data.
+    """Return the content of a pickle, with a `Placeholder` for each object that is not plain data.
 
-    Raises ValueError, one line, on a damaged file, and on one that names code which data has no need of.
+    Raises UserError, one line, on a damaged file, and on one that names code that data does not need.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            # A map: a length that the file claims can't make more be read than the file holds.
+            # Mapped, so that a false length in the file can't make more be read than the file holds.
             return _follow(content)
     except _Refused as error:
         raise UserError(f"{path}: refused: it asks for {error}; nothing of it was run") from None
@@ -58,7 +58,7 @@ def read_pickle_data(path: Path) -> Any:
 
 
 class _Refused(Exception):
-    """The module and name that a pickle asks for."""
+    """Raised with the module and name that a pickle asks for."""
 
 
 def _follow(content: mmap.mmap) -> Any:

@@ -1,4 +1,4 @@
-"""What readers share: finding their way in a download, and turning stored values into labels."""
+"""Helpers of readers: find files in a download, and convert stored values to labels."""
 
 import functools
 from collections.abc import Iterable
@@ -12,30 +12,30 @@ from opensan.images.pixels import Pixels, one_reading, read_pixels
 from opensan.vocabulary import UNLABELLED, Vocabulary, ready_source_ids
 
 WRONG = -2
-"""In a table of labels: a value that the data set's format does not have."""
+"""Entry of a label table for a value that the data set's format does not have."""
 
 
 def find(root: Path, *candidates: str) -> Path | None:
-    """The first of `candidates`, paths below `root`, that exists."""
+    """Return the first of `candidates`, paths below `root`, that exists."""
     return next((root / candidate for candidate in candidates if (root / candidate).exists()), None)
 
 
 def stems(folder: Path, suffix: str) -> set[str]:
-    """The names, without suffix, of the files in `folder` that have it."""
+    """Return the names, without suffix, of the files in `folder` with that suffix."""
     return {file.stem for file in folder.iterdir() if file.suffix.lower() == suffix and not file.name.startswith(".")}
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a split list, each once, without white space around them."""
+    """Read the lines of a split list, each once, without white space around them."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors mark UTF-8 at the start
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows editors write a UTF-8 mark at the start
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable list ({error})") from None
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def read_png(path: Path) -> Pixels:
-    """The pixels of a label PNG. Raises ValueError, one line that names it, on anything else."""
+    """Read the pixels of a label PNG. Raises UserError, one line that names it, on any other file."""
     from opensan.images import MAX_PIXELS  # only now: it imports torch
 
     try:
@@ -52,7 +52,7 @@ def read_png(path: Path) -> Pixels:
 
 
 def index_labels(path: Path, label_set: str) -> np.ndarray:
-    """The labels of an index PNG of a data set whose label set is ready."""
+    """Read the labels of an index PNG of a benchmark."""
     pixels = read_png(path)
     table = table_of(label_set)
     read = {} if pixels.stored is None else {"stored": functools.partial(labels_of, pixels.stored, table, path)}
@@ -64,7 +64,7 @@ def index_labels(path: Path, label_set: str) -> np.ndarray:
 
 
 def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
-    """Stored values [H, W] as labels, by a table value -> label. Raises ValueError on a value that is `WRONG`."""
+    """Convert stored values [H, W] to labels, by a table value -> label. Raises UserError if one is `WRONG`."""
     if (largest := int(values.max())) >= len(table):
         raise UserError(f"{path}: holds the value {largest}, the format ends at {len(table) - 1}")
     labels = table[values]
@@ -75,9 +75,9 @@ def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
 
 @functools.cache
 def table_of(label_set: str) -> np.ndarray:
-    """The labels of the values that a ready label set's files store, by value.
+    """Return the label of each value in a benchmark's files.
 
-    Built here rather than handed from process to process with every photograph.
+    Each process builds it once, instead of receiving it with every image.
     """
     classes = len(Vocabulary.ready(label_set).names)
     match label_set:
@@ -97,7 +97,7 @@ def table_of(label_set: str) -> np.ndarray:
 
 
 def _table(size: int, otherwise: int, values: Iterable[int], unlabelled: Iterable[int] = ()) -> np.ndarray:
-    """Of `size` values: the i-th of `values` has label i."""
+    """Return a table of `size` entries, in which the i-th of `values` has label i."""
     table = np.full(size, otherwise, dtype=np.int16)
     table[list(unlabelled)] = UNLABELLED
     for label, value in enumerate(values):
