@@ -115,7 +115,7 @@ def _open(folder: Path, kind: str, annotations: str, ignored: str, crowds: str, 
 
 
 def _not_listed(found: Collection[Path]) -> Iterator[str]:
-    """What to say of images that lie beside those of the files and are in none of them."""
+    """Return a note about images that lie beside those of the files and are listed in none of them."""
     for folder in sorted({path.parent for path in found}):
         others = [path for path in folder.iterdir() if is_image(path) and path not in found] if folder.is_dir() else []
         if others:
@@ -123,7 +123,7 @@ def _not_listed(found: Collection[Path]) -> Iterator[str]:
 
 
 def _class_names(files: Sequence[_File]) -> tuple[dict[int, str], list[str]]:
-    """The names of the classes by category id, and what to say of categories that are none.
+    """Return the names of the classes by category id, and notes about categories that are not classes.
 
     Some tools put a category of the project's name before the others, which no object has: one that is the others'
     supercategory, or repeats the name of another, is left out.
@@ -162,7 +162,7 @@ def _is_crowd(record: Mapping[str, Any]) -> bool:
 
 
 def _what_crowds_are(files: Sequence[_File], crowds: str) -> tuple[bool, list[str]]:
-    """Whether what is marked as a crowd is an object as others, and what to say of that.
+    """Return whether records marked as crowds are objects like others, and notes about that.
 
     In COCO a crowd is a region of objects that nobody told apart. CVAT marks every mask that was drawn with a brush so,
     and sets of such masks have nothing else, or the attribute "occluded" that CVAT writes.
@@ -197,7 +197,7 @@ class _Labels:
     crowds_are_objects: bool
 
     def of(self, record: Mapping[str, Any], place: str) -> int:
-        """The label of an object or segment. Raises UserError, beginning with `place`, on an unknown category."""
+        """Return the label of an object or segment. Raises UserError, beginning with `place`, on an unknown category."""
         category = _get(record, "category_id", int, place)
         if category not in self.by_category:
             raise UserError(f"{place}: category_id {category} is none of the file's categories")
