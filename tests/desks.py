@@ -107,6 +107,10 @@ def own_forms(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for write, name in ((given.folder, "streets"), (given.word_masks, "parts"), (given.coco_instances, "shop")):
         write(desk / name)
     given.coco_panoptic(desk / "scenes", "labels/mine")
+    given.labelme(desk / "desk")
+    given.folder(desk / "traffic")
+    text(desk / "traffic" / "labels" / "1.txt", "1 0 0 1 0 1 1 0 1")
+    (desk / "traffic" / "labels" / "1.png").unlink()
     (desk / "saved").mkdir()
     (desk / "download").mkdir()
     one_map(["unlabeled", "car"]).huggingface(desk / "saved")

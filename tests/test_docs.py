@@ -48,6 +48,7 @@ def after_data() -> None:
 
 def after_own_data() -> None:
     splits = {"streets": "all", "parts": "all", "shop": "val", "scenes": "mine", "saved": "val", "download": "val"}
+    splits |= {"traffic": "all", "desk": "all"}
     for name, split in splits.items():
         assert len(SegmentationFolder(Path("prepared", name), split)) == 1
     for name in ("streets-without-background", "saved"):

@@ -1,5 +1,7 @@
 """One map of labels, given in every form, comes out of each the same."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -65,8 +67,24 @@ class OneMap:
         parquet.write_table(pyarrow.table(table), root / "val.parquet")
         (root / "id2label.json").write_text(json.dumps({str(place): name for place, name in enumerate(self.names)}))
 
+    def labelme(self, root: Path) -> None:
+        self._photograph(root)
+        shapes = []
+        for label, name in enumerate(self.names):
+            if (mask := self.labels == label).any():
+                rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+                box = [[int(columns[0]), int(rows[0])], [int(columns[-1]), int(rows[-1])]]
+                part = io.BytesIO()
+                Image.fromarray(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]).save(part, "PNG")
+                stored = base64.b64encode(part.getvalue()).decode()
+                shapes.append({"label": name, "points": box, "shape_type": "mask", "mask": stored})
+        height, width = self.labels.shape
+        size = {"imageHeight": height, "imageWidth": width}
+        (root / "1.json").write_text(json.dumps({"shapes": shapes, "imagePath": "1.jpg", **size}))
+        (root / "labels.txt").write_text("\n".join(["__ignore__", "_background_", *self.names]))
+
     def _photograph(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "1.jpg").write_bytes(self.image)
 
     def _png(self, path: Path, values: np.ndarray) -> None:
@@ -81,7 +99,9 @@ class OneMap:
         path.write_text(json.dumps({"images": [image], "annotations": annotations, "categories": categories}))
 
 
-FORMS = ["folder", "word-masks", "coco-instances", "coco-panoptic", "huggingface"]
+FORMS = ["folder", "word-masks", "coco-instances", "coco-panoptic", "huggingface", "labelme"]
+POLYGONS = {"yolo-seg"}
+"""What has corners only can't give any map again."""
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -89,7 +109,9 @@ def test_every_form_gives_the_same_labels(tmp_path, form):
     if not (SHARED / "camvid").exists():
         pytest.skip(f"needs {SHARED / 'camvid'}")
     data = SegmentationFolder(SHARED / "camvid", "test")
-    assert set(FORMS) == {name for name, reader in READERS.items() if not reader.classes}  # the others are benchmarks
+    assert set(FORMS) | POLYGONS == {
+        name for name, reader in READERS.items() if not reader.classes
+    }  # the others are benchmarks
     for index in (0, 70):
         labels = data[index][1]
         image = (SHARED / "camvid" / "images" / f"{data.name(index)}.jpg").read_bytes()

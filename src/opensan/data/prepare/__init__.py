@@ -1,6 +1,14 @@
 """Convert data sets from their authors' formats to the canonical layout."""
 
-from opensan.data.prepare import benchmarks, own_coco, own_folder, own_huggingface, own_word_masks
+from opensan.data.prepare import (
+    benchmarks,
+    own_coco,
+    own_folder,
+    own_huggingface,
+    own_labelme,
+    own_word_masks,
+    own_yolo,
+)
 from opensan.data.prepare.source import Photograph, Reader, Source
 
 __all__ = ["READERS", "Photograph", "Reader", "Source"]
@@ -13,6 +21,8 @@ READERS: dict[str, Reader] = {
         own_word_masks.READER,
         own_coco.PANOPTIC,
         own_coco.INSTANCES,
+        own_yolo.READER,
+        own_labelme.READER,
         own_huggingface.READER,
     )
 }
