@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,12 @@ from PIL import Image
 from opensan.data.canonical import read_manifest
 from opensan.data.check import FolderCheck
 from opensan.data.prepare import Photograph, Source
-from opensan.data.prepare.engine import JOURNAL, prepare
+from opensan.data.prepare.engine import JOURNAL, LOCK, prepare
 from opensan.data.prepare.source import Labelled
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.errors import UserError
+from opensan.files import hold
+from opensan.journal import Journal
 from opensan.vocabulary import Vocabulary
 
 
@@ -185,16 +190,88 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
         prepare(source, "mine", tmp_path / "raw")
     assert contents(tmp_path / "raw") == before
     prepare(source, "mine", tmp_path / "out")
-    before = contents(tmp_path / "out")
     for other, message in [
         ({"name": "yours"}, "other source"),
-        ({"options": {"a": "b"}}, "other options"),
-        ({"splits": ["val"]}, "other splits"),
-        ({"source": Source(Vocabulary.parse("road, car, sky"), source.photographs)}, "other classes"),
+        ({"options": {"a": "b"}}, "other source, other options"),
+        ({"splits": ["val"]}, "other options, other splits"),
+        ({"source": Source(Vocabulary.parse("road, car, sky"), source.photographs)}, "other splits, other classes"),
     ]:
-        with pytest.raises(ValueError, match=f"out: was prepared with {message}; choose another folder"):
-            prepare(**{"source": source, "name": "mine", "out": tmp_path / "out"} | other)
-    assert contents(tmp_path / "out") == before
+        notes = []
+        asked = {"source": source, "name": "mine"} | other
+        prepare(**asked, out=tmp_path / "out", note=notes.append)
+        assert notes == [f"{tmp_path / 'out'}: was prepared with {message}: it is prepared again"]
+        prepare(**asked, out=tmp_path / "new")
+        assert contents(tmp_path / "out") == contents(tmp_path / "new")
+        shutil.rmtree(tmp_path / "new")
+
+
+def test_what_another_request_made_goes_and_what_somebody_changed_stays(tmp_path):
+    """Also where the run that replaces it is killed in between, at each of its changes on disk."""
+    one = Source(WORDS, [photo(tmp_path / "raw", name) for name in ("a", "b", "c")])
+    two = Source(WORDS, [photo(tmp_path / "raw", name, ("val",)) for name in ("c", "d")])
+    prepare(two, "two", tmp_path / "whole")
+    kills = 0
+    for moment in range(1, 40):
+        out = tmp_path / f"{moment}"
+        prepare(one, "one", out)
+        (out / "labels" / "a.png").write_text("corrected")
+        child = os.fork()
+        if child == 0:
+            count = 0
+
+            def dying(original, moment=moment):
+                def change(*arguments, **settings):
+                    nonlocal count
+                    count += 1
+                    if count == moment:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return original(*arguments, **settings)
+
+                return change
+
+            acts = ((Path, "replace"), (Path, "unlink"), (Path, "rename"), (Journal, "begin"), (Journal, "put"))
+            for kind, act in acts:
+                setattr(kind, act, dying(getattr(kind, act)))
+            try:
+                prepare(two, "two", out)
+            finally:
+                os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        kills += killed
+        prepare(two, "two", out)
+        assert (out / "labels" / "a.png.changed").read_text() == "corrected"
+        assert FolderCheck(out).problems == []
+        (out / "labels" / "a.png.changed").unlink()
+        assert contents(out) == contents(tmp_path / "whole"), moment
+        if not killed:
+            break
+    assert kills >= 10
+
+
+def test_labels_that_somebody_corrected_are_kept(tmp_path):
+    source, notes = Source(WORDS, [photo(tmp_path / "raw", name) for name in ("a", "b")]), []
+    prepare(source, "mine", tmp_path / "out")
+    label = tmp_path / "out" / "labels" / "b.png"
+    label.write_text("corrected")
+    prepare(source, "mine", tmp_path / "out", note=notes.append)
+    assert (label.parent / "b.png.changed").read_text() == "corrected" and SegmentationFolder(tmp_path / "out", "train")
+    assert notes == ["1 labels were changed since they were prepared: kept as *.changed"]
+
+
+def test_work_that_the_version_before_had_begun_is_told(tmp_path):
+    source, out, notes = Source(WORDS, [photo(tmp_path / "raw", "a")]), tmp_path / "out", []
+    (out / "labels").mkdir(parents=True)
+    (out / ".prepare.jsonl").write_text('{"source": "mine"}\n{"na')
+    prepare(source, "mine", out, note=notes.append)
+    assert notes == [f"{out}: was begun by an earlier version: it is prepared again"]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_two_runs_do_not_prepare_one_folder(tmp_path):
+    source = Source(WORDS, [photo(tmp_path / "raw", "a")])
+    (tmp_path / "out").mkdir()
+    with hold(tmp_path / "out" / LOCK, ""), pytest.raises(ValueError, match="another run is preparing it"):
+        prepare(source, "mine", tmp_path / "out")
 
 
 def test_a_folder_that_can_not_be_written_is_one_line(tmp_path):
@@ -228,9 +305,10 @@ def test_what_is_finished_and_whole_is_not_done_again(tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     (out / "labels" / "b.png").unlink()
     (out / "images" / "c.png").unlink()
-    (out / "images" / ".d.png.part").write_text("half")
-    (out / "labels" / ".d.abc.part.png").write_text("half")
+    (out / "images" / ".d.0123abcd.part.png").write_text("half")
+    (out / "labels" / ".d.0123abcd.part.png").write_text("half")
     prepare(source, "mine", out)
+    (out / "labels" / "a.png.changed").unlink()  # kept: somebody might have corrected it
     assert contents(out) == whole
     assert [len((tmp_path / f"{name}.log").read_text().splitlines()) for name in "abcd"] == [2, 2, 2, 1]
     # A photograph that the source no longer has goes, and one that became another file is that file.
@@ -262,9 +340,13 @@ def many(raw: Path, count: int = 120) -> Source:
 
 
 def noted(out: Path) -> int:
-    """How many lines the journal has: the request and the finished photographs."""
+    """How many rows the journal has: the request and the finished photographs."""
     path = out / JOURNAL
-    return sum(line != "" for line in path.read_text().splitlines()) if path.exists() else 0
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=30)) as rows:
+            return rows.execute("SELECT count(*) FROM done").fetchone()[0]
+    except sqlite3.OperationalError:  # not there, or without its table
+        return 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to be quick")

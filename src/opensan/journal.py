@@ -16,6 +16,7 @@ from opensan.errors import UserError
 from opensan.files import keep_aside
 
 _TABLE = "CREATE TABLE done (key TEXT PRIMARY KEY, value TEXT NOT NULL, data BLOB NOT NULL)"
+_PUT = "INSERT OR REPLACE INTO done VALUES (?, ?, ?)"
 _WORK = "work"
 
 
@@ -78,18 +79,25 @@ class Journal:
         """Close the file."""
         self._rows.close()
 
-    def begin(self, work: Mapping[str, Any]) -> dict[str, Any] | None:
+    @property
+    def work(self) -> dict[str, Any] | None:
+        """What the rows are of; None of a new journal."""
+        work = self.get(_WORK)
+        return work if isinstance(work, dict) else None
+
+    def begin(self, work: Mapping[str, Any], rows: Iterable[tuple[str, Any, bytes]] = ()) -> dict[str, Any] | None:
         """Keep what is done if it was done of the same `work` (all that the results depend on), else forget it.
 
-        Returns the other work that was forgotten, if there was any.
+        Returns the other work that was forgotten, if there was any; `rows` then take its place.
         """
-        work = as_json(work)
-        before = self.get(_WORK)
+        before, work = self.work, as_json(work)
         if before == work:
             return None
-        self.forget(None)
-        self.put(_WORK, work)
-        return before if isinstance(before, dict) else None
+        with self._telling(), self._rows:
+            self._rows.execute("BEGIN")
+            self._rows.execute("DELETE FROM done")
+            self._rows.executemany(_PUT, _as_stored([(_WORK, work, b""), *rows]))
+        return before
 
     def get(self, key: str) -> Any:
         """The value at `key`; None if there is none."""
@@ -115,14 +123,11 @@ class Journal:
 
     def put_all(self, rows: Iterable[tuple[str, Any, bytes]]) -> None:
         """Write several rows, all or none."""
-        self._change("INSERT OR REPLACE INTO done VALUES (?, ?, ?)", [(_key(k), json.dumps(v), d) for k, v, d in rows])
+        self._change(_PUT, _as_stored(rows))
 
-    def forget(self, keys: Iterable[str] | None) -> None:
-        """Remove these rows, or all; all or nothing."""
-        if keys is None:
-            self._change("DELETE FROM done", [()])
-        else:
-            self._change("DELETE FROM done WHERE key = ?", [(_key(key),) for key in keys])
+    def forget(self, keys: Iterable[str]) -> None:
+        """Remove these rows, all or none."""
+        self._change("DELETE FROM done WHERE key = ?", [(_key(key),) for key in keys])
 
     def _change(self, statement: str, rows: list[tuple]) -> None:
         with self._telling(), self._rows:
@@ -142,6 +147,10 @@ def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
     said = {"model": "another model", "vocabulary": "other words"}
     names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     return ", ".join(said.get(name, f"other {name}") for name in names)
+
+
+def _as_stored(rows: Iterable[tuple[str, Any, bytes]]) -> list[tuple[str, str, bytes]]:
+    return [(_key(key), json.dumps(value), data) for key, value, data in rows]
 
 
 def _key(key: str) -> str:

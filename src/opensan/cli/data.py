@@ -109,7 +109,9 @@ def prepare(
     wanted = [one for one in opened.photographs if not split or set(one.splits) & set(split)]
     try:
         with progress_bar(output_console(), f"preparing {name}", len(wanted)) as advance:
-            manifest = write(opened, name, out, options=values, splits=split, workers=workers, progress=advance)
+            manifest = write(
+                opened, name, out, options=values, splits=split, workers=workers, progress=advance, note=complain
+            )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
     if not _report(reader, manifest, out):

@@ -1,5 +1,6 @@
 """Check that a prepared folder is complete: lists, images, labels, sizes, values, checksums."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -142,12 +143,16 @@ def _records(root: Path) -> Iterator[PhotographRecord]:
     return canonical.read_records(root / canonical.FILES) if (root / canonical.FILES).is_file() else iter(())
 
 
+_KEPT = re.compile(r"^\.|\.changed\d*$")
+"""Hidden files, and those that somebody had changed before they were made again."""
+
+
 def _strangers(root: Path, files: list[Path]) -> Iterator[str]:
     """Yield files that belong to no listed image."""
     expected = {file for image in files for file in (image, label_file(image))}
     for folder in ("images", "labels"):
         there = sorted(_part(root, folder).iterdir())
-        strange = [file for file in there if file not in expected and not file.name.startswith(".")]
+        strange = [file for file in there if file not in expected and not _KEPT.search(file.name)]
         if strange:
             yield f"{folder}/: {len(strange):,} files belong to no listed image, the first is {strange[0].name}"
 

@@ -1,14 +1,14 @@
 """Write a source in the canonical layout, in many processes; a killed run can be continued.
 
 Every file is written under a temporary name and renamed. A finished image is recorded in a journal; the next run
-finds its files unchanged, or makes them again. The manifest is written last, so it marks a complete folder.
+finds its files unchanged, or makes them again; labels that somebody has changed are kept as NAME.changed. The manifest
+is written last, so it marks a complete folder.
 """
 
 import io
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,19 @@ from opensan.data.canonical import DatasetManifest, PhotographRecord, Request
 from opensan.data.pool import run_all
 from opensan.data.prepare.source import ImageFile, Labelled, Photograph, Source
 from opensan.errors import UserError
-from opensan.files import atomic_path, link, write_text
+from opensan.files import atomic_path, hold, keep_aside, link, remove_temporaries, write_text
 from opensan.images import known_suffixes, open_image
+from opensan.journal import Journal, difference
 from opensan.vocabulary import Vocabulary
 
-JOURNAL = ".prepare.jsonl"
-_TEMPORARY = ".*.part*"
-"""Pattern of the temporary files that `atomic_path` writes; a killed run leaves some."""
+JOURNAL = ".prepare.sqlite"
+LOCK = ".prepare.lock"
+BEFORE = ".prepare.jsonl"
+"""What the journal was in version 0.1.0."""
+_IMAGE, _STALE = "image ", "stale "
+"""Beginnings of the journal's keys: images that are finished, and those that another request had made."""
+_OURS = re.compile(r"\..*\.part.*|\.prepare\..*")
+"""Names in a folder that was only just begun."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +56,28 @@ def prepare(
     splits: Sequence[str] | None = None,
     workers: int = 1,
     progress: Callable[[int], None] = lambda count: None,
+    note: Callable[[str], None] = lambda message: None,
 ) -> DatasetManifest:
     """Write `source` in the canonical layout to the folder `out`, or finish what an earlier run began there.
 
+    What another request made there is made again.
+
     Args:
         source: a data set that a reader opened.
-        name: the reader's name. Together with `options`, `splits` and the classes it identifies the folder.
-        out: a new or empty folder, or one that the same request wrote.
+        name: the reader's name. With `options`, `splits` and the classes they identify what the folder holds.
+        out: a new or empty folder, or one that was prepared before.
         splits: only the images of these lists.
         workers: processes.
         progress: told the number of photographs done, as they are.
+        note: gets messages for the user.
 
     Returns:
         The manifest; its `left_out` names the images that could not be used.
 
     Raises:
-        UserError: a split that does not exist or is incomplete, `out` holding something else or not being
-            writable, a worker process that died, labels that can't be right, or no labelled pixel in the whole set.
+        UserError: a split that does not exist or that is incomplete, `out` holding something else or not being
+            writable, another run there, a worker process that died, labels that can't be right, or no labelled pixel
+            in the whole set.
     """
     photographs, refused = _wanted(source, splits)
     request = Request(
@@ -76,12 +87,22 @@ def prepare(
         classes=class_lines(source.vocabulary),
     )
     try:
-        before = _open_folder(out, request)
-        records, failed = _prepare_all(photographs, out, len(request.classes), before, workers, progress)
-        _look_at_whole(source, out, records.values(), failed)
-        left_out = _all_left_out(source, refused, failed, records.values())
-        _remove_stale(out, before.values(), records)
-        return _write_lists(out, request, source, photographs, records, left_out)
+        _check_ours(out)
+        out.mkdir(parents=True, exist_ok=True)
+        busy = f"{out}: another run is preparing it; wait for it, or choose another --out"
+        with hold(out / LOCK, busy), _journal_of(out) as journal:
+            before, stale = _open_folder(out, journal, request, note)
+            kept = len(_kept_aside(out))
+            records, failed = _prepare_all(photographs, out, len(request.classes), before, journal, workers, progress)
+            if kept := len(_kept_aside(out)) - kept:
+                note(f"{kept} labels were changed since they were prepared: kept as *.changed")
+            _look_at_whole(source, out, records.values(), failed)
+            left_out = _all_left_out(source, refused, failed, records.values())
+            _remove_stale(out, [*before.values(), *stale], records)
+            manifest = _write_lists(out, request, source, photographs, records, left_out)
+            journal.close()
+            journal.path.unlink()
+            return manifest
     except OSError as error:  # errors in reading an image are caught before
         raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
 
@@ -91,6 +112,7 @@ def _prepare_all(
     out: Path,
     classes: int,
     before: dict[str, PhotographRecord],
+    journal: Journal,
     workers: int,
     progress: Callable[[int], None],
 ) -> tuple[dict[str, PhotographRecord], list[LeftOut]]:
@@ -98,15 +120,14 @@ def _prepare_all(
     tasks = [_Task(photograph, out, classes, before.get(photograph.name)) for photograph in photographs]
     records: dict[str, PhotographRecord] = {}
     failed: list[LeftOut] = []
-    with (out / JOURNAL).open("a", encoding="utf-8") as journal, closing(run_all(tasks, workers)) as results:
-        journal.write("\n")  # ends the half line that a killed run may have left
+    with closing(run_all(tasks, workers)) as results:
         for result in results:
             if isinstance(result, LeftOut):
                 failed.append(result)
             else:
                 records[result.name] = result
-                journal.write(result.model_dump_json() + "\n")
-                journal.flush()
+                if result != before.get(result.name):
+                    journal.put(_IMAGE + result.name, result.model_dump(mode="json"))
             progress(1)
     return records, failed
 
@@ -190,47 +211,76 @@ def _check_complete(source: Source, known: set[str], splits: Sequence[str] | Non
             raise UserError(f"split {split}: {missing}")
 
 
-def _open_folder(out: Path, request: Request) -> dict[str, PhotographRecord]:
-    """Prepare `out` for writing; return the records that an earlier run of the same request finished, by name."""
-    journal = out / JOURNAL
-    manifest = canonical.read_manifest(out)
-    lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-    if manifest is not None:
-        _check_same(out, manifest.request, request)
-    elif lines:
-        _check_same(out, _journal_request(journal, lines[0]), request)
-    elif out.exists() and any(not path.match(_TEMPORARY) for path in out.iterdir()):
+def _check_ours(out: Path) -> None:
+    """Raise UserError if a folder holds something, but nothing that a run has begun or finished."""
+    begun = any((out / name).exists() for name in (JOURNAL, BEFORE, canonical.MANIFEST))
+    if not begun and out.exists() and any(not _OURS.fullmatch(path.name) for path in out.iterdir()):
         raise UserError(f"{out}: holds something else; choose a new or empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    if not lines:
-        write_text(journal, request.model_dump_json() + "\n")  # first, because it marks the folder as ours
+
+
+def _journal_of(out: Path) -> Journal:
+    """Open or begin the folder's journal. Raises UserError if a file of its name is none."""
+    journal = Journal(out / JOURNAL)
+    if journal.damaged and not (out / canonical.MANIFEST).exists():
+        journal.close()
+        journal.damaged.replace(journal.path)
+        raise UserError(f"{journal.path}: not the journal of an unfinished run; choose another folder")
+    if journal.damaged:
+        journal.damaged.unlink()  # what is finished is known from files.jsonl
+    return journal
+
+
+def _open_folder(
+    out: Path, journal: Journal, request: Request, note: Callable[[str], None]
+) -> tuple[dict[str, PhotographRecord], list[PhotographRecord]]:
+    """Make `out` ready to be written.
+
+    Returns what an earlier run of the same request finished there, by name, and what another request did, which is to
+    be removed in the end.
+    """
+    manifest, wanted = canonical.read_manifest(out), request.model_dump(mode="json")
+    finished = manifest and manifest.request.model_dump(mode="json")
+    rows = [(key, _record(value)) for key, value in journal.items()]
+    listed = list(canonical.read_records(out / canonical.FILES)) if (out / canonical.FILES).exists() else []
+    noted = [record for key, record in rows if record and key.startswith(_IMAGE)]
+    stale = [record for key, record in rows if record and key.startswith(_STALE)]
+    if (known := journal.work or finished or wanted) != wanted:
+        note(f"{out}: was prepared with {difference(known, wanted)}: it is prepared again")
+        for record in (*listed, *noted):
+            _keep_changed(out, record)
+        stale, noted = [*stale, *listed, *noted], []
+    journal.begin(wanted, [(_STALE + one.name, one.model_dump(mode="json"), b"") for one in stale])
+    if finished not in (None, wanted):
+        lists = [f"{split}.txt" for split in manifest.splits]
+        for name in (*lists, canonical.FILES, canonical.MANIFEST):
+            (out / name).unlink(missing_ok=True)
+        listed = []
+    if (out / BEFORE).exists():
+        note(f"{out}: was begun by an earlier version: it is prepared again")
+        (out / BEFORE).unlink()
     for folder in (out, out / "images", out / "labels"):
         folder.mkdir(exist_ok=True)
-        for left_over in folder.glob(_TEMPORARY):
-            left_over.unlink()
-    finished = canonical.read_records(out / canonical.FILES) if (out / canonical.FILES).exists() else ()
-    return {record.name: record for record in (*finished, *_journalled(lines[1:]))}
+        remove_temporaries(folder)
+    return {record.name: record for record in (*listed, *noted)}, stale
 
 
-def _journal_request(journal: Path, line: str) -> Request:
+def _record(value: object) -> PhotographRecord | None:
+    """A row of the journal; None of anything else."""
     try:
-        return parse_config(Request, json.loads(line), str(journal))
-    except ValueError:
-        raise UserError(f"{journal}: not the journal of an unfinished run; choose another folder") from None
+        return parse_config(PhotographRecord, value, JOURNAL)
+    except UserError:
+        return None
 
 
-def _check_same(out: Path, before: Request, now: Request) -> None:
-    for field in Request.model_fields:
-        if getattr(before, field) != getattr(now, field):
-            raise UserError(f"{out}: was prepared with other {field}; choose another folder, or delete this one")
+def _kept_aside(out: Path) -> list[Path]:
+    return list((out / "labels").glob("*.changed*"))
 
 
-def _journalled(lines: Iterable[str]) -> Iterator[PhotographRecord]:
-    for line in lines:
-        try:
-            yield canonical.parse_record(line, JOURNAL)
-        except UserError:
-            continue  # half a line of a killed run: that image is prepared again
+def _keep_changed(out: Path, record: PhotographRecord) -> None:
+    """Keep a label file aside that is not as it was written: somebody has corrected it."""
+    label = out / "labels" / record.label.file
+    if label.is_file() and canonical.file_record(label) != record.label:
+        keep_aside(label)
 
 
 @dataclass(frozen=True)
@@ -257,7 +307,9 @@ class _Task:
         return self._write(image, values, labelled.left_out)
 
     def _write(self, image: ImageFile, values: np.ndarray, left_out: tuple[str, ...]) -> PhotographRecord:
-        # Names may hold dots, so with_suffix would cut them.
+        if self.before is not None:
+            _keep_changed(self.out, self.before)
+        # Names may hold dots, so that with_suffix would cut them.
         label_file = self.out / "labels" / f"{self.photograph.name}.png"
         with atomic_path(label_file) as temporary:
             Image.fromarray(values).save(temporary)
@@ -363,5 +415,4 @@ def _write_lists(
         pixels=sum(record.width * record.height for record in records.values()),
     )
     canonical.write_manifest(out, manifest)
-    (out / JOURNAL).unlink()
     return manifest
