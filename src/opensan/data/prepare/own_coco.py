@@ -197,7 +197,7 @@ class _Labels:
     crowds_are_objects: bool
 
     def of(self, record: Mapping[str, Any], place: str) -> int:
-        """Return the label of an object or segment. Raises UserError, beginning with `place`, on an unknown category."""
+        """Return an object or segment's label. Raises UserError, beginning with `place`, on an unknown category."""
         category = _get(record, "category_id", int, place)
         if category not in self.by_category:
             raise UserError(f"{place}: category_id {category} is none of the file's categories")
