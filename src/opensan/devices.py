@@ -1,4 +1,4 @@
-"""Devices that torch computes on."""
+"""Check devices for torch."""
 
 import torch
 
@@ -6,11 +6,11 @@ from opensan.errors import UserError
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """Raises ValueError when torch does not know `device` or the machine does not have it."""
+    """Return `device`. Raises UserError if torch does not know it or the machine does not have it."""
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on for a page about what it is built of
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch's message continues with a page about its build
         raise UserError(f"device {str(device)!r} cannot be used here ({reason})") from None
     return found

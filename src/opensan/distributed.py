@@ -1,4 +1,4 @@
-"""Several processes that work on one thing, started by torchrun. In a single process everything here does nothing.
+"""Let processes that torchrun started work together. In a single process these functions change nothing.
 
 with process_group(device) as group:
     ...  # work on group.device; what is shared is summed with `sum_over_ranks`
@@ -20,12 +20,12 @@ from opensan.errors import UserError
 Result = TypeVar("Result")
 
 LONGEST_WAIT = timedelta(hours=2)
-"""For a rank that is still busy. Long, because one rank may write or embed alone; torchrun sees dead ones at once."""
+"""Time to wait for a busy rank. Long, because one rank may write or embed alone; torchrun detects dead ranks itself."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that work together."""
+    """This process's place in the group of processes."""
 
     rank: int
     world_size: int
@@ -73,17 +73,17 @@ def _together() -> bool:
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's number, from 0."""
     return dist.get_rank() if _together() else 0
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if _together() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Return whether this is the main process, which writes files and messages."""
     return rank() == 0
 
 
@@ -94,7 +94,7 @@ def barrier() -> None:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of all ranks' `tensor` (equal shapes), on every rank, bit for bit the same; `tensor` stays as it is."""
+    """Return the sum of all ranks' `tensor` (equal shapes), bitwise equal on every rank; `tensor` is unchanged."""
     if not _together():
         return tensor
     total = tensor.detach().clone()
@@ -103,7 +103,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, by rank, on every rank. Small plain data: it is pickled on its way."""
+    """Return every rank's `value`, by rank, on every rank. For small plain data, which is pickled."""
     if not _together():
         return [value]
     values: list[Any] = [None] * world_size()

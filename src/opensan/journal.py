@@ -1,7 +1,7 @@
-"""What is done of a long piece of work, so that a run that was stopped, in whatever way, goes on where it was.
+"""Record the finished parts of long work, so that a stopped or killed run can be continued.
 
-Folders, rasters, videos, evaluations and data sets in preparation all keep such a journal: an SQLite file with a row
-for each piece that is finished. One run at a time writes to it (`files.hold` keeps others out); others may read it.
+Folders, rasters, videos, evaluations and data preparation all keep such a journal: an SQLite file with a row
+for each finished part. One run at a time writes to it (`files.hold` excludes others); others may read it.
 """
 
 import json
@@ -21,9 +21,9 @@ _WORK = "work"
 
 
 class Journal:
-    """Rows of a key, a value (plain data, as JSON) and bytes. What `put` has written is on disk when it returns.
+    """Rows of a key, a value (plain data, as JSON) and bytes. A row is on disk when `put` returns.
 
-    Threads may share it. Nothing in the file is trusted to be what this class wrote, but for its form: a file that
+    Threads may share it. The file's form is checked, its values are not: a file that
     is damaged, or has other tables, is kept aside as NAME.damaged, and an empty journal begins.
     """
 
@@ -32,7 +32,7 @@ class Journal:
         self.path = path
         self._turn = threading.Lock()
         self.damaged: Path | None = None
-        """What the damaged file that was found here is called now."""
+        """New path of a damaged file that was replaced; None if there was none."""
         with self._telling():
             try:
                 self._open()
@@ -48,8 +48,8 @@ class Journal:
         rows.text_factory = lambda text: text.decode(errors="replace")
         try:
             rows.execute("PRAGMA trusted_schema = OFF")
-            rows.execute("PRAGMA auto_vacuum = FULL")  # for new files: what is deleted takes no room
-            rows.execute("PRAGMA journal_mode = DELETE")  # WAL needs memory that processes share: not on a network
+            rows.execute("PRAGMA auto_vacuum = FULL")  # for new files: deleted rows free their space
+            rows.execute("PRAGMA journal_mode = DELETE")  # WAL needs shared memory, which network drives lack
             rows.execute("PRAGMA synchronous = EXTRA")  # on disk, folder entry included, when a statement returns
             tables = [row[0] for row in rows.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")]
             if not tables:
@@ -62,7 +62,7 @@ class Journal:
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
-        """One thread at a time; what SQLite complains of is a UserError of one line."""
+        """Admit one thread at a time, and turn SQLite's errors into UserError, one line."""
         with self._turn:
             try:
                 yield
@@ -81,14 +81,14 @@ class Journal:
 
     @property
     def work(self) -> dict[str, Any] | None:
-        """What the rows are of; None of a new journal."""
+        """The work that the rows belong to; None in a new journal."""
         work = self.get(_WORK)
         return work if isinstance(work, dict) else None
 
     def begin(self, work: Mapping[str, Any], rows: Iterable[tuple[str, Any, bytes]] = ()) -> dict[str, Any] | None:
-        """Keep what is done if it was done of the same `work` (all that the results depend on), else forget it.
+        """Keep the rows if they belong to the same `work` (all that the results depend on), else replace them by `rows`.
 
-        Returns the other work that was forgotten, if there was any; `rows` then take its place.
+        Returns the other work whose rows were removed, if there was any.
         """
         before, work = self.work, as_json(work)
         if before == work:
@@ -100,25 +100,25 @@ class Journal:
         return before
 
     def get(self, key: str) -> Any:
-        """The value at `key`; None if there is none."""
+        """Return the value at `key`; None if there is none."""
         with self._telling():
             row = self._rows.execute("SELECT value FROM done WHERE key = ?", (_key(key),)).fetchone()
         return None if row is None else _value(row[0])
 
     def data(self, key: str) -> bytes:
-        """The bytes at `key`; none if there is no such row."""
+        """Return the bytes at `key`; empty if there is no such row."""
         with self._telling():
             row = self._rows.execute("SELECT data FROM done WHERE key = ?", (_key(key),)).fetchone()
         return bytes(row[0]) if row and isinstance(row[0], bytes) else b""
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        """All keys and values but the work, in the order of their keys."""
+        """Yield all keys and values, except the work, in the order of their keys."""
         with self._telling():
             rows = self._rows.execute("SELECT key, value FROM done WHERE key != ? ORDER BY key", (_WORK,)).fetchall()
         return ((key, _value(text)) for key, text in rows)
 
     def put(self, key: str, value: Any, data: bytes = b"") -> None:
-        """Write a row in place of the one at `key`; it is on disk when this returns."""
+        """Write a row, replacing the one at `key`; it is on disk when this returns."""
         self.put_all([(key, value, data)])
 
     def put_all(self, rows: Iterable[tuple[str, Any, bytes]]) -> None:
@@ -136,12 +136,12 @@ class Journal:
 
 
 def as_json(plain: Any) -> Any:
-    """Plain data as it comes back from JSON: tuples as lists."""
+    """Return plain data as JSON would return it: tuples as lists."""
     return json.loads(json.dumps(plain, default=str))
 
 
 def difference(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
-    """Say in which settings `before` differed: "another model, other words"."""
+    """Describe in which settings `before` differed: "another model, other words"."""
     if before is None:
         return "other settings"
     said = {"model": "another model", "vocabulary": "other words"}
@@ -154,12 +154,12 @@ def _as_stored(rows: Iterable[tuple[str, Any, bytes]]) -> list[tuple[str, str, b
 
 
 def _key(key: str) -> str:
-    """A key that SQLite can store: file names need not be text."""
+    """Return a key that SQLite can store, as file names may not be valid text."""
     return key.encode("utf-8", "backslashreplace").decode()
 
 
 def _value(text: Any) -> Any:
-    """What a row holds; None if it is not JSON."""
+    """Return a row's value; None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Lists of words as people write them: a line of text, a JSON or Python list, a text, JSON or YAML file.
+"""Read lists of words: a line of text, a JSON or Python list, a text, JSON or YAML file.
 
 Commands, Python, the service and files all read words here, so that one rule holds everywhere.
 """
@@ -19,14 +19,14 @@ MAX_FILE_BYTES = 32 * 2**20
 """Longer word files are refused unread; 65,534 words take a megabyte or two."""
 
 MAX_YAML_BYTES = 2**20
-"""YAML is read a hundred times more slowly than JSON."""
+"""Limit for YAML, which is read a hundred times more slowly than JSON."""
 
 _COMMAS = ",，、،﹐､"
 _SEMICOLONS = ";；؛"
 _QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»", "「": "」"}
-# Characters that nobody sees, of which a word copied from a page or a chat may be full: they would make another word.
+# Invisible characters, which words copied from a page or a chat may contain: they would make another word.
 _INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
-# The joiners matter inside a script or a picture that uses them, and nowhere else.
+# Joiners have a meaning only inside scripts and emoji that use them.
 _STRAY_JOINER = re.compile("(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])")
 _FILE = re.compile(r"^(?:[a-z]:[\\/]|~?/|\.{1,2}[\\/]|\\\\)|\.(?:txt|json|ya?ml|csv|tsv)$", re.IGNORECASE)
 _NUMBERED = re.compile(r"^\d+\s*(?:[:=]\s*|[.)]\s+)\D|^\D[^:=]*[:=]\s*\d+$")
@@ -68,7 +68,7 @@ def word_list(text: str) -> Any:
 
 
 def read_words(path: Path) -> tuple[Any, list[str] | None]:
-    """Read the words of a file: its entries, and for a text file what to call each in an error ("line 7").
+    """Read the words of a file: its entries, and for a text file the name of each in errors ("line 7").
 
     Raises:
         UserError: one line, without the path.
@@ -96,7 +96,7 @@ def read_words(path: Path) -> tuple[Any, list[str] | None]:
 def read_text(path: Path) -> str:
     """Read a file of UTF-8, or UTF-16 with its mark. Raises UserError if it can't be read or is no text."""
     try:
-        # Bounded by what is read, not by what the file system says: a pipe or a device has no size.
+        # The limit counts bytes read, not the file's size, because a pipe or a device has none.
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
@@ -117,7 +117,7 @@ def read_text(path: Path) -> str:
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """Yield (line number, content) of the lines that hold anything but comments."""
+    """Yield (line number, content) of the lines that are not empty or comments."""
     for number, line in enumerate(text.splitlines(), 1):
         content = _INVISIBLE.sub("", re.split(r"(?:^|\s)#", line, maxsplit=1)[0]).strip()
         if content:
@@ -125,7 +125,7 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
 
 
 def without_invisible(text: str) -> str:
-    """Drop characters that cannot be seen and say nothing, as zero-width spaces and soft hyphens."""
+    """Remove invisible characters without meaning, such as zero-width spaces and soft hyphens."""
     return text if text.isascii() else _STRAY_JOINER.sub("", _INVISIBLE.sub("", text))
 
 
@@ -135,7 +135,7 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-_repr = reprlib.Repr()  # of a list of lists of lists, by reference, the whole repr would fill the memory
+_repr = reprlib.Repr()  # limited, because nested lists that share elements have a repr of unbounded size
 _repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 60, 60
 
 
@@ -169,7 +169,7 @@ def _unquoted(part: str, count: int) -> str:
 
 
 def _refuse_no_word(text: str, place: str) -> None:
-    """Refuse a file name, a number or a bullet that stands for a word."""
+    """Raise UserError for a file name, a number or a bullet in place of a word."""
     if _FILE.search(text):
         raise UserError(
             f"{place} {short(text)} looks like a file: give it as --words-file, or in Python as a pathlib.Path"
@@ -181,7 +181,7 @@ def _refuse_no_word(text: str, place: str) -> None:
 
 
 def _refuse_line(line: str, place: str, *, table: bool) -> None:
-    """Refuse a line of a word file that holds no single word; commas belong to the name there."""
+    """Raise UserError for a line of a word file that is not one word; commas belong to the name there."""
     if table and re.search(r'[,;\t"]', line):
         raise UserError(f"{place} {short(line)} is of a table: give a text file with a word on each line, or JSON")
     if mark := next((mark for mark in (*_SEMICOLONS, *_COMMAS[1:]) if mark in line), None):
@@ -207,7 +207,7 @@ def _literal(text: str) -> Any:
 
 
 def _python_literal(text: str) -> Any:
-    """Evaluate a Python literal, in which no name and no call can stand; None if it is none."""
+    """Evaluate a Python literal, which can't contain names or calls; None if it is not one."""
     try:
         with warnings.catch_warnings():  # about a backslash
             warnings.simplefilter("ignore")
@@ -236,7 +236,7 @@ def _from_yaml(text: str) -> Any:
 
 
 def listed_names(names: object) -> object:
-    """Return the names of a list, or of a mapping of the numbers 0, 1, ... to names, as YOLO's data files have it."""
+    """Return the names of a list, or of a mapping of the numbers 0, 1, ... to names, as in YOLO's data files."""
     if not isinstance(names, Mapping):
         return names
     numbers = {str(number): name for number, name in names.items()}

@@ -1,4 +1,4 @@
-"""The row with the highest product at every column; on CUDA without writing the product down.
+"""Find the row with the highest product at every column; on CUDA without storing the product.
 
 Letters: K rows (words), Q inner dimension (queries), P columns (pixels).
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def best_row(weights: Tensor, columns: Tensor) -> Tensor:
-    """(weights @ columns).argmax(0), [P] int64, of weights [K, Q] and columns [Q, P], float32 in [0, 1].
+    """Return (weights @ columns).argmax(0), [P] int64, of weights [K, Q] and columns [Q, P], float32 in [0, 1].
 
     On CUDA each number is split in two of half precision. Of their four products the three that matter are summed, so
     22 bits are kept where float32 keeps 24, and the tensor cores do the work.

@@ -1,4 +1,4 @@
-"""The CUDA kernel of `best_row`, in Triton, which is there wherever torch is built for CUDA. Imported when used."""
+"""The CUDA kernel of `best_row`, in Triton, which every CUDA build of torch includes. Imported when used."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ _WARPS = 4
 
 
 def best_row_on_cuda(high: Tensor, low: Tensor, columns: Tensor) -> Tensor:
-    """[P] int64: the row of high + low [K, Q], float16, with the highest product at each of `columns` [Q, P] float32.
+    """Return [P] int64: the row of high + low [K, Q], float16, with the highest product at each of `columns` [Q, P].
 
     Q is a power of two of 16 or more in `high` and `low`; `columns` may have fewer rows.
     """
@@ -36,7 +36,7 @@ def _kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program takes COLUMNS columns and goes through the rows, ROWS at a time, keeping the best so far."""
+    """Process COLUMNS columns, ROWS rows at a time, and keep the best row so far."""
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, SIZE)
     inside = (depth[:, None] < inner) & (column[None, :] < count)

@@ -1,4 +1,4 @@
-"""Which words can win somewhere in a block of pixels, told from the block's corners.
+"""Find the words that can win somewhere in a block of pixels, from the block's corners.
 
 Within a block the mask logits are bilinear, so a mask's probability is a bilinear surface through its values at the
 corners, give or take an error that its curvature bounds. A score is a weighted sum of masks: it too is a bilinear
@@ -20,14 +20,14 @@ ROUNDING = 1e-6
 
 
 def corners(lattice: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top left, top right, bottom left, bottom right of each cell of a lattice that lies in `dim` and `dim` + 1."""
+    """Return top left, top right, bottom left, bottom right of each cell of the lattice in `dim` and `dim` + 1."""
     top, bottom = lattice.narrow(dim, 0, lattice.shape[dim] - 1), lattice.narrow(dim, 1, lattice.shape[dim] - 1)
     width = lattice.shape[dim + 1] - 1
     return tuple(half.narrow(dim + 1, side, width) for half in (top, bottom) for side in (0, 1))
 
 
 def mask_errors(masks: Tensor, steps: Tensor) -> Tensor:
-    """How far masks stray from the bilinear surfaces through the corners of a lattice's cells, at most.
+    """Bound how far masks deviate from the bilinear surfaces through the corners of a lattice's cells.
 
     Args:
         masks: [n, a, b, Q], sigmoid of logits that are bilinear in each cell.
@@ -50,7 +50,7 @@ def mask_errors(masks: Tensor, steps: Tensor) -> Tensor:
 
 
 def possible_winners(scores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the words that lose to one and the same word at all corners of a block by more than both may stray.
+    """Drop the words that lose to one other word at all corners of a block by more than both may deviate.
 
     Args:
         scores: [G, C, a, b, N] of each candidate at the lattice's points.
@@ -72,7 +72,7 @@ def possible_winners(scores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _range(*values: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest of four."""
+    """Return the smallest and largest of four."""
     a, b, c, d = values
     return (
         torch.minimum(torch.minimum(a, b), torch.minimum(c, d)),
@@ -81,12 +81,12 @@ def _range(*values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_size(words: int) -> int:
-    """Into groups of how many `first_maximum` splits so many words; 1 if it doesn't."""
+    """Return the size of the groups into which `first_maximum` splits so many words; 1 for no split."""
     return 1 if words <= 64 else 1 << round(math.log2(words) / 2)
 
 
 def first_maximum(scores: Tensor) -> Tensor:
-    """Index of the largest of dimension 1, the first of equals: [G, C, m] -> [G, m] int64.
+    """Return the index of the largest in dimension 1, the first of equals: [G, C, m] -> [G, m] int64.
 
     torch finds the largest value of many rows several times faster than its index; so first the group that holds it,
     where C divides into groups, then the index within.

@@ -1,4 +1,4 @@
-"""Where weights come from and how they are written."""
+"""Read and write weights."""
 
 from opensan.checkpoints.hub import load_model, preset_config, random_model
 from opensan.checkpoints.native import build_empty, fill, load_folder, save_folder

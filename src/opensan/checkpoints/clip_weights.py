@@ -1,4 +1,4 @@
-"""The start of a training: a SAN around CLIP's own weights, as open_clip distributes them."""
+"""Build a SAN around CLIP's own weights, as open_clip distributes them, for training."""
 
 import json
 import os
@@ -23,7 +23,7 @@ OPENAI_REPOSITORIES = {
     "san-vit-b16": "timm/vit_base_patch16_clip_224.openai",
     "san-vit-l14": "timm/vit_large_patch14_clip_336.openai",
 }
-"""Where open_clip keeps OpenAI's weights of the presets' CLIPs."""
+"""Hub repositories in which open_clip keeps OpenAI's weights of the presets' CLIPs."""
 
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 _CONFIG = "open_clip_config.json"
@@ -33,20 +33,20 @@ _NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
 
 
 def san_around_clip(config: ModelConfig, source: str | os.PathLike, *, seed: int = 0) -> SAN:
-    """A SAN whose CLIP has the weights in `source`; all else is random, from `seed`.
+    """Build a SAN whose CLIP has the weights in `source`; all else is random, from `seed`.
 
     Args:
         config: the model; its CLIP's shapes and activation must be those of the weights.
         source: "openai", a hub id "owner/name", or open_clip's file (.safetensors, .bin, .pt) or folder.
-        seed: of the side adapter and the no-object embedding.
+        seed: seed of the side adapter and the no-object embedding.
 
     Raises:
         ValueError: no such weights, or not this CLIP's; one line, naming what differs.
-        HubError: the hub did not give the file.
+        HubError: the hub did not provide the file.
     """
     path = _weights_path(source, config)
     state = _checked(_read(path), config.clip, str(path))
-    if source != "openai":  # whose activation is known
+    if source != "openai":  # OpenAI's activation is known
         _check_activation(path.with_name(_CONFIG), config.clip)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _checked(state: Mapping[str, Tensor], config: ClipConfig, source: str) -> dict[str, Tensor]:
-    """`state` in float32 if it holds exactly this CLIP's tensors."""
+    """Return `state` in float32. Raises UserError unless it holds exactly this CLIP's tensors."""
     with torch.device("meta"):
         expected = ClipModel(config).state_dict()
     found = {name: tensor for name, tensor in state.items() if name not in _NO_WEIGHTS}
@@ -105,7 +105,7 @@ def _checked(state: Mapping[str, Tensor], config: ClipConfig, source: str) -> di
 
 
 def _check_activation(path: Path, config: ClipConfig) -> None:
-    """A CLIP run with the wrong GELU is silently wrong; where the file's own configuration lies beside it, ask that."""
+    """Compare the GELU with the configuration beside the file, if there is one: a wrong GELU shows no error."""
     if not path.is_file():
         return
     try:

@@ -1,4 +1,4 @@
-"""Where weights come from: a preset, a folder, a file, or a hub."""
+"""Load models from a preset's name, a folder, a file, or a hub."""
 
 import os
 import re
@@ -28,8 +28,8 @@ def load_model(source: str | os.PathLike) -> SAN:
             an official .pth; or a hub id "owner/name".
 
     Raises:
-        ValueError: one line saying what was wrong with the file, or what `source` could have been.
-        HubError: the hub did not give the file; says what was tried and what works without a network.
+        UserError: one line with the fault of the file, or the possible values of `source`.
+        HubError: the hub did not provide the file; names the attempts and what works without a network.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -49,7 +49,7 @@ def load_model(source: str | os.PathLike) -> SAN:
 
 
 def preset_config(name: str) -> ModelConfig:
-    """The configuration of a model that has a name. Raises ValueError naming the known ones."""
+    """Return the configuration of a preset. Raises UserError naming the known ones."""
     if name == "tiny":
         return read_config(TINY_FOLDER / CONFIG_NAME)
     if name not in PRESETS:
@@ -58,7 +58,7 @@ def preset_config(name: str) -> ModelConfig:
 
 
 def random_model(name: str, seed: int) -> SAN:
-    """The model of a preset with random weights, for what does not depend on them. Raises as `preset_config`."""
+    """Build a preset's model with random weights, for uses that do not depend on them. Raises as `preset_config`."""
     config = preset_config(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -82,7 +82,7 @@ INSTEAD_OF_A_MODEL = (
 
 
 def download(model: str, repository: str, filename: str, advice: str = INSTEAD_OF_A_MODEL) -> Path:
-    """The cached or freshly downloaded file. Raises HubError with what was tried and what to do."""
+    """Return a file from the cache, or download it. Raises HubError with the attempts and a remedy."""
     from huggingface_hub import (
         constants,
         get_hf_file_metadata,
@@ -93,7 +93,7 @@ def download(model: str, repository: str, filename: str, advice: str = INSTEAD_O
     from huggingface_hub.errors import HFValidationError
 
     try:
-        # hf_hub_download asks a silent hub again and again, for minutes. One question first: no answer, no download.
+        # hf_hub_download retries a silent hub for minutes, so one short request tests first whether it answers.
         try:
             get_hf_file_metadata(hf_hub_url(repository, filename))
         except HFValidationError:
@@ -105,7 +105,7 @@ def download(model: str, repository: str, filename: str, advice: str = INSTEAD_O
         return Path(hf_hub_download(repository, filename))
     except HFValidationError as error:
         raise UserError(f"{repository!r} is not a hub id ({reason(error)})") from None
-    except Exception as error:  # the transport library, and so its errors, differ among huggingface_hub's releases
+    except Exception as error:  # the transport library and its errors differ between huggingface_hub's releases
         raise HubError(
             f"{model}: tried {constants.ENDPOINT}/{repository} for {filename} and the cache {constants.HF_HUB_CACHE}: "
             f"{_reason(error)}; {advice}"
@@ -113,7 +113,7 @@ def download(model: str, repository: str, filename: str, advice: str = INSTEAD_O
 
 
 def _reason(error: Exception) -> str:
-    """Why the hub did not give a file, in a few words."""
+    """Return the reason why the hub did not provide a file, in a few words."""
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):

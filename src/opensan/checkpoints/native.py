@@ -1,4 +1,4 @@
-"""Our checkpoint: a folder with model.safetensors and config.json, strict both ways."""
+"""Read and write this package's checkpoints: a folder with model.safetensors and config.json, exactly matched."""
 
 import os
 from collections.abc import Mapping
@@ -27,13 +27,13 @@ class _LeftEmpty(TorchFunctionMode):
 
 
 def build_empty(config: ModelConfig) -> SAN:
-    """A SAN whose parameters have shapes but no memory: for tables, counts, and to be filled by `fill`."""
+    """Build a SAN whose parameters have shapes but no memory: for tables, counts, and for `fill`."""
     with torch.device("meta"), _LeftEmpty():
         return build_san(config)
 
 
 def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
-    """Build a SAN from `state` (our names). Raises ValueError naming what is missing, surplus or of a wrong kind."""
+    """Build a SAN from `state` (our names). Raises UserError naming missing, unknown or wrong tensors."""
     model = build_empty(config)
     expected = model.state_dict()
     check_keys(expected.keys(), state.keys(), source)
@@ -46,12 +46,12 @@ def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
         if found.is_floating_point() != tensor.is_floating_point():
             kind = "floating-point" if tensor.is_floating_point() else "whole"
             raise UserError(f"{source}: {name} holds {found.dtype}, not {kind} numbers")
-    # Weights may be stored in half precision to be small; they are computed with in float32.
+    # Weights may be stored in half precision to save space; computation is in float32.
     full = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
     check_finite(full, source)
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in expected):
         with torch.random.fork_rng(devices=[]):
-            model = build_san(config)  # its constants, such as rotary angles, are in no file: only building makes them
+            model = build_san(config)  # constants, such as rotary angles, are in no file, and only made by building
     model.load_state_dict(full, strict=True, assign=True)
     return model
 
@@ -75,8 +75,8 @@ def load_folder(folder: Path, weights: Path | None = None) -> SAN:
 def save_folder(model: SAN, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Path:
     """Write `model` to `folder`, the weights stored as `dtype`. Returns the folder.
 
-    A model that is there already is replaced when the new one is on disk. Of a process that is killed while it does
-    so, there may remain a folder without configuration, never the weights of one model with that of another.
+    An existing model is replaced when the new one is on disk. If the process is killed meanwhile, there may remain
+    a folder without configuration, but never one model's weights with another's configuration.
     Raises OSError, one line, when a file cannot be written; the old ones are then still there.
     """
     folder = Path(folder)

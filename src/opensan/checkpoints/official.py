@@ -1,6 +1,6 @@
-"""The official checkpoints' names for our tensors, as a reversible table.
+"""Translate between our parameter names and those of official checkpoints, by a reversible table.
 
-The released files are detectron2 pickles whose `model` holds CLIP cut in pieces: shallow image blocks under
+The released files are detectron2 pickles whose `model` holds CLIP in parts: shallow image blocks under
 `clip_visual_extractor`, deep ones (counted from 0 again) under `clip_rec_head`, the text tower under `ov_classifier`.
 """
 
@@ -32,14 +32,14 @@ _SIDE = (
     ("clip.visual.", "clip_visual_extractor."),
     ("clip.", "ov_classifier."),
 )
-"""Our prefix -> the official one; the first that fits wins. Blocks and fusion layers have rules of their own."""
+"""Our prefix -> the official one; the first match counts. Blocks and fusion layers have their own rules."""
 
 _BLOCK = re.compile(r"clip\.visual\.transformer\.resblocks\.(\d+)\.(.+)")
 _FUSION = re.compile(r"side_adapter\.fusion\.(\d+)\.(channel_norm|projection)\.(.+)")
 
 
 def official_name(name: str, config: ModelConfig) -> str:
-    """The official state-dict key of our parameter `name`."""
+    """Return the official state-dict key of our parameter `name`."""
     if block := _BLOCK.fullmatch(name):
         number, rest = int(block[1]), block[2]
         if number < config.recognition_layer:
@@ -55,7 +55,7 @@ def official_name(name: str, config: ModelConfig) -> str:
 
 
 def official_shape(name: str, shape: Iterable[int]) -> tuple[int, ...]:
-    """The official shape of our parameter `name`: 1x1 convolutions where we have Linear, a leading 1 on tables."""
+    """Return the official shape of our parameter `name`: 1x1 convolutions for our Linear, a leading 1 on tables."""
     shape = tuple(shape)
     if name in ("side_adapter.query_embedding", "side_adapter.query_position", "side_adapter.patch_position"):
         return (1, *shape)
@@ -66,14 +66,14 @@ def official_shape(name: str, shape: Iterable[int]) -> tuple[int, ...]:
 
 
 def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict under official names and shapes."""
+    """Convert our state dict to official names and shapes."""
     return {official_name(n, config): t.reshape(official_shape(n, t.shape)) for n, t in state.items()}
 
 
 def from_official(
     state: Mapping[str, Tensor], config: ModelConfig, shapes: Mapping[str, Iterable[int]], source: str
 ) -> dict[str, Tensor]:
-    """An official state dict under our names.
+    """Convert an official state dict to our names.
 
     Args:
         state: official key -> tensor.
@@ -97,13 +97,13 @@ def from_official(
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError, one line, naming the first tensor that holds NaN or infinity."""
     for name, tensor in state.items():
-        # The extremes, which pass NaN on: 20 times as fast as asking each number.
+        # Minimum and maximum, which propagate NaN, are 20 times as fast as a test of each number.
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise UserError(f"{source}: {name} holds NaN or infinity: the file is damaged, or its training diverged")
 
 
 def check_keys(expected: Iterable[str], found: Iterable[str], source: str) -> None:
-    """Raise ValueError, one line, when the two differ: up to five names of each kind, and how many there are."""
+    """Raise UserError, one line, if the keys differ: up to five names of each kind, and their number."""
     expected, found = set(expected), set(found)
     complaints = []
     for what, names in (("missing", sorted(expected - found)), ("unexpected", sorted(found - expected))):

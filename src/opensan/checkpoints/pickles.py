@@ -1,4 +1,4 @@
-"""Reading the official .pth files, which are pickles, without letting them execute anything."""
+"""Read the official .pth files, which are pickles, without executing code in them."""
 
 import re
 from pathlib import Path
@@ -13,13 +13,13 @@ from opensan.errors import UserError, reason
 from opensan.model import SAN
 
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)|reduce for unrecognized function (.+)|Can only (?:create|build) .+")
-"""How torch's weights-only unpickler names what it refused to import or call."""
+"""Messages of torch's weights-only unpickler about objects that it refused to import or call."""
 
 
 class _Left:
-    """What a numpy value beside the weights (a metric, a random state) becomes: nothing.
+    """Replaces a numpy value beside the weights (a metric, a random state), which is not needed.
 
-    A checkpoint written in training may hold some. numpy's own constructors are not let in instead:
+    A checkpoint written in training may hold some. numpy's own constructors are not allowed instead:
     they trust the file, down to the memory layout it claims.
     """
 
@@ -44,7 +44,7 @@ _NUMPY = [
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of an official checkpoint, by official name.
+    """Read the tensors of an official checkpoint, by official name.
 
     Raises:
         ValueError: the file is no torch file, asks to run code, or holds no tensors under `model`.
@@ -56,7 +56,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if refused := _REFUSED.search(str(error)):
             what = refused[1] or refused[2] or "an object"
             raise UserError(f"{path}: refused: besides weights it asks for {what}; nothing of it was run") from None
-        # torch's own first line is advice to load the file unsafely: not to be repeated.
+        # torch's own message may advise to load the file unsafely, so it is left out.
         told = "" if "weights_only" in reason(error) else f" ({reason(error)})"
         raise UserError(f"{path}: not a readable PyTorch checkpoint{told}") from None
     state = data.get("model", data) if isinstance(data, dict) else None
@@ -67,18 +67,18 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(value: object) -> bool:
-    """A tensor with numbers in memory; a file may also hold sparse ones, and ones without numbers ("meta")."""
+    """Return whether `value` is a dense tensor in memory; a file may also hold sparse and "meta" tensors."""
     return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 def _is_zip(path: Path) -> bool:
-    """Only torch's newer, zip-based format can be memory-mapped."""
+    """Return whether the file has torch's newer, zip-based format, which can be memory-mapped."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def load_official(path: Path, config: ModelConfig | None = None) -> SAN:
-    """Load an official .pth. Without `config`, the preset whose tensors have exactly these shapes is meant.
+    """Load an official .pth. Without `config`, the preset with the same tensors and shapes is chosen.
 
     Raises:
         ValueError: unreadable, or naming missing and surplus keys and wrong shapes.
@@ -90,7 +90,7 @@ def load_official(path: Path, config: ModelConfig | None = None) -> SAN:
 
 
 def _matching_preset(state: dict[str, Tensor]) -> ModelConfig:
-    """The preset most of whose tensors are found with their shapes; the load that follows is strict."""
+    """Return the preset of which most tensors have the same name and shape; the load that follows is strict."""
 
     def agreement(config: ModelConfig) -> int:
         names = {name: tensor.shape for name, tensor in build_empty(config).state_dict().items()}

@@ -1,4 +1,4 @@
-"""What an evaluation has counted, on disk: what is counted is never counted again, and nothing is counted twice.
+"""Keep an evaluation's progress on disk, so that after an interruption each image is counted exactly once.
 
 Every process keeps a journal of its own, with a row for each image. The evaluation's counts are the sum of all
 journals, whoever wrote them: processes may be killed, and others, more or fewer, may continue.
@@ -20,7 +20,7 @@ _PREDICTIONS = "predictions "
 
 
 class Progress:
-    """What one process has counted. Use as a context manager."""
+    """The counts of one process. Use as a context manager."""
 
     def __init__(self, path: Path) -> None:
         """`path` is its journal; see `open_progress`, which comes first."""
@@ -76,7 +76,7 @@ def open_progress(folder: Path, work: Mapping[str, object]) -> str | None:
 
 
 def journal_path(folder: Path, rank: int) -> Path:
-    """The journal of one process."""
+    """Return the path of one process's journal."""
     return folder / f"rank-{rank:04}.sqlite"
 
 
@@ -111,7 +111,7 @@ def read_all(folder: Path, num_classes: int) -> Whole:
 
 
 def read_predictions(folder: Path) -> Iterator[str]:
-    """The JSON entries of all saved predictions, in the images' order."""
+    """Read the JSON entries of all saved predictions, in the images' order."""
     with ExitStack() as stack:
         rows = {}
         for path in _journals(folder):
@@ -127,7 +127,7 @@ def _bytes(counts: ImageCounts) -> bytes:
 
 
 def _counts(lengths: object, data: bytes, num_classes: int) -> ImageCounts | None:
-    """What `_bytes` wrote of an image; None of anything else."""
+    """Read an image's counts that `_bytes` wrote; None from other bytes."""
     if not (isinstance(lengths, list) and [type(one) for one in lengths] == [int, int]):
         return None
     pairs, classes = lengths

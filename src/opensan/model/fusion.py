@@ -1,4 +1,4 @@
-"""How the backbone's shallow layers enter the side network (paper, section 3.2).
+"""Fuse the backbone's shallow layers into the side network (paper, section 3.2).
 
 Letters: B batch, L positions, C channels, h w the side network's grid.
 """
@@ -15,7 +15,7 @@ FUSION_NORM_EPS = 1e-6
 
 
 class MapProjection(nn.Module):
-    """Brings one map into the side network: norm over channels, projection, resize.
+    """Projects one map into the side network: norm over channels, projection, resize.
 
     The norm is called `channel_norm` because it is trained with weight decay, unlike the blocks' LayerNorms
     (official behaviour: it is not torch's LayerNorm there).
@@ -27,7 +27,7 @@ class MapProjection(nn.Module):
         self.projection = nn.Linear(channels, width)
 
     def forward(self, features: FeatureMap, grid: tuple[int, int]) -> Tensor:
-        """[B, h' * w', C] on the map's grid -> [B, h * w, width] on the side network's."""
+        """Project [B, h' * w', C] on the map's grid to [B, h * w, width] on the side network's."""
         projected = self.projection(self.channel_norm(features.tokens))
         maps = projected.transpose(1, 2).unflatten(2, features.grid)
         resized = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
@@ -45,7 +45,7 @@ class AddFusion(nn.ModuleDict):
     def forward(
         self, block: int, patches: Tensor, maps: Mapping[int, FeatureMap], grid: tuple[int, int]
     ) -> Tensor | None:
-        """The patch tokens [B, h * w, width] after side block `block` (0: the input); None where nothing is fused."""
+        """Return the patch tokens [B, h * w, width] after side block `block` (0: the input); None if none is fused."""
         if block not in self.layers:
             return None
         return patches + self[str(block)](maps[self.layers[block]], grid)

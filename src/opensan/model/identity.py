@@ -1,4 +1,4 @@
-"""Which model it is: a hash of all its numbers and its configuration, the image half and the text half apart.
+"""Identify a model by a hash of all its numbers and its configuration, image half and text half apart.
 
 sha256 takes every byte once: 0.35 s of one processor for SAN B/16 and 1 s for L/14, which is less than reading them
 from a disk, and it is spread over threads. So it is computed when a segmenter is built, and not stored: nothing can
@@ -21,12 +21,12 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 
 def model_identity(model: SAN) -> Identity:
-    """Identify `model` as it is now. Equal numbers are equal, whatever device they lie on and in which precision."""
+    """Identify `model` as it is now. Equal numbers give equal hashes on any device and in any precision."""
     return Identity(model.config.name, image_identity(model), text_identity(model))
 
 
 def image_identity(model: SAN) -> str:
-    """Hash what encodings and scores depend on: all but the text tower. 64 hexadecimal digits."""
+    """Hash all parts that encodings and scores depend on: all but the text tower. 64 hexadecimal digits."""
     data = model.config.model_dump(mode="json")
     data["clip"].pop("text", None)
     text = {f"clip.{name}" for name in model.clip.state_dict() if model.clip.is_text(name)}
@@ -34,14 +34,14 @@ def image_identity(model: SAN) -> str:
 
 
 def text_identity(model: SAN) -> str:
-    """Hash what text embeddings depend on: the text tower. 64 hexadecimal digits."""
+    """Hash all parts that text embeddings depend on: the text tower. 64 hexadecimal digits."""
     data = model.config.clip.model_dump(mode="json")
     data.pop("vision", None)
     return _hash(data, {name: tensor for name, tensor in model.clip.state_dict().items() if model.clip.is_text(name)})
 
 
 def frozen_identity(model: SAN) -> str:
-    """Hash what training does not change, and the configuration. 64 hexadecimal digits."""
+    """Hash the parts that training does not change, and the configuration. 64 hexadecimal digits."""
     trained = {one.name for one in model.trained()}
     frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
     return _hash(model.config.model_dump(mode="json"), frozen)

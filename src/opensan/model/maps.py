@@ -1,4 +1,4 @@
-"""Functions on feature maps and their grids, which several networks share.
+"""Functions on feature maps and their grids.
 
 Letters: B batch, L patches, C channels, h w a grid.
 """
@@ -16,7 +16,7 @@ def resize_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize a square [L0, C] position table to [h * w, C], bicubically; untouched if it already fits."""
     side = round(table.shape[0] ** 0.5)
     assert side * side == table.shape[0], table.shape
-    # An exported graph is for any grid, so it can't ask; resizing to the same size changes nothing.
+    # An exported graph serves any grid, so it always resizes; resizing to the same size changes nothing.
     if not torch.compiler.is_exporting() and grid == (side, side):
         return table
     down, across = (_bicubic_matrix(side, size, table) for size in grid)
@@ -25,13 +25,13 @@ def resize_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _bicubic_matrix(side: int, size: int, like: Tensor) -> Tensor:
-    """[size, side]: bicubic resizing of one axis. Resized itself, a table keeps a GPU waiting for its few pixels."""
+    """Return the [size, side] matrix of bicubic resizing of one axis: on a GPU a product is faster than resizing."""
     identity = torch.eye(side, dtype=like.dtype, device=like.device).view(1, side, side, 1)
     return F.interpolate(identity, size=(size, 1), mode="bicubic", align_corners=False).view(side, size).T
 
 
 def embed_patches(convolution: nn.Conv2d, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Patch tokens [B, h * w, C] of pixels [B, 3, H, W], and the grid (h, w); what does not fill a patch is dropped.
+    """Return patch tokens [B, h * w, C] of pixels [B, 3, H, W], and the grid (h, w); incomplete patches are dropped.
 
     A convolution whose patches do not overlap is one matrix product.
     """
@@ -43,15 +43,15 @@ def embed_patches(convolution: nn.Conv2d, pixels: Tensor) -> tuple[Tensor, tuple
 
 
 WIDEST_WINDOW = 3
-"""Pixels a side that `adaptive_max_pool` looks at when exported: enough where it leaves half of each axis or more."""
+"""Window of `adaptive_max_pool` when exported, in pixels: enough if each axis shrinks to half or more."""
 
 
 def adaptive_max_pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """`F.adaptive_max_pool2d`; when exported, in operations that other runtimes have for any size of map and grid."""
+    """Compute `F.adaptive_max_pool2d`; when exported, by operations that other runtimes have for any size."""
     if not torch.compiler.is_exporting():
         if maps.shape[-2] % grid[0] == 0 == maps.shape[-1] % grid[1]:
             return F.max_pool2d(maps, (maps.shape[-2] // grid[0], maps.shape[-1] // grid[1]))
-        if maps.device.type != "mps":  # Apple's GPUs have it only for the sizes above
+        if maps.device.type != "mps":  # Apple's GPUs support only the sizes above
             return F.adaptive_max_pool2d(maps, grid)
     for dim, size in zip((-2, -1), grid, strict=True):
         whole, place = maps.shape[dim], torch.arange(size, device=maps.device)

@@ -1,6 +1,6 @@
-"""SAN, in the two halves that its structure allows: an image becomes proposals; words classify them.
+"""SAN in two halves: the image half makes proposals of an image; the text half classifies them with words.
 
-Words enter only at the last matrix product, so proposals can be kept and asked again with any other words.
+Words enter only at the last matrix product, so proposals can be kept and classified with any other words.
 Letters: B batch, Q queries, K words, R text rows, D embedding, N attention heads, h w stride-16 grid.
 """
 
@@ -31,7 +31,7 @@ class TrainedParameter(NamedTuple):
 class SAN(nn.Module):
     """The Side Adapter Network (Xu et al., CVPR 2023) around a backbone of any family.
 
-    Trained are `side_adapter`, `no_object_embedding` and what the backbone says (of CLIP, the shallow position table);
+    Trained are `side_adapter`, `no_object_embedding` and the backbone's `trained_names` (CLIP's position table);
     all else is frozen. The backbone's attribute is called `clip`, as its parameters are in checkpoints.
     """
 
@@ -54,17 +54,17 @@ class SAN(nn.Module):
 
     @property
     def image_config(self) -> ImageConfig:
-        """How an image becomes what `propose` takes."""
+        """Settings that turn an image into the input of `propose`."""
         return self.config.image
 
     def blocks(self) -> list[nn.Module]:
-        """The modules that are checkpointed, sharded, narrowed and compiled one by one: the side network's first."""
+        """Return the modules to checkpoint, shard, narrow and compile separately: the side network's first."""
         return [*self.side_adapter.blocks, *self.clip.blocks()]
 
     def trained(self) -> list[TrainedParameter]:
-        """The parameters that require a gradient.
+        """Return the parameters that require a gradient.
 
-        Weight decay spares torch's LayerNorms, the query embeddings and the position tables, the backbone's included;
+        Weight decay excludes torch's LayerNorms, the query embeddings and the position tables, the backbone's included;
         the fusion's channel norms, biases, the no-object embedding and the bias scale are decayed (official behaviour).
         """
         spared = {f"side_adapter.{table}" for table in ("query_embedding", "query_position", "patch_position")}
@@ -82,7 +82,7 @@ class SAN(nn.Module):
         ]
 
     def snapshot(self) -> "SAN":
-        """Copy the model for inference: frozen, in evaluation mode, and this one stays as it is.
+        """Return a copy for inference: frozen, in evaluation mode; this model is unchanged.
 
         What training may change (parameters that require a gradient) is copied; all else, which is most of it, shares
         its memory with this model.
@@ -101,7 +101,7 @@ class SAN(nn.Module):
         Args:
             pixels: [B, 3, H, W] float RGB, normalised with the config's mean and std and zero-padded,
                 H and W multiples of `image.size_divisor` (see `opensan.images.prepare`).
-            supervise: also answer the earlier supervised side blocks (`Proposals.auxiliary`), for training.
+            supervise: also return those of earlier supervised side blocks (`Proposals.auxiliary`), for training.
 
         Returns:
             Proposals: mask logits [B, Q, h, w], unit mask embeddings [B, Q, D], attention bias [B, N, Q, h, w].
@@ -110,7 +110,7 @@ class SAN(nn.Module):
         features = self.shallow_features(pixels)
         blocks = config.side_adapter.supervised_blocks if supervise else config.side_adapter.supervised_blocks[-1:]
         masks, biases = zip(*self.side_adapter(pixels, features.maps, blocks), strict=True)
-        # Queries do not see each other in recognition, so those of all supervised blocks share one recognition.
+        # Queries do not attend to each other in recognition, so those of all supervised blocks share one pass.
         embeddings = self.clip.recognise(features, torch.cat(biases, dim=2))
         answers = [
             Proposals(mask_logits=mask, mask_embeddings=embedding, attention_bias=bias)
@@ -120,7 +120,7 @@ class SAN(nn.Module):
         return Proposals(last.mask_logits, last.mask_embeddings, last.attention_bias, auxiliary=tuple(answers[:-1]))
 
     def shallow_features(self, pixels: Tensor) -> ShallowFeatures:
-        """The shallow layers of pixels [B, 3, H, W] (as for `propose`), resized by `clip_scale`.
+        """Run the shallow layers on pixels [B, 3, H, W] (as for `propose`), resized by `clip_scale`.
 
         The scale factor itself sets the sampling grid, not the ratio of rounded sizes (official behaviour).
         """
@@ -130,9 +130,9 @@ class SAN(nn.Module):
         return self.clip.shallow_features(small, config.recognition_layer, keep)
 
     def classify(self, proposals: Proposals, text: TextClassifier) -> Tensor:
-        """Class logits [B, Q, K + 1] of the proposals, "no object" last.
+        """Return class logits [B, Q, K + 1] of the proposals, "no object" last.
 
-        A class's logit is that of its best row, so that a synonym can only help it. Rows that are equal give exactly
+        A class's logit is that of its best row, so that a synonym can only raise it. Rows that are equal give exactly
         equal logits: a matrix product alone may differ in the last bit from one column to the next.
         """
         scale = self.clip.logit_scale.exp()
@@ -148,15 +148,15 @@ class SAN(nn.Module):
         return torch.cat([words, no_object], dim=-1)
 
     def no_object_row(self) -> Tensor:
-        """The learned "no object" text row, [1, D], unit length."""
+        """Return the learned "no object" text row, [1, D], unit length."""
         return F.normalize(self.no_object_embedding, dim=-1)
 
     def embed_prompts(self, tokens: Tensor) -> Tensor:
-        """Unit text embeddings [P, D] of `tokens` [P, T] int64, T up to the context length."""
+        """Return unit text embeddings [P, D] of `tokens` [P, T] int64, T up to the context length."""
         return self.clip.embed_prompts(tokens)
 
     def embed_prompt_tree(self, tree: PromptTree) -> Tensor:
-        """The same of the prompts of `tree` [P, D], what begins alike once; only of a causal text tower."""
+        """Return unit text embeddings [P, D] of the prompts of `tree`; for causal text towers only."""
         return self.clip.embed_prompt_tree(tree)
 
 

@@ -31,7 +31,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Everything before the last layer: [..., channels] -> [..., hidden]."""
+        """Run all layers but the last: [..., channels] -> [..., hidden]."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return x
@@ -53,7 +53,7 @@ class DecoupledHead(nn.Module):
         self.bias_scale = nn.Linear(1, 1)
 
     def forward(self, queries: Tensor, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """queries [B, Q, C], patches [B, L, C] -> mask logits [B, Q, h, w], attention bias [B, N, Q, h, w]."""
+        """Compute mask logits [B, Q, h, w], attention bias [B, N, Q, h, w] of queries [B, Q, C], patches [B, L, C]."""
         q = self.query_mlp(queries)
         mask_logits = q @ self.pixel_mlp(patches).transpose(1, 2)
         bias = self._attention_bias(q, patches)
@@ -61,7 +61,7 @@ class DecoupledHead(nn.Module):
         return mask_logits.unflatten(-1, grid), bias.unflatten(-1, grid)
 
     def _attention_bias(self, q: Tensor, patches: Tensor) -> Tensor:
-        """q [B, Q, M] -> [B, N, Q, L].
+        """Compute the attention bias [B, N, Q, L] of q [B, Q, M].
 
         The last layer would give every pixel N * M channels only to contract M of them with a query. It is linear,
         so its weight is folded into the queries instead: (W x + b) . q = x . (W^T q) + b . q.
@@ -76,7 +76,7 @@ class DecoupledHead(nn.Module):
 
 
 class SideAdapter(nn.Module):
-    """ViT whose first tokens are the queries; the fusion brings the backbone's shallow layers into its patch tokens."""
+    """ViT whose first tokens are the queries; the fusion adds the backbone's shallow features to its patch tokens."""
 
     def __init__(self, config: SideAdapterConfig, *, fusion: AddFusion, attention_heads: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class SideAdapter(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Truncated normal of deviation 0.02, zero biases: the ViT's usual start (timm)."""
+        """Initialize with a truncated normal of deviation 0.02 and zero biases, as timm does."""
         for parameter in (self.query_embedding, self.query_position, self.patch_position):
             nn.init.trunc_normal_(parameter, std=0.02)
         for module in self.blocks.modules():
@@ -105,7 +105,7 @@ class SideAdapter(nn.Module):
     def forward(
         self, pixels: Tensor, maps: Mapping[int, FeatureMap], blocks: Sequence[int]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Mask logits [B, Q, h, w] and attention bias [B, N, Q, h, w] after each of `blocks`, from pixels [B, 3, H, W].
+        """Return mask logits [B, Q, h, w], attention bias [B, N, Q, h, w] after each of `blocks`; pixels [B, 3, H, W].
 
         `maps`: the layers of the backbone that the fusion reads.
 
@@ -127,7 +127,7 @@ class SideAdapter(nn.Module):
         return [answers[number] for number in blocks]
 
     def _fuse(self, number: int, x: Tensor, maps: Mapping[int, FeatureMap], grid: tuple[int, int]) -> Tensor:
-        """What side block `number` answered, x [B, Q + L, C], with the backbone's layer fused into its patch tokens."""
+        """Fuse the backbone's layer into the patch tokens of side block `number`'s output x [B, Q + L, C]."""
         queries = self.config.queries
         fused = self.fusion(number, x[:, queries:], maps, grid)
         return x if fused is None else torch.cat([x[:, :queries], fused], dim=1)

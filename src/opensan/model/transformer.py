@@ -1,9 +1,9 @@
-"""The two kinds of transformer block: CLIP's and the side network's.
+"""Transformer blocks of CLIP and of the side network.
 
 Parameter names are open_clip's and timm's, whose weights these modules read and whose numbers they reproduce (tested);
-the packages themselves are not imported, because that takes longer than labelling a photograph. What is computed with
-the weights stands in `Block`, once, for training and inference, and for matrices of float32 or bfloat16: norms
-and the residual sum stay in the input's precision, whatever the matrices have.
+the packages themselves are not imported, because that takes longer than labelling an image. The computation with
+the weights is in `Block`, for training and inference, and for matrices of float32 or bfloat16: norms
+and the residual sum stay in the input's precision, whatever the matrices' precision.
 Letters: B batch, Q queries, N attention heads, L tokens, C channels, D channels of a head.
 """
 
@@ -28,7 +28,7 @@ class QuickGELU(nn.Module):
 
 
 class Parts(NamedTuple):
-    """A block's weights by what they do."""
+    """A block's weights by their role."""
 
     heads: int
     attention_norm: nn.LayerNorm
@@ -47,10 +47,11 @@ class Block(nn.Module):
     """A pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def parts(self) -> Parts:
+        """Return the block's weights by their role."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """x [B, L, C] attends to `context` [B, M, C], or to itself; the answer is for x, [B, L, C].
+        """Let x [B, L, C] attend to `context` [B, M, C], or to itself; return the new x, [B, L, C].
 
         `attn_mask` [L, M], [N, L, M] or [B, N, L, M] is added to the attention logits.
         """
@@ -62,14 +63,14 @@ class Block(nn.Module):
         return self._finish(x, attention(q, k, v, attn_mask))
 
     def _project(self, x: Tensor, first: int, end: int) -> tuple[Tensor, ...]:
-        """Those of (queries, keys, values) numbered `first` to `end` - 1, each [B, N, L, D]."""
+        """Return (queries, keys, values)[first:end], each [B, N, L, D]."""
         parts, channels = self.parts(), x.shape[-1]
         rows = slice(first * channels, end * channels)
         projected = linear(x, parts.qkv_weight[rows], parts.qkv_bias[rows])
         return projected.unflatten(2, (end - first, parts.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """What follows the attention, `attended` [B, N, L, D]: its output matrix, and the MLP."""
+        """Apply the block's rest to the attention's result `attended` [B, N, L, D]: the output matrix, and the MLP."""
         parts = self.parts()
         out = parts.attention_out
         x = x + linear(attended.transpose(1, 2).flatten(2), out.weight, out.bias)
@@ -85,7 +86,7 @@ class Block(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v; q [B, N, L, D], k and v [B, N, M, D], mask broadcast to [B, N, L, M]."""
+    """Compute softmax(q k^T / sqrt(D) + mask) v; q [B, N, L, D], k and v [B, N, M, D], mask like [B, N, L, M]."""
     if mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu" and not torch.is_grad_enabled():
         return _narrow_attention(q, k, v)
     q, k, v = _for_attention(q, k, v)
@@ -93,9 +94,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def _narrow_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention in bfloat16 on a CPU, in blocks of rows that stay in its cache: torch's own takes half as long again.
+    """Compute attention in bfloat16 on a CPU, in blocks of rows that fit its cache; torch's takes 1.5 times as long.
 
-    All rows of keys may be moved by one vector, which the softmax does not see: with their mean gone, logits are
+    Subtracting one vector from all keys does not change the softmax: without their mean, logits are
     smaller and lose less when rounded.
     """
     q, v = (q * q.shape[-1] ** -0.5).contiguous(), v.contiguous()
@@ -112,7 +113,7 @@ def _narrow_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def steered_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Q tokens that see L patches, each with its bias, and themselves, but not one another nor the class token.
+    """Let Q tokens attend to L patches, each with its bias, and to themselves, not to each other or the class token.
 
     q [B, N, Q, D]; k and v [B, N, Q + 1 + L, D], the queries' own first; bias [B, N, Q, L]. Returns [B, N, Q, D].
     """
@@ -126,12 +127,12 @@ def steered_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def _for_attention(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """On a CPU, bfloat16 as float32: elsewhere than in `_narrow_attention` it would be slower, and less exact."""
+    """Convert bfloat16 to float32 on a CPU: outside `_narrow_attention` it would be slower, and less exact."""
     return tuple(t.float() if t.dtype == torch.bfloat16 and t.device.type == "cpu" else t for t in tensors)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool = False) -> Tensor:
-    """x W^T + b, [..., in] -> [..., out], in the precision of a narrow weight; with `silu`, x * sigmoid(x) of that."""
+    """Compute x W^T + b, [..., in] -> [..., out], in a narrow weight's precision; with `silu`, x * sigmoid(x) of it."""
     if weight.dtype == torch.bfloat16:
         x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
     if _multiplied_by_onednn(x):
@@ -141,19 +142,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool = False
 
 
 def _multiplied_by_onednn(x: Tensor) -> bool:
-    """Whether to ask oneDNN itself, for inference on a CPU: torch gives float32 to MKL, a tenth slower here."""
+    """Return whether to call oneDNN directly, for inference on a CPU: torch uses MKL for float32, 10 % slower."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")  # whose number formats it does not know
+        and not torch.is_autocast_enabled("cpu")  # oneDNN's call ignores autocast's number formats
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
     )
 
 
 class ClipBlock(Block):
-    """CLIP's block; attention and MLP are held as open_clip holds them, and not called."""
+    """CLIP's block; attention and MLP are stored as in open_clip, and not called."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -180,11 +181,11 @@ class ClipBlock(Block):
         steering: Tensor | None = None,
         only_queries: bool = False,
     ) -> Tensor:
-        """As any block; or, with `steering` [B, N, Q, L], the recognition of x [B, Q + 1 + L, C] (paper, section 3.3).
+        """Run the block; with `steering` [B, N, Q, L], recognise proposals in x [B, Q + 1 + L, C] (paper, section 3.3).
 
-        x is then Q SLS tokens, the class token, and the patches. SLS tokens see the patches, with `steering` added to
-        the logits, and themselves; class token and patches see one another, so they behave exactly as in plain CLIP.
-        `only_queries`: answer only the SLS tokens, [B, Q, C], which is all that is read of the last block.
+        x is then Q SLS tokens, the class token and the patches. SLS tokens attend to the patches, with `steering` added
+        to the logits, and to themselves; class token and patches attend to one another, exactly as in plain CLIP.
+        `only_queries`: return only the SLS tokens, [B, Q, C], all that is needed of the last block.
         """
         if steering is None:
             return super().forward(x, attn_mask, context)

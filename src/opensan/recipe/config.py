@@ -131,12 +131,12 @@ def override(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeConfig:
 
 
 def _named(text: str) -> str:
-    """A file or an override for a message."""
+    """Return a file or an override in the form for messages."""
     return short(text, 80)[1:-1]
 
 
 def _apply(data: dict[str, Any], text: str) -> None:
-    """Set one "a.b.0.c=value" in a tree of plain data, making what is missing on the way."""
+    """Set one "a.b.0.c=value" in a tree of plain data, creating the nodes that are missing."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

@@ -1,4 +1,4 @@
-"""YAML as plain data; whatever is wrong with it is told in one line, with the key."""
+"""Read YAML as plain data; every error is one line that names the key."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from opensan.errors import UserError, reason, short
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """The data in `text`: mappings, lists, texts, numbers, true, false and null. A date is text.
+    """Read the data in `text`: mappings, lists, texts, numbers, true, false and null. A date is text.
 
     Raises UserError, one line, beginning with `source` and naming the key or the line.
     """
@@ -27,7 +27,7 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Names the key of a value that its tag does not fit, and refuses a key that stands twice."""
+    """Loader that names the key of a value that does not fit its tag, and refuses repeated keys."""
 
     root: yaml.Node | None = None
     yaml_implicit_resolvers = {  # noqa: RUF012 (as PyYAML has it)
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
             raise
         except yaml.MarkedYAMLError as error:
             told = str(error.problem)
-        except Exception:  # PyYAML converts with int, a dict of words and the like, and lets their errors through
+        except Exception:  # PyYAML's conversions raise errors of many kinds
             told = f"{short(node.value)} is no {node.tag.rpartition(':')[2]}"
         key = next(_keys_of(self.root, node), "")
         raise UserError(f"{key}: {told}" if key else told)
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _keys_of(root: yaml.Node | None, wanted: yaml.Node, place: str = "") -> Iterator[str]:
-    """The dotted keys at which `wanted` stands."""
+    """Yield the dotted keys of node `wanted`."""
     if root is wanted:
         yield place
     elif isinstance(root, yaml.MappingNode):

@@ -1,4 +1,4 @@
-"""Prompts that begin alike share their beginning: many sentences as one tree of tokens.
+"""Store many prompts as one tree of tokens, in which prompts share equal beginnings.
 
 A causal tower gives a token the same output whatever follows it. "This is a photo of a small" is therefore computed
 once for all names, and so is the first half of "coffee table" and "coffee maker".
@@ -16,9 +16,9 @@ Prompt = tuple[int, ...]
 
 
 def prompt_trees(prompts: Sequence[Prompt], most_nodes: int) -> Iterator[PromptTree]:
-    """Trees of up to `most_nodes` nodes (more only where one prompt has more) that hold `prompts` in their order.
+    """Yield trees of up to `most_nodes` nodes (more only if one prompt has more) that hold `prompts` in order.
 
-    Sorted prompts share most.
+    Sorted prompts share the most nodes.
     """
     nodes: dict[Prompt, int] = {}  # by the tokens from the start of text to the node
     ends: list[int] = []

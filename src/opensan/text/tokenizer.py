@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: byte-pair encoding (Sennrich et al., 2016) over bytes, with the merges that CLIP was trained with.
+"""CLIP's tokenizer: byte-pair encoding (Sennrich et al., 2016) over bytes, with CLIP's merges.
 
 A token is a number: 256 single bytes, the same 256 where they end a word, one for each merge in the order of the
 merges, then start and end of text.
@@ -17,7 +17,7 @@ from opensan.files import ASSETS
 _MERGES = ASSETS / "tokenizer" / "merges.txt.gz"
 _WORD_END = "</w>"
 _LONGEST_REMEMBERED = 64
-"""Characters: what is longer is no word, and would fill the memory that is meant for words."""
+"""Characters; longer pieces are not words, and would fill the cache for words."""
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
 # The special tokens, English endings, words, single digits, and runs of anything else that is not white space.
 _PIECES = regex.compile(
@@ -26,7 +26,7 @@ _PIECES = regex.compile(
 
 
 def _byte_letters() -> dict[int, str]:
-    """A visible letter for every byte, as the merges write them: its own Latin-1 one, if it has one, else from U+0100.
+    """Return a visible letter for every byte, as in the merges: its Latin-1 letter, if it has one, else from U+0100.
 
     The order of the dict is that of the tokens.
     """
@@ -36,11 +36,11 @@ def _byte_letters() -> dict[int, str]:
 
 
 class Tokenizer:
-    """Text to token numbers. Knows nothing of lengths: that is the model's business."""
+    """Converts text to token numbers of any length; the model checks the length."""
 
     def __init__(self) -> None:
         self._letters = _byte_letters()
-        lines = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()[1:]  # the first says where they are from
+        lines = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()[1:]  # the first names their source
         merges = [tuple(line.split()) for line in lines]
         letters = list(self._letters.values())
         tokens = [*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), *_SPECIAL]
@@ -51,7 +51,7 @@ class Tokenizer:
         self._remembered = functools.lru_cache(maxsize=65_536)(self._merge)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of `text`, repaired, unescaped (HTML), lower-cased, white space collapsed; no start and end."""
+        """Return the tokens of `text`, repaired, HTML unescaped, lower-cased, white space collapsed, without ends."""
         pieces = _PIECES.findall(" ".join(_repaired(text).split()).lower())
         return [token for piece in pieces for token in self._encode_piece(piece)]
 
@@ -59,7 +59,7 @@ class Tokenizer:
         return self._remembered(piece) if len(piece) <= _LONGEST_REMEMBERED else self._merge(piece)
 
     def _merge(self, piece: str) -> tuple[int, ...]:
-        """Start with bytes; join the neighbours whose merge is the most frequent one, until none is known."""
+        """Start with bytes, and join the neighbours with the most frequent merge, until no merge is left."""
         if piece in _SPECIAL:
             return (self._number[piece],)
         parts = [self._letters[byte] for byte in piece.encode()]
@@ -89,9 +89,9 @@ class Tokenizer:
 
 
 def _repaired(text: str) -> str:
-    """`text` without wrong encodings, control characters and HTML entities."""
+    """Return `text` without wrong encodings, control characters and HTML entities."""
     if text.isascii() and text.isprintable() and "&" not in text:
-        return text  # there is nothing to repair; importing ftfy takes longer than all that is done with a few words
+        return text  # nothing to repair, and importing ftfy takes longer than embedding a few words
     import ftfy
 
     return html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -99,5 +99,5 @@ def _repaired(text: str) -> str:
 
 @functools.cache
 def clip_tokenizer() -> Tokenizer:
-    """The one that all models share; made when first asked for."""
+    """Return the tokenizer that all models share."""
     return Tokenizer()

@@ -90,7 +90,7 @@ def _split(path: Path, folder: Path) -> str:
 
 
 def _vocabulary(folder: Path, names: set[str]) -> Vocabulary:
-    """The words of a list in the folder, which must have them all; else the shapes' labels in ABC order."""
+    """Return the words of a list in the folder, which must have all, else the shapes' labels in alphabetical order."""
     path = next((folder / name for name in _CLASSES if (folder / name).exists()), None)
     if path is None:
         return vocabulary_of(sorted(names, key=lambda name: (name.casefold(), name)), str(folder))
@@ -110,7 +110,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _shapes(path: Path) -> list[str] | None:
-    """The labels of a file's shapes; None if it is no file of labelme's."""
+    """Return the labels of a file's shapes; None if it is not labelme's."""
     shapes = _read(path).get("shapes")
     if not isinstance(shapes, list):
         return None
@@ -138,7 +138,7 @@ class _LabelmeImage:
             raise UserError(f"{self.json}: its 'imageData' is no base64") from None
 
     def beside(self) -> Path | None:
-        """The image file: the one that the JSON file names if it is in the data set, else the one of its name."""
+        """Return the image file: the one that the JSON names if in the data set, else the one of the same name."""
         said = _read(self.json).get("imagePath")
         if isinstance(said, str) and said and "\0" not in said:
             for name in (said.replace("\\", "/"), PureWindowsPath(said).name):
@@ -190,7 +190,7 @@ def _size(data: Mapping[str, Any], image: ImageFile, place: str) -> tuple[int, i
 
 
 def _mask(shape: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """Where a shape is, [H, W] bool. Raises UserError on shapes without an area and on those that are none."""
+    """Draw a shape, [H, W] bool. Raises UserError on shapes without an area and on invalid ones."""
     kind = shape.get("shape_type") or "polygon"
     points = _points(shape.get("points"), size)
     if kind == "mask":
@@ -226,7 +226,7 @@ def _points(points: object, size: tuple[int, int]) -> list[tuple[float, float]]:
 
 
 def _stored_mask(shape: Mapping[str, Any], points: list[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
-    """A mask that is stored as a PNG within a box."""
+    """Read a mask that is stored as a PNG within a box."""
     mask = np.zeros(size, dtype=bool)
     try:
         content = base64.b64decode(shape.get("mask") or "", validate=True)

@@ -35,7 +35,7 @@ NEEDS = "images/ and labels/NAME.txt (or SPLIT/images/ and SPLIT/labels/), and d
 
 
 def open_yolo(folder: Path, *, ignored: str = "") -> Source:
-    """images/SPLIT/NAME.jpg with labels/SPLIT/NAME.txt, or SPLIT/images/ and SPLIT/labels/ as Roboflow writes them."""
+    """Open images/SPLIT/NAME.jpg with labels/SPLIT/NAME.txt, or Roboflow's SPLIT/images/ and SPLIT/labels/."""
     names, place = _names(folder)
     vocabulary, labels = without(vocabulary_of(list(names.values()), place), ignored, place)
     label_of_class = dict(zip(names, labels, strict=True))
@@ -65,7 +65,7 @@ def open_yolo(folder: Path, *, ignored: str = "") -> Source:
 
 
 def _pairs(folder: Path) -> list[tuple[str, Path, Path]]:
-    """(split, folder of images, folder of label files); the split is empty where lists or sub-folders say it."""
+    """Yield (split, folder of images, folder of labels); the split is empty if lists or sub-folders define splits."""
     if (folder / "images").is_dir() and (folder / "labels").is_dir():
         return [("", folder / "images", folder / "labels")]
     parts = [path for path in sorted(folder.iterdir()) if (path / "images").is_dir() and (path / "labels").is_dir()]
@@ -83,7 +83,7 @@ def _found(folder: Path, images: Path, split: str) -> FoundSet:
 
 
 def _names(folder: Path) -> tuple[dict[int, str | Word], str]:
-    """The classes by number, and where they are from."""
+    """Return the classes by number, and their source."""
     for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
@@ -143,7 +143,7 @@ class _Polygons:
             raise UserError(f"{self.text}: not text ({' '.join(str(error).split())[:100]})") from None
 
     def _object(self, parts: list[str]) -> tuple[int, np.ndarray]:
-        """The label and the corners [N, 2] of a line, in shares of width and height."""
+        """Return the label and the corners [N, 2] of a line, in shares of width and height."""
         try:
             number, points = float(parts[0]), np.array([float(part) for part in parts[1:]], dtype=np.float64)
         except ValueError:

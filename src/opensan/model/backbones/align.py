@@ -63,7 +63,7 @@ class Align(Backbone):
 
     @property
     def logit_scale(self) -> Tensor:
-        """ALIGN divides cosines by a temperature."""
+        """Logarithm of the inverse of ALIGN's temperature."""
         return -self.model.temperature.log()
 
     def shallow_features(self, pixels: Tensor, last_layer: int, keep: Collection[int]) -> ShallowFeatures:
@@ -77,7 +77,7 @@ class Align(Backbone):
         return ShallowFeatures(maps, tokens, grid, last_layer)
 
     def recognise(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
-        """The mean of the last features, weighted by the softmax of the bias."""
+        """Embed the mean of the last features, weighted by the softmax of the bias."""
         return F.normalize(weighted_means(features, attention_bias), dim=-1)
 
     def embed_prompts(self, tokens: Tensor) -> Tensor:
@@ -86,15 +86,15 @@ class Align(Backbone):
         return F.normalize(self.model.text_projection(found.last_hidden_state[:, 0]), dim=-1)
 
     def token_table(self) -> Tensor:
-        """The embedding of every token, [V, C]. That of the padding (0) is zero."""
+        """Return the embedding of every token, [V, C]. That of the padding (0) is zero."""
         return self.model.text_model.embeddings.word_embeddings.weight
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the EfficientNet."""
+        """Return the blocks of the EfficientNet."""
         return list(self.model.vision_model.encoder.blocks)
 
     def is_text(self, name: str) -> bool:
-        """BERT and its projection."""
+        """Return whether `name` belongs to BERT or its projection."""
         return name.startswith("model.text_")
 
 

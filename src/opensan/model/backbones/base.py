@@ -1,4 +1,4 @@
-"""What a backbone is: the frozen image-text model that a SAN reads its features from and recognises proposals with.
+"""The base class of backbones: frozen image-text models that give a SAN features and classify its proposals.
 
 Letters: B batch, Q queries, N channel groups of the attention bias, L positions, C channels, D embedding,
 P prompts, T tokens, h w a grid.
@@ -25,12 +25,12 @@ class FeatureMap(NamedTuple):
 
 @dataclass(frozen=True)
 class ShallowFeatures:
-    """What the shallow layers of an image tower leave behind."""
+    """Results of the shallow layers of an image tower."""
 
     maps: dict[int, FeatureMap]
     """Layer number -> its map, for the fusion."""
     tokens: Tensor
-    """[B, T, C]: what recognition goes on with, as the family has it (a ViT's class token stands first)."""
+    """[B, T, C]: the input of recognition, in the family's form (a ViT's class token first)."""
     grid: tuple[int, int]
     """(h, w) of the last shallow layer."""
     last_layer: int
@@ -51,7 +51,7 @@ class Backbone(nn.Module):
     logit_scale: Tensor
     """A scalar parameter: the logarithm of the factor between cosines and class logits."""
     causal_text: bool
-    """Whether a token of a prompt sees only those before it. Only such a tower has `embed_prompt_tree`."""
+    """Whether a token of a prompt attends only to earlier ones. Only such a tower has `embed_prompt_tree`."""
 
     def shallow_features(self, pixels: Tensor, last_layer: int, keep: Collection[int]) -> ShallowFeatures:
         """Run layers up to `last_layer` on `pixels` [B, 3, H, W], float RGB normalised; keep the maps in `keep`.
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def recognise(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
-        """Embed what each query attends to: unit mask embeddings [B, Q, D].
+        """Embed the region that each query attends to: unit mask embeddings [B, Q, D].
 
         `attention_bias` [B, N, Q, h', w'] is on the side network's grid and real-valued; it is brought to the tower's
         (`pool_bias`) and steers where each of the Q queries looks. With a bias of zeros,
@@ -75,28 +75,28 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def embed_prompt_tree(self, tree: PromptTree) -> Tensor:
-        """Embed the prompts of `tree` as `embed_prompts` does, what begins alike once: [P, D]. Causal towers only."""
+        """Embed the prompts of `tree` as `embed_prompts` does, shared beginnings once: [P, D]. Causal towers only."""
         raise NotImplementedError
 
     def token_table(self) -> Tensor:
-        """The embedding of every token, [V, C]; a row of zeros is a token that was never trained."""
+        """Return the embedding of every token, [V, C]; a row of zeros is a token that was never trained."""
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        """The modules of the image tower, in order, that are checkpointed, sharded and compiled one by one."""
+        """Return the modules of the image tower, in order, to checkpoint, shard and compile separately."""
         raise NotImplementedError
 
     def trained_names(self) -> Collection[str]:
-        """The names of the backbone's own parameters that are trained with the SAN, without weight decay."""
+        """Return the names of the backbone's own parameters that are trained with the SAN, without weight decay."""
         return ()
 
     def is_text(self, name: str) -> bool:
-        """Whether the parameter or buffer `name` of the backbone belongs to the text tower."""
+        """Return whether the parameter or buffer `name` of the backbone belongs to the text tower."""
         raise NotImplementedError
 
 
 def as_tokens(maps: Tensor) -> FeatureMap:
-    """A map of channels, [B, C, h, w], as tokens [B, h * w, C] with their grid."""
+    """Return a map of channels, [B, C, h, w], as tokens [B, h * w, C] with their grid."""
     return FeatureMap(maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3]))
 
 
@@ -107,7 +107,7 @@ def pool_bias(attention_bias: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def weighted_means(features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
-    """Means [B, Q, C] of the last features, weighted by the softmax over positions of `attention_bias` [B, 1, Q, ...].
+    """Return means [B, Q, C] of the last features, weighted by the softmax of `attention_bias` [B, 1, Q, ...].
 
     A bias that is equal everywhere gives the plain mean.
     """

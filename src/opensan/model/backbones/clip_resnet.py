@@ -48,7 +48,7 @@ class ClipResNet(TextTower, Backbone):
         return ShallowFeatures(maps, tokens, grid, last_layer)
 
     def recognise(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
-        """Pool once a query: the mean of all positions asks, and sees itself and every position with its bias."""
+        """Pool once a query: the mean of all positions attends to itself, and to every position with its bias."""
         pool = self.visual.attnpool
         table = pool.positional_embedding
         mean = features.tokens.mean(dim=1, keepdim=True) + table[0]
@@ -63,9 +63,9 @@ class ClipResNet(TextTower, Backbone):
         return F.normalize(pool.c_proj(attended.transpose(1, 2).flatten(2)), dim=-1)
 
     def blocks(self) -> list[nn.Module]:
-        """The four stages."""
+        """Return the four stages."""
         return [getattr(self.visual, f"layer{stage}") for stage in range(1, 5)]
 
     def is_text(self, name: str) -> bool:
-        """Everything that does not belong to the image tower, but the scale."""
+        """Return whether `name` is neither of the image tower nor the scale."""
         return not name.startswith("visual.") and name != "logit_scale"

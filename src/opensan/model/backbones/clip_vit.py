@@ -1,4 +1,4 @@
-"""The family "clip_vit": a plain ViT with a class token, cut in shallow and recognition layers, and CLIP's text tower.
+"""The family "clip_vit": a plain ViT with a class token, split in shallow and recognition layers; CLIP's text tower.
 
 What is SAN's own is where the ViT is cut and what steers the recognition layers (paper, section 3.3).
 Parameter names are open_clip's. Letters: B batch, Q queries, N attention heads, L patches, C channels, D embedding,
@@ -42,7 +42,7 @@ def _normal_parameter(*shape: int, std: float) -> nn.Parameter:
 
 
 class ClipModel(TextTower, Backbone):
-    """Both of CLIP's towers; the text tower's parts stand at the top, as in the released files."""
+    """Both of CLIP's towers; the text tower's parts are at the top level, as in the released files."""
 
     def __init__(self, config: ClipConfig) -> None:
         activation = QuickGELU if config.quick_gelu else nn.GELU
@@ -53,7 +53,7 @@ class ClipModel(TextTower, Backbone):
         self.attention_heads = config.vision.heads
 
     def shallow_features(self, pixels: Tensor, last_layer: int, keep: Collection[int]) -> ShallowFeatures:
-        """Run the patch embedding and blocks 1..last_layer. Layer 0 is what `ln_pre` gives."""
+        """Run the patch embedding and blocks 1..last_layer. Layer 0 is the output of `ln_pre`."""
         visual = self.visual
         x, grid = embed_patches(visual.conv1, pixels)
         class_position, patch_position = visual.positional_embedding[:1], visual.positional_embedding[1:]
@@ -70,7 +70,7 @@ class ClipModel(TextTower, Backbone):
     def recognise(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
         """Run the blocks after the shallow ones, steered by `attention_bias`: unit mask embeddings [B, Q, D].
 
-        What is steered are Q copies of the class token (SLS tokens), by the bias max-pooled to CLIP's grid.
+        The bias, max-pooled to CLIP's grid, steers Q copies of the class token (SLS tokens).
         """
         steering = pool_bias(attention_bias, features.grid)
         queries = steering.shape[2]
@@ -82,13 +82,13 @@ class ClipModel(TextTower, Backbone):
         return F.normalize(self.visual.ln_post(x) @ self.visual.proj, dim=-1)
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the image tower, shallow and deep."""
+        """Return the blocks of the image tower, shallow and deep."""
         return list(self.visual.transformer.resblocks)
 
     def trained_names(self) -> Collection[str]:
-        """The position table of the image tower (official behaviour)."""
+        """Return the position table of the image tower (official behaviour)."""
         return ("visual.positional_embedding",)
 
     def is_text(self, name: str) -> bool:
-        """Everything that does not belong to the image tower, but the scale."""
+        """Return whether `name` is neither of the image tower nor the scale."""
         return not name.startswith("visual.") and name != "logit_scale"

@@ -58,10 +58,10 @@ class ConvNetClip(TextTower, Backbone):
         return F.normalize(self.visual.head(pooled).unflatten(0, means.shape[:2]), dim=-1)
 
     def blocks(self) -> list[nn.Module]:
-        """The stages of the ConvNet."""
+        """Return the stages of the ConvNet."""
         trunk = self.visual.trunk
         return list(trunk.stages if hasattr(trunk, "stages") else trunk.blocks)
 
     def is_text(self, name: str) -> bool:
-        """Everything that does not belong to the image tower, but the scale."""
+        """Return whether `name` is neither of the image tower nor the scale."""
         return not name.startswith("visual.") and name != "logit_scale"

@@ -1,4 +1,4 @@
-"""The libraries that foreign image-text models are written in, imported only when such a model is asked for."""
+"""Import libraries of other image-text models, only when such a model is built."""
 
 from importlib import import_module
 from types import ModuleType
@@ -31,7 +31,7 @@ def timm_model(name: str, **options: Any) -> nn.Module:
 
 
 class Tower(nn.Module):
-    """Modules by name, as the files of a library nest them."""
+    """Modules by name, nested as in a library's files."""
 
     def __init__(self, **modules: nn.Module) -> None:
         super().__init__()

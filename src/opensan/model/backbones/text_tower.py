@@ -28,7 +28,7 @@ class TextTower(nn.Module):
         self._initialise_text(config)
 
     def _initialise_text(self, config: TextConfig) -> None:
-        """CLIP's own start (Radford et al., 2021): deviations by width, and by depth where a residual is written."""
+        """Initialize as CLIP does (Radford et al., 2021): deviations by width, and by depth for residual outputs."""
         within = config.width**-0.5
         residual = within * (2 * config.layers) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -41,7 +41,7 @@ class TextTower(nn.Module):
         nn.init.normal_(self.text_projection, std=within)
 
     def token_table(self) -> Tensor:
-        """The embedding of every token, [V, C]."""
+        """Return the embedding of every token, [V, C]."""
         return self.token_embedding.weight
 
     def embed_prompts(self, tokens: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class TextTower(nn.Module):
         return F.normalize(x @ self.text_projection, dim=-1)
 
     def embed_prompt_tree(self, tree: PromptTree) -> Tensor:
-        """Embed the prompts of `tree` as unit rows [P, D]: what `embed_prompts` gives for each. Causal towers only."""
+        """Embed the prompts of `tree` as unit rows [P, D], as `embed_prompts` would. Causal towers only."""
         assert self.causal_text, "a token of a bidirectional tower depends on what follows it"
         x = (self.token_embedding(tree.tokens) + self.positional_embedding[tree.depth]).unsqueeze(0)
         mask = torch.zeros(tree.sees.shape, dtype=x.dtype, device=x.device).masked_fill_(~tree.sees, -torch.inf)

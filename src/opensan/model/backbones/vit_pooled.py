@@ -1,4 +1,4 @@
-"""The family "vit_pooled": a ViT whose embedding an attention pooling reads (SigLIP, SigLIP 2, Perception Encoder).
+"""The family "vit_pooled": a ViT with attention pooling (SigLIP, SigLIP 2, Perception Encoder).
 
 The image tower is timm's own module, at any size of image; what is written here is how it is cut and steered. Queries
 are copies of the pooling's own query, with the bias in its logits. The text tower is CLIP's, or SigLIP's, which is
@@ -38,7 +38,7 @@ class PooledVit(Backbone):
         self.text = _text_tower(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if isinstance(config.text, SiglipTextConfig):
-            self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # of SigLIP's loss; a softmax does not see it
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # for SigLIP's loss; it has no effect in a softmax
         self.layer_widths = dict.fromkeys(range(len(trunk.blocks) + 1), trunk.embed_dim)
         self.attention_heads = trunk.attn_pool.num_heads
         self.causal_text = self.text.causal_text
@@ -51,7 +51,7 @@ class PooledVit(Backbone):
         x = trunk.patch_embed(pixels[:, :, : grid[0] * side, : grid[1] * side]).flatten(1, 2)
         prefix = [token for token in (trunk.cls_token, getattr(trunk, "reg_token", None)) if token is not None]
         count = sum(token.shape[1] for token in prefix)
-        embedded = 0 if trunk.no_embed_class else count  # prefix tokens that have a place in the position table
+        embedded = 0 if trunk.no_embed_class else count  # prefix tokens with an entry in the position table
         table = trunk.pos_embed[0]
         x = x + resize_position_table(table[embedded:], grid)
         if prefix:
@@ -69,7 +69,7 @@ class PooledVit(Backbone):
         return ShallowFeatures(maps, x, grid, last_layer)
 
     def recognise(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
-        """Pool once a query: its copy of the pooling's query sees every patch with its bias."""
+        """Pool once a query: its copy of the pooling's query attends to every patch with its bias."""
         trunk = self.visual.trunk
         bias = pool_bias(attention_bias, features.grid)
         x = trunk.norm(features.tokens)
@@ -99,15 +99,15 @@ class PooledVit(Backbone):
         return self.text.embed_prompt_tree(tree)
 
     def token_table(self) -> Tensor:
-        """The embedding of every token, [V, C]."""
+        """Return the embedding of every token, [V, C]."""
         return self.text.token_table()
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the ViT."""
+        """Return the blocks of the ViT."""
         return list(self.visual.trunk.blocks)
 
     def is_text(self, name: str) -> bool:
-        """Whatever lies in `text`."""
+        """Return whether `name` is a part of `text`."""
         return name.startswith("text.")
 
 
@@ -122,7 +122,7 @@ def siglip_text(config: SiglipTextConfig, embed_dim: int) -> nn.Module:
     open_clip = library("open_clip.transformer", "open_clip_torch")
 
     class SiglipText(open_clip.TextTransformer):
-        """Bidirectional, and read at the last of all positions: every prompt is padded to the context length."""
+        """Embed prompts padded to the context length: the tower is bidirectional, and its last position is read."""
 
         causal_text = False
 
