@@ -1,4 +1,4 @@
-"""What a model is made of, as plain data: read from JSON, checked, and never executed.
+"""Configuration of models as plain data: read from JSON, checked, and never executed.
 
 Block and layer numbers count from 1; 0 means "the input of the first block".
 """
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from opensan.errors import UserError, short
 
-# Bounds far above any real model: a number in a file from outside must not ask for unbounded memory.
+# Limits far above any real model, so that a number in someone's file can't cause unbounded memory use.
 Count = Annotated[int, Field(gt=0, le=65_536)]
 LayerCount = Annotated[int, Field(gt=0, le=1_024)]
 LayerNumber = Annotated[int, Field(ge=0, le=1_024)]
@@ -23,12 +23,12 @@ PixelValue = Annotated[float, Field(ge=-1_000, le=1_000)]
 Deviation = Annotated[float, Field(ge=0.001, le=10_000)]
 """A standard deviation of pixel values. The pixels are divided by it."""
 Weight = Annotated[float, Field(ge=0, le=1_000_000)]
-"""The factor of a loss or the like."""
+"""A factor, for example of a loss."""
 
 CONFIG_NAME = "config.json"
-"""Of a model's folder."""
+"""Name of the configuration file in a model's folder."""
 EXPORT_NAME = "export.json"
-"""What only an exported model's folder has."""
+"""Name of a file that only an exported model's folder has."""
 
 
 class Config(BaseModel):
@@ -64,7 +64,7 @@ class TextConfig(Config):
     context_length: Count = 77
     vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 49_408
     causal: bool = True
-    """A token sees only those before it, as in CLIP; a bidirectional tower sees the whole prompt."""
+    """A token attends only to earlier ones, as in CLIP; in a bidirectional tower, to the whole prompt."""
 
 
 class ClipConfig(Config):
@@ -73,7 +73,7 @@ class ClipConfig(Config):
     kind: Literal["clip_vit"] = "clip_vit"
     embed_dim: Count
     quick_gelu: bool
-    """OpenAI's weights need QuickGELU; stated here because a wrong guess is silently wrong."""
+    """OpenAI's weights need QuickGELU; a wrong value gives wrong results without an error."""
     vision: VisionConfig
     text: TextConfig
 
@@ -103,7 +103,7 @@ class ClipResNetConfig(Config):
     kind: Literal["clip_resnet"]
     embed_dim: Count
     quick_gelu: bool
-    """Of the text tower. OpenAI's weights need QuickGELU."""
+    """QuickGELU in the text tower. OpenAI's weights need it."""
     vision: ResNetVisionConfig
     text: TextConfig
 
@@ -137,11 +137,11 @@ class PooledVitVisionConfig(Config):
     """The image tower of the family "vit_pooled"."""
 
     model: TimmName
-    """Of timm, which knows its shape: vit_base_patch16_siglip_224, vit_pe_core_base_patch16_224, ..."""
+    """Name of a timm model, which defines the shape: vit_base_patch16_siglip_224, vit_pe_core_base_patch16_224, ..."""
     layers: LayerCount
     """Blocks of that model."""
     projection: bool
-    """Whether a linear layer stands behind the pooling, as in Perception Encoder and not in SigLIP."""
+    """Whether a linear layer follows the pooling, as in Perception Encoder, but not in SigLIP."""
 
 
 class PooledVitConfig(Config):
@@ -166,11 +166,11 @@ class ConvNetVisionConfig(Config):
     """The image tower of the family "convnet"."""
 
     model: TimmName
-    """Of timm, which knows its shape: convnext_base, ..."""
+    """Name of a timm model, which defines the shape: convnext_base, ..."""
     layers: LayerCount
     """Stages of that model."""
     head: Literal["linear", "mlp"]
-    """What stands behind the pooling."""
+    """The head after the pooling."""
 
 
 class ConvNetConfig(Config):
@@ -179,7 +179,7 @@ class ConvNetConfig(Config):
     kind: Literal["convnet"]
     embed_dim: Count
     quick_gelu: bool = False
-    """Of the text tower."""
+    """QuickGELU in the text tower."""
     vision: ConvNetVisionConfig
     text: TextConfig
 
@@ -197,7 +197,7 @@ class AlignVisionConfig(Config):
     width_coefficient: Ratio = 2.0
     depth_coefficient: Ratio = 3.1
     depthwise_padding: tuple[int, ...] = ()
-    """Blocks whose convolution is padded otherwise (transformers' field of that name)."""
+    """Blocks with another padding of their convolution (transformers' field of that name)."""
     layers: LayerCount = 5
     """Maps before a halving of the resolution, and the last."""
 
@@ -239,7 +239,7 @@ def _check_all_shallow(recognition_layer: int, layers: int) -> None:
 
 
 def _kind(value: object, unnamed: str = "clip_vit") -> object:
-    """The kind of a configuration, given as data or as an object."""
+    """Return the kind of a configuration, given as data or as an object."""
     return value.get("kind", unnamed) if isinstance(value, dict) else getattr(value, "kind", unnamed)
 
 
@@ -251,7 +251,7 @@ AnyClipConfig = Annotated[
     | Annotated[AlignConfig, Tag("align")],
     Discriminator(_kind),
 ]
-"""Of the backbone: one class a family, told apart by `kind`. A family that is not named is "clip_vit"."""
+"""Configuration of a backbone: one class a family, distinguished by `kind`; without a kind, it is "clip_vit"."""
 
 KINDS = {member.__metadata__[0].tag for member in get_args(get_args(AnyClipConfig)[0])}
 """The families of backbones."""
@@ -274,18 +274,18 @@ class SideAdapterConfig(Config):
     fusion_kind: Literal["add"] = "add"
     """How a layer is fused: "add" adds its projection to the patch tokens."""
     supervised_blocks: tuple[LayerNumber, ...] = (7, 8)
-    """Side blocks whose output the heads read in training; the last one is the answer."""
+    """Side blocks whose output the heads read in training; the last one is used in inference."""
     mask_channels: Count = 256
     mlp_channels: Count = 256
     mlp_layers: LayerCount = 3
 
 
 class ImageConfig(Config):
-    """How a photograph becomes network input."""
+    """Conversion of an image to network input."""
 
     short_side: Count = 640
     long_side: Count = 2_560
-    """The long side never exceeds this, whatever the short side becomes."""
+    """Limit of the long side; it overrides the short side."""
     size_divisor: Count = 32
     """Both sides are zero-padded (bottom, right, after normalisation) to a multiple of this."""
     mean: tuple[PixelValue, PixelValue, PixelValue] = (122.7709383, 116.7460125, 104.09373615)
@@ -329,7 +329,7 @@ def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:
         return kind.model_validate(data)
     except ValidationError as error:
         errors = error.errors()
-        # A misspelt key is also a missing one: the misspelling says more.
+        # A misspelt key is also a missing one; the misspelling is the better message.
         first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
         loc = tuple(part for part in first["loc"] if part not in _TAGS)  # pydantic adds which kind it took
         where = ".".join(short(str(part))[1:-1] for part in loc) or "top level"
@@ -344,7 +344,7 @@ def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:
 
 
 def _nearest_key(kind: type[Config], place: tuple[int | str, ...]) -> str:
-    """What an unknown key may have been meant for: one that looks like it, else those that stand beside it."""
+    """Return a hint for an unknown key: the most similar known key, else all known keys at its level."""
     parts = [part for part in place if isinstance(part, str)]
     known = list(dotted_keys(kind))
     if near := difflib.get_close_matches(".".join(parts), known, n=1):
@@ -354,7 +354,7 @@ def _nearest_key(kind: type[Config], place: tuple[int | str, ...]) -> str:
 
 
 def dotted_keys(kind: type[Config]) -> Iterator[str]:
-    """All keys of a tree of configuration: "loop", "loop.steps", ...; those of a list's members without a number."""
+    """Yield all keys of a configuration: "loop", "loop.steps", ...; those of a list's members without a number."""
     for name, field in kind.model_fields.items():
         yield name
         for member in configs_in(field.annotation):
@@ -362,14 +362,14 @@ def dotted_keys(kind: type[Config]) -> Iterator[str]:
 
 
 def configs_in(annotation: Any) -> list[type[Config]]:
-    """The configuration classes that a field's type speaks of: `X | None`, `list[X]` and the like have X."""
+    """Return the configuration classes in a field's type: X for `X | None`, `list[X]` and the like."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     return [found for part in get_args(annotation) for found in configs_in(part)]
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Read a checkpoint's config.json. Raises ValueError, one line, on anything but a valid one."""
+    """Read a checkpoint's config.json. Raises UserError, one line, if it is not valid."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

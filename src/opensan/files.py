@@ -16,9 +16,9 @@ from opensan.errors import UserError
 ASSETS = Path(__file__).parent / "assets"
 """The folder of the models, class lists, tokens and scenes that come with the package."""
 TRIAL = "opensan"
-"""The file that is begun, and never finished, to see whether a folder can be written to."""
+"""Name of the temporary file that tests whether a folder can be written to."""
 SHORT_NAME = 64
-"""Bytes of a file name that every file system can hold: a temporary name may be so long whatever its target's is."""
+"""Bytes of a file name that every file system can hold; a temporary name may have so many."""
 
 _TEMPORARY = re.compile(r"\.(?P<stem>.*)\.[a-z0-9_]{8}\.part(?P<suffix>\..*)?", re.DOTALL)
 
@@ -46,7 +46,7 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     """
     paths = [Path(target) for target in targets]
     temporaries: list[Path] = []
-    if not paths[0].parent.is_dir():  # said of the folder, not of the temporary file
+    if not paths[0].parent.is_dir():  # so that the error names the folder, not the temporary file
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(paths[0].parent))
     try:
         for path in paths:
@@ -56,9 +56,9 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
         mode = temporaries[0].stat().st_mode  # by the user's umask
         yield temporaries
         for temporary in temporaries:
-            if temporary.stat().st_mode != mode:  # a library has put a private file in its place
+            if temporary.stat().st_mode != mode:  # a library has replaced it by a private file
                 temporary.chmod(mode)
-            with temporary.open("r+b") as written:  # Windows flushes only what is open for writing
+            with temporary.open("r+b") as written:  # Windows flushes only files that are open for writing
                 os.fsync(written.fileno())
         if len(paths) > 1 and paths[-1].exists() and not filecmp.cmp(paths[-1], temporaries[-1], shallow=False):
             paths[-1].unlink()
@@ -75,7 +75,7 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
 
 
 def temporary_path(target: Path) -> Path:
-    """Return a new name beside `target` for what will be renamed to it; `remove_temporaries` knows such names.
+    """Return a new name beside `target` for a file to be renamed to it; `remove_temporaries` knows such names.
 
     It is not longer than the target's, or SHORT_NAME bytes, so that it exists wherever the target can. The standard
     library's temporary files are private: to give them the usual permissions, one must know the umask, which can only
@@ -98,19 +98,19 @@ def _shortened(target: Path) -> tuple[str, str]:
 def remove_temporaries(folder: Path, targets: Iterable[str] | None = None) -> None:
     """Remove the temporary files in `folder` that a killed process left: all, or those of the names `targets`.
 
-    For folders that the caller holds (see `hold`): those of a process that still writes would go too.
+    Only for folders that the caller holds (see `hold`), as it also removes files that a process still writes.
     """
     wanted = None if targets is None else {_shortened(folder / name) for name in targets}
     if folder.is_dir():
         for entry in os.scandir(folder):
             match = _TEMPORARY.fullmatch(entry.name)
             if match and (wanted is None or (match["stem"], match["suffix"] or "") in wanted):
-                with suppress(OSError):  # a folder, or not ours to remove
+                with suppress(OSError):  # a folder, or a file without permission to remove
                     Path(entry.path).unlink()
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the names in `folder` on disk, where the system allows it: a rename survives a loss of power only then."""
+    """Flush the names in `folder` to disk, if the system can: only then does a rename survive a loss of power."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -124,7 +124,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Link `target` to `source`; where links can't be made, hard links or copies are."""
+    """Link `target` to `source`, by a symbolic link, else by a hard link, else by a copy."""
     temporary = temporary_path(target)  # not atomic_path's, which makes a file first
     try:
         for make in (os.symlink, os.link, shutil.copyfile):
@@ -147,7 +147,7 @@ def write_text(target: str | os.PathLike, text: str) -> None:
 
 
 def keep_aside(file: Path, mark: str = "changed") -> Path:
-    """Rename `file` to "NAME.changed" (or "NAME.changed2", ...), a name that nothing has, and return that path."""
+    """Rename `file` to "NAME.changed" (or "NAME.changed2", ...), whichever is free, and return that path."""
     aside, number = file.with_name(f"{file.name}.{mark}"), 1
     while os.path.lexists(aside):
         number += 1
@@ -159,8 +159,8 @@ def keep_aside(file: Path, mark: str = "changed") -> Path:
 def hold(lock: Path, busy: str, *, wait: float = 0) -> Iterator[None]:
     """Hold the file `lock`, whose folder exists, for this process alone; it is removed at the end.
 
-    It is removed while it is held, and whoever gets it looks whether it is still the file of that name: nobody holds a
-    lock that others can't see. A process that dies, in whatever way, lets go of it.
+    It is removed while it is held, and a process that locks it checks that it is still the file of that name, so that no
+    process holds a lock that others can't see. A process that dies in any way releases it.
 
     Raises:
         UserError: `busy`, if another process holds it for `wait` seconds; or the file system has no locks.
@@ -173,7 +173,7 @@ def hold(lock: Path, busy: str, *, wait: float = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open files; its folder may be gone with the finished work
+        with suppress(OSError):  # Windows can't remove open files; its folder may be removed with the finished work
             lock.unlink()
         os.close(handle)
 

@@ -86,7 +86,7 @@ class Journal:
         return work if isinstance(work, dict) else None
 
     def begin(self, work: Mapping[str, Any], rows: Iterable[tuple[str, Any, bytes]] = ()) -> dict[str, Any] | None:
-        """Keep the rows if they belong to the same `work` (all that the results depend on), else replace them by `rows`.
+        """Keep the rows if they belong to the same `work` (all that the results depend on), else replace all by `rows`.
 
         Returns the other work whose rows were removed, if there was any.
         """

@@ -1,4 +1,4 @@
-"""What travels between the rooms of the house.
+"""Data types that several packages share.
 
 Letters: B batch, Q queries, K words (classes), R text rows, D embedding, h w stride-16 grid, N CLIP attention heads;
 of a prompt tree, N nodes (tokens), P prompts.
@@ -18,43 +18,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which model it is, to the last number: what stored results are compared by.
+    """Identity of a model, to the last number, by which stored results are compared.
 
     Encodings depend on the image half alone, embedded words on the text half alone, labels on both.
     """
 
     name: str
-    """Of the model's configuration; for people."""
+    """Name in the model's configuration; for people."""
     image: str
     """Hash of all but the text tower, and of its configuration; of an exported model, with its format and precision."""
     text: str
-    """The same of the text tower."""
+    """Hash of the text tower, and of its configuration."""
 
     @property
     def encodings(self) -> str:
-        """What encodings carry: the name, and 12 digits for the image half."""
+        """Identity in encodings: the name, and 12 digits for the image half."""
         return f"{self.name}-{self.image[:12]}"
 
     def __str__(self) -> str:
-        """The name, and 12 digits for both halves."""
+        """Return the name, and 12 digits for both halves."""
         return f"{self.name}-{hashlib.sha256(f'{self.image} {self.text}'.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """The three sizes an image has on its way, each (height, width) in pixels."""
+    """The sizes of an image in the steps of its processing, each (height, width) in pixels."""
 
     image: tuple[int, int]
-    """As decoded; labels are answered at this size."""
+    """Size as decoded; label maps have this size."""
     network: tuple[int, int]
-    """After the short-side resize."""
+    """Size after the short-side resize."""
     padded: tuple[int, int]
-    """After zero-padding at the bottom and right."""
+    """Size after zero-padding at the bottom and right."""
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """What the image half answers, before any word is known."""
+    """Mask proposals: the results of the image half, which do not depend on words."""
 
     mask_logits: Tensor
     """[B, Q, h, w] float; sigmoid gives each proposal's mask at stride 16 of the padded image."""
@@ -63,39 +63,39 @@ class Proposals:
     attention_bias: Tensor | None = None
     """[B, N, Q, h, w] float, after the scalar affine, before the max-pool to CLIP's grid; not kept in encodings."""
     auxiliary: tuple[Proposals, ...] = ()
-    """Deep supervision (training only): the same from earlier side blocks, first block first."""
+    """Deep supervision (training only): the proposals of earlier side blocks, first block first."""
 
 
 @dataclass(frozen=True)
 class TextClassifier:
-    """A vocabulary as CLIP sees it: the last matrix of the model."""
+    """A vocabulary as text rows: the last matrix of the model."""
 
     rows: Tensor
     """[R, D] float, unit length: one row a synonym."""
     row_class: Tensor
-    """[R] int64, ascending: the class (0..K-1) that each row speaks for."""
+    """[R] int64, ascending: the class (0..K-1) of each row."""
     num_classes: int
     """K."""
     first_equal: Tensor | None = None
-    """[R] int64: the first row that equals each row; None where no two rows are equal."""
+    """[R] int64: the first row that equals each row; None if no two rows are equal."""
 
 
 @dataclass(frozen=True)
 class PromptTree:
-    """Prompts as a tree; a node stands behind its parent. Made as arrays; a model reads tensors (`to`)."""
+    """Prompts as a tree; a node comes after its parent. Made as arrays; models need tensors (`to`)."""
 
     tokens: np.ndarray | Tensor
     """[N] int64."""
     depth: np.ndarray | Tensor
     """[N] int64: the token's position in its prompts."""
     sees: np.ndarray | Tensor
-    """[N, N] bool: row i is true at i and at its ancestors, which is all that a causal tower lets it see."""
+    """[N, N] bool: row i is true at i and at its ancestors, to which a causal tower lets it attend."""
     ends: np.ndarray | Tensor
     """[P] int64: the node of each prompt's last token."""
 
     def to(self, device: torch.device | str) -> PromptTree:
-        """The same as tensors on `device`."""
-        import torch  # a tree is made where torch need not be installed
+        """Return the tree as tensors on `device`."""
+        import torch  # here, because trees are also made where torch is not installed
 
         parts = (self.tokens, self.depth, self.sees, self.ends)
         return PromptTree(*(torch.as_tensor(part, device=device) for part in parts))

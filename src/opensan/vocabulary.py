@@ -1,4 +1,4 @@
-"""The words that pixels may get: an ordered list of classes, their synonyms, and the sentences CLIP reads for them.
+"""Vocabularies: an ordered list of words (classes) with synonyms, and the prompts that CLIP reads for them.
 
 Letters: K words (classes), R text rows (one for each synonym of each word). Nothing here needs torch.
 """
@@ -18,7 +18,7 @@ from opensan.files import ASSETS
 from opensan.word_lists import lines_of, listed_names, read_text, read_words, short, without_invisible, word_list
 
 UNLABELLED = -1
-"""The label of a pixel that no word got: an absorbing (background) word won it."""
+"""The label of pixels without a word: those of absorbing (background) words."""
 
 MAX_WORDS = 65_534
 """Label maps are written as 16-bit PNG at most, with 65,535 for unlabelled."""
@@ -50,7 +50,7 @@ Templates = str | os.PathLike[str] | Sequence[str]
 _CLASSES = ASSETS / "classes"
 _WORD_KEYS = {"name", "text", "synonyms", "prompts", "background"}
 _VOCABULARY_KEYS = {"words", "background", "templates"}
-# Control characters would reach the terminal; a line break would make two words of one where words stand a line each;
+# Control characters would reach the terminal; a line break would split a word in files with a word a line;
 # lone surrogates (undecodable bytes of a command line) can't be written.
 _BAR = re.compile("[|｜]")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -58,15 +58,15 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Word:
-    """One class. Characters that can't be seen (zero-width spaces and their like) are left out of all texts.
+    """One word (class). Invisible characters (zero-width spaces and the like) are removed from all texts.
 
     Raises ValueError, one line, if synonyms or prompts are a single text.
     """
 
     name: str
-    """What results call it."""
+    """Display name in results."""
     synonyms: tuple[str, ...] = ()
-    """What CLIP is asked for: one text row each; the best of them is the word's score. Empty means the name alone."""
+    """Texts for CLIP: one text row each; the word's score is that of the best one. Empty: the name alone."""
     prompts: tuple[str, ...] | None = None
     """Full sentences that replace the templates for the first synonym (the others keep the templates)."""
     absorbs: bool = False
@@ -101,16 +101,16 @@ class Vocabulary:
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """The display names of the words that are reported; a label is an index into this list."""
+        """Display names of the words that are reported; a label is an index into this list."""
         return [word.name for word in self.words if not word.absorbs]
 
     @property
     def row_class(self) -> list[int]:
-        """[R] the class (0..K-1, absorbing words included) that each text row speaks for; ascending."""
+        """[R] the class (0..K-1, absorbing words included) of each text row; ascending."""
         return [index for index, word in enumerate(self.words) for _ in word.synonyms]
 
     def prompts(self) -> list[list[str]]:
-        """The sentences of each of the R text rows, in the order of `row_class`; a row is the mean of its sentences."""
+        """Return the prompts of each of the R text rows, in `row_class`'s order; a row is the mean of its prompts."""
         rows: list[list[str]] = []
         for word in self.words:
             for number, synonym in enumerate(word.synonyms):
@@ -122,7 +122,7 @@ class Vocabulary:
 
     @classmethod
     def parse(cls, spec: object, *, background: object = (), templates: Templates | None = None) -> "Vocabulary":
-        """A vocabulary from whatever a user may give.
+        """Make a vocabulary from words in any of these forms.
 
         Args:
             spec: one of
@@ -185,13 +185,13 @@ class Vocabulary:
 
     @classmethod
     def ready(cls, name: str, *, background: object = (), templates: Templates | None = None) -> "Vocabulary":
-        """One of the benchmarks' label sets, in its training order; `ready_sets()` lists them."""
+        """Return one of the benchmarks' label sets, in its training order; `ready_sets()` lists them."""
         if name not in ready_sets():
             raise UserError(f"no ready label set is called {name!r}: choose from {', '.join(ready_sets())}")
         return cls.from_file(_CLASSES / f"{name}.json", background=background, templates=templates)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; `parse` reads it back to an equal vocabulary."""
+        """Return plain data for JSON; `parse` reads it back to an equal vocabulary."""
         return {
             "words": [_word_to_plain(word) for word in self.words if not word.absorbs],
             "background": [_word_to_plain(word) for word in self.words if word.absorbs],
@@ -200,17 +200,17 @@ class Vocabulary:
 
 
 def ready_source_ids(name: str) -> list[int] | None:
-    """The numbers that a ready set's classes have in the data set itself, in its training order; None without any."""
+    """Return the data set's own numbers of a ready set's classes, in its training order; None without any."""
     return json.loads((_CLASSES / f"{name}.json").read_text(encoding="utf-8")).get("source_ids")
 
 
 def ready_sets() -> list[str]:
-    """The names that `Vocabulary.ready` knows."""
+    """Return the names of the label sets that `Vocabulary.ready` knows."""
     return sorted(path.stem for path in _CLASSES.glob("*.json"))
 
 
 def _words(spec: object) -> tuple[Word, ...]:
-    """The words of a text or of a list; not yet checked."""
+    """Return the words of a text or of a list, not yet checked."""
     if isinstance(spec, str):
         spec = word_list(spec)
     if isinstance(spec, list | tuple):
@@ -219,7 +219,7 @@ def _words(spec: object) -> tuple[Word, ...]:
 
 
 def _word(entry: object, place: str) -> Word:
-    """One word from an entry of a list."""
+    """Make a word from an entry of a list."""
     if isinstance(entry, Word):
         return entry
     if isinstance(entry, str):
@@ -254,7 +254,7 @@ def _texts(entry: Mapping, key: str, place: str) -> tuple[str, ...]:
 
 
 def _named(text: str, place: str) -> Word:
-    """ "car|automobile|taxi" -> a word called "car" with three synonyms."""
+    """Make a word of "car|automobile|taxi": it is called "car" and has three synonyms."""
     if not _BAR.search(text):
         return Word(text)
     synonyms = tuple(part.strip() for part in _BAR.split(without_invisible(text)))
@@ -264,7 +264,7 @@ def _named(text: str, place: str) -> Word:
 
 
 def _words_and_templates(data: Mapping) -> tuple[tuple[Word, ...], tuple[str, ...]]:
-    """The content of a JSON object: a ready set's {"names"} or {"words", "background", "templates"}."""
+    """Return the content of a JSON object: a ready set's {"names"} or {"words", "background", "templates"}."""
     if "names" in data and "words" not in data:
         return _words(_list_of({"names": listed_names(data["names"])}, "names")), TEMPLATE_SETS["vild"]
     for key in data:
@@ -272,7 +272,7 @@ def _words_and_templates(data: Mapping) -> tuple[tuple[Word, ...], tuple[str, ..
             raise UserError(f'unknown key {short(key)}: a vocabulary has "words", "background" and "templates"')
     background = _words(_list_of(data, "background")) if "background" in data else ()
     templates = data.get("templates", "vild")
-    # Data from outside may name a template set, but never a file to read.
+    # Data from other people may name a template set, but not a file to read.
     if isinstance(templates, str) and templates not in TEMPLATE_SETS:
         raise UserError(f'"templates" must be {_set_names()} or a list, not {short(templates)}')
     absorbing = tuple(Word(word.name, word.synonyms, word.prompts, True) for word in background)
@@ -286,7 +286,7 @@ def _list_of(data: Mapping, key: str) -> list | tuple:
 
 
 def _word_to_plain(word: Word) -> str | dict[str, Any]:
-    """The shortest entry that `_word` reads back to an equal word (absorbing aside)."""
+    """Return the shortest entry that `_word` reads back to an equal word (except for `absorbs`)."""
     if word.synonyms == (word.name,) and word.prompts is None and not _BAR.search(word.name):
         return word.name
     plain: dict[str, Any] = {"name": word.name}
@@ -300,7 +300,7 @@ def _word_to_plain(word: Word) -> str | dict[str, Any]:
 
 
 def _places(words: Iterable[Word]) -> Iterator[str]:
-    """How to call each word in an error: "word 3", or "background word 1"."""
+    """Return each word's name for errors: "word 3", or "background word 1"."""
     absorbing = 0
     for number, word in enumerate(words, 1):
         absorbing += word.absorbs
@@ -351,12 +351,12 @@ def _visible(text: object) -> object:
 
 
 def _key(text: str) -> str:
-    """Two texts with the same key are the same word: case, spacing and how accents are written reach no token."""
+    """Return a key that is equal for equal words: case, spacing and the encoding of accents do not change tokens."""
     return " ".join(unicodedata.normalize("NFC", text).lower().split())
 
 
 def _templates(spec: Templates) -> tuple[str, ...]:
-    """The templates of a set's name, of a file with one a line, or of a list. Checked by Vocabulary."""
+    """Return the templates of a set's name, of a file with one a line, or of a list. Vocabulary checks them."""
     if isinstance(spec, str) and spec in TEMPLATE_SETS:
         return TEMPLATE_SETS[spec]
     if isinstance(spec, str) and ("{}" in spec or not re.search(r"[./\\]", spec)):

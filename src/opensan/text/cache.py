@@ -1,8 +1,8 @@
-"""Text embeddings on disk: never trusted without a check, safe for many processes at once, and never needed.
+"""Cache text embeddings on disk. Entries are checked when read, many processes may share it, and it is optional.
 
-One SQLite file for each text tower; a row is one mean embedding. SQLite does the locking and the transactions.
-A checksum over key and content stands beside every row, so whatever happens to the file, the worst is a row
-that is computed again. When all files together grow beyond MAX_BYTES, what was used longest ago goes first.
+One SQLite file for each text tower; a row is one mean embedding. SQLite provides locking and transactions.
+Every row has a checksum over key and content, so the worst effect of a damaged file is a row
+that is computed again. When all files together exceed MAX_BYTES, the least recently used rows are removed.
 """
 
 import hashlib
@@ -31,21 +31,21 @@ _KEEP_NEWEST = (
     "DELETE FROM embeddings WHERE rowid NOT IN (SELECT rowid FROM embeddings ORDER BY day DESC, rowid DESC LIMIT ?)"
 )
 _PAGES = ("page_size", "page_count", "freelist_count")
-# Not a database, a broken one, cut short, or another table under our name. All else (locked, full, no permission)
-# is the machine's state, not the file's.
+# Not a database, a damaged or truncated one, or another table of the same name. Other errors (locked, full,
+# no permission) are the machine's state, not the file's.
 _DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_NOTADB}
 _DAMAGE_EXTENDED = {sqlite3.SQLITE_IOERR_SHORT_READ}
 _ERRORS = (OSError, sqlite3.Error, UnicodeDecodeError)  # the last from error messages that quote damaged names
 
 
 def default_folder() -> Path:
-    """Where embeddings are kept: in $OPENSAN_CACHE if that is set, else in the user's cache folder."""
+    """Return the folder of the embeddings: $OPENSAN_CACHE if that is set, else the user's cache folder."""
     base = os.environ.get("OPENSAN_CACHE") or platformdirs.user_cache_dir("opensan")
     return Path(base) / "text"
 
 
 def cache_files(folder: Path) -> dict[Path, int]:
-    """The files of a cache and their bytes, the one used longest ago first."""
+    """Return the files of a cache and their bytes, the least recently used first."""
     found = []
     for path in folder.glob(f"*{_SUFFIX}"):
         with suppress(OSError):  # another process removed it
@@ -55,7 +55,7 @@ def cache_files(folder: Path) -> dict[Path, int]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file of a cache. Who has it open loses what it adds, which is computed again then."""
+    """Remove a file of a cache. Rows that other processes add to it meanwhile are lost, and computed again later."""
     path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
@@ -74,7 +74,7 @@ class TextCache:
         self._warned = False
 
     def read(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        """Those of `keys` that are there, as float32 [D]. Damage is a warning, and a missing row."""
+        """Return the rows of `keys` that exist, as float32 [D]. A damaged row counts as missing, with a warning."""
         try:
             if self.path.stat().st_size == 0:  # another process is about to write its first rows
                 return {}
@@ -101,14 +101,14 @@ class TextCache:
         return found
 
     def write(self, rows: Mapping[bytes, np.ndarray]) -> None:
-        """Add float32 rows [D]. What can't be written is a warning, once."""
+        """Add float32 rows [D]. If they can't be written, it warns once."""
         today = _today()
         entries = [
             (key, data := row.astype("<f4").tobytes(), _checksum(key, data), today)
             for key, row in rows.items()
             if np.isfinite(row).all()
         ]
-        for _ in range(2):  # a second time if the first found, and removed, a damaged file
+        for _ in range(2):  # again if the first attempt removed a damaged file
             try:
                 self._insert(entries)
                 self._make_room()
@@ -119,7 +119,7 @@ class TextCache:
 
     def _select(self, keys: Sequence[bytes]) -> Iterable[tuple[bytes, bytes, bytes]]:
         with closing(self._connect("rw")) as database:
-            database.execute("BEGIN")  # so that no writer changes the file before we are done
+            database.execute("BEGIN")  # so that no writer changes the file meanwhile
             database.execute("SELECT 1 FROM embeddings LIMIT 1")
             if self.path.stat().st_size % database.execute("PRAGMA page_size").fetchone()[0]:
                 raise _CutShort("cut short")  # SQLite notices missing pages, but reads half a page as zeros
@@ -132,31 +132,31 @@ class TextCache:
     def _insert(self, entries: list[tuple[bytes, bytes, bytes]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with closing(self._connect("rwc")) as database:
-            # Power loss may damage the file, which the next reader finds out; waiting for the disk would buy nothing.
+            # A power loss may damage the file, but readers detect that, so there is no need to wait for the disk.
             database.execute("PRAGMA synchronous = OFF")
             database.execute("BEGIN IMMEDIATE")
             database.execute(_TABLE)
             database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?)", entries)
             page, pages, free = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in _PAGES)
-            if (pages - free) * page > MAX_BYTES:  # the file stays so large, and new rows take the place of old ones
+            if (pages - free) * page > MAX_BYTES:  # the file keeps its size, and new rows replace old ones
                 count = database.execute("SELECT count(*) FROM embeddings").fetchone()[0]
                 database.execute(_KEEP_NEWEST, (count * 3 // 4,))
             database.execute("COMMIT")
 
     def _mark_used(self, keys: list[bytes], day: int) -> None:
-        """Once a day for a row. Where it can't be written, the row only looks older than it is."""
+        """Mark rows as used, once a day each. If that can't be written, the row only looks older than it is."""
         with suppress(*_ERRORS), closing(self._connect("rw", seconds_to_wait=1.0)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.executemany("UPDATE embeddings SET day = ? WHERE key = ?", [(day, key) for key in keys])
             database.execute("COMMIT")
 
     def _make_room(self) -> None:
-        """Remove other towers' files, the one used longest ago first."""
+        """Remove other towers' files, the least recently used first."""
         files = cache_files(self.path.parent)
         excess = sum(files.values()) - MAX_BYTES
         for path, size in files.items():
             if excess > 0 and path != self.path:
-                with suppress(OSError):  # Windows keeps what a process has open
+                with suppress(OSError):  # Windows can't remove open files
                     remove(path)
                     excess -= size
 
@@ -168,14 +168,14 @@ class TextCache:
         return database
 
     def _checked(self, key: object, row: object, checksum: object) -> np.ndarray | None:
-        """The row, or None if it is not what was written."""
+        """Return the row, or None if it is damaged."""
         if not (isinstance(key, bytes) and isinstance(row, bytes) and len(row) == 4 * self._dimension):
             return None
         values = np.frombuffer(row, "<f4").astype(np.float32, copy=False)
         return values if checksum == _checksum(key, row) and np.isfinite(values).all() else None
 
     def _complain(self, error: Exception) -> bool:
-        """Warn; remove the file and answer True if it is damaged."""
+        """Warn; remove the file and return True if it is damaged."""
         code = getattr(error, "sqlite_errorcode", None) or 0
         if code & 0xFF in _DAMAGE or code in _DAMAGE_EXTENDED or isinstance(error, _CutShort | UnicodeDecodeError):
             _warn(f"text cache {self.path} is damaged ({error}) and is built anew")

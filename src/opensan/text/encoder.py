@@ -1,4 +1,4 @@
-"""From words to the last matrix of the model, as torch computes it; see `opensan.text.rows` for what is around it.
+"""Embed words with torch, for the last matrix of the model; see `opensan.text.rows` for the caches around it.
 
 Letters: R text rows, P prompts, L tokens, D embedding.
 """
@@ -30,7 +30,7 @@ NODES_ELSEWHERE = 2_048
 
 
 def pad_tokens(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """[P, L] int64: `prompts` padded with zeros to the longest of them. The tower never sees behind the end of text."""
+    """Return [P, L] int64: `prompts` padded with zeros to the longest. The tower ignores all after the end of text."""
     tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
@@ -38,7 +38,7 @@ def pad_tokens(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 class TextEncoder(TextRows):
-    """Answers the text classifier of any vocabulary, and remembers. One object serves many threads."""
+    """Makes the text classifier of any vocabulary, with a cache. Many threads may share one object."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class TextEncoder(TextRows):
         cache_dir: Path | None = None,
         identity: str | None = None,
     ) -> None:
-        """`cache_dir` is where embeddings are kept between processes (default: see `text_cache.default_folder`).
+        """`cache_dir` is the folder of the disk cache (default: see `opensan.text.cache.default_folder`).
 
         `identity` of the text tower, where it is known already.
         """
@@ -62,7 +62,7 @@ class TextEncoder(TextRows):
         self._work = threading.Lock()
 
     def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> TextClassifier:
-        """The vocabulary as unit rows [R, D], float32, on the model's device.
+        """Return the vocabulary as unit rows [R, D], float32, on the model's device.
 
         A row is the mean of its prompts' unit embeddings, normalised again (paper, section 4.1; ViLD's ensemble).
         `progress` shows a bar on stderr: None means if that is a terminal and it takes more than a second.
@@ -87,7 +87,7 @@ class TextEncoder(TextRows):
         return tower.identity, tower.unseen
 
     def _build(self, vocabulary: Vocabulary, device: torch.device, progress: bool | None) -> TextClassifier:
-        # What is made here outlives the caller's mode: it must serve training after inference, and the other way round.
+        # The rows outlive the caller's mode: they must serve training after inference, and inference after training.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             rows = self.rows(vocabulary, progress=progress)
             first = first_equal(rows)
@@ -101,7 +101,7 @@ class TextEncoder(TextRows):
 
     @property
     def most_nodes(self) -> int:
-        """Tokens of a prompt tree where the model lies now."""
+        """Tokens of a prompt tree on the model's present device."""
         return NODES_ON_CPU if self._device.type == "cpu" else NODES_ELSEWHERE
 
     @property
@@ -126,7 +126,7 @@ class TextEncoder(TextRows):
         )
 
     def _current_tower(self) -> Tower:
-        """The identity of the text weights, taken anew if they changed. Called with the work lock held."""
+        """Return the identity of the text weights, computed again if they changed. Called with the work lock held."""
         signature = self._signature()
         if self._tower is None or self._tower.signature != signature:
             clip = self._model.config.clip

@@ -1,4 +1,4 @@
-"""From words to text rows, whatever runs the text tower: tokens, means, and the caches around them. Needs no torch.
+"""Turn words into text rows, with any text tower: tokens, means, and the caches around them. Needs no torch.
 
 Letters: R text rows, P prompts, D embedding.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 ROWS_AT_ONCE = 256
-"""Rows embedded and written to the disk cache together: what an interruption can cost."""
+"""Rows embedded and written to the disk cache together; an interruption can lose so many."""
 
 NODES_ON_CPU = 256
 """Tokens of a prompt tree: each is compared with all others, which costs a CPU more than it gains from longer trees."""
@@ -43,31 +43,31 @@ EQUAL = 1e-6
 """Two rows that differ by no more in any number are equal: so much depends on what the tower embeds together."""
 
 _LONGEST_TOKEN = 40
-"""Characters; no token of CLIP's is longer, so text beyond this many a position needs no tokenizer to be refused."""
+"""Characters of CLIP's longest token: a text with more characters a position is refused without tokenizing it."""
 
 Value = TypeVar("Value")
 
 
 def tokenize(text: str) -> list[int]:
-    """CLIP's token numbers of `text`, between start and end of text; not cut, not padded."""
+    """Return CLIP's token numbers of `text`, between start and end of text; not cut, not padded."""
     tokenizer = clip_tokenizer()
     return [tokenizer.start, *tokenizer.encode(text), tokenizer.end]
 
 
 @dataclass(frozen=True)
 class Tower:
-    """What is known about the text weights as they are now."""
+    """State of the text weights."""
 
     signature: tuple
     """Changes whenever the weights are replaced or written to."""
     identity: str
-    """Of the weights and of what else decides about embeddings."""
+    """Identity of the weights and of all else that embeddings depend on."""
     unseen: np.ndarray | None
     """[vocabulary] bool: tokens whose embedding is exactly zero; None if there is no such token."""
 
 
 def row_key(tower: str, prompts: Sequence[str]) -> bytes:
-    """What the mean embedding of `prompts` is kept under; `tower` is the identity of what embeds them.
+    """Return the cache key of the mean embedding of `prompts`; `tower` is the text tower's identity.
 
     Prompts that differ in capitals or white space alone, which reach no token, have one key.
     """
@@ -76,12 +76,12 @@ def row_key(tower: str, prompts: Sequence[str]) -> bytes:
 
 
 def with_equal_rows(rows: np.ndarray) -> np.ndarray:
-    """Replace each of the unit rows [R, D] by the first row that is equal up to rounding, so that equal is equal.
+    """Replace each of the unit rows [R, D] by the first row that is equal up to rounding.
 
     Words that the model never learned have equal rows, and so have texts that are the same to the tokenizer.
     """
     direction = np.random.default_rng(0).standard_normal(rows.shape[1])
-    position = rows @ (direction / np.linalg.norm(direction))  # those of equal rows lie side by side
+    position = rows @ (direction / np.linalg.norm(direction))  # equal rows are neighbours in this order
     order = position.argsort()
     starts = np.flatnonzero(np.diff(position[order], prepend=-np.inf) > EQUAL)
     first = np.arange(len(rows))
@@ -95,8 +95,10 @@ def with_equal_rows(rows: np.ndarray) -> np.ndarray:
 
 
 class TextRows:
-    """Text rows of any vocabulary, remembered. A subclass runs the tower: `_current_tower`, and `_embed_tree` if the
-    tower is causal, else `_embed_prompts`."""
+    """Makes the text rows of any vocabulary, with caches.
+
+    A subclass runs the tower: `_current_tower`, and `_embed_tree` if the tower is causal, else `_embed_prompts`.
+    """
 
     causal = True
     """Whether the tower is causal. Only then are prompts embedded as trees: in any other tower, a token's output
@@ -119,15 +121,15 @@ class TextRows:
         raise NotImplementedError
 
     def _embed_tree(self, tree: PromptTree) -> np.ndarray:
-        """[P, D] float32, unit length: the prompts of `tree`."""
+        """Return the embeddings [P, D] float32, unit length, of the prompts of `tree`."""
         raise NotImplementedError
 
     def _embed_prompts(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """[P, D] float32, unit length: `prompts`, each its token numbers, one by one."""
+        """Return the embeddings [P, D] float32, unit length, of `prompts`, each a sequence of token numbers."""
         raise NotImplementedError
 
     def rows(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> np.ndarray:
-        """The vocabulary as unit rows [R, D], float32; one thread at a time.
+        """Return the vocabulary as unit rows [R, D], float32; one thread at a time.
 
         A row is the mean of its prompts' unit embeddings, normalised again (paper, section 4.1; ViLD's ensemble).
         Rows that are equal up to rounding are equal in every bit.
@@ -160,21 +162,21 @@ class TextRows:
         return with_equal_rows(np.stack([embeddings[key] for key in keys]))
 
     def _remembered(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        """The rows that memory or disk holds."""
+        """Return the rows that memory or disk holds."""
         found = {key: row for key in keys if (row := self._rows.get(key)) is not None}
         if self._disk and len(found) < len(keys):
             found |= self._disk.read([key for key in keys if key not in found])
         return found
 
     def _embed(self, rows: list[list[str]], names: list[str], advance) -> np.ndarray:
-        """[len(rows), D] float32, unit length; equal prompts go through the tower once."""
+        """Return [len(rows), D] float32, unit length; equal prompts go through the tower once."""
         numbers: dict[tuple[int, ...], int] = {}
         members = [
             [numbers.setdefault(tuple(self._tokens(text, name)), len(numbers)) for text in row]
             for row, name in zip(rows, names, strict=True)
         ]
         prompts = sorted(numbers)
-        share = sum(map(len, rows)) / len(prompts)  # of the progress bar, which counts equal prompts too
+        share = sum(map(len, rows)) / len(prompts)  # for the progress bar, which counts equal prompts too
         found = []
         if self.causal:
             for tree in prompt_trees(prompts, self.most_nodes):
@@ -191,7 +193,7 @@ class TextRows:
         return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
 
     def _tokens(self, text: str, name: str) -> list[int]:
-        """Raises ValueError if the model can't read so many."""
+        """Return the tokens of a prompt. Raises UserError if the model can't read so many."""
         longest = self._context_length
         if len(text) > longest * _LONGEST_TOKEN and len(" ".join(text.split())) > longest * _LONGEST_TOKEN:
             size = f"{len(text):,} characters"
@@ -206,7 +208,7 @@ class TextRows:
         )
 
     def _refuse_long_prompts(self, rows: list[list[str]], names: list[str], missing: list[int]) -> None:
-        """Find over-long prompts before any work is done. A token is a byte or more, so short prompts pass unread."""
+        """Refuse prompts that are too long before any work. A token is a byte or more, so short ones are skipped."""
         room = self._context_length - 2
         for index in missing:
             for text in rows[index]:
@@ -235,7 +237,7 @@ class TextRows:
 
 
 class Recent(Generic[Value]):
-    """The most recently used values, as many as weigh no more than `limit` together."""
+    """Cache of the most recently used values, with a total weight of at most `limit`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -260,7 +262,7 @@ class Recent(Generic[Value]):
 
 @contextmanager
 def _progress_bar(total: int, wanted: bool | None) -> Iterator:
-    """Yield a function that counts prompts done; a bar appears on stderr once the work has taken a second."""
+    """Yield a function that counts finished prompts; a bar appears on stderr once the work has taken a second."""
     started = time.monotonic()
     bar: Progress | None = None
 
