@@ -1,6 +1,7 @@
 """Readers of the six benchmarks, on small files made in the raw formats, value for value against maps made by hand."""
 
 import collections
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -281,6 +282,36 @@ def test_bilinear_scaling_takes_the_two_nearest_pixels():
     dot = np.zeros((9, 9, 3), np.uint8)
     dot[0, 0] = 255
     assert full_ade.resize_bilinear(dot, (3, 3)).max() == 0
+
+
+OPENCV = [
+    # Size, new size, and of what OpenCV 4.14 makes of noise: sha256's beginning of INTER_LINEAR and of INTER_NEAREST.
+    ((700, 530), (676, 512), "9a688db7ebd60cad", "feee154c9857e60f"),
+    ((1024, 1300), (512, 650), "64dba87939b0bd97", "e46ce58e6297a05e"),
+    ((515, 777), (512, 772), "a00cda462509a61c", "497d884feae42112"),
+    ((1200, 1600), (512, 683), "61e6960a161638d8", "1e9b6b3a965cc0d9"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "linear", "nearest"), OPENCV)
+def test_both_resizings_are_opencv_s_in_every_value(old, new, linear, nearest):
+    rng = np.random.default_rng(old[0])
+    image = rng.integers(0, 256, (*old, 3), dtype=np.uint8)
+    labels = rng.integers(0, 3000, old).astype(np.int16)
+    assert hashlib.sha256(full_ade.resize_bilinear(image, new)).hexdigest()[:16] == linear
+    assert hashlib.sha256(np.ascontiguousarray(full_ade.resize_nearest(labels, new))).hexdigest()[:16] == nearest
+
+
+def test_both_resizings_against_opencv_itself():
+    cv2 = pytest.importorskip("cv2")
+    rng = np.random.default_rng(7)
+    for old in rng.integers(513, 1200, (10, 2)).tolist():
+        new = full_ade.scaled_size(tuple(old))
+        image = rng.integers(0, 256, (*old, 3), dtype=np.uint8)
+        labels = rng.integers(0, 3000, old).astype(np.int16)
+        assert np.array_equal(full_ade.resize_bilinear(image, new), cv2.resize(image, new[::-1]))
+        nearest = cv2.resize(labels, new[::-1], interpolation=cv2.INTER_NEAREST)
+        assert np.array_equal(full_ade.resize_nearest(labels, new), nearest)
 
 
 def test_an_index_that_names_code_is_refused_and_not_run(tmp_path):
