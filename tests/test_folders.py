@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import threading
 import time
+import warnings
 import weakref
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
@@ -452,3 +453,19 @@ def test_killed_at_any_moment_each_output_comes_once(model_folder, segmenter, tm
     assert len(records(out)) == 40
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert not [path for path in out.rglob("*") if ".part" in path.name]
+
+
+def test_images_that_are_called_like_results_are_named_when_they_are_passed_over(tmp_path):
+    for name in ("a.png", "street.overlay.png", "field.labels.png", "a.labels.png", "a.overlay.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    images = [tmp_path / name for name in ("a.png", "a.labels.png", "a.overlay.png")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # results of an image that is there need no word
+        assert without_results(images, [tmp_path], tmp_path / "out") == images[:1]
+    everything = [tmp_path / "field.labels.png", tmp_path / "street.overlay.png", *images]
+    with pytest.warns(
+        UserWarning, match=r"called like results of earlier runs: .*field.labels.png, .*street.overlay.png;"
+    ):
+        assert without_results(everything, [tmp_path], tmp_path / "out") == images[:1]
+    # Named themselves, they are images like others.
+    assert without_results(everything[:1], everything[:1], tmp_path / "out") == everything[:1]

@@ -2,9 +2,9 @@
 
 import random
 
-import fuzz_data
 import pytest
 
+import fuzz_data
 from opensan.data.prepare import READERS
 from opensan.data.prepare.engine import prepare
 from opensan.errors import UserError

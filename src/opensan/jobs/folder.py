@@ -8,6 +8,7 @@ the results says of each image what was made of it, by which model, with which w
 
 import errno
 import os
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -122,8 +123,9 @@ def plan(images: Sequence[Path], arguments: Sequence[Path]) -> list[Job]:
 def without_results(images: Sequence[Path], arguments: Sequence[Path], out: Path) -> list[Path]:
     """Leaves out the pictures of earlier runs, which lie among the images when results lie in a folder to segment.
 
-    They are known by their names, and by lying in `out`, unless this is itself a folder to segment.
-    Raises ValueError, one line, if nothing else is left.
+    They are known by their names, and by lying in `out`, unless this is itself a folder to segment. Warns of those that
+    are known by their names alone, with no image beside them that they may be the result of.
+    Raises UserError, one line, if nothing else is left.
     """
     named = {absolute(path) for path in arguments}
     inside = absolute(out)
@@ -133,9 +135,26 @@ def without_results(images: Sequence[Path], arguments: Sequence[Path], out: Path
         return image.name.endswith(names) or (inside not in named and absolute(image).is_relative_to(inside))
 
     kept = [image for image in images if absolute(image) in named or not ours(image)]
+    _warn_of_names_alone([image for image in set(images).difference(kept) if image.name.endswith(names)], kept)
     if not kept:
         raise UserError(f"no images but the results of earlier runs, in {', '.join(map(str, arguments))}")
     return kept
+
+
+def _warn_of_names_alone(passed_over: Sequence[Path], kept: Sequence[Path]) -> None:
+    segmented = {(image.parent, name) for image in kept for name in (image.stem, image.name)}
+    alone = [
+        image
+        for image in sorted(passed_over)
+        if (image.parent, image.name.rpartition(".")[0].rpartition(".")[0]) not in segmented
+    ]
+    if alone:
+        shown = ", ".join(map(str, alone[:3])) + (f" and {len(alone) - 3} more" if len(alone) > 3 else "")
+        warnings.warn(
+            f"left out, as they are called like results of earlier runs: {shown}; rename them, or name the files "
+            "themselves, to have them segmented",
+            stacklevel=3,
+        )
 
 
 def absolute(path: Path) -> Path:

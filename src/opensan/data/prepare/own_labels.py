@@ -163,7 +163,7 @@ class Values:
         return (
             f"the value {last} is in {images_by_value[last]} of the label files, one more than the last of {last} "
             f"classes counted from 0, so values seem to count from 1: say first=1 if 1 is the first class (0 is then "
-            f"unlabelled), or first=0 if 0 is it (those files are then left out); choose another folder for --out"
+            f"unlabelled), or first=0 if 0 is it (those files are then left out)"
         )
 
 
