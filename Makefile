@@ -26,10 +26,11 @@ demo: $(READY) ## Segment a bundled scene with your words: make demo WORDS="bric
 test: lint ## Run every check and test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-lint: $(READY) ## Check style and that every module imports only from those below it
+lint: $(READY) ## Check style, types, and that every module imports only from those below it
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 docs: $(READY) ## Build the documentation's site, into out/site
 	$(BIN)/zensical build --strict

@@ -122,7 +122,7 @@ def on_main(action: Callable[[], Result]) -> Result:
         except (UserError, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
-    result, error = outcome
-    if error is not None:
-        raise error
+    result, failure = outcome
+    if failure is not None:
+        raise failure
     return result

@@ -207,6 +207,6 @@ def _lock_now(handle: int) -> None:
     except ImportError:  # Windows
         import msvcrt
 
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # of Windows alone
     else:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

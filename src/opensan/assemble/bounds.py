@@ -23,7 +23,8 @@ def corners(lattice: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return top left, top right, bottom left, bottom right of each cell of the lattice in `dim` and `dim` + 1."""
     top, bottom = lattice.narrow(dim, 0, lattice.shape[dim] - 1), lattice.narrow(dim, 1, lattice.shape[dim] - 1)
     width = lattice.shape[dim + 1] - 1
-    return tuple(half.narrow(dim + 1, side, width) for half in (top, bottom) for side in (0, 1))
+    four = [half.narrow(dim + 1, side, width) for half in (top, bottom) for side in (0, 1)]
+    return four[0], four[1], four[2], four[3]
 
 
 def mask_errors(masks: Tensor, steps: Tensor) -> Tensor:
@@ -64,10 +65,11 @@ def possible_winners(scores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
     low, _ = _range(*at_corners)
     best = first_maximum((low - errors).flatten(2)).view(low.shape[0], 1, *low.shape[2:])
     allowance = errors.gather(1, best)
-    lead = None
+    lead: Tensor | None = None
     for score in at_corners:
         over = score - (score.gather(1, best) - allowance)
         lead = over if lead is None else torch.maximum(lead, over, out=lead)
+    assert lead is not None  # there are four corners
     return best.squeeze(1), lead.add_(errors) >= 0
 
 

@@ -68,6 +68,6 @@ def _neighbours(size: int, wanted: int, dtype: type[np.floating]) -> tuple[np.nd
     return first, np.minimum(first + 1, size - 1), dtype(1) - above, above
 
 
-def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def _fused(a: np.ndarray, b: np.ndarray | np.floating, c: np.ndarray | np.floating) -> np.ndarray:
     """a b + c, rounded once as processors' fused multiply-add does, for float32; float64 is rounded twice."""
     return (a.astype(np.float64) * b + c).astype(a.dtype)

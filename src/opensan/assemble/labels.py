@@ -131,8 +131,10 @@ class _Blocks:
 
     def take(self, index: Tensor) -> "_Blocks":
         """Some of the blocks; `words` stays as it is."""
-        taken = (each[index] for each in (self.corners, self.origin, self.span, self.size, self.count))
-        return _Blocks(*taken, words=self.words)
+        corners, origin, span, size, count = (
+            each[index] for each in (self.corners, self.origin, self.span, self.size, self.count)
+        )
+        return _Blocks(corners, origin, span, size, count, self.words)
 
     def rectangle(self) -> tuple[Tensor, Tensor]:
         """Offsets of rows [n, a] and columns [n, b] to be labelled; the last repeated where other blocks have more."""

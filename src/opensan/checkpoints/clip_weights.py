@@ -44,6 +44,8 @@ def san_around_clip(config: ModelConfig, source: str | os.PathLike, *, seed: int
         ValueError: no such weights, or not this CLIP's; one line, naming what differs.
         HubError: the hub did not provide the file.
     """
+    if not isinstance(config.clip, ClipConfig):
+        raise UserError(f"{config.name}: weights of open_clip are read for a CLIP of two plain towers only")
     path = _weights_path(source, config)
     state = _checked(_read(path), config.clip, str(path))
     if source != "openai":  # OpenAI's activation is known

@@ -1,7 +1,9 @@
 """Read the official .pth files, which are pickles, without executing code in them."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ class _Left:
         pass
 
 
-_NUMPY = [
+_NUMPY: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Left, name)
     for name in (
         "numpy.dtype",

@@ -47,11 +47,14 @@ def asked_vocabulary(
     given = {"--words": words, "--words-file": words_file, "--words-set": words_set}
     if sum(bool(value) for value in given.values()) != 1:
         raise UsageError(f"give the words by exactly one of {', '.join(given)}")
-    more = {"background": _joined("--background", background), "templates": _single("--templates", templates)}
-    if words_file:
-        return Vocabulary.from_file(_single("--words-file", words_file), **more)
-    if words_set:
-        return Vocabulary.ready(_single("--words-set", words_set), **more)
+    more: dict[str, Any] = {
+        "background": _joined("--background", background),
+        "templates": _single("--templates", templates),
+    }
+    if (file := _single("--words-file", words_file)) is not None:
+        return Vocabulary.from_file(file, **more)
+    if (ready := _single("--words-set", words_set)) is not None:
+        return Vocabulary.ready(ready, **more)
     return Vocabulary.parse(_joined("--words", words), **more)
 
 

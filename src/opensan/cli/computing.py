@@ -1,7 +1,7 @@
 """How commands are asked where, and how exactly, to compute."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,11 @@ class Dtype(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+def dtype_name(dtype: Dtype | None) -> Literal["float32", "bfloat16"] | None:
+    """Return the choice as `opensan.load` takes it."""
+    return None if dtype is None else dtype.value
 
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -73,6 +73,10 @@ def _description(reader: "Reader") -> list[str]:
     return lines
 
 
+REQUIRED: Any = ...
+"""How typer marks an option without default."""
+
+
 @data.command()
 def prepare(
     name: Annotated[str, typer.Argument(help="What the data is: see `opensan data list`.", show_default=False)],
@@ -80,8 +84,8 @@ def prepare(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Its options: see `opensan data list NAME`.", show_default=False),
     ] = None,
-    source: Annotated[Path, typer.Option(metavar="DIR", help="The data as downloaded.", show_default=False)] = ...,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder, or one to go on with.")] = ...,
+    source: Annotated[Path, typer.Option(metavar="DIR", help="The data as downloaded.", show_default=False)] = REQUIRED,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder, or one to go on with.")] = REQUIRED,
     split: Annotated[
         list[str] | None, typer.Option(help="Only this split; may be given again.", show_default=False)
     ] = None,

@@ -189,10 +189,11 @@ class _Run:
         from opensan.evaluate.predictors import AugmentedPredictor, ModelPredictor, SavedPredictor
 
         vocabulary = prepared.dataset.vocabulary
-        if self._segmenter is None:
+        if self._from_predictions is not None:
             class_of_id = prepared.class_of_id() if self._category_ids is CategoryIds.dataset else None
             predictions = SavedPredictions(self._from_predictions, len(vocabulary.names), class_of_id=class_of_id)
             return SavedPredictor(predictions)
+        assert self._segmenter is not None
         self._segmenter.prepare_words(vocabulary)  # before the photographs: it may take long, with a bar of its own
         return (AugmentedPredictor if self._tta else ModelPredictor)(self._segmenter, vocabulary)
 

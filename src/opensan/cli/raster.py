@@ -223,8 +223,8 @@ def _write(
         small = geotiff.reduced_labels(label_path, PREVIEW_SIDE)
         picture = raster.reduced(PREVIEW_SIDE)
         outputs.overlay(picture, small, names, areas).save(temporary)
-    if line := raster.contrast_note(picture):
-        complain(f"warning: {line}")
+    if contrast := raster.contrast_note(picture):
+        complain(f"warning: {contrast}")
     written = [f"wrote {label_path}", f"wrote {preview}"]
     for path in outlines:
         note("writing polygons")
@@ -234,11 +234,11 @@ def _write(
             complain(f"warning: {nowhere:,} regions reach beyond the earth's edge: they have no polygon in {path}")
     result.add([label_path, preview, *outlines])
     metres = geotiff.word_square_metres(label_path, len(names))
-    hectares = None if metres is None else dict(zip(names, metres / 10_000, strict=True))
+    hectares = {} if metres is None else dict(zip(names, metres / 10_000, strict=True))
     table = word_table(
         areas,
         (total - int(pixels.sum())) / total,
-        None if hectares is None else "hectares",
+        "hectares" if hectares else None,
         lambda name, _: "" if name is None else f"{hectares[name]:,.2f}",
     )
     console.print(table)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.computing import Device, ImageDtype, Speed
+from opensan.cli.computing import Device, ImageDtype, Speed, dtype_name
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from opensan.jobs.folder import FolderRun, Job, Written
+    from opensan.segmenters.base import Segmenter
     from opensan.segmenters.results import Segmentation
-    from opensan.segmenters.san import SanSegmenter
 
 
 def segment(
@@ -89,7 +89,7 @@ def segment(
         raise UsageError(f"--out: {datasets[0]} links to the photographs, so it can't go among them; name another")
     jobs = plan(without_results(list_images(images), images, out), images)
     note(f"loading {model}")
-    segmenter = load(model, device=device, speed=speed.value, dtype=dtype and dtype.value, max_pixels=max_pixels)
+    segmenter = load(model, device=device, speed=speed.value, dtype=dtype_name(dtype), max_pixels=max_pixels)
     segmenter.prepare_words(vocabulary)  # before the images: it may take long, and it finds words that do not fit
     try:
         if len(jobs) == 1 and not datasets:
@@ -102,7 +102,7 @@ def segment(
         raise UserError(f"out of memory on {device}: try a smaller --batch, or smaller photographs") from None
 
 
-def _one(segmenter: "SanSegmenter", vocabulary: Vocabulary, job: "Job", out: Path, formats: Sequence[str]) -> None:
+def _one(segmenter: "Segmenter", vocabulary: Vocabulary, job: "Job", out: Path, formats: Sequence[str]) -> None:
     """A single photograph: all that is found, as a table."""
     segmentation = segmenter.segment(job.image, vocabulary)
     place = out / job.place

@@ -39,7 +39,7 @@ class Commands(TyperGroup):
     A command that has something to say about it, as how to go on, raises KeyboardInterrupt("...").
     """
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:

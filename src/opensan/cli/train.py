@@ -57,7 +57,7 @@ def train(
         raise UserError(str(error)) from None
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
-    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
+    if saved is not None and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
         best = "" if result.best is None else f", best mIoU {100 * result.best:.2f} % after step {saved.step}"
         print(f"{recipe.out}: {result.step} steps{best}")
         print(f'use it with: opensan segment IMAGE --words "..." --model {saved.folder}')

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.computing import Device, ImageDtype, Speed, SpeedAsForSegment
+from opensan.cli.computing import Device, ImageDtype, Speed, SpeedAsForSegment, dtype_name
 from opensan.cli.terminal import complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -59,7 +59,7 @@ def segment_video(
     note(f"loading {model}")
     from opensan.segmenters.load import load
 
-    segmenter = load(model, device=device, speed=speed.value, dtype=dtype and dtype.value, max_pixels=max_pixels)
+    segmenter = load(model, device=device, speed=speed.value, dtype=dtype_name(dtype), max_pixels=max_pixels)
     segmenter.prepare_words(vocabulary)  # before the work: it finds words that do not fit
     try:
         with VideoRun(segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch) as run:

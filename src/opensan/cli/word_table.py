@@ -37,7 +37,7 @@ def word_table(
         table.add_column(column, justify="right")
 
     def add(line: str, name: str | None, area: float) -> None:
-        table.add_row(Text(line), format_share(area), *([cell(name, area)] if column is not None else []))
+        table.add_row(Text(line), format_share(area), *([cell(name, area)] if cell is not None else []))
 
     found = sorted(((name, area) for name, area in areas.items() if area > 0), key=lambda word: -word[1])
     for name, area in found[:ROWS]:

@@ -47,7 +47,7 @@ def augment(
     """
     short_side = int(generator.choice(config.short_sides))
     scaled = network_size(image.shape[:2], ImageConfig(short_side=short_side, long_side=config.long_side))
-    size = tuple(min(side, limit) for side, limit in zip(scaled, config.crop, strict=True))
+    size = (min(scaled[0], config.crop[0]), min(scaled[1], config.crop[1]))
     top, left = (int(generator.integers(side - part + 1)) for side, part in zip(scaled, size, strict=True))
     image = _resize_crop(image, scaled, (top, left), size)
     labels = _resize_crop_labels(labels, scaled, (top, left), size)

@@ -102,7 +102,7 @@ class FolderCheck:
         if self.counts and len(self._files) > len(self._bad) and not any(count.pixels for count in self.counts):
             yield f"labels/: no pixel of {len(self._files):,} images is labelled"
         reader = READERS.get(self.manifest.request.source) if self.manifest else None
-        if reader is not None:
+        if self.manifest is not None and reader is not None:
             yield from shortfalls(reader, self.manifest.splits, self.manifest.request.splits)
 
 

@@ -55,8 +55,8 @@ def _read(path: Path) -> tuple[Vocabulary, tuple[int, ...], tuple[int, str] | No
         lines = []  # the error is reported below
     contents = [_COMMENT.split(line, maxsplit=1)[0].strip() for line in lines]
     classes = [(number, content) for number, content in enumerate(contents, 1) if content]
-    numbered = [_NUMBERED.fullmatch(content) for _, content in classes]
-    if classes and all(numbered) and (len(classes) > 1 or _SURELY_NUMBERED.match(classes[0][1])):
+    numbered = [match for _, content in classes if (match := _NUMBERED.fullmatch(content))]
+    if classes and len(numbered) == len(classes) and (len(classes) > 1 or _SURELY_NUMBERED.match(classes[0][1])):
         values = tuple(int(match[1]) for match in numbered)
         if len(set(values)) == len(values):
             try:

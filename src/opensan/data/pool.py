@@ -5,7 +5,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -20,7 +20,7 @@ _CHUNK = 4
 Result = TypeVar("Result")
 
 
-def run_all(tasks: Sequence[Callable[[], Result]], workers: int) -> Iterator[Result]:
+def run_all(tasks: Sequence[Callable[[], Result]], workers: int) -> Generator[Result]:
     """Yield the tasks' results in order. Tasks are picklable; with one worker, or few tasks, this process runs them.
 
     Raises UserError if a process died. To stop early, close the iterator.
@@ -47,6 +47,7 @@ def _follow_parent() -> None:
     """Make a worker ignore Ctrl-C, which the parent handles, and exit when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
 
     def wait() -> None:
         multiprocessing.connection.wait([parent.sentinel])

@@ -136,9 +136,10 @@ def read_labelled(image_path: Path, label_path: Path, label_of_value: np.ndarray
 def _read_labels(path: Path, label_of_value: np.ndarray) -> np.ndarray:
     """Read the label map at `path`, [H, W] int16."""
     pixels = _read_index_png(path)
-    read = {"stored": partial(_labels_of, pixels.stored, path, label_of_value)}
-    if pixels.differs:
-        read["shown"] = partial(_labels_of, pixels.grey, path, label_of_value)
+    ways = {"stored": pixels.stored, "shown": pixels.grey if pixels.differs else None}
+    read = {
+        name: partial(_labels_of, values, path, label_of_value) for name, values in ways.items() if values is not None
+    }
     return one_reading(pixels, str(path), read, "save it as 8 or 16-bit grey with the classes' numbers")
 
 

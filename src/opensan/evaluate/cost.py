@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from opensan.config import PRESETS, ModelConfig
 from opensan.model import SAN
 from opensan.segmenters.san import SanSegmenter
 from opensan.structures import ImageSizes, Proposals, TextClassifier
+from opensan.text.rows import TextRows
 from opensan.train.log import peak_memory_mib
 from opensan.vocabulary import Vocabulary
 
@@ -104,7 +105,8 @@ def profile(source: str, *, size: tuple[int, int] = OFFICIAL_SIZE, words: int = 
     model = random_model(source, 0) if source in PRESETS else load_model(source)
     config = model.config
     divisor = config.image.size_divisor
-    size = tuple(-(-side // divisor) * divisor for side in size)
+    height, width = (-(-side // divisor) * divisor for side in size)
+    size = (height, width)
     return Profile(
         model=config.name,
         size=size,
@@ -215,13 +217,13 @@ def measure_speed(model: SAN, size: tuple[int, int], words: int, device: str = "
     image = model.config.image.model_copy(update={"short_side": min(size), "long_side": max(size)})
     model.config = model.config.model_copy(update={"image": image})
     segmenter = SanSegmenter(model, device=device, text_cache=False)
-    segmenter.text = _EmbeddedWords(words, model.config.clip.embed_dim, segmenter.device)
+    segmenter.text = cast(TextRows, _EmbeddedWords(words, model.config.clip.embed_dim, segmenter.device))
     vocabulary = Vocabulary.parse([f"word {number}" for number in range(words)])
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     if segmenter.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(segmenter.device)
     segmenter.segment(noise, vocabulary)
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < LEAST_RUNS or (sum(seconds) < MOST_SECONDS and len(seconds) < 50):
         start = time.perf_counter()
         segmenter.segment(noise, vocabulary)  # labels in the host's memory, so the device has finished

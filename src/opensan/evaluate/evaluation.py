@@ -71,7 +71,7 @@ def model_predictor(model: SAN, text: TextClassifier, words: int) -> Predictor:
     @torch.no_grad()
     def predict(image: np.ndarray) -> np.ndarray:
         prepared = prepare(image, model.config.image)
-        proposals = model.propose(prepared.pixels.unsqueeze(0).to(device))
+        proposals = model.propose(torch.as_tensor(prepared.pixels).unsqueeze(0).to(device))
         probabilities = class_probabilities(model.classify(proposals, text))[0]
         labels = label_map(proposals.mask_logits[0], probabilities, prepared.sizes).cpu().numpy()
         return np.where(labels < words, labels, UNLABELLED)

@@ -101,7 +101,7 @@ class SavedPredictions:
         return read_label_map(path)
 
     def _from_entries(self, name: str, size: tuple[int, int]) -> np.ndarray:
-        if name not in self._spans:
+        if self._spans is None or name not in self._spans:
             raise UserError(f"{self.path}: no prediction for {name}")
         labels = np.full(size, UNLABELLED, dtype=np.int32)
         with self.path.open("rb") as file:
@@ -153,7 +153,9 @@ def _entries(path: Path) -> Iterator[tuple[int, int, object]]:
             raise UserError(f"{path}: not a JSON list of predictions")
         at += 1
         while True:
-            at = _BETWEEN.match(text, at).end()
+            between = _BETWEEN.match(text, at)
+            assert between is not None  # it matches nothing too
+            at = between.end()
             if text[at : at + 1] == "]":
                 return
             try:

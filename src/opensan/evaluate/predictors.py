@@ -4,8 +4,10 @@ Letters: Q queries, K words, H0 W0 the image.
 """
 
 import json
+import operator
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Protocol
+from functools import reduce
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,16 +27,17 @@ TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 class BatchPredictor(Protocol):
     """Labels images in batches."""
 
-    key: Mapping[str, object]
-    """All that its labels depend on, as plain data."""
+    @property
+    def key(self) -> Mapping[str, object]:
+        """All that its labels depend on, as plain data."""
 
     def shape(self, size: tuple[int, int]) -> Hashable:
         """Return a key for images of (H0, W0): images with equal keys may be predicted together."""
 
-    def prepare(self, name: str, image: np.ndarray) -> object:
+    def prepare(self, name: str, image: np.ndarray) -> Any:
         """Prepare an image [H0, W0, 3] uint8 in another thread, ahead of `predict`. Raises UserError."""
 
-    def predict(self, prepared: Sequence[object]) -> list[np.ndarray]:
+    def predict(self, prepared: Sequence[Any]) -> list[np.ndarray]:
         """Return labels [H0, W0] int32 of each image, 0..K-1, or -1 where no word is given."""
 
 
@@ -98,9 +101,10 @@ class AugmentedPredictor:
         views = [self._segmenter.scores(encoding, self._vocabulary) for encoding in encodings]
 
         def summed(rows: slice) -> "torch.Tensor | np.ndarray":
-            return sum(
+            views_of_rows = (
                 _mirrored(scores(rows)) if flip else scores(rows) for scores, flip in zip(views, flips, strict=True)
             )
+            return reduce(operator.add, views_of_rows)
 
         labels = best_words(summed, encodings[0].sizes.image, len(self._vocabulary.words))
         labels[labels >= len(self._vocabulary.names)] = UNLABELLED

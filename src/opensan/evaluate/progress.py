@@ -113,7 +113,7 @@ def read_all(folder: Path, num_classes: int) -> Whole:
 def read_predictions(folder: Path) -> Iterator[str]:
     """Read the JSON entries of all saved predictions, in the images' order."""
     with ExitStack() as stack:
-        rows = {}
+        rows: dict[str, Journal] = {}
         for path in _journals(folder):
             journal = stack.enter_context(Journal(path))
             rows |= {key: journal for key, _ in journal.items() if key.startswith(_PREDICTIONS)}

@@ -50,12 +50,12 @@ def table(measured: list[Measured], model: str) -> dict[str, Mapping[str, float 
     """
     columns: dict[str, tuple[str | None, Measured | None]] = {title: (key, None) for key, title in BENCHMARKS.items()}
     for data in measured:
-        title = BENCHMARKS.get(data.label_set)
+        title = BENCHMARKS.get(data.label_set or "")
         if title is not None and columns[title][1] is None:
             columns[title] = (data.label_set, data)
         else:
             columns[data.name if data.name not in columns else f"{data.name} (own)"] = (None, data)
-    rows = {}
+    rows: dict[str, Mapping[str, float | int | None]] = {}
 
     def add(name: str, figure) -> None:
         figures = {title: figure(key, data) for title, (key, data) in columns.items()}

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -99,8 +100,8 @@ def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool, wor
     tower, unseen = encoder.tower()
     suffix = "" if dtype == "float32" else f"-{dtype}"
     manifest = ExportManifest(
-        format=format,
-        dtype=dtype,
+        format=cast(Any, format),  # checked by `formats.check`, and by the manifest again
+        dtype=cast(Any, dtype),
         image=image_identity(model) + suffix,
         text=text,
         text_tower=f"{tower} {format} {dtype}",

@@ -85,8 +85,8 @@ def parity(model: SAN, graphs: Mapping[str, Run], dtype: str) -> Parity:
     rows = _distinct(rows)
     equal = total = 0
     for prepared in _images(model.config):
-        proposals = model.propose(prepared.pixels.unsqueeze(0))
-        masks, embeddings = graphs["image"](pixels=prepared.pixels.unsqueeze(0).numpy())
+        proposals = model.propose(torch.as_tensor(prepared.pixels).unsqueeze(0))
+        masks, embeddings = graphs["image"](pixels=torch.as_tensor(prepared.pixels).unsqueeze(0).numpy())
         compare("mask logits", masks, proposals.mask_logits)
         compare("mask embeddings", embeddings, proposals.mask_embeddings)
         for count in WORD_COUNTS:

@@ -76,6 +76,7 @@ def _write_onnx(program: ExportedProgram, graph: Graph, path: Path) -> None:
             input_names=list(graph.example),
             output_names=list(graph.outputs),
         )
+        assert converted is not None  # as the exporter is dynamo's
         # Folding turns weights that a graph slices and transposes into matrices, which the steps below can shrink.
         fold_constants(
             converted.model, onnx_shape_inference=False, input_size_limit=ANY_SIZE, output_size_limit=ANY_SIZE

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from opensan.assemble.scores import class_probabilities
-from opensan.config import ModelConfig
+from opensan.config import ClipConfig, ModelConfig
 from opensan.errors import UserError
 from opensan.model import SAN
 from opensan.model.maps import WIDEST_WINDOW
@@ -147,6 +147,8 @@ def graphs(model: SAN, *, text: bool) -> dict[str, Graph]:
 
 def _check_windows(config: ModelConfig) -> None:
     """Raise UserError if the attention bias is pooled from wider windows than an exported graph supports."""
+    if not isinstance(config.clip, ClipConfig):
+        raise UserError(f"{config.name}: only models around a CLIP of two plain towers are exported, so far")
     for side in range(config.image.size_divisor, LARGEST_SIDE + 1, config.image.size_divisor):
         whole = side // config.side_adapter.patch_size
         size = int(side * config.clip_scale) // config.clip.vision.patch_size

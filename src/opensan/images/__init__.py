@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import IO, TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from opensan.config import ImageConfig
 from opensan.errors import UserError
@@ -108,7 +109,7 @@ def stored_size(
     def size_and_turn(image: Image.Image, name: str) -> tuple[tuple[int, int], Image.Transpose | None]:
         check_size(image.height, image.width, name, max_pixels)
         size = (image.height, image.width)
-        if image.format == "TIFF":  # Pillow turns these itself and may report the turned size
+        if isinstance(image, TiffImageFile):  # Pillow turns these itself and may report the turned size
             size = (image.tag_v2[_TIFF_HEIGHT], image.tag_v2[_TIFF_WIDTH])
         return size, _UPRIGHT.get(_orientation(image))
 
@@ -269,7 +270,7 @@ def _read_file(source: str | os.PathLike[str] | bytes, read: Callable[[Image.Ima
         raise ImageError(f"{_shorten(repr(str(path)))}: not a file name") from None  # a NUL in it
 
 
-def _read_open_file(file: io.BufferedIOBase, name: str, read: Callable[[Image.Image, str], T]) -> T:
+def _read_open_file(file: IO[bytes], name: str, read: Callable[[Image.Image, str], T]) -> T:
     with _without_pillow_limit():
         try:
             image = Image.open(file, formats=_known_formats())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from opensan.errors import UserError
 
@@ -72,7 +73,7 @@ def read_pixels(image: Image.Image) -> Pixels:
         raise UserError(f"an image of mode {image.mode}; save it with one channel of 8 or 16 bits, or as RGB of 8 bits")
     if bits == 16:
         raise UserError("colours of 16 bits a channel; save it with one channel, or as RGB of 8 bits")
-    if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] < 255:
+    if image.mode in ("RGBA", "LA") and np.asarray(image.getchannel("A")).min() < 255:
         raise UserError("has transparent pixels, whose meaning is not known; save it without transparency (alpha)")
     if image.mode == "LA":
         grey = np.asarray(image.getchannel("L"))
@@ -100,7 +101,7 @@ def deep_grey(image: Image.Image) -> np.ndarray:
 
 def _tag(image: Image.Image, tag: int, otherwise: int) -> int:
     """Return a TIFF tag that holds one number, or one for each channel."""
-    value = image.tag_v2.get(tag, otherwise) if image.format == "TIFF" else otherwise
+    value = image.tag_v2.get(tag, otherwise) if isinstance(image, TiffImageFile) else otherwise
     return value[0] if isinstance(value, tuple) else value
 
 
@@ -168,6 +169,7 @@ def one_reading(pixels: Pixels, name: str, read: Mapping[str, Callable[[], np.nd
     if not all(np.array_equal(fitting[0], other) for other in fitting[1:]):
         grey = pixels.grey
         shown = "colours" if grey is None else ranges(np.unique(grey).tolist())
+        assert pixels.stored is not None  # two readings disagree, so there are two
         raise UserError(
             f"{name}: stored {pixels.how}: its numbers ({ranges(np.unique(pixels.stored).tolist())}) and what viewers "
             f"show ({shown}) are different classes; {remedy}"

@@ -10,13 +10,13 @@ import errno
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from opensan import outputs
 from opensan.errors import UserError
@@ -65,7 +65,7 @@ class Question:
 
     def paths(self, job: Job) -> list[str]:
         """An image's files, below the results."""
-        paths = []
+        paths: list[str] = []
         for name in self.formats:
             if name in DATASETS:
                 paths += DATASETS[name].paths(job.place, job.image.suffix)
@@ -234,7 +234,7 @@ def _write(question: Question, job: Job, source: Stamp, segmentation: "Segmentat
             raise UserError(f"{question.out}: cannot write there ({reason})") from None
         return Broken(job, f"{job.image}: its results can't be written to {place.parent} ({reason})")
     unlabelled = float((segmentation.labels < 0).mean())
-    key = settings_key(settings_of(segmentation.segmenter, question.vocabulary))
+    key = settings_key(settings_of(cast("Segmenter", segmentation.segmenter), question.vocabulary))
     return Written(job, segmentation.areas, unlabelled, Record(job.place, str(job.image), source, key, files))
 
 
@@ -289,7 +289,7 @@ class FolderRun:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def results(self) -> Iterator[Written | Broken]:
+    def results(self) -> Generator[Written | Broken]:
         """Do what is pending, in about the order of the jobs; then write what data sets say of all images.
 
         Raises UserError where no results can be written. What was done by then is complete.

@@ -199,8 +199,8 @@ class GeoRaster:
         for band in self.bands:
             dtype, value = np.dtype(self._file.dtypes[band - 1]), given[band - 1]
             if value is not None and dtype.kind in "iu":
-                limits = np.iinfo(dtype)
-                value = int(value) if limits.min <= value <= limits.max and float(value).is_integer() else None
+                limits, number = np.iinfo(dtype), float(value)
+                value = int(number) if limits.min <= number <= limits.max and number.is_integer() else None
             found.append(None if value is None else np.array(value).astype(dtype)[()])
         if nodata is not None and all(value is None for value in found):
             raise UserError(f"{self.path}: no band can hold the value {nodata:g}, which --nodata gives")
@@ -248,14 +248,16 @@ class GeoRaster:
         rows, columns = (
             ((np.arange(some) + 0.5) * all / some).astype(int) for some, all in zip(shape, self.size, strict=True)
         )
-        values, valid = [], []
+        values: list[np.ndarray] = []
+        valid: list[np.ndarray] = []  # empty where nothing tells
         for top in range(0, height, at_once):
             wanted = rows[(rows >= top) & (rows < top + at_once)] - top
             if len(wanted):
                 found, has_data = self._read(Window(0, top, width, min(at_once, height - top)))
                 values.append(found[:, wanted][:, :, columns])
-                valid.append(None if has_data is None else has_data[wanted][:, columns])
-        return np.concatenate(values, axis=1), None if valid[0] is None else np.concatenate(valid)
+                if has_data is not None:
+                    valid.append(has_data[wanted][:, columns])
+        return np.concatenate(values, axis=1), np.concatenate(valid) if valid else None
 
     def _to_rgb(self, values: np.ndarray) -> np.ndarray:
         """Bands [C, H, W] as uint8 RGB [H, W, 3]."""

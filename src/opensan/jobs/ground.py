@@ -74,6 +74,7 @@ class Ground:
     def pixel_areas(self) -> tuple[np.ndarray, np.ndarray]:
         """Return a pixel's square metres by bands of rows: the bands' edges [B + 1], and [B, W] float64."""
         heights, widths = np.diff(self._rows), np.diff(self._columns)
+        assert self._cells is not None  # see `has_areas`
         density = self._cells / (heights[:, None] * widths)
         return self._rows.astype(int), np.repeat(density, widths.astype(int), axis=1)
 

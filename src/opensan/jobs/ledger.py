@@ -209,7 +209,10 @@ class Ledger:
         settings = as_json(settings)
         key, paths = settings_key(settings), [path for _, files in wanted.values() for path in files]
         self.remove_left_over(paths)
-        pending, stale, others, kept = [], [], Counter(), 0
+        pending: list[str] = []
+        stale: list[str] = []
+        others: Counter[str] = Counter()
+        kept = 0
         for place, (image, files) in wanted.items():
             record = self.records.get(place)
             if record is None:

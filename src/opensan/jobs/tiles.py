@@ -258,6 +258,7 @@ class _Work:
 
         The weights of tiles that overlap are not made to sum to one: at a pixel that changes no argmax.
         """
+        assert self._matrices is not None  # set with the first tile
         down, across = self._matrices
         masks = (down[rows] @ tile.mask_logits @ across[columns].T).sigmoid_()
         if not weigh:

@@ -143,7 +143,7 @@ class SceneTask(nn.Module):
 def read_windows(clip: ClipModel, features: ShallowFeatures, windows: Tensor) -> Tensor:
     """Encode `windows` [B, Q, h, w] bool on the grid of patches: unit embeddings [B, Q, D]."""
     bias = torch.where(windows, 0.0, OUTSIDE).unsqueeze(1)
-    heads = clip.visual.transformer.resblocks[0].attn.num_heads
+    heads = clip.attention_heads
     return clip.recognise(features, bias.expand(-1, heads, -1, -1, -1))
 
 
@@ -166,15 +166,17 @@ def clip_groups(clip: nn.Module, learning_rate: float, weight_decay: float) -> l
     groups = []
     for decay in (weight_decay, 0.0):
         members = [(name, p) for name, p in trained if (name in decayed) == (decay > 0)]
-        groups.append(ParameterGroup(*zip(*members, strict=True), learning_rate=learning_rate, weight_decay=decay))
+        names, parameters = zip(*members, strict=True)
+        groups.append(ParameterGroup(names, parameters, learning_rate, decay))
     return groups
 
 
 @functools.cache
 def _probe_scenes(count: int = 600, seed: int = 99) -> tuple[Tensor, list[str]]:
     """Return images [count, 3, 40, 40] of one object each, and their "colour shape" names."""
-    kind = {"split": "test", "objects": (1, 1), "radius": (0.4, 0.45)}
-    scenes = [make_scene(seed, index, (48, 48), **kind) for index in range(count)]
+    scenes = [
+        make_scene(seed, index, (48, 48), split="test", objects=(1, 1), radius=(0.4, 0.45)) for index in range(count)
+    ]
     pictures = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
     return pictures, [scene.objects[0].name for scene in scenes]
 

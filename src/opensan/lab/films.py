@@ -88,7 +88,7 @@ class _View:
 
     def points(self) -> np.ndarray:
         """Return [H, W, 2]: the canvas positions of the pixels' centres."""
-        grid = np.stack(np.indices(self.size), axis=-1) + 0.5
+        grid = np.moveaxis(np.indices(self.size), 0, -1) + 0.5
         return self.corner + self.scale * grid
 
     def of(self, canvas: np.ndarray, resampling: Image.Resampling) -> np.ndarray:

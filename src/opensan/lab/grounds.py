@@ -89,7 +89,7 @@ def _water(rng: np.random.Generator, height: int, width: int, unit: float) -> np
     waves = _noise(rng, height, width, 3 * unit, 11 * unit) + 0.5 * _noise(rng, height, width, 1.6 * unit, 5 * unit)
     crest = 1 - 2.4 * np.abs(waves + 0.5 * swell)
     deep = _ramp(0.5 * swell + 0.5 * waves, (10, 66, 96), (26, 112, 142), (72, 164, 184))
-    return deep + (np.clip(crest, 0, 1) ** 2 * 70)[..., None] * np.float32([0.8, 1, 1])
+    return deep + (np.clip(crest, 0, 1) ** 2 * 70)[..., None] * np.array([0.8, 1, 1], dtype=np.float32)
 
 
 def _masonry(
@@ -110,7 +110,7 @@ def _brick(rng: np.random.Generator, height: int, width: int, unit: float) -> np
     rough = _clouds(rng, height, width, 5 * unit, 3)
     clay = _ramp(0.55 * block + 0.35 * rough, (104, 46, 34), (152, 74, 54), (188, 112, 84))
     clay *= (0.86 + 0.14 * np.clip(edge / (2 * unit), 0, 1))[..., None]
-    lime = np.float32([186, 178, 164]) + 20 * rough[..., None]
+    lime = np.array([186, 178, 164], dtype=np.float32) + 20 * rough[..., None]
     return clay + mortar[..., None] * (lime - clay)
 
 
@@ -186,7 +186,7 @@ def _tiles(rng: np.random.Generator, height: int, width: int, unit: float) -> np
     glaze = _clouds(rng, height, width, 20 * unit, 2)
     ceramic = _ramp(0.45 * tile + 0.3 * glaze, (112, 158, 152), (150, 190, 182), (190, 218, 210))
     ceramic *= (1.08 - 0.1 * np.clip(edge / (2.5 * unit), 0, 1))[..., None]
-    return ceramic + joint[..., None] * (np.float32([226, 224, 216]) - ceramic)
+    return ceramic + joint[..., None] * (np.array([226, 224, 216], dtype=np.float32) - ceramic)
 
 
 def _lava(rng: np.random.Generator, height: int, width: int, unit: float) -> np.ndarray:

@@ -250,7 +250,7 @@ def paint_grounds(
         return image, index_map, [SceneRegion(ground=near)]
     far = _draw(rng, [name for name in words if name != near])
     across = np.arange(width, dtype=np.float32) / width
-    horizon = rng.uniform(0.25, 0.6) + sum(
+    horizon = np.full(width, rng.uniform(0.25, 0.6)) + sum(
         rng.normal(0, 0.035 / turns) * np.sin(2 * np.pi * (turns * across + rng.random())) for turns in (0.5, 1, 2, 5)
     )
     above = (horizon * height)[None, :] - np.arange(height, dtype=np.float32)[:, None]
@@ -326,8 +326,8 @@ def paint_object(
 
 def _surface(rng: np.random.Generator, region: SceneRegion, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Return the object's paint before lighting: its colour, with a paler or darker shade in the texture's pattern."""
-    colour = np.array(COLOURS[region.colour], dtype=np.float32)
-    colour = colour * rng.uniform(0.9, 1.08) + rng.normal(0, 6, 3)
+    pure = np.array(COLOURS[region.colour], dtype=np.float32)
+    colour = pure * rng.uniform(0.9, 1.08) + rng.normal(0, 6, 3)
     if not region.texture:
         return np.broadcast_to(colour.astype(np.float32), (*u.shape, 3)).copy()
     # White has no paler shade and black no darker one; yellow and orange turn into other colours when darkened.

@@ -61,4 +61,4 @@ def _hash_tensor(tensor: Tensor) -> bytes:
     tensor = tensor.detach()
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
-    return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()

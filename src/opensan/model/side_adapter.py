@@ -7,6 +7,7 @@ Patch maps travel as tokens [B, L, C]; what the official code writes as 1x1 conv
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ class DecoupledHead(nn.Module):
         The last layer would give every pixel N * M channels only to contract M of them with a query. It is linear,
         so its weight is folded into the queries instead: (W x + b) . q = x . (W^T q) + b . q.
         """
-        last = self.attention_mlp.layers[-1]
+        last = cast(nn.Linear, self.attention_mlp.layers[-1])
         weight = last.weight.unflatten(0, (self.attention_heads, -1))  # [N, M, hidden]
         offset = last.bias.unflatten(0, (self.attention_heads, -1))  # [N, M]
         folded = torch.einsum("bqm,nmc->bnqc", q, weight)

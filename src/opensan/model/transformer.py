@@ -8,7 +8,7 @@ Letters: B batch, Q queries, N attention heads, L tokens, C channels, D channels
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +170,8 @@ class ClipBlock(Block):
     def parts(self) -> Parts:
         attn, mlp = self.attn, self.mlp
         weights = (attn.num_heads, self.ln_1, attn.in_proj_weight, attn.in_proj_bias, attn.out_proj)
-        return Parts(*weights, self.ln_2, mlp.c_fc, mlp.gelu, mlp.c_proj)
+        first, activation, last = mlp
+        return Parts(*weights, self.ln_2, cast(nn.Linear, first), activation, cast(nn.Linear, last))
 
     def forward(
         self,
@@ -238,4 +239,5 @@ class SideBlock(Block):
     def parts(self) -> Parts:
         attn, mlp = self.attn, self.mlp
         weights = (attn.heads, self.norm1, attn.qkv.weight, attn.qkv.bias, attn.proj)
-        return Parts(*weights, self.norm2, mlp.fc1, mlp.gelu, mlp.fc2)
+        first, activation, last = mlp
+        return Parts(*weights, self.norm2, cast(nn.Linear, first), activation, cast(nn.Linear, last))

@@ -74,7 +74,7 @@ def _chart(title: str, series: Mapping[str, Series]) -> Image.Image:
         draw.line((x, bottom, x, bottom + 4 * FINE), FAINT_COLOUR, FINE)
         draw.text((x, bottom + 14 * FINE), _shown(value), FAINT_COLOUR, font_for("0", letters), anchor="mm")
     draw.line((left, bottom, right, bottom), FAINT_COLOUR, FINE)
-    next_left = left
+    next_left: float = left
     for (name, line), colour in zip(series.items(), palette(len(series)).tolist(), strict=True):
         _line(draw, line, x_axis, y_axis, tuple(colour))
         next_left = _name(draw, name, next_left, 36 * FINE, tuple(colour)) if len(series) > 1 else next_left

@@ -27,6 +27,12 @@ _BLINDNESS = [
 ]
 
 
+def rgb(colour: np.ndarray) -> tuple[int, int, int]:
+    """Return a colour [3] as Pillow takes it."""
+    red, green, blue = map(int, colour)
+    return red, green, blue
+
+
 def palette(count: int) -> np.ndarray:
     """Return colours [count, 3] uint8 RGB, all different up to 200,000. A class's colour does not depend on `count`."""
     colours = _spread_colours()

@@ -103,7 +103,7 @@ def _write_coco(path: Path, labelled: Labelled) -> None:
             "area": int(coco_mask.area(rle)),
             "bbox": [int(side) for side in coco_mask.toBbox(rle)],
             "iscrowd": 0,
-            "score": round(confidence[label], 6),
+            "score": round(confidence[label] or 0.0, 6),
         }
         for label, rle in run_lengths(labelled.labels, len(labelled.names)).items()
     ]
@@ -196,7 +196,7 @@ def _write_label_studio(path: Path, labelled: Labelled) -> None:
             "original_width": width,
             "original_height": height,
             "image_rotation": 0,
-            "score": round(confidence[label], 6),
+            "score": round(confidence[label] or 0.0, 6),
             "value": {"format": "rle", "rle": brush_rle(labelled.labels == label), "brushlabels": [name]},
         }
         for label, name in enumerate(labelled.names)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from opensan.outputs.colours import palette
+from opensan.outputs.colours import palette, rgb
 from opensan.outputs.fonts import font_for, readable, shortened, text_width
 
 OPACITY = 0.55
@@ -46,7 +46,7 @@ def overlay(
     assert image.shape == (*labels.shape, 3) and image.dtype == np.uint8, (image.shape, image.dtype, labels.shape)
     colours = palette(len(names))
     entries = [
-        Entry(name, format_share(areas[name]), tuple(map(int, colours[i])), areas[name])
+        Entry(name, format_share(areas[name]), rgb(colours[i]), areas[name])
         for i, name in enumerate(names)
         if areas[name] > 0
     ]

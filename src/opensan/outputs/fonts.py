@@ -125,7 +125,9 @@ def _font(name: str, letters: int, layout: ImageFont.Layout | None = None) -> Im
 @functools.cache
 def _built_in_font(letters: int) -> ImageFont.FreeTypeFont:
     """Return Pillow's own font, which has little more than ASCII."""
-    return ImageFont.load_default(letters)
+    font = ImageFont.load_default(letters)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow is built with FreeType
+    return font
 
 
 @functools.cache

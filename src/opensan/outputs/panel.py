@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from opensan.outputs.colours import palette
+from opensan.outputs.colours import palette, rgb
 from opensan.outputs.drawing import TEXT_COLOUR, Entry, blend, with_legend
 from opensan.outputs.fonts import font_for, readable, shortened
 
@@ -80,4 +80,4 @@ def _entries(rows: Sequence[PanelRow], names: Sequence[str], colours: np.ndarray
         for labels in (row.truth, row.predicted):
             areas += np.bincount(labels[labels >= 0], minlength=len(names)) / labels.size
     order = [index for index in np.argsort(-areas, kind="stable") if areas[index] > 0]
-    return [Entry(names[index], "", tuple(map(int, colours[index])), areas[index]) for index in order]
+    return [Entry(names[index], "", rgb(colours[index]), areas[index]) for index in order]

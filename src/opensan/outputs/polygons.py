@@ -71,7 +71,9 @@ def _simple(ring: np.ndarray) -> list[np.ndarray]:
     keys = ring[:, 0] << 32 | ring[:, 1]
     if len(np.unique(keys)) == len(keys):
         return [ring]
-    rings, path, place = [], [], {}
+    rings: list[np.ndarray] = []
+    path: list[int] = []
+    place: dict[int, int] = {}
     for index, key in enumerate(keys.tolist()):
         if key in place:
             begin = place[key]
@@ -195,22 +197,22 @@ def _rings(corners: _Corners) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # A side ends at the next corner of its row or column that has its direction; so, sorted by rows or columns, the
         # sides' beginnings and ends pair up one to one.
         along, across = (0, 1) if direction in (_RIGHT, _LEFT) else (1, 0)
-        starts, ends = (np.flatnonzero(which == direction) for which in (corners.leaves, corners.arrives))
-        starts, ends = (which[np.lexsort([places[which, along], places[which, across]])] for which in (starts, ends))
-        follower[starts] = ends
+        sides = (np.flatnonzero(which == direction) for which in (corners.leaves, corners.arrives))
+        begins, stops = (which[np.lexsort([places[which, along], places[which, across]])] for which in sides)
+        follower[begins] = stops
     following = array("q", follower.tobytes())
     seen = bytearray(count)
-    order, ends = array("q"), array("q")
+    found, closed = array("q"), array("q")
     for first in np.lexsort(places.T).tolist():
         if seen[first]:
             continue
         corner = first
         while not seen[corner]:
             seen[corner] = 1
-            order.append(corner)
+            found.append(corner)
             corner = following[corner]
-        ends.append(len(order))
-    order, ends = (np.frombuffer(found, dtype=np.int64) for found in (order, ends))
+        closed.append(len(found))
+    order, ends = (np.frombuffer(numbers, dtype=np.int64) for numbers in (found, closed))
     return places[order], corners.owners[order[ends - 1]] if count else order, ends
 
 

@@ -70,10 +70,11 @@ def _answers(
     image = arrays["image"]
     prepared = prepare(image, model.config.image, resize=False)
     sizes = replace(prepared.sizes, image=tuple(arrays["output_size"].tolist()))
-    pixels = prepared.pixels.unsqueeze(0).to(model.no_object_embedding.device)
+    pixels = torch.as_tensor(prepared.pixels).unsqueeze(0).to(model.no_object_embedding.device)
 
     features = model.shallow_features(pixels)
     proposals = model.propose(pixels)
+    assert proposals.attention_bias is not None
     vocabulary = Vocabulary.parse(list(meta["words"]), templates=meta["templates"])
     text = TextEncoder(model, disk_cache=False).classifier(vocabulary)
     logits = model.classify(proposals, text)[0]

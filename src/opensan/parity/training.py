@@ -96,7 +96,7 @@ def check_training(arrays: Path, figures: Path, *, trajectory: bool = True) -> l
     pixels, targets = _pixels(model, golden), _targets(model, golden)
     expected = golden.figures["float64"]
     step = _forward(model, pixels, targets, text)
-    total = sum(step.losses.values())
+    total = torch.stack(list(step.losses.values())).sum()
     total.backward()
 
     rows = _check_outputs(step.outputs, golden)
@@ -195,9 +195,10 @@ def _forward(model: SAN, pixels: Tensor, targets: MaskTargets, text: TextClassif
     outputs = [LayerOutput(layer.mask_logits, logits) for layer, logits in zip(layers, class_logits, strict=True)]
     losses, matches = criterion(outputs, targets, mask_normalizer([targets], pixels.device))
     *auxiliary, last = model.config.side_adapter.supervised_blocks
-    named = {}
+    named: dict[str, Tensor] = {}
     for block, layer, logits in zip((last, *auxiliary), layers, class_logits, strict=True):
         named[f"mask_logits/block{block}"] = layer.mask_logits
+        assert layer.attention_bias is not None
         named[f"attention_bias/block{block}"] = layer.attention_bias
         named[f"mask_embeddings/block{block}"] = layer.mask_embeddings
         named[f"class_logits/block{block}"] = logits

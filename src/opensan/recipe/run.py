@@ -118,15 +118,17 @@ def _validation(
     model: SAN, held_out: SegmentationDataset, recipe: RecipeConfig
 ) -> tuple[Callable[[int], Mapping[str, float]], Callable[[int], Mapping[str, Image]] | None]:
     """Return the function that validates the model, and the one that draws its predictions (None for no pictures)."""
-    measure = validation(model, held_out, limit=recipe.validation.limit)
+    config = recipe.validation
+    assert config is not None  # it names the data set `held_out`
+    measure = validation(model, held_out, limit=config.limit)
 
     def validate(step: int) -> Mapping[str, float]:
         return measure(step) if is_main() else {}
 
-    if recipe.validation.pictures == 0:
+    if config.pictures == 0:
         return validate, None
     predict = dataset_predictor(model, held_out)
-    return validate, lambda _step: _panel(predict, held_out, recipe.validation.pictures)
+    return validate, lambda _step: _panel(predict, held_out, config.pictures)
 
 
 def _panel(predict: Predictor, held_out: SegmentationDataset, count: int) -> dict[str, Image]:

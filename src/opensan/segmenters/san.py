@@ -55,6 +55,8 @@ def _undisturbed(method: Callable) -> Callable:
 class SanSegmenter(ProposalSegmenter):
     """A model ready to be asked. Holds no state of any image, so threads may share one object."""
 
+    device: torch.device
+
     def __init__(
         self,
         model: SAN,

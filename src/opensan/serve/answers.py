@@ -108,7 +108,9 @@ def _map(segmentation: Segmentation, with_confidence: bool) -> bytes:
     height, width = labels.shape
     wide = len(names) > 255
     areas = segmentation.areas
-    means = [None] * len(names) if confidence is None else outputs.mean_confidence(labels, confidence, len(names))
+    means: list[float | None] = [None] * len(names)
+    if confidence is not None:
+        means = outputs.mean_confidence(labels, confidence, len(names))
     colours = outputs.palette(len(names))
     header = {
         "width": width,
@@ -120,10 +122,10 @@ def _map(segmentation: Segmentation, with_confidence: bool) -> bytes:
                 "name": name,
                 "index": index,
                 "area": areas[name],
-                "confidence": None if means[index] is None else round(means[index], 4),
+                "confidence": None if mean is None else round(mean, 4),
                 "colour": "#" + bytes(colours[index]).hex(),
             }
-            for index, name in enumerate(names)
+            for index, (name, mean) in enumerate(zip(names, means, strict=True))
         ],
     }
     text = _dumped(header)

@@ -45,7 +45,7 @@ SWEEP_SECONDS = 5.0
 Answer = TypeVar("Answer")
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_FORMS = {
+_FORMS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The segmentation, in the form that `format` or else `Accept` asks for: areas, confidences and "
         "COCO run-length masks as JSON; the label map as PNG (8-bit with a palette up to 255 words, else 16-bit; the "

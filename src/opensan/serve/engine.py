@@ -189,7 +189,7 @@ class Engine:
     def _encode_group(self, group: list[InputImage]) -> list[Encoding | Exception]:
         """Photographs of one padded shape; those of a batch that fails are tried one by one."""
         try:
-            return self.segmenter.encode_prepared(group)
+            return list(self.segmenter.encode_prepared(group))
         except Exception as error:
             if len(group) == 1:
                 return [error]

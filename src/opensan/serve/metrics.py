@@ -1,6 +1,7 @@
 """What Prometheus reads at /metrics."""
 
 import time
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,12 +16,15 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry, "namespace": "opensan"}
+        own: dict[str, Any] = {"registry": self.registry, "namespace": "opensan"}
         self.requests = Counter("requests", "Requests answered.", ["method", "route", "code"], **own)
         self.seconds = Histogram(
-            "request_seconds", "From the headers of a request to the end of its answer.", ["route"],
-            buckets=_SECONDS, **own,
-        )  # fmt: skip
+            "request_seconds",
+            "From the headers of a request to the end of its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            **own,
+        )
         self.batch = Histogram(
             "batch_images", "Photographs encoded together.", buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32), **own
         )

@@ -1,7 +1,9 @@
 """The web page: static files of the package, served at "/" by the service that they talk to."""
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.responses import Response
@@ -23,7 +25,7 @@ class _Files(StaticFiles):
         self,
         full_path: str | os.PathLike[str],
         stat_result: os.stat_result,
-        scope: dict,
+        scope: MutableMapping[str, Any],
         status_code: int = 200,
     ) -> Response:
         response = super().file_response(full_path, stat_result, scope, status_code)

@@ -117,7 +117,7 @@ class TextCache:
                 if not self._complain(error):
                     return
 
-    def _select(self, keys: Sequence[bytes]) -> Iterable[tuple[bytes, bytes, bytes]]:
+    def _select(self, keys: Sequence[bytes]) -> Iterable[tuple[bytes, bytes, bytes, int]]:
         with closing(self._connect("rw")) as database:
             database.execute("BEGIN")  # so that no writer changes the file meanwhile
             database.execute("SELECT 1 FROM embeddings LIMIT 1")
@@ -129,7 +129,7 @@ class TextCache:
                 columns = "key, row, checksum, day"
                 yield from database.execute(f"SELECT {columns} FROM embeddings WHERE key IN ({marks})", part)
 
-    def _insert(self, entries: list[tuple[bytes, bytes, bytes]]) -> None:
+    def _insert(self, entries: list[tuple[bytes, bytes, bytes, int]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with closing(self._connect("rwc")) as database:
             # A power loss may damage the file, but readers detect that, so there is no need to wait for the disk.

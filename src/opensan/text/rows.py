@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -100,11 +100,18 @@ class TextRows:
     A subclass runs the tower: `_current_tower`, and `_embed_tree` if the tower is causal, else `_embed_prompts`.
     """
 
-    causal = True
+    causal: bool = True
     """Whether the tower is causal. Only then are prompts embedded as trees: in any other tower, a token's output
     depends on what follows it."""
-    most_nodes = NODES_ON_CPU
-    """Tokens of the prompt trees that `_embed_tree` is given."""
+
+    @property
+    def most_nodes(self) -> int:
+        """Tokens of the prompt trees that `_embed_tree` is given."""
+        return NODES_ON_CPU
+
+    def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> Any:
+        """The vocabulary's text rows in the form that the model's image half takes, remembered."""
+        raise NotImplementedError
 
     def __init__(
         self, context_length: int, dimension: int, *, disk_cache: bool = True, cache_dir: Path | None = None
@@ -266,6 +273,8 @@ def _progress_bar(total: int, wanted: bool | None) -> Iterator:
     started = time.monotonic()
     bar: Progress | None = None
 
+    done = 0.0
+
     def advance(count: float) -> None:
         nonlocal bar, done
         done += count
@@ -274,7 +283,6 @@ def _progress_bar(total: int, wanted: bool | None) -> Iterator:
         if bar is not None:
             bar.update(bar.task_ids[0], completed=round(done))
 
-    done = 0.0
     try:
         yield advance
     finally:

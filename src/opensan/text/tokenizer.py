@@ -82,9 +82,9 @@ class Tokenizer:
                 before[after[at]] = at
             for begin in (before[at], at):
                 if begin >= 0 and after[begin] < count:
-                    rank = self._rank.get((parts[begin], parts[after[begin]]))
-                    if rank is not None:
-                        heapq.heappush(places, (rank, begin))
+                    next_rank = self._rank.get((parts[begin], parts[after[begin]]))
+                    if next_rank is not None:
+                        heapq.heappush(places, (next_rank, begin))
         return tuple(self._number[part] for part in parts if part)
 
 

@@ -44,7 +44,7 @@ class CheckpointFolder:
 
     def load_newest(self) -> tuple[dict[str, Any] | None, list[str]]:
         """Return the newest undamaged state (None if there is none), and a message about each damaged one."""
-        messages = []
+        messages: list[str] = []
         for path in self._newest_first("step"):
             try:
                 return _read(path), messages
@@ -66,6 +66,7 @@ class CheckpointFolder:
 def _read(path: Path) -> dict[str, Any]:
     """Read a checkpoint. Raises UserError if its content is damaged."""
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest()[:16] != _NAME.fullmatch(path.name)[3]:
+    match = _NAME.fullmatch(path.name)
+    if match is None or hashlib.sha256(content).hexdigest()[:16] != match[3]:
         raise UserError(f"{path}: damaged (its checksum does not fit its name)")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -10,11 +10,11 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -199,7 +199,7 @@ class Trainer:
                 progress.say(f"{self.broken} broken samples were skipped in this run, others taken in their place")
         return RunResult(self.step, self.step == config.steps, self.best, self.broken)
 
-    def _timed_stream(self) -> Iterator[Sequence[LoadedBatch]]:
+    def _timed_stream(self) -> Generator[Sequence[LoadedBatch]]:
         """Yield the stream from the current step, and add up the time spent waiting for it."""
         config = self.config
         batches = stream(
@@ -214,7 +214,7 @@ class Trainer:
             world=world_size(),
             pin_memory=self.device.type == "cuda",
         )
-        with closing(batches):
+        with closing(cast("Generator[Sequence[LoadedBatch]]", batches)):
             while True:
                 start = time.perf_counter()
                 step = next(batches, None)
@@ -236,10 +236,9 @@ class Trainer:
         own = losses.new_tensor([len(broken), self._stop])
         shared = sum_over_ranks(torch.cat((losses.mean(0), own)))
         # One copy to the host for all figures of a step.
-        *shared, norm = torch.cat((shared, norm.double().view(1))).tolist()
-        *sums, new_broken, stop = shared
+        *sums, new_broken, stop, gradient_norm = torch.cat((shared, norm.double().view(1))).tolist()
         figures = {name: value / world_size() for name, value in zip(names, sums, strict=True)}
-        figures["gradient_norm"] = norm
+        figures["gradient_norm"] = gradient_norm
         if new_broken:
             self._report_broken(broken, progress)
         # Logged in every run, as a run may continue in another number format. Its name lacks "loss": losses are summed.
@@ -252,7 +251,7 @@ class Trainer:
         """Compute gradients of the mean of all processes' micro-batches; return losses, [micro-batches, names]."""
         self.optimizer.zero_grad(set_to_none=True)
         batches = [one.batch.to(self.device) for one in loaded]
-        prepared = self.task.prepare(batches)
+        prepared = cast(Task, self.task).prepare(batches)
         dtype = autocast_dtype(self.config.precision, self.device)
         names, rows = [], []
         for number, batch in enumerate(batches):
@@ -422,7 +421,7 @@ class Trainer:
         def stop(number: int, _frame: Any) -> None:
             self._stop = True
             if world_size() == 1:
-                signal.signal(number, previous[number])
+                signal.signal(number, previous[signal.Signals(number)])
 
         self._stop = False
         try:

@@ -76,9 +76,8 @@ def match(outputs: Sequence[LayerOutput], targets: Targets, points: Tensor, weig
     # One copy to the host for all layers, because each copy waits for the device.
     costs = torch.stack([matching_costs(output, targets, points, values, weights) for output in outputs]).cpu()
     # A loss that is not finite must be reported as a loss, not as an error of the assignment.
-    costs = costs.nan_to_num(nan=0.0).numpy()
     matches = []
-    for layer in costs:
+    for layer in costs.nan_to_num(nan=0.0).numpy():
         pairs = [linear_sum_assignment(cost[:, :count]) for cost, count in zip(layer, targets.counts, strict=True)]
         image = [index for index, (queries, _) in enumerate(pairs) for _ in queries]
         query = [int(value) for queries, _ in pairs for value in queries]

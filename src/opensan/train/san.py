@@ -6,6 +6,7 @@ Letters: B batch, K words, Q queries, H W image.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -136,7 +137,9 @@ def train_san(
         raise UserError(
             "every parameter of the model is frozen, as in a SanSegmenter; train opensan.checkpoints.load_model"
         )
-    datasets = list(dataset) if isinstance(dataset, list | tuple) else [(dataset, 1.0)]
+    datasets: list[tuple[SegmentationDataset, float]] = (
+        list(dataset) if isinstance(dataset, list | tuple) else [(cast(SegmentationDataset, dataset), 1.0)]
+    )
     sources = tuple(SegmentationSource(data, config.augment, number) for number, (data, _) in enumerate(datasets))
     mixture = DatasetMixture(sources, tuple(weight for _, weight in datasets))
     points = RandomPoints(config.points.count, config.points.oversampling, config.points.importance)

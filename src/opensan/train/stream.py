@@ -140,7 +140,9 @@ class _Positions(Dataset):
     def __init__(self, sources: Sequence[TrainingSource], seed: int) -> None:
         self.sources = sources
         self.seed = seed
-        self.orders = None  # made in the worker, because cached permutations are not sent between processes
+        self.orders: list[SampleOrder] | None = (
+            None  # made in the worker, because cached permutations are not sent between processes
+        )
 
     def __getitem__(self, index: tuple[int, int]) -> _Item | UserError:
         """Load a sample. Errors that end the run are returned, because a worker's exception adds pages of traceback."""
@@ -149,7 +151,7 @@ class _Positions(Dataset):
         source = self.sources[number]
         generator = np.random.default_rng([self.seed, 1, position, number])
         sample = self.orders[number](position)
-        broken = []
+        broken: list[str] = []
         while True:
             name = source.name(sample)
             try:
@@ -161,12 +163,15 @@ class _Positions(Dataset):
             sample = int(generator.integers(len(source)))
 
     def collate(self, items: list[_Item | UserError]) -> LoadedBatch | UserError:
-        if error := next((item for item in items if isinstance(item, UserError)), None):
-            return error
+        samples = []
+        for item in items:
+            if isinstance(item, UserError):
+                return item
+            samples.append(item)
         return LoadedBatch(
-            self.sources[items[0].source].collate([item.sample for item in items]),
-            tuple(item.name for item in items),
-            tuple(reason for item in items for reason in item.broken),
+            self.sources[samples[0].source].collate([item.sample for item in samples]),
+            tuple(item.name for item in samples),
+            tuple(reason for item in samples for reason in item.broken),
         )
 
 
@@ -226,7 +231,7 @@ def stream(
         if workers:
             # Do not wait for garbage collection: a traceback may hold the iterator until the interpreter ends, which
             # then waits for the workers, and these ignore its signals.
-            batches._shutdown_workers()
+            batches._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public way
 
 
 def _checked(loaded: LoadedBatch | UserError) -> LoadedBatch:

@@ -20,10 +20,13 @@ NO_SEGMENT = -2
 class Targets(Protocol):
     """Segments of a batch, whose masks are read at points only."""
 
-    classes: Tensor
-    """[B, M] int64: the class of each segment, NO_SEGMENT after an image's last."""
-    counts: tuple[int, ...]
-    """The number of segments of each of the B images; known without a transfer from the device."""
+    @property
+    def classes(self) -> Tensor:
+        """[B, M] int64: the class of each segment, NO_SEGMENT after an image's last."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of segments of each of the B images; known without a transfer from the device."""
 
     def at_shared_points(self, points: Tensor) -> Tensor:
         """Return every segment's mask at its image's `points` [B, P, 2]: [B, M, P] in [0, 1]."""

@@ -16,7 +16,7 @@ from opensan.train.log import RunLogger
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
-class _Tracker:
+class _Tracker(RunLogger):
     """Base class of trackers. It opens nothing before `start`, which a run with wrong settings never reaches."""
 
     def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:

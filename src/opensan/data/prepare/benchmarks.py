@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -66,8 +67,8 @@ def open_coco_stuff(folder: Path) -> Source:
             labels = raw.find(folder, *(f"{place}/{part}" for place in places))
             if images and labels:
                 yield from _two_folders(images, labels, split, "coco_stuff_171")
-            elif images or labels:
-                there = (images or labels).relative_to(folder)
+            elif there := images or labels:
+                there = there.relative_to(folder)
                 incomplete[split] = f"there is {there}/ without its {'labels' if images else 'images'}"
 
     incomplete: dict[str, str] = {}
@@ -83,7 +84,7 @@ VOC_NEEDS = (
 
 def open_voc(folder: Path) -> Source:
     """Open Pascal VOC 2012."""
-    root = raw.find(folder, "VOCdevkit/VOC2012", "VOC2012", ".")
+    root = raw.find(folder, "VOCdevkit/VOC2012", "VOC2012") or folder
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt"):
         if not (root / part).exists():
             raise _incomplete(root, VOC_NEEDS, f"there is no {part}")
@@ -108,7 +109,7 @@ CONTEXT_NEEDS = (
 
 def open_context(label_set: str, folder: Path) -> Source:
     """Open Pascal Context with the classes of `label_set`."""
-    root = raw.find(folder, "VOCdevkit/VOC2010", "VOC2010", ".")
+    root = raw.find(folder, "VOCdevkit/VOC2010", "VOC2010") or folder
     labels = raw.find(root, "trainval") or raw.find(folder, "trainval")
     if labels is None or not (root / "JPEGImages").is_dir():
         raise _incomplete(root, CONTEXT_NEEDS, f"there is no {'JPEGImages' if labels else 'trainval'}")
@@ -186,7 +187,7 @@ ADE_NEEDS = (
 
 def open_ade(folder: Path) -> Source:
     """Open ADE20K's scene parsing challenge."""
-    root = raw.find(folder, "ADEChallengeData2016", ".")
+    root = raw.find(folder, "ADEChallengeData2016") or folder
 
     def photographs() -> Iterator[Photograph]:
         for split, part in (("train", "training"), ("val", "validation")):
@@ -200,7 +201,7 @@ def open_ade(folder: Path) -> Source:
     return _source("ade20k_150", photographs(), root, ADE_NEEDS, incomplete)
 
 
-_CONTEXT = dict(
+_CONTEXT: dict[str, Any] = dict(
     needs=CONTEXT_NEEDS,
     obtained=(
         "photographs: http://host.robots.ox.ac.uk/pascal/VOC/voc2010/ (VOCtrainval_03-May-2010.tar); labels: "

@@ -250,7 +250,7 @@ def _open_folder(
             _keep_changed(out, record)
         stale, noted = [*stale, *listed, *noted], []
     journal.begin(wanted, [(_STALE + one.name, one.model_dump(mode="json"), b"") for one in stale])
-    if finished not in (None, wanted):
+    if manifest is not None and finished != wanted:
         lists = [f"{split}.txt" for split in manifest.splits]
         for name in (*lists, canonical.FILES, canonical.MANIFEST):
             (out / name).unlink(missing_ok=True)
@@ -367,7 +367,8 @@ def _suffix(image: ImageFile) -> str:
     if isinstance(image, Path) and image.suffix.lower() in known_suffixes():
         return image.suffix
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
-        return {"JPEG": ".jpg", "TIFF": ".tif"}.get(file.format, f".{file.format.lower()}")
+        kind = file.format or "PNG"
+        return {"JPEG": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
 
 
 def _remove_stale(out: Path, before: Iterable[PhotographRecord], records: dict[str, PhotographRecord]) -> None:

@@ -26,7 +26,7 @@ def open_full_ade(folder: Path) -> Source:
     if index is None:
         raise UserError(f"{folder}: there is no index_ade20k.pkl; {NEEDS}")
     data = read_pickle_data(index)
-    folders, names = (data.get(key) if isinstance(data, dict) else None for key in ("folder", "filename"))
+    folders, names = (data.get(key, ()) if isinstance(data, dict) else () for key in ("folder", "filename"))
     for column in (folders, names):
         if not isinstance(column, list) or not all(isinstance(entry, str) for entry in column):
             raise UserError(f"{index}: holds no lists of text 'folder' and 'filename'")

@@ -405,9 +405,12 @@ def mask_of(segmentation: object, height: int, width: int) -> np.ndarray:
 
 def _polygon(points: object, height: int, width: int) -> np.ndarray:
     """Check a polygon and return its coordinates x, y, x, y, ... [2 N] float64."""
-    numbers = isinstance(points, list) and all(type(value) in (int, float) for value in points)
     # Checked against a double's range, because JSON numbers may have any number of digits.
-    if not numbers or len(points) % 2 or not all(abs(value) < 1e300 for value in points):
+    if (
+        not isinstance(points, list)
+        or not all(type(value) in (int, float) and abs(value) < 1e300 for value in points)
+        or len(points) % 2
+    ):
         raise UserError("a polygon is not a list of numbers x, y, x, y, ...")
     flat = np.array(points, dtype=np.float64)
     corners = flat.reshape(-1, 2)

@@ -63,13 +63,13 @@ def _parts(folder: Path) -> tuple[Path, Path, Path]:
         next((folder / name for name in names if (folder / name).exists()), None)
         for names in (_IMAGES, _LABELS, _CLASSES)
     ]
-    if not all(found):
+    images, labels, classes = found
+    if images is None or labels is None or classes is None:
         missing = [
             name for name, path in zip(("images/", "labels/", "classes.txt"), found, strict=True) if path is None
         ]
         form = next((f"; {hint}" for hint in _other_forms(folder)), "")
         raise UserError(f"{folder}: has no {', no '.join(missing)}; it must hold {NEEDS}{form}")
-    images, labels, classes = found
     if not any(labels.rglob("*.png")):
         hint = next(iter(_other_forms(folder)), "they must be PNG files of the images' names")
         raise UserError(f"{labels}: no label PNG; {hint}")
@@ -139,7 +139,7 @@ class _Labels:
 
     def _readings(self, pixels: Pixels, name: str) -> dict[str, Callable[[], np.ndarray]]:
         """Return the possible readings; a table of colours reads colours, and grey may also be values."""
-        ways = {}
+        ways: dict[str, Callable[[], np.ndarray]] = {}
         if self.values.pixels != "stored":
             ways["shown"] = partial(self._by_colour, pixels, name)
         if pixels.stored is not None and (

@@ -30,7 +30,7 @@ from opensan.data.prepare.own_photographs import (
     vocabulary_of,
     without,
 )
-from opensan.data.prepare.source import ImageFile, Labelled, Reader, Source
+from opensan.data.prepare.source import Labelled, Reader, Source
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS, stored_size
 from opensan.vocabulary import UNLABELLED, Vocabulary
@@ -93,7 +93,8 @@ def _vocabulary(folder: Path, names: set[str]) -> Vocabulary:
     """Return the words of a list in the folder, which must have all, else the shapes' labels in alphabetical order."""
     path = next((folder / name for name in _CLASSES if (folder / name).exists()), None)
     if path is None:
-        return vocabulary_of(sorted(names, key=lambda name: (name.casefold(), name)), str(folder))
+        in_order = sorted(names, key=lambda name: (name.casefold(), name))
+        return vocabulary_of(in_order, str(folder))
     words = [word for word in read_class_names(path).words if word.name not in _NO_LABELS]
     known = {text for word in words for text in (word.name, *word.synonyms)}
     if unknown := sorted(names - known):
@@ -125,7 +126,7 @@ class _LabelmeImage:
     folder: Path
     json: Path
 
-    def __call__(self) -> ImageFile:
+    def __call__(self) -> Path | bytes:
         if file := self.beside():
             return file
         data = _read(self.json)
@@ -169,24 +170,23 @@ class _Shapes:
         for number, shape in enumerate(data["shapes"], 1):
             name = f"shape {number}"
             try:
-                if not isinstance(shape, Mapping) or shape.get("label") not in self.label_of:
+                label = shape.get("label") if isinstance(shape, Mapping) else None
+                if not isinstance(label, str) or label not in self.label_of:
                     raise UserError("has no label")
-                name = f"shape {number} ({shape['label']!r:.60})"
-                labels[_mask(shape, size)] = self.label_of[shape["label"]]
+                name = f"shape {number} ({label!r:.60})"
+                labels[_mask(shape, size)] = self.label_of[label]
             except UserError as error:
                 left_out.append(f"{name}: {error}")
-            except TypeError:  # a label that is a list
-                left_out.append(f"{name}: has no label")
         return Labelled(turn(labels), tuple(left_out))
 
 
-def _size(data: Mapping[str, Any], image: ImageFile, place: str) -> tuple[int, int]:
-    size = (data.get("imageHeight"), data.get("imageWidth"))
-    if size == (None, None):
+def _size(data: Mapping[str, Any], image: Path | bytes, place: str) -> tuple[int, int]:
+    height, width = data.get("imageHeight"), data.get("imageWidth")
+    if height is width is None:
         return stored_size(image)[0]
-    if not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
-        raise UserError(f"{place}: 'imageHeight' and 'imageWidth' must be whole numbers, not {size!r:.60}")
-    return size
+    if type(height) is int and type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS:
+        return height, width
+    raise UserError(f"{place}: 'imageHeight' and 'imageWidth' must be whole numbers, not {(height, width)!r:.60}")
 
 
 def _mask(shape: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
@@ -213,11 +213,10 @@ def _mask(shape: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
 
 def _points(points: object, size: tuple[int, int]) -> list[tuple[float, float]]:
     """Pairs x, y, none of them farther from the image than it is large."""
-    pairs = isinstance(points, list) and all(
+    if not isinstance(points, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(type(side) in (int, float) for side in pair)
         for pair in points
-    )
-    if not pairs:
+    ):
         raise UserError("its points are not pairs of numbers")
     height, width = size
     if not all(-width <= x <= 2 * width and -height <= y <= 2 * height for x, y in points):

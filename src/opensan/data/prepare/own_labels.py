@@ -36,7 +36,7 @@ def upright_as(image: Path | bytes, size: tuple[int, int], name: str) -> Callabl
     (height, width), turn = stored_size(image)
     if size == ((width, height) if turn in _TURNS else (height, width)):
         return lambda labels: labels
-    if size == (height, width):
+    if turn is not None and size == (height, width):
         return _TURNS[turn]
     raise UserError(
         f"{name}: is {size[1]}x{size[0]}, its image {width}x{height} (width x height); "
@@ -56,7 +56,7 @@ def read_map(
     isn't the image's, and on anything but a file of `formats` whose pixels have a known meaning.
     """
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as opened:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=tuple(formats)) as opened:
             turn = upright_as(image, (opened.height, opened.width), name)
             try:
                 pixels = read_pixels(opened)
@@ -127,7 +127,7 @@ class Values:
         if pixels.stored is None and grey is None:
             problem = f"{name}: an RGB picture, not an index map with a class's number in each pixel{rgb_remedy}"
             return {"shown": partial(_refuse, problem)}
-        ways = {}
+        ways: dict[str, Callable[[], np.ndarray]] = {}
         if pixels.stored is not None and self.pixels != "shown":
             ways["stored"] = partial(self._look_up, pixels.stored, name)
         if grey is not None and self.pixels != "stored" and (pixels.stored is None or pixels.differs or not ways):

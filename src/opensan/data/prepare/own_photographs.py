@@ -74,7 +74,7 @@ def find_photographs(root: Path, images: Path, *, nested: bool = True, lists: Pa
     found = [Found(_place(file, images), file) for file in files]
     places = frozenset(_place(file, images) for file in (*files, *foreign))
     listed = _listed(root, images, found, lists or root)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if not listed:
         _split_by_folder(images, found)
         listed = found
@@ -264,7 +264,9 @@ def evaluation_split(splits: Iterable[str]) -> str | None:
     """Return the split for evaluation: the first with "test" in its name, else with "val", else the only one."""
     splits = sorted(set(splits))
     named = [split for word in ("test", "val") for split in splits if word in split.lower()]
-    return (named or (splits if len(splits) == 1 else [None]))[0]
+    if not named and len(splits) != 1:
+        return None
+    return (named or splits)[0]
 
 
 def without(vocabulary: Vocabulary, ignored: str, place: str) -> tuple[Vocabulary, list[int]]:

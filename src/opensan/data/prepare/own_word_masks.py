@@ -116,7 +116,8 @@ def _word(name: str) -> str:
 def _vocabulary(classes: Path, masks: Path, words: Sequence[str]) -> Vocabulary:
     """Return the words of classes.txt, which must have all, or without it the masks' names in alphabetical order."""
     if not classes.exists():
-        return vocabulary_of(sorted(set(words), key=lambda word: (word.casefold(), word)), str(masks))
+        names = sorted(set(words), key=lambda word: (word.casefold(), word))
+        return vocabulary_of(names, str(masks))
     vocabulary = read_class_names(classes)
     known = {text for word in vocabulary.words for text in (word.name, *word.synonyms)}
     if unknown := sorted(set(words) - known):
@@ -132,11 +133,12 @@ class _Masks:
     masks: tuple[tuple[int, Path], ...]
 
     def __call__(self) -> np.ndarray:
-        layers = None
+        layers: Layers | None = None
         for label, file in self.masks:
             mask = _inside(read_map(file, str(file), self.image, _FORMATS).shown, file)
             layers = layers or Layers(mask.shape)
             layers.add(mask, label)
+        assert layers is not None  # an image has a mask
         return layers.labels
 
 

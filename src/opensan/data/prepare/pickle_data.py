@@ -7,7 +7,7 @@ followed; those that would import or call something (as for a numpy array) make 
 import mmap
 import pickletools
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from opensan.errors import UserError, reason
 
@@ -63,7 +63,7 @@ class _Refused(Exception):
 
 def _follow(content: mmap.mmap) -> Any:
     machine = _Machine()
-    for opcode, argument, _ in pickletools.genops(content):
+    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], content)):  # it is read like a file
         machine.step(opcode.name, argument)
     return machine.stack.pop()
 

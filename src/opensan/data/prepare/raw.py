@@ -73,6 +73,12 @@ def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
     return labels
 
 
+def _source_ids(label_set: str) -> list[int]:
+    numbers = ready_source_ids(label_set)
+    assert numbers is not None, label_set
+    return numbers
+
+
 @functools.cache
 def table_of(label_set: str) -> np.ndarray:
     """Return the label of each value in a benchmark's files.
@@ -82,7 +88,7 @@ def table_of(label_set: str) -> np.ndarray:
     classes = len(Vocabulary.ready(label_set).names)
     match label_set:
         case "coco_stuff_171":  # stored is the id - 1; unlisted values are unlabelled
-            return _table(256, UNLABELLED, [identity - 1 for identity in ready_source_ids(label_set)])
+            return _table(256, UNLABELLED, [identity - 1 for identity in _source_ids(label_set)])
         case "pascal_voc_20":  # 0 background, 255 void
             return _table(256, WRONG, range(1, classes + 1), unlabelled=(0, 255))
         case "ade20k_150":  # 0 other
@@ -90,9 +96,9 @@ def table_of(label_set: str) -> np.ndarray:
         case "pascal_context_459":
             return _table(classes + 1, WRONG, range(1, classes + 1), unlabelled=(0,))
         case "pascal_context_59":  # of the 459
-            return _table(460, UNLABELLED, ready_source_ids(label_set))
+            return _table(460, UNLABELLED, _source_ids(label_set))
         case "ade20k_847":  # of the 3,000 and more that two colours encode
-            return _table(26 * 256, UNLABELLED, ready_source_ids(label_set))
+            return _table(26 * 256, UNLABELLED, _source_ids(label_set))
     raise UserError(f"no files are known that store {label_set}")
 
 

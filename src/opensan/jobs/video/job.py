@@ -9,7 +9,7 @@ import itertools
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from opensan.jobs.video.writer import Film
 from opensan.journal import Journal, difference
 from opensan.outputs.colours import palette
 from opensan.outputs.drawing import blend
+from opensan.segmenters.results import to_array
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ class VideoRun:
     @property
     def paths(self) -> tuple[Path, Path, Path]:
         """Overlay video, folder of label frames, and table."""
-        return tuple(self._out / f"{self._name}{end}" for end in (".overlay.mp4", ".labels", TABLE))
+        overlay, labels, table = (self._out / f"{self._name}{end}" for end in (".overlay.mp4", ".labels", TABLE))
+        return overlay, labels, table
 
     @property
     def count(self) -> int | None:
@@ -174,7 +176,7 @@ class VideoRun:
         if self._published or (self._latest is None and self.finished == 0):
             shutil.rmtree(self._part, ignore_errors=True)
 
-    def results(self) -> Iterator[Done]:
+    def results(self) -> Generator[Done]:
         """Do the work, frame by frame in their order; when the iterator ends, the results are complete.
 
         Raises ValueError, one line, if the clip turns out to be unusable or results can't be written. What was done by
@@ -241,8 +243,9 @@ class VideoRun:
             return _Read(frame, None if frame.number < self.finished else self._segmenter.read(frame.image))
 
         group: list[_Read] = []
-        found = itertools.takewhile(lambda one: one is not None, ahead(reader, read, itertools.count(), self._batch))
-        for one in found:
+        for one in ahead(reader, read, itertools.count(), self._batch):
+            if one is None:
+                break
             if one.image is None:
                 yield _Labelled(one.frame, None)
                 continue
@@ -253,11 +256,12 @@ class VideoRun:
         yield from self._segmented(group)
 
     def _segmented(self, group: list[_Read]) -> Iterator[_Labelled]:
-        encodings = self._segmenter.encode_read([one.image for one in group], batch_size=self._batch)
-        for one, encoding in zip(group, encodings, strict=True):
+        images = [one.image for one in group if one.image is not None]
+        encodings = self._segmenter.encode_read(images, batch_size=self._batch)
+        for one, image, encoding in zip(group, images, encodings, strict=True):
             past = None
             if self._steadier is not None:
-                encoding = self._steadier.steadied(encoding, one.image.prepared.pixels)
+                encoding = self._steadier.steadied(encoding, to_array(image.prepared.pixels))
                 past = self._steadier.past
             yield _Labelled(one.frame, self._segmenter.segment(encoding, self._vocabulary).labels, past)
 
@@ -333,10 +337,10 @@ class VideoRun:
         for file in labels.iterdir():
             if label_number(file) is not None and file not in made:
                 file.unlink()  # of an earlier run, with more frames
-        for file, target in (("frames.csv", table), ("overlay.mp4", overlay)):
-            with (self._part / file).open("rb") as written:
+        for name, target in (("frames.csv", table), ("overlay.mp4", overlay)):
+            with (self._part / name).open("rb") as written:
                 os.fsync(written.fileno())
-            (self._part / file).replace(target)
+            (self._part / name).replace(target)
         flush_folder(labels)
         flush_folder(self._out)
         self._result.add(results)

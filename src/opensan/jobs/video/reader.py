@@ -18,7 +18,7 @@ from opensan.errors import UserError, reason
 from opensan.images import MAX_PIXELS, ImageError, check_size
 
 if TYPE_CHECKING:
-    import av
+    pass
 
 FORMATS = (
     "3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,rm,wtv,"
@@ -49,7 +49,7 @@ class Frame:
     """When it is shown, in units of the clip's `time_base`: from 0 on, strictly ascending."""
     duration: int
     """In the same units, until the next one is shown."""
-    sound: "list[av.Packet]" = field(repr=False, default_factory=list)
+    sound: "list[Any]" = field(repr=False, default_factory=list)
     """What the file holds of the sound between the frame before and this one, as it is stored."""
 
 
@@ -89,7 +89,7 @@ class VideoReader:
         """Pieces of the file that could not be decoded, so far."""
         self.ends_early: str | None = None
         """Once the frames are read: when they end, if the file promises more."""
-        self.sound_after: list[av.Packet] = []
+        self.sound_after: list[Any] = []
         """The sound after the last frame, once the frames are read."""
 
     def _open_streams(self, max_pixels: int) -> None:
@@ -109,7 +109,7 @@ class VideoReader:
         context.options = {"max_pixels": str(2 * max_pixels + (1 << 16))}
         context.thread_type = "AUTO"
         sounds = [stream for stream in self._container.streams.audio if stream.codec_context is not None]
-        self.sound: av.AudioStream | None = sounds[0] if sounds else None
+        self.sound: Any | None = sounds[0] if sounds else None
         """The sound that goes with it."""
         self.time_base: Fraction = self._video.time_base or Fraction(1, 1000)
         """Seconds of one unit of the frames' times."""

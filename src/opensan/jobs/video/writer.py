@@ -10,7 +10,7 @@ from PIL import Image
 
 from opensan.errors import UserError
 from opensan.jobs.video.reader import Frame, VideoReader, pyav, reason
-from opensan.outputs.colours import palette
+from opensan.outputs.colours import palette, rgb
 from opensan.outputs.drawing import Entry, Legend
 from opensan.outputs.fonts import readable
 
@@ -174,7 +174,7 @@ class LegendOverTime:
         words = [
             Entry("", "", None, 0.0, swatch=False)
             if word is None
-            else Entry(self._names[word], "", tuple(map(int, self._colours[word])), 0.0)
+            else Entry(self._names[word], "", rgb(self._colours[word]), 0.0)
             for word in self._places
         ]
         drawn = np.asarray(self._legend.draw(Image.new("RGB", (width, height)), words, self._rest))

@@ -5,6 +5,7 @@ Letters: B batch, Q queries, L positions, C channels, D embedding, P prompts, T 
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,8 +44,8 @@ class Align(Backbone):
                 "pad_token_id": 0,
             },
         )
-        self.model = transformers.AlignModel(own)
-        blocks = self.blocks()
+        self.model: Any = transformers.AlignModel(own)
+        blocks: list[Any] = list(self.blocks())
         halves = [number for number, block in enumerate(blocks) if number and _stride(block) == 2]
         self._last_of_layer = [number - 1 for number in halves] + [len(blocks) - 1]
         if len(self._last_of_layer) != vision.layers:
@@ -62,7 +63,7 @@ class Align(Backbone):
         self.attention_heads = 1
 
     @property
-    def logit_scale(self) -> Tensor:
+    def logit_scale(self) -> Tensor:  # type: ignore[override]  # the base's is a parameter; both are only read
         """Logarithm of the inverse of ALIGN's temperature."""
         return -self.model.temperature.log()
 
@@ -98,5 +99,5 @@ class Align(Backbone):
         return name.startswith("model.text_")
 
 
-def _stride(block: nn.Module) -> int:
+def _stride(block: Any) -> int:
     return block.depthwise_conv.depthwise_conv.stride[0]

@@ -19,7 +19,7 @@ def library(module: str, package: str) -> ModuleType:
         raise UserError(f"this backbone needs {package}: pip install 'opensan[encoders]'") from None
 
 
-def timm_model(name: str, **options: Any) -> nn.Module:
+def timm_model(name: str, **options: Any) -> Any:
     """Build timm's model `name` with random weights. Raises UserError, one line, if timm has none of that name."""
     timm = library("timm", "timm")
     if not timm.is_model(name):
@@ -32,6 +32,9 @@ def timm_model(name: str, **options: Any) -> nn.Module:
 
 class Tower(nn.Module):
     """Modules by name, nested as in a library's files."""
+
+    trunk: Any  # a library's module, whose parts torch knows as Tensor | Module only
+    head: Any
 
     def __init__(self, **modules: nn.Module) -> None:
         super().__init__()

@@ -4,13 +4,14 @@ Letters: P prompts, T tokens, N nodes of a prompt tree, D embedding.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensan.config import TextConfig
-from opensan.model.transformer import ClipBlocks
+from opensan.model.transformer import ClipBlock, ClipBlocks
 from opensan.structures import PromptTree
 
 
@@ -34,10 +35,12 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.transformer.resblocks:
+            assert isinstance(block, ClipBlock)
+            first, _, last = block.mlp
             nn.init.normal_(block.attn.in_proj_weight, std=within)
             nn.init.normal_(block.attn.out_proj.weight, std=residual)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * config.width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
+            nn.init.normal_(cast(nn.Linear, first).weight, std=(2 * config.width) ** -0.5)
+            nn.init.normal_(cast(nn.Linear, last).weight, std=residual)
         nn.init.normal_(self.text_projection, std=within)
 
     def token_table(self) -> Tensor:
@@ -68,7 +71,9 @@ class TextTower(nn.Module):
         """Embed the prompts of `tree` as unit rows [P, D], as `embed_prompts` would. Causal towers only."""
         assert self.causal_text, "a token of a bidirectional tower depends on what follows it"
         x = (self.token_embedding(tree.tokens) + self.positional_embedding[tree.depth]).unsqueeze(0)
-        mask = torch.zeros(tree.sees.shape, dtype=x.dtype, device=x.device).masked_fill_(~tree.sees, -torch.inf)
+        mask = torch.zeros(tree.sees.shape, dtype=x.dtype, device=x.device).masked_fill_(
+            ~torch.as_tensor(tree.sees), -torch.inf
+        )
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x = block(x, attn_mask=mask)

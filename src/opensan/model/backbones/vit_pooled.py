@@ -9,6 +9,7 @@ T tokens.
 import math
 from collections.abc import Collection
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from opensan.structures import PromptTree
 
 class PooledVit(Backbone):
     """Layer 0 is the input of the first block, and layers 1, 2, ... are the blocks."""
+
+    text: Any
 
     def __init__(self, config: PooledVitConfig) -> None:
         super().__init__()
@@ -121,7 +124,7 @@ def siglip_text(config: SiglipTextConfig, embed_dim: int) -> nn.Module:
     """SigLIP's text tower: open_clip's own module, with the methods that a backbone's text needs."""
     open_clip = library("open_clip.transformer", "open_clip_torch")
 
-    class SiglipText(open_clip.TextTransformer):
+    class SiglipText(open_clip.TextTransformer):  # type: ignore[name-defined]  # imported only where it is used
         """Embed prompts padded to the context length: the tower is bidirectional, and its last position is read."""
 
         causal_text = False

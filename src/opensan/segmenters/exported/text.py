@@ -120,6 +120,7 @@ class ExportedText(TextRows):
         return super()._embed(rows, names, advance)
 
     def _embed_tree(self, tree: PromptTree) -> np.ndarray:
+        assert self._graph is not None  # see `_embed`
         (found,) = self._graph(tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
         return found
 
