@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from opensan.errors import UserError
 from opensan.evaluate.boundary import band_width
 from opensan.evaluate.evaluation import evaluate, model_predictor, segmenter_predictor, validation
 from opensan.evaluate.metrics import Counts, count_image
@@ -169,7 +170,7 @@ class Photographs:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if index == 1:
-            raise ValueError("shore_1.jpg: damaged")
+            raise UserError("shore_1.jpg: damaged")
         generator = np.random.default_rng(index)
         image = generator.integers(0, 256, (40 + 20 * index, 70, 3), dtype=np.uint8)
         return image, generator.integers(-1, 2, image.shape[:2]).astype(np.int16)
