@@ -6,8 +6,11 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import time
+import tracemalloc
+import zipfile
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +22,7 @@ import torch
 from opensan.checkpoints import build_empty, load_folder, load_model, load_official, save_folder
 from opensan.checkpoints.official import BUFFERS, from_official, official_name, official_shape, to_official
 from opensan.config import PRESETS, ModelConfig, parse_config
+from opensan.errors import UserError
 
 SMALLEST = "side_adapter.head.bias_scale.weight"
 OFFICIAL_SMALLEST = "side_adapter_network.mask_decoder.bias_scaling.weight"
@@ -447,3 +451,40 @@ def test_the_family_of_a_backbone_is_told_by_its_kind(small_config, tmp_path):
     assert unknown.startswith("config.json: clip.kind: 'perceiver' is not one of") and "clip_vit" in unknown
     other = refusal(parse_config, ModelConfig, with_kind("clip_resnet"), "config.json")
     assert other.startswith("config.json: clip.vision.heads: no such key")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_pipes_and_devices_are_no_models(tmp_path, model_folder):
+    """Reading one might never end; a script's mistake, or a hostile archive's."""
+    for name in ("a.pth", "a.safetensors", "a.bin", "a"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name}: not a regular file"):
+            load_model(tmp_path / name)
+    for name in ("model.safetensors", "config.json"):
+        folder = tmp_path / f"with {name}"
+        shutil.copytree(model_folder, folder)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(UserError, match=rf"{name}: not a regular file"):
+            load_model(folder)
+    (tmp_path / "zero.pth").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"zero\.pth: not a regular file"):
+        load_model(tmp_path / "zero.pth")
+
+
+@pytest.mark.parametrize("member", ["archive/data/0", "archive/data.pkl", "archive/other"])
+def test_a_zip_bomb_costs_no_memory(tmp_path, member):
+    torch.save({"model": {"a": torch.zeros(4)}}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w") as bomb:
+        for info in plain.infolist():
+            if not info.filename.endswith(member.removeprefix("archive")):
+                bomb.writestr(info.filename, plain.read(info))
+        info = zipfile.ZipInfo(member)
+        info.compress_type = zipfile.ZIP_DEFLATED
+        bomb.writestr(info, bytes(50_000_000))
+    assert (tmp_path / "bomb.pth").stat().st_size < 100_000
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"bomb\.pth: refused: compressed, it unpacks to 50,0"):
+        load_model(tmp_path / "bomb.pth")
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()

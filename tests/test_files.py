@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from opensan.errors import UserError
@@ -88,6 +89,14 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match="No such file") as caught, atomic_path(tmp_path / "a.txt"):
         (tmp_path / "other").read_text()
     assert caught.value.filename == str(tmp_path / "other")
+
+
+def test_a_full_disk_is_told_by_libraries_in_other_words(tmp_path):
+    """safetensors raises an error of its own, which is no OSError."""
+    with pytest.raises(OSError, match="No space left") as caught, atomic_path(tmp_path / "a.safetensors"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a.safetensors"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_that_is_kept_aside_replaces_anything(tmp_path):

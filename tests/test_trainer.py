@@ -1,6 +1,7 @@
 """The trainer: same numbers after any interruption, and no silent loss."""
 
 import csv
+import hashlib
 import math
 import multiprocessing
 import os
@@ -311,6 +312,60 @@ def test_a_score_is_better_than_none(tmp_path):
     run.validate, run.best_by = lambda step: {"score": {2: math.nan, 4: 0.3, 6: math.nan}[step]}, "score"
     assert run.run().best == 0.3
     assert [path.name[:13] for path in (tmp_path / "checkpoints").glob("best-*")] == ["best-00000004"]
+
+
+def test_the_best_checkpoint_is_kept_by_its_score(tmp_path):
+    """Also where a run was killed between the best one and the checkpoint that knows of it, and scores differ a bit."""
+
+    def scoring(scores: dict[int, float], steps: int) -> Trainer:
+        run = trainer(tmp_path, steps=12, save_every=4, validate_every=2, keep=2)
+        run.validate, run.best_by = lambda step: {"score": scores[step]}, "score"
+        if steps < 12:
+            run.task.terminate_at = steps
+        return run
+
+    scoring({2: 0.1, 4: 0.3, 6: 0.9, 8: 0.2}, 7).run()  # stopped after step 7, whose checkpoint says 0.9
+    folder = tmp_path / "checkpoints"
+    for path in folder.glob("step-00000007-*"):
+        path.unlink()  # as if it had been killed: the newest is that of step 4, which says 0.3
+    found = scoring({6: 0.8, 8: 0.7, 10: 0.2, 12: 0.85}, 12).run()
+    assert found.best == 0.9
+    assert [path.name[:13] for path in folder.glob("best-*")] == ["best-00000006"]
+    assert CheckpointFolder(folder, 2).load_best()["best"] == 0.9
+
+
+def test_of_two_best_checkpoints_the_better_one_is_loaded(tmp_path):
+    """A run that was killed between writing one and removing the other leaves both; names say nothing of scores."""
+    folder = CheckpointFolder(tmp_path, 2)
+    for score, step in ((0.9, 4), (0.4, 8), (math.nan, 9), (None, 10)):
+        path = folder.save({"best": score, "step": step}, step, kind="best")
+        path.rename(tmp_path / f"kept-{step}")
+    for step in (4, 8, 9, 10):
+        content = (tmp_path / f"kept-{step}").read_bytes()
+        (tmp_path / f"best-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt").write_bytes(content)
+    assert folder.load_best()["step"] == 4
+    folder.save({"best": 0.95, "step": 2}, 2, kind="best")
+    assert [path.name[:13] for path in tmp_path.glob("best-*")] == ["best-00000002"]
+
+
+def test_what_a_killed_training_left_half_written_is_removed(tmp_path):
+    left = [".config.abcd0123.part.json", ".opensan.abcd0123.part", "checkpoints/.step-1.abcd0123.part.pt"]
+    left += ["validation/.step-1.abcd0123.part.png", "model/.model.abcd0123.part.safetensors"]
+    for name in (*left, "mine/notes.part.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    trainer(tmp_path, steps=2).run()
+    assert [path.name for path in tmp_path.rglob("*.part*")] == ["notes.part.txt"]
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_names_the_log(tmp_path):
+    log = CsvLog(tmp_path / "log.csv", 0)
+    (tmp_path / "log.csv").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        log.add(1, {"loss": 1.0})
+    assert caught.value.filename == str(tmp_path / "log.csv")
 
 
 class Notes:

@@ -21,6 +21,8 @@ SHORT_NAME = 64
 """Bytes of a file name that every file system can hold; a temporary name may have so many."""
 
 _TEMPORARY = re.compile(r"\.(?P<stem>.*)\.[a-z0-9_]{8}\.part(?P<suffix>\..*)?", re.DOTALL)
+_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors tells of a full disk, in an exception that is no OSError."""
 
 
 @contextmanager
@@ -69,8 +71,9 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename in (None, *map(str, temporaries)):
-            error.filename = str(paths[-1])
-            error.filename2 = None
+            error.filename, error.filename2 = str(paths[-1]), None
+        elif not isinstance(error, OSError) and (number := _ERROR_OF_RUST.search(str(error))):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(paths[-1])) from error
         raise
 
 
@@ -153,6 +156,23 @@ def keep_aside(file: Path, mark: str = "changed") -> Path:
         number += 1
         aside = file.with_name(f"{file.name}.{mark}{number}")
     return file.rename(aside)
+
+
+def check_regular(path: Path) -> None:
+    """Raise UserError on what is neither a file nor missing: a pipe or a device might never end, or never begin."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file, as that of a full disk, the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

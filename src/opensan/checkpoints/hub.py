@@ -10,7 +10,7 @@ from opensan.checkpoints.native import WEIGHTS_NAME, load_folder
 from opensan.checkpoints.pickles import load_official
 from opensan.config import CONFIG_NAME, PRESETS, ModelConfig, read_config
 from opensan.errors import HubError, UserError, reason
-from opensan.files import ASSETS
+from opensan.files import ASSETS, check_regular
 from opensan.model import SAN, build_san
 
 OFFICIAL_REPOSITORY = "Mendel192/san"
@@ -68,6 +68,7 @@ def random_model(name: str, seed: int) -> SAN:
 def _load_path(path: Path) -> SAN:
     if path.is_dir():
         return load_folder(path)
+    check_regular(path)
     if path.suffix == ".safetensors":
         return load_folder(path.parent, path)
     if path.suffix in (".pth", ".pt", ".bin"):

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from opensan.checkpoints.official import check_finite, check_keys
 from opensan.config import CONFIG_NAME, EXPORT_NAME, ModelConfig, read_config
 from opensan.errors import UserError
-from opensan.files import atomic_paths
+from opensan.files import atomic_paths, check_regular
 from opensan.model import SAN, build_san
 
 WEIGHTS_NAME = "model.safetensors"
@@ -63,8 +63,10 @@ def load_folder(folder: Path, weights: Path | None = None) -> SAN:
             f"{folder}: an exported model, which `opensan segment`, `serve`, `ui` and opensan.load run; "
             "this needs the model that it was made from"
         )
-    config = read_config(folder / CONFIG_NAME)
     weights = weights or folder / WEIGHTS_NAME
+    for path in (folder / CONFIG_NAME, weights):
+        check_regular(path)
+    config = read_config(folder / CONFIG_NAME)
     try:
         state = load_file(weights)
     except (OSError, SafetensorError) as error:

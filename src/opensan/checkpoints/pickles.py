@@ -1,6 +1,7 @@
 """Read the official .pth files, which are pickles, without executing code in them."""
 
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from opensan.checkpoints.native import build_empty, fill
 from opensan.checkpoints.official import from_official, official_name, official_shape
 from opensan.config import PRESETS, ModelConfig
 from opensan.errors import UserError, reason
+from opensan.files import check_regular
 from opensan.model import SAN
 
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)|reduce for unrecognized function (.+)|Can only (?:create|build) .+")
@@ -51,6 +53,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is no torch file, asks to run code, or holds no tensors under `model`.
     """
+    check_regular(path)
+    if _is_zip(path):
+        _check_size(path)
     try:
         with torch.serialization.safe_globals(_NUMPY):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
@@ -71,6 +76,17 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def _is_plain(value: object) -> bool:
     """Return whether `value` is a dense tensor in memory; a file may also hold sparse and "meta" tensors."""
     return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+
+
+def _check_size(path: Path) -> None:
+    """Raise UserError if a zip file would unpack to more than it is: torch stores tensors as they are."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            unpacked = sum(info.file_size for info in file.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # torch says what is wrong with it
+    if unpacked > path.stat().st_size:
+        raise UserError(f"{path}: refused: compressed, it unpacks to {unpacked:,} bytes; torch compresses nothing")
 
 
 def _is_zip(path: Path) -> bool:

@@ -6,6 +6,7 @@ A checkpoint's name holds the start of its content's SHA-256, so damage is notic
 
 import hashlib
 import io
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from opensan.errors import UserError
-from opensan.files import atomic_path, flush_folder
+from opensan.files import atomic_path
 
 _NAME = re.compile(r"(step|best)-(\d+)-([0-9a-f]{16})\.pt")
 
@@ -26,8 +27,6 @@ class CheckpointFolder:
         self.folder = folder
         self.keep = keep
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.part.pt"):  # of a process that was killed while it wrote
-            leftover.unlink()
 
     def save(self, state: dict[str, Any], step: int, *, kind: str = "step") -> Path:
         """Write `state` (tensors and plain data), then remove checkpoints beyond those to keep."""
@@ -37,9 +36,10 @@ class CheckpointFolder:
         path = self.folder / f"{kind}-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
-        flush_folder(self.folder)  # before an older one is removed
-        for old in self._newest_first(kind)[1 if kind == "best" else self.keep :]:
-            old.unlink()
+        stay = [path] if kind == "best" else self._newest_first(kind)[: self.keep]
+        for old in self._newest_first(kind):
+            if old not in stay:
+                old.unlink()
         return path
 
     def load_newest(self) -> tuple[dict[str, Any] | None, list[str]]:
@@ -54,13 +54,23 @@ class CheckpointFolder:
         return None, messages
 
     def load_best(self) -> dict[str, Any] | None:
-        """Return the state with the best validation score, None without validation. Raises UserError if damaged."""
-        return next((_read(path) for path in self._newest_first("best")), None)
+        """Return the state with the best validation score, None without validation. Raises UserError if damaged.
+
+        There are two files where a run was killed before it removed the one before.
+        """
+        states = [_read(path) for path in self._newest_first("best")]
+        return max(states, key=_score, default=None)
 
     def _newest_first(self, kind: str) -> list[Path]:
         matches = [match for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         own = sorted(((int(match[2]), match[0]) for match in matches if match[1] == kind), reverse=True)
         return [self.folder / name for _, name in own]
+
+
+def _score(state: dict[str, Any]) -> float:
+    """Return the validation score that a best checkpoint was saved with; without one, the lowest."""
+    best = state.get("best")
+    return -math.inf if best is None or math.isnan(best) else best
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from opensan.files import write_text
+from opensan.files import naming, write_text
 
 
 class RunLogger(Protocol):
@@ -63,7 +63,7 @@ class CsvLog:
             self.columns = list(row)
             lines = _line(self.columns)
         assert list(row) == self.columns, (list(row), self.columns)
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(lines + _line([_shown(value) for value in row.values()]))
 
 

@@ -18,13 +18,12 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from opensan.distributed import gather_objects, is_main, on_main, rank, sum_over_ranks, world_size
 from opensan.errors import UserError
-from opensan.files import write_text
+from opensan.files import hold, remove_temporaries, write_text
 from opensan.train.checkpoint import CheckpointFolder
 from opensan.train.config import HARMLESS, LoopConfig
 from opensan.train.log import CsvLog, RunLogger, TrainingProgress, peak_memory_mib
@@ -144,24 +143,21 @@ class Trainer:
             ValueError: `out` holds a run of another configuration, or another process trains into it.
             Diverged: three steps in a row without finite losses; the state before them is saved.
         """
-        lock = FileLock(self.out / ".lock", timeout=0)
-        try:
-            on_main(lambda: self._take(lock))
+        with ExitStack() as held:
+            on_main(lambda: self._take(held))
             with self._signals(), ExitStack() as closing:
                 if self.config.activation_checkpointing:
                     closing.enter_context(activations_checkpointed(self._blocks))
                 for logger in self.loggers:
                     closing.callback(logger.close)
                 return self._run()
-        finally:
-            lock.release()
 
-    def _take(self, lock: FileLock) -> None:
+    def _take(self, held: ExitStack) -> None:
+        """Hold the folder, and remove what a killed run left half-written in it."""
         self.out.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(f"{self.out}: another process is training into this folder") from None
+        held.enter_context(hold(self.out / ".lock", f"{self.out}: another process is training into this folder"))
+        for folder in (self.out, *(path for path in self.out.iterdir() if path.is_dir())):
+            remove_temporaries(folder)
 
     def _run(self) -> RunResult:
         on_main(self._open_folder)
@@ -389,8 +385,18 @@ class Trainer:
         self._scale.load(state["loss_scale"])
         self.step, self.best, self._bad_steps = state["step"], state["best"], state["bad_steps"]
         self.broken = state["broken"]
+        if self.best_by and (best := on_main(self._best_saved)) is not None:
+            self.best = best  # of a validation after that step: it is not to be replaced by a worse one
         progress.advance(self.step)
         progress.say(f"continuing {self.out} after step {self.step}")
+
+    def _best_saved(self) -> float | None:
+        """Return the score of the best checkpoint on disk."""
+        try:
+            state = self.checkpoints.load_best()
+        except UserError:
+            return None  # damaged: another is saved at the next improvement
+        return None if state is None else state["best"]
 
     def _open_folder(self) -> None:
         self._check_configuration()

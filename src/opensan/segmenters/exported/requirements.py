@@ -10,7 +10,6 @@ COMMON = (
     "pydantic>=2.7",
     "pyyaml>=6.0",
     "faster-coco-eval>=1.6",
-    "filelock>=3.13",
     "platformdirs>=4.0",
     "rich>=13.7",
     "typer>=0.15",
