@@ -126,13 +126,17 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def link(source: Path, target: Path) -> None:
-    """Link `target` to `source`, by a symbolic link, else by a hard link, else by a copy."""
+def link(source: Path, target: Path, *, symbolic: bool = True) -> None:
+    """Link `target` to `source`, by a symbolic link, else by a hard link, else (on another disk) by a copy.
+
+    Programs that look where a symbolic link leads refuse files outside their folder: `symbolic=False` makes none.
+    """
     temporary = temporary_path(target)  # not atomic_path's, which makes a file first
     try:
-        for make in (os.symlink, os.link, shutil.copyfile):
+        source = source.absolute() if symbolic else source.resolve()  # a link to a link would be symbolic again
+        for make in (*((os.symlink,) if symbolic else ()), os.link, shutil.copyfile):
             try:
-                make(source.absolute(), temporary)
+                make(source, temporary)
                 break
             except OSError as error:
                 failure = error

@@ -187,7 +187,7 @@ class Vocabulary:
     def ready(cls, name: str, *, background: object = (), templates: Templates | None = None) -> "Vocabulary":
         """Return one of the benchmarks' label sets, in its training order; `ready_sets()` lists them."""
         if name not in ready_sets():
-            raise UserError(f"no ready label set is called {name!r}: choose from {', '.join(ready_sets())}")
+            raise UserError(f"no ready label set is called {short(name)}: choose from {', '.join(ready_sets())}")
         return cls.from_file(_CLASSES / f"{name}.json", background=background, templates=templates)
 
     def to_dict(self) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _word(entry: object, place: str) -> Word:
         raise UserError(f'{place} is {short(entry)}: a word is text{hint}, or a dict with "name"')
     for key in entry:
         if key not in _WORD_KEYS:
-            raise UserError(f"{place} has an unknown key {key!r}: known are {', '.join(sorted(_WORD_KEYS))}")
+            raise UserError(f"{place} has an unknown key {short(key)}: known are {', '.join(sorted(_WORD_KEYS))}")
     if not isinstance(entry.get("name"), str):
         raise UserError(f'{place} needs a "name" that is text, not {short(entry.get("name"))}')
     place = f"{place} ({short(entry['name'])})"

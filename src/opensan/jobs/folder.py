@@ -224,7 +224,7 @@ def _write(question: Question, job: Job, source: Stamp, segmentation: "Segmentat
         for dataset in question.datasets:
             dataset.add(question.out, labelled)
         paths = {path: question.out / path for path in question.paths(job)}
-        files = {path: source if file.is_symlink() else Stamp.of(file) for path, file in paths.items()}
+        files = {path: source if file.samefile(job.image) else Stamp.of(file) for path, file in paths.items()}
     except (OSError, UserError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError):

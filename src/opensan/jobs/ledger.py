@@ -125,11 +125,16 @@ class Record:
         changed = [
             file
             for file, stamp in ((out / path, stamp) for path, stamp in self.files.items())
-            if file.is_file() and not file.is_symlink() and not stamp.still_holds(file)
+            if file.is_file() and not _is_link(file, Path(self.image)) and not stamp.still_holds(file)
         ]
         for file in changed:
             keep_aside(file)
         return len(changed)
+
+
+def _is_link(file: Path, image: Path) -> bool:
+    """Tell whether a file is a link, of either kind, to the image: it changes with that, and nobody changed it."""
+    return file.is_symlink() or (image.exists() and file.samefile(image))
 
 
 def settings_of(segmenter: "Segmenter", vocabulary: Vocabulary) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from opensan.files import atomic_path, link, write_text
 from opensan.outputs.brush import brush_rle
 from opensan.outputs.coco import run_lengths
 from opensan.outputs.colours import palette
-from opensan.outputs.polygons import one_ring, regions
+from opensan.outputs.polygons import regions, without_holes
 
 SPECK = 16
 """Polygons are made of regions of at least so many pixels; smaller ones are noise that users would have to delete."""
@@ -74,7 +74,7 @@ class Dataset:
         photograph, own = (out / path for path in self.paths(labelled.place, labelled.photograph.suffix))
         for path in (photograph, own):
             path.parent.mkdir(parents=True, exist_ok=True)
-        link(labelled.photograph, photograph)
+        link(labelled.photograph, photograph, symbolic=False)
         self.write(own, labelled)
 
     def complete(self, out: Path, members: Sequence["Member"], names: Sequence[str]) -> None:
@@ -141,8 +141,9 @@ def _write_yolo(path: Path, labelled: Labelled) -> None:
     lines = []
     for region in regions(labelled.labels):
         if region.pixels >= SPECK:
-            corners = (one_ring(region) / (width, height)).ravel()
-            lines.append(f"{region.label} " + " ".join(f"{value:.6f}" for value in corners))
+            for polygon in without_holes(region, SPECK):
+                corners = (polygon / (width, height)).ravel()
+                lines.append(f"{region.label} " + " ".join(f"{value:.6f}" for value in corners))
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -172,9 +173,24 @@ def _finish_voc(folder: Path, members: Sequence[Member], names: Sequence[str]) -
     lists.mkdir(parents=True, exist_ok=True)
     write_text(lists / "all.txt", "".join(f"{member.place}\n" for member in members))
     lines = ["# label:color_rgb:parts:actions"]
-    for name, colour in zip(["background", *names], voc_palette()[: len(names) + 1].tolist(), strict=True):
-        lines.append(f"{name.replace(':', ' ')}:{','.join(map(str, colour))}::")  # a colon ends the name
+    for name, colour in zip(["background", *_voc_names(names)], voc_palette()[: len(names) + 1].tolist(), strict=True):
+        lines.append(f"{name}:{','.join(map(str, colour))}::")
     write_text(folder / "labelmap.txt", "\n".join(lines) + "\n")
+
+
+def _voc_names(names: Sequence[str]) -> list[str]:
+    """Return names that a label map can hold: a colon would end them, "#" begin a comment, equal ones be one class."""
+    used = {"background"}  # the unlabelled pixels
+    found = []
+    for name in names:
+        plain = " ".join(name.replace(":", " ").lstrip("# ").split()) or "word"
+        free, number = plain, 1
+        while free.lower() in used:
+            number += 1
+            free = f"{plain} {number}"
+        used.add(free.lower())
+        found.append(free)
+    return found
 
 
 def voc_palette() -> np.ndarray:

@@ -9,10 +9,9 @@ Coordinates are (x, y) in pixels from the picture's upper left corner: pixel (0,
 
 import dataclasses
 from array import array
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 
 import numpy as np
 
@@ -252,29 +251,44 @@ def _distance(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndar
     return np.linalg.norm(points - start - share[:, None] * along, axis=1)
 
 
-def one_ring(region: Region) -> np.ndarray:
-    """Return a region as a single polygon [N, 2] float64, simplified: for formats without holes.
+def without_holes(region: Region, least: int) -> list[np.ndarray]:
+    """Return valid polygons [N, 2] float64, simplified, that cover a region: for formats that know no holes.
 
-    A cut of no width joins each hole to the outline, so the polygon encloses the region and not its holes.
+    A region with holes is cut along rows that go through them. Holes of fewer than `least` pixels are filled.
     """
-    from scipy.spatial import KDTree
-
-    outline = simplified(region.outline)
-    if len(outline) < 3:  # a speck
-        return region.outline.astype(np.float64)
-    holes = [hole for hole in map(simplified, region.holes) if len(hole) >= 3]
+    holes = [hole for hole in region.holes if -signed_area(hole) >= least]
     if not holes:
-        return outline
-    tree = KDTree(outline)
-    cuts: dict[int, list[np.ndarray]] = defaultdict(list)
-    for hole in holes:
-        distances, nearest = tree.query(hole)
-        begin = int(distances.argmin())
-        at = int(nearest[begin])
-        turned = np.roll(hole, -begin, axis=0)
-        cuts[at] += [turned, turned[:1], outline[at : at + 1]]
-    parts, start = [], 0
-    for at in sorted(cuts):
-        parts += [outline[start : at + 1], *cuts[at]]
-        start = at + 1
-    return np.concatenate([*parts, outline[start:]])
+        return [_drawable(region.outline)]
+    left, top = region.outline.min(axis=0)
+    mask = _filled([ring - np.array([left, top]) for ring in (region.outline, *holes)])
+    edges = [0, *_rows_through([(hole[:, 1].min() - top, hole[:, 1].max() - top) for hole in holes]), len(mask)]
+    parts = []
+    for first, last in pairwise(edges):
+        band = np.where(mask[first:last], 0, -1)
+        parts += [_drawable(piece.outline + np.array([left, top + first])) for piece in regions(band)]
+    return parts
+
+
+def _drawable(outline: np.ndarray) -> np.ndarray:
+    ring = simplified(outline)
+    return ring if len(ring) >= 3 else outline.astype(np.float64)  # a speck
+
+
+def _rows_through(spans: list[tuple[int, int]]) -> list[int]:
+    """Choose few rows so that one lies in each span (first, row after the last)."""
+    rows: list[int] = []
+    for first, last in sorted(spans, key=lambda span: span[1]):
+        if not rows or rows[-1] < first:
+            rows.append(int(last) - 1)
+    return rows
+
+
+def _filled(rings: list[np.ndarray]) -> np.ndarray:
+    """Fill an outline, less its holes, as [H, W] bool from the corner (0, 0)."""
+    width, height = rings[0].max(axis=0)
+    steps = np.zeros((height, width + 1), dtype=np.int8)
+    for ring in rings:
+        for (x0, y0), (x1, y1) in zip(ring.tolist(), np.roll(ring, -1, axis=0).tolist(), strict=True):
+            if x0 == x1:
+                steps[min(y0, y1) : max(y0, y1), x0] += 1 if y1 < y0 else -1
+    return np.cumsum(steps, axis=1, dtype=np.int8)[:, :-1] > 0
