@@ -77,7 +77,7 @@ def test_a_result_shows_itself_in_a_line_and_in_a_notebook(san):
     seg = san.segment(np.full((40, 60, 3), 128, np.uint8), ["road", "sky"])
     first = max(seg.areas, key=seg.areas.get)
     assert repr(seg).startswith(f"<Segmentation of 60x40: {first} ") and len(repr(seg)) < 80
-    assert repr(seg.encoding) == f"<Encoding of a photograph of 60x40 by {san.identity.encodings}>"
+    assert repr(seg.encoding) == f"<Encoding of an image of 60x40 by {san.identity.encodings}>"
     with Image.open(io.BytesIO(seg._repr_png_())) as shown:
         assert np.array_equal(np.asarray(shown), np.asarray(seg.overlay()))
 
@@ -101,7 +101,7 @@ def test_a_pickled_result_is_complete_but_for_the_model(san, tmp_path):
     assert {kind: path.read_bytes() for kind, path in written.items()} == {
         kind: path.read_bytes() for kind, path in expected.items()
     }
-    with pytest.raises(ValueError, match="no model: ask one with"):
+    with pytest.raises(ValueError, match="no model: use a model"):
         copy.relabel(["road"])
     assert np.array_equal(san.segment(copy.encoding, ["road", "sky"]).labels, seg.relabel(["road", "sky"]).labels)
 

@@ -1,4 +1,4 @@
-"""Write files so that nothing a user made is ever lost or half-written, and keep two runs out of one folder."""
+"""Write files so that users' files are never lost or half-written, and lock folders against a second run."""
 
 import errno
 import filecmp
@@ -183,8 +183,8 @@ def naming(path: Path) -> Iterator[None]:
 def hold(lock: Path, busy: str, *, wait: float = 0) -> Iterator[None]:
     """Hold the file `lock`, whose folder exists, for this process alone; it is removed at the end.
 
-    It is removed while it is held, and a process that locks it checks that it is still the file of that name, so that no
-    process holds a lock that others can't see. A process that dies in any way releases it.
+    It is removed while it is held, and a process that locks it checks that it is still the file of that name, so that
+    no process holds a lock that others can't see. A process that dies in any way releases it.
 
     Raises:
         UserError: `busy`, if another process holds it for `wait` seconds; or the file system has no locks.

@@ -1,7 +1,7 @@
-"""From proposals and their class probabilities to one label a pixel, without the K x H x W score tensor.
+"""Combine proposals and their class probabilities to one label a pixel, without the K x H x W score tensor.
 
-resize   the official sequence of resizes as one matrix an axis, and where it is linear
+resize   the official sequence of resizes as one matrix an axis, and its linear pieces
 scores   scores of all words, or of a label map's own
-bounds   which words can win somewhere in a block of pixels
+bounds   the words that can win somewhere in a block of pixels
 labels   the label map, by those bounds or band by band
 """

@@ -1,4 +1,4 @@
-"""Work on an image by bands of rows, which bounds the memory whatever the image's size; needs no torch.
+"""Process an image by bands of rows, in bounded memory for any image size; needs no torch.
 
 Letters: K words, H0 W0 the image.
 """
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     import torch
 
 Scores = Callable[[slice], "torch.Tensor | np.ndarray"]
-"""A band of rows to the scores of all words there, [K, rows, W0] float32: the word with the highest score is the label.
+"""Function from a band of rows to the scores of all words there, [K, rows, W0] float32; the highest is the label's.
 """
 
 BAND_FLOATS = 1 << 21
-"""About how many floats a band of scores may need (8 MB)."""
+"""Number of floats that a band of scores may need, about (8 MB)."""
 
 
 def to_array(tensor: "torch.Tensor | np.ndarray") -> np.ndarray:
-    """A tensor of any device as a contiguous array."""
+    """Return a tensor of any device as a contiguous array."""
     return np.ascontiguousarray(tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy())
 
 

@@ -1,6 +1,6 @@
-"""The official way from mask logits at stride 16 to the photograph's pixels, as matrices; needs no torch.
+"""Resize mask logits at stride 16 to the image's pixels in the official way, as matrices; needs no torch.
 
-Letters: Q queries, h w stride-16 grid, H0 W0 the answer.
+Letters: Q queries, h w stride-16 grid, H0 W0 the image.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from opensan.structures import ImageSizes
 def interpolation_matrix(
     grid: int, padded: int, network: int, image: int, dtype: type[np.floating] = np.float32
 ) -> np.ndarray:
-    """One axis of "bilinear to the padded size, crop, bilinear to the answer's size" as a matrix [image, grid].
+    """Return one axis of "bilinear to the padded size, crop, bilinear to the image's size" as a matrix [image, grid].
 
     Bilinear resizing is linear and separable, so the official sequence of two resizes and a crop is one product
     from each side. In float32, the numbers are those that torch's resize of the identity gives, to the last bit.
@@ -28,7 +28,7 @@ def interpolation_matrix(
 
 
 def interpolation_matrices(grid: tuple[int, int], sizes: ImageSizes) -> tuple[np.ndarray, np.ndarray]:
-    """`interpolation_matrix` of both axes: [H0, h] and [W0, w], float32."""
+    """Return the `interpolation_matrix` of both axes: [H0, h] and [W0, w], float32."""
     down, across = (
         interpolation_matrix(*axis) for axis in zip(grid, sizes.padded, sizes.network, sizes.image, strict=True)
     )
@@ -42,12 +42,12 @@ def mask_bands(mask_logits: np.ndarray, sizes: ImageSizes) -> Callable[[slice], 
 
 
 def resized_masks(mask_logits: np.ndarray, sizes: ImageSizes) -> np.ndarray:
-    """Mask probabilities [Q, H0, W0] of mask logits [Q, h, w]."""
+    """Return mask probabilities [Q, H0, W0] of mask logits [Q, h, w]."""
     return mask_bands(mask_logits, sizes)(slice(None))
 
 
 def masks_at(mask_logits: np.ndarray, sizes: ImageSizes, row: int, column: int) -> np.ndarray:
-    """Mask probabilities [Q] at one pixel of the answer; mask_logits is [Q, h, w]."""
+    """Return mask probabilities [Q] at one pixel of the image; mask_logits is [Q, h, w]."""
     down, across = interpolation_matrices((mask_logits.shape[1], mask_logits.shape[2]), sizes)
     return _sigmoid(down[row] @ mask_logits @ across[column])
 
@@ -57,9 +57,9 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(size: int, wanted: int, dtype: type[np.floating]) -> tuple[np.ndarray, ...]:
-    """The two pixels of `size` that each of `wanted` lies between, and how much of each it takes, all [wanted].
+    """Return the two pixels of `size` around each of `wanted`, and the weight of each, all [wanted].
 
-    Pixel centres stand at halves, and the outermost pixels go on to the border (`align_corners=False`).
+    Pixel centres are at halves, and the outermost pixels extend to the border (`align_corners=False`).
     """
     centres = np.arange(wanted, dtype=dtype) + dtype(0.5)
     place = np.maximum(_fused(centres, dtype(size) / dtype(wanted), dtype(-0.5)), dtype(0))
@@ -69,5 +69,5 @@ def _neighbours(size: int, wanted: int, dtype: type[np.floating]) -> tuple[np.nd
 
 
 def _fused(a: np.ndarray, b: np.ndarray | np.floating, c: np.ndarray | np.floating) -> np.ndarray:
-    """a b + c, rounded once as processors' fused multiply-add does, for float32; float64 is rounded twice."""
+    """Return a b + c, rounded once as by a processor's fused multiply-add, for float32; float64 is rounded twice."""
     return (a.astype(np.float64) * b + c).astype(a.dtype)

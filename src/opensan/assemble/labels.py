@@ -1,6 +1,6 @@
-"""The label map: blocks of pixels are labelled whole where a bound proves that one word wins, and divided where not.
+"""Compute the label map by blocks: a block is labelled at once if a bound proves that one word wins, else divided.
 
-Letters: Q queries, K words, C candidate words of a block, h w stride-16 grid, H0 W0 the answer, n blocks.
+Letters: Q queries, K words, C candidate words of a block, h w stride-16 grid, H0 W0 the image, n blocks.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ from opensan.assemble.resize import MaskBand, interpolation_matrices, linear_pie
 from opensan.structures import ImageSizes
 
 PARTS = 4
-"""A block that is not decided is divided into so many parts each way."""
+"""An undecided block is divided into so many parts each way."""
 
 SMALL_BLOCK = 96
-"""Pixels; of a block no larger, all pixels are computed: fewer than twice those a division would look at."""
+"""Pixels of a block up to which all its pixels are computed: fewer than twice those that a division computes."""
 
 MOST_WORDS_BY_BANDS = 300
 """With more words, bounds gain even where they decide few blocks at first (docs/results.md)."""
@@ -30,38 +30,38 @@ MOST_UNDECIDED = 0.9
 """
 
 BAND_PIXELS = 1 << 20
-"""About how many pixels are under way together."""
+"""Number of pixels that are processed together, about."""
 
 BAND_FLOATS = 1 << 23
-"""About how many floats the bands of `label_map_by_bands` may need (32 MB)."""
+"""Number of floats of a band in `label_map_by_bands`, about (32 MB)."""
 
 BAND_FLOATS_ON_CUDA = 1 << 26
-"""The same where memory is wide (256 MB)."""
+"""Number of floats of a band on CUDA, about (256 MB)."""
 
 CHUNK_FLOATS = 1 << 20
-"""About how many floats of scores or masks are made at once: few enough to stay in the processor's cache."""
+"""Number of floats of scores or masks that are made at once, about: they fit a processor's cache."""
 
 FEW_WORDS = 64
-"""So many words or fewer are not worth a first look."""
+"""With so many words or fewer, the first elimination of words does not pay."""
 
 MOST_CANDIDATES = 2048
-"""A block with more of them is computed for all words, as is one with more than half of them."""
+"""A block with more candidates is computed for all words, as is one with more than half of all words."""
 
 
 def label_map(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
-    """The word with the highest score at every pixel: score[k, y, x] = sum_q probabilities[q, k] mask[q, y, x].
+    """Return the word with the highest score at every pixel: score[k, y, x] = sum_q probabilities[q, k] mask[q, y, x].
 
     Args:
         mask_logits: [Q, h, w] float32, stride-16 grid of the padded network image.
         probabilities: [Q, K] float32, softmax over words and "no object", without the "no object" column.
-        sizes: of the image these come from.
+        sizes: sizes of the image.
 
     Returns:
-        [H0, W0] int32 in 0..K-1. Ties go to the lowest class, as argmax answers them; words with equal columns of
+        [H0, W0] int32 in 0..K-1. Ties go to the lowest class, as in argmax; words with equal columns of
         `probabilities` always tie.
 
-    Memory is bounded, whatever K x H0 x W0. The answer is the plain computation's up to rounding. An accelerator
-    has arithmetic to spare, and gets it band by band.
+    Memory is bounded for any K x H0 x W0. The result is the plain computation's up to rounding. An accelerator
+    has arithmetic to spare, and computes all words band by band.
     """
     if mask_logits.device.type == "cpu":
         return label_map_by_bounds(mask_logits, probabilities, sizes)
@@ -69,16 +69,16 @@ def label_map(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> 
 
 
 def label_map_by_bands(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
-    """`label_map` in the simplest way: all words at all pixels of a band of rows at a time."""
+    """Compute `label_map` in the simplest way: all words at all pixels of a band of rows at a time."""
     return best_words_of_masks(mask_bands(mask_logits, sizes), probabilities, sizes.image)
 
 
 def best_words_of_masks(masks: MaskBand, probabilities: Tensor, size: tuple[int, int]) -> Tensor:
-    """[H0, W0] int32: the word with the highest score at each pixel of an image of `size`, given masks by bands."""
+    """Return [H0, W0] int32: the word with the highest score at each pixel of an image of `size`, by bands."""
     labels = torch.empty(size, dtype=torch.int32, device=probabilities.device)
     names = distinct_words(probabilities)
     weights = probabilities[:, names].T.contiguous()
-    # Where the scores are not written down, only the masks take memory.
+    # If the scores are not stored, only the masks take memory.
     on_cuda = weights.is_cuda
     floats_a_pixel = weights.shape[1] if on_cuda else sum(weights.shape)
     for rows in row_bands(size[0], floats_a_pixel * size[1], BAND_FLOATS_ON_CUDA if on_cuda else BAND_FLOATS):
@@ -87,7 +87,7 @@ def best_words_of_masks(masks: MaskBand, probabilities: Tensor, size: tuple[int,
 
 
 def label_map_by_bounds(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
-    """`label_map` by blocks: each is labelled whole, or divided and asked again for the words that may win in it.
+    """Compute `label_map` by blocks: each is labelled at once, or divided and tested again with the words left.
 
     Where the first look decides hardly any block, all pixels are computed instead, unless there are too many words.
     """
@@ -106,7 +106,7 @@ def label_map_by_bounds(mask_logits: Tensor, probabilities: Tensor, sizes: Image
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Rectangles of pixels in which mask logits are bilinear, and how many words may win in each."""
+    """Rectangles of pixels in which mask logits are bilinear, and the words that may win in each."""
 
     corners: Tensor
     """[n, 2, 2, Q] mask logits at the corner pixels."""
@@ -119,7 +119,7 @@ class _Blocks:
     count: Tensor
     """[n] int64: candidate words; K where all words are."""
     words: Tensor
-    """int64: candidates of one block after the other, ascending in each; none of a block with all words."""
+    """int64: candidates of one block after the other, ascending in each; none for a block with all words."""
 
     def __len__(self) -> int:
         return len(self.corners)
@@ -130,27 +130,27 @@ class _Blocks:
         return int(self.size.prod(dim=1).sum())
 
     def take(self, index: Tensor) -> "_Blocks":
-        """Some of the blocks; `words` stays as it is."""
+        """Select blocks by `index`; `words` is unchanged."""
         corners, origin, span, size, count = (
             each[index] for each in (self.corners, self.origin, self.span, self.size, self.count)
         )
         return _Blocks(corners, origin, span, size, count, self.words)
 
     def rectangle(self) -> tuple[Tensor, Tensor]:
-        """Offsets of rows [n, a] and columns [n, b] to be labelled; the last repeated where other blocks have more."""
+        """Return offsets of rows [n, a] and columns [n, b] to label; the last is repeated if other blocks have more."""
         rows, columns = (
             torch.minimum(torch.arange(int(size.max())), size.unsqueeze(1) - 1) for size in self.size.unbind(1)
         )
         return rows, columns
 
     def steps(self, share: Tensor) -> Tensor:
-        """[n, 1, 1, Q]: what `mask_errors` calls steps, in parts that are `share` [n, 2] of the block."""
+        """Return [n, 1, 1, Q]: the `steps` of `mask_errors`, for parts that are `share` [n, 2] of the block."""
         across = self.corners.diff(dim=2).abs_().amax(dim=1) * share[:, 1:, None]
         down = self.corners.diff(dim=1).abs_().amax(dim=2) * share[:, :1, None]
         return across.square_().add_(down.square_()).unsqueeze(1)
 
     def logits(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Mask logits [n, a, b, Q] at offsets [n, a] and [n, b]."""
+        """Return mask logits [n, a, b, Q] at offsets [n, a] and [n, b]."""
         (down, across), step = (rows, columns), self.span.clamp(min=1).to(self.corners.dtype)
         down, across = (down / step[:, :1])[..., None, None], (across / step[:, 1:])[:, None, :, None]
         left, right = self.corners[:, :, :1], self.corners[:, :, 1:]
@@ -159,7 +159,7 @@ class _Blocks:
 
 
 def _grid_blocks(mask_logits: Tensor, sizes: ImageSizes, words: int) -> Iterator[tuple[slice, _Blocks]]:
-    """The blocks that the grid's own cells make of the image, a band of rows of them at a time, and their rows."""
+    """Yield the blocks that the grid's cells form in the image, a band of rows of them at a time, and their rows."""
     down, across = interpolation_matrices(mask_logits, sizes)
     (top, bottom), (left, right) = (
         linear_pieces(grid, padded, network, image)
@@ -183,23 +183,23 @@ def _grid_blocks(mask_logits: Tensor, sizes: ImageSizes, words: int) -> Iterator
 
 
 class _Labeller:
-    """Writes what is decided into `labels`."""
+    """Decides blocks and writes their words into `labels`."""
 
     def __init__(self, probabilities: Tensor, labels: Tensor) -> None:
         self.labels = labels
         self.names = distinct_words(probabilities)
         self.words = len(self.names)
         probabilities = probabilities[:, self.names]
-        # What all words have in common moves no argmax, and is left out: bounds on what remains are far tighter.
+        # The part that all words have in common does not affect the argmax; without it, bounds are far tighter.
         weights = (probabilities - probabilities.mean(dim=1, keepdim=True)).T
-        # The last word is repeated until the words divide into groups; as the last of equals it never wins.
+        # The last word is repeated until the words divide into groups; a repetition never wins a tie.
         spare = -self.words % group_size(self.words)
         self.weights = torch.cat([weights, weights[-1:].expand(spare, -1)]).contiguous()
         self.magnitudes = self.weights.abs()
         self.probabilities = probabilities.contiguous()
 
     def shortlist(self, blocks: _Blocks) -> _Blocks:
-        """Leave out the words whose score at its highest is below some word's at its lowest, at one product a block.
+        """Drop the words whose highest score is below some word's lowest, by one product a block.
 
         Which words can be that word is a guess: each query's most probable one.
         """
@@ -219,7 +219,7 @@ class _Labeller:
         return replace(blocks, count=torch.cat(counts), words=torch.cat(words))
 
     def label(self, blocks: _Blocks, parts: int) -> _Blocks | None:
-        """Label these blocks, and return those of their parts in which more than one word may win, if any."""
+        """Label these blocks, and return their parts in which more than one word may win, if any."""
         undecided = []
         for chunk, candidates, small in self._chunks(blocks, parts):
             if small:
@@ -231,7 +231,7 @@ class _Labeller:
         return _Blocks(*(torch.cat([getattr(one, part.name) for one in undecided]) for part in fields(_Blocks)))
 
     def _chunks(self, blocks: _Blocks, parts: int) -> Iterator[tuple[_Blocks, Tensor | None, bool]]:
-        """Blocks of about the same size and number of candidates, those [n, C] or None for all words; and if small."""
+        """Yield blocks of similar size and number of candidates, these candidates [n, C] (None: all), and if small."""
         small = (blocks.size.prod(dim=1) <= SMALL_BLOCK) & (parts > 1)
         key = small.long()
         for number in (blocks.count, *blocks.size.unbind(1)):
@@ -255,7 +255,7 @@ class _Labeller:
                     yield chunk, blocks.words[first_word[index].unsqueeze(1) + place], is_small
 
     def _label_pixels(self, blocks: _Blocks, candidates: Tensor | None) -> None:
-        """Label every pixel of its own."""
+        """Label every pixel of the blocks separately."""
         rows, columns = blocks.rectangle()
         masks = blocks.logits(rows, columns).sigmoid_()
         weights = self.weights[None] if candidates is None else self.weights[candidates]
@@ -264,7 +264,7 @@ class _Labeller:
         self._write(blocks, rows, columns, self._word(best, candidates).view(masks.shape[:3]))
 
     def _label_parts(self, blocks: _Blocks, candidates: Tensor | None, parts: int) -> _Blocks:
-        """Label each part with one word, and return those of which that is not sure."""
+        """Label each part with one word, and return the parts that may have others."""
         cuts = blocks.span.unsqueeze(2) * torch.arange(parts + 1) // parts  # [n, 2, parts + 1]
         logits = blocks.logits(*cuts.unbind(1))
         masks = logits.sigmoid()
@@ -278,7 +278,7 @@ class _Labeller:
         possible = possible.permute(0, 4, 2, 3, 1).reshape(len(blocks), parts, parts, -1)
         if candidates is None:
             possible = possible[..., : self.words]
-        else:  # a block's last candidate is repeated where others have more
+        else:  # a block's last candidate is repeated if other blocks have more
             possible &= (torch.arange(possible.shape[-1]) < blocks.count.unsqueeze(1))[:, None, None]
         winners = self._word(best, candidates).view(-1, parts, parts)
 
@@ -294,7 +294,7 @@ class _Labeller:
     def _undecided(
         self, blocks: _Blocks, candidates: Tensor | None, cuts: Tensor, logits: Tensor, possible: Tensor
     ) -> _Blocks:
-        """The parts [n, parts, parts] of blocks in which more than one word is possible."""
+        """Return the parts [n, parts, parts] of blocks in which more than one word is possible."""
         span = cuts.diff(dim=2)
         size = span.clone()
         size[:, :, -1] += blocks.size - blocks.span
@@ -318,11 +318,11 @@ class _Labeller:
         )
 
     def _many(self, count: Tensor) -> Tensor:
-        """Whether a block with so many candidates is better computed for all words."""
+        """Return whether a block with so many candidates is better computed for all words."""
         return (count > MOST_CANDIDATES) | (2 * count > self.words)
 
     def _word(self, best: Tensor, candidates: Tensor | None) -> Tensor:
-        """Words [n, m] of indices [n, m] into candidates [n, C], or into all words."""
+        """Return words [n, m] of indices [n, m] into candidates [n, C], or into all words."""
         return best.clamp(max=self.words - 1) if candidates is None else candidates.gather(1, best)
 
     def _write(self, blocks: _Blocks, rows: Tensor, columns: Tensor, words: Tensor) -> None:
@@ -332,7 +332,7 @@ class _Labeller:
 
 
 def distinct_words(probabilities: Tensor) -> Tensor:
-    """The first of each set of words with equal columns in probabilities [Q, K]: indices [K' <= K], ascending.
+    """Return the first of each set of words with equal columns in probabilities [Q, K]: [K' <= K], ascending.
 
     Equal columns may differ in their products by rounding, which must not decide between them; nor could any bound.
     """
@@ -341,7 +341,7 @@ def distinct_words(probabilities: Tensor) -> Tensor:
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """[G, C, a, b, N] from weights [G, C, Q] and [n, a, b, Q], where each block has its own (G = n), or share one."""
+    """Return [G, C, a, b, N] of weights [G, C, Q] (G = n, or shared) and masks [n, a, b, Q]."""
     _, a, b, queries = values.shape
     if len(weights) == 1:
         values = values.permute(1, 2, 0, 3)

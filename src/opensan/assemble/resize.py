@@ -1,4 +1,4 @@
-"""From mask logits at stride 16 to the photograph's pixels, one axis at a time.
+"""Resize mask logits at stride 16 to the image's pixels, one axis at a time.
 
 Letters: Q queries, h w stride-16 grid, H W the padded network image, H0 W0 the answer.
 """
@@ -13,7 +13,7 @@ from opensan.assemble import interpolation
 from opensan.structures import ImageSizes
 
 MaskBand = Callable[[slice], Tensor]
-"""A band of rows to the mask probabilities there, [Q, rows, W0] float32 in [0, 1]."""
+"""Function from a band of rows to the mask probabilities there, [Q, rows, W0] float32 in [0, 1]."""
 
 
 def interpolation_matrices(mask_logits: Tensor, sizes: ImageSizes) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def interpolation_matrices(mask_logits: Tensor, sizes: ImageSizes) -> tuple[Tens
 
 
 def linear_pieces(grid: int, padded: int, network: int, image: int) -> tuple[Tensor, Tensor]:
-    """The pixels of one axis, cut where the weights bend: first and last pixel of each piece, both [pieces] int64.
+    """Cut the pixels of one axis into pieces with linear weights: first and last pixel of each, both [pieces] int64.
 
     From one pixel to the next, the row of `interpolation_matrix` changes by the same amount throughout a piece, so
     that a resized value lies on the line between those at the piece's ends. Pieces neither overlap nor leave gaps.
@@ -36,7 +36,7 @@ def linear_pieces(grid: int, padded: int, network: int, image: int) -> tuple[Ten
     first, last = [], []
     start = 0
     for bend in bends:
-        # Between two bends that are neighbours nothing lies that would need a piece of its own.
+        # Between two neighbouring bends no pixel is left for a piece of its own.
         if bend > start or bend == image - 1 == start:
             first.append(start)
             last.append(bend)

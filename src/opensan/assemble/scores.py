@@ -1,4 +1,4 @@
-"""Class probabilities, and scores of words where somebody asks for them.
+"""Compute class probabilities, and scores of words where they are needed.
 
 Letters: Q queries, K words, h w stride-16 grid, H0 W0 the answer.
 """
@@ -11,7 +11,7 @@ from opensan.assemble.resize import MaskBand, mask_bands
 from opensan.structures import ImageSizes
 
 BAND_FLOATS = 1 << 20
-"""About how many floats a band of rows may need for its scores and masks (4 MB: a processor's cache)."""
+"""Number of floats of a band's scores and masks, about (4 MB: a processor's cache)."""
 
 
 def class_probabilities(class_logits: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def class_probabilities(class_logits: Tensor) -> Tensor:
 
 
 def label_scores(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes, labels: Tensor) -> Tensor:
-    """The score of the word that `labels` [H0, W0] names at each pixel: [H0, W0] float, 0 or more, may exceed 1.
+    """Return the score of each pixel's word in `labels` [H0, W0]: [H0, W0] float, 0 or more, may exceed 1.
 
     The other arguments as for `label_map`. Only words that occur are computed, a band of rows at a time.
     """
@@ -39,11 +39,11 @@ def label_scores(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes, 
 
 
 def band_scores(masks: MaskBand, probabilities: Tensor, rows: slice) -> Tensor:
-    """All scores [K, rows, W0] of a band of rows, from class probabilities [Q, K]."""
+    """Return all scores [K, rows, W0] of a band of rows, from class probabilities [Q, K]."""
     band = masks(rows)
     return (probabilities.T @ band.flatten(1)).unflatten(1, band.shape[1:])
 
 
 def score_maps(mask_logits: Tensor, probabilities: Tensor, sizes: ImageSizes) -> Tensor:
-    """All scores [K, H0, W0]: the plain form, for inspection and tests; needs the memory that `label_map` avoids."""
+    """Return all scores [K, H0, W0], for inspection and tests; needs the memory that `label_map` avoids."""
     return band_scores(mask_bands(mask_logits, sizes), probabilities, slice(0, sizes.image[0]))

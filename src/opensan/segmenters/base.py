@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 class Segmenter:
     """Base class of all segmenters. Holds no state of any image, so threads may share one object.
 
-    A subclass sets the attributes and says how a batch is encoded (`encode_prepared`) and how words score in a band of
-    rows (`scores`). Labels and confidence follow from the scores; a subclass overrides `winners` and `confidence` where
-    it knows a faster way.
+    A subclass sets the attributes and defines how a batch is encoded (`encode_prepared`) and how words score in a band
+    of rows (`scores`). Labels and confidence follow from the scores; a subclass overrides `winners` and `confidence`
+    if it has a faster way.
     """
 
     identity: Identity
-    """Which model it is, taken when the segmenter was built."""
+    """Identity of the model when the segmenter was built."""
     max_pixels: int
     """Larger images are refused."""
     image_config: ImageConfig
-    """How an image becomes network input."""
+    """Settings that turn an image into network input."""
     device: "torch.device | str"
     speed: str
-    """One of those of `opensan.load`, or the format of an exported model."""
+    """One of the speeds of `opensan.load`, or the format of an exported model."""
     dtype: "torch.dtype | str"
-    """Of the image half's matrices."""
+    """Precision of the image half's matrices."""
 
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
         """Run images of one padded shape through the network."""
@@ -54,14 +54,14 @@ class Segmenter:
         return InputImage(image, prepare_array(image, self.image_config))
 
     def prepare_words(self, vocabulary: Vocabulary) -> None:
-        """Do what takes long when words are used for the first time. Raises ValueError for words that can't be used."""
+        """Do the slow steps of the first use of words. Raises UserError for words that can't be used."""
 
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
-        """[H0, W0] int32: each pixel's word, background words included, which come last."""
+        """Return each pixel's word index, [H0, W0] int32, background words included, which come last."""
         return best_words(self.scores(encoding, vocabulary), encoding.sizes.image, len(vocabulary.words))
 
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
-        """What `Segmentation.confidence` answers."""
+        """Return `Segmentation.confidence`: [H0, W0] float32 in [0, 1]."""
         vocabulary = segmentation.vocabulary
         scores = self.scores(segmentation.encoding, vocabulary)
         return scores_of_words(scores, segmentation.winners, len(vocabulary.words)).clip(0, 1)
@@ -87,7 +87,7 @@ class Segmenter:
 
         Returns:
             An Encoding, or a list of them in the order given. Images of different sizes never share padding
-            (padding is not masked in this model), so a batch answers as its images would one by one.
+            (padding is not masked in this model), so a batch gives the same results as single images.
 
         Raises:
             ValueError: one line naming the image that cannot be read.
@@ -107,7 +107,7 @@ class Segmenter:
         return self.prepare(open_image(image, max_pixels=self.max_pixels))
 
     def encode_read(self, images: Sequence[InputImage], *, batch_size: int = 4) -> list[Encoding]:
-        """What `encode` does after reading; see there."""
+        """Encode images that `read` returned; see `encode`."""
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         encodings: dict[int, Encoding] = {}
@@ -168,13 +168,13 @@ class Segmenter:
         return [self._label(encoding, vocabulary) for encoding in self._encoded(images, batch_size)]
 
     def _encoded(self, images: Sequence[Any], batch_size: int) -> list[Encoding]:
-        """Encodings of a mixed list: those given are kept, the others are made."""
+        """Encode the images of a list that may hold encodings too, which are kept."""
         missing = [image for image in images if not isinstance(image, Encoding)]
         made = iter(self._encode_all(missing, batch_size))
         return [image if isinstance(image, Encoding) else next(made) for image in images]
 
     def _label(self, encoding: Encoding, vocabulary: Vocabulary) -> Segmentation:
-        """The word half of the model, and the label map."""
+        """Run the word half of the model and compute the label map."""
         self.check_encoding(encoding)
         winners = self.winners(encoding, vocabulary)
         names = vocabulary.names
@@ -192,4 +192,4 @@ def same_shape(images: Sequence[InputImage]) -> list[list[int]]:
 
 
 AnySegmenter = Segmenter
-"""The name that this class had in version 0.1.0."""
+"""Name of this class in version 0.1.0."""

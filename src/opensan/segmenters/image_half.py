@@ -1,6 +1,6 @@
-"""How the image half of a model is computed: exactly, or as fast as the machine can with nearly the same answers.
+"""Run the image half of a model exactly, or as fast as the machine can with nearly the same results.
 
-"exact" is float32, whatever the device. "fast" is what the device does best, measured for what it costs in answers
+"exact" is float32 on any device. "fast" is the device's fastest way, with its measured effect on labels
 (docs/speed.md): on a CPU, the matrix products of both ViTs' blocks in bfloat16, where the CPU multiplies that.
 """
 
@@ -24,11 +24,11 @@ MOST_GRAPHS = 16
 """Shapes of batches whose CUDA graphs are kept; each holds the memory of a forward pass."""
 
 ImageHalf = Callable[[Tensor], Proposals]
-"""Pixels [B, 3, H, W] float32 on the device, as for `SAN.propose`, to what that answers."""
+"""Function from pixels [B, 3, H, W] float32 on the device to proposals, as `SAN.propose`."""
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The precision in which `device` multiplies matrices fastest. Warns if that is no faster than "exact"."""
+    """Return the precision in which `device` multiplies matrices fastest. Warns if that is no faster than "exact"."""
     if device.type == "cuda":
         return torch.bfloat16
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
@@ -38,9 +38,9 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 def prepare_image_half(model: SAN, device: torch.device, speed: str, dtype: torch.dtype) -> ImageHalf:
-    """Make `model`, which lies on `device` for inference only, ready; its weights change in place.
+    """Prepare `model`, on `device` for inference only; its weights change in place.
 
-    `speed` is one of SPEEDS; `dtype` is that of the blocks' matrices, for "fast" what `fastest_dtype` says.
+    `speed` is one of SPEEDS; `dtype` is that of the blocks' matrices, for "fast" that of `fastest_dtype`.
     """
     narrow_matrices(model, dtype)
     if device.type == "cuda" and speed == "fast":
@@ -49,19 +49,19 @@ def prepare_image_half(model: SAN, device: torch.device, speed: str, dtype: torc
 
 
 def narrow_matrices(model: SAN, dtype: torch.dtype) -> None:
-    """Hold the matrices of both ViTs' blocks in `dtype`: nearly all of the image half's arithmetic.
+    """Store the matrices of both ViTs' blocks in `dtype`: nearly all of the image half's arithmetic.
 
-    Attention follows its queries and keys, so it is narrow too. Norms, residual sums, fusion and heads stay in float32.
+    Attention follows its queries and keys, so it is narrow too. Norms, residual sums, fusion and heads stay float32.
     """
     for block in model.blocks():
-        if isinstance(block, Block):  # which computes in the precision of its matrices; others would refuse
+        if isinstance(block, Block):  # others can't compute with a precision other than their input's
             for parameter in block.parameters():
                 if parameter.ndim == 2:
                     parameter.data = parameter.data.to(dtype)
 
 
 def _compiled(model: SAN, dtype: torch.dtype) -> ImageHalf:
-    """`model.propose` with compiled parts; with bfloat16 for `dtype`, also in what is left of the matrix products.
+    """Return `model.propose` with compiled parts; for a `dtype` of bfloat16, the other matrix products use it too.
 
     The parts are compiled, not the whole, which takes minutes: there are four kinds of block, the fusion and the heads,
     and each is compiled for all shapes. torch keeps what it compiled in the user's temporary folder.
@@ -78,7 +78,7 @@ def _compiled(model: SAN, dtype: torch.dtype) -> ImageHalf:
 
 
 class CudaGraphs:
-    """A function of pixels, recorded once for each shape and replayed: a small batch waits for launches otherwise.
+    """A function of pixels, recorded once for each shape and replayed, because launches slow a small batch down.
 
     Threads may share it; they take turns.
     """
@@ -104,9 +104,9 @@ class CudaGraphs:
 class _Recorded:
     graph: torch.cuda.CUDAGraph
     pixels: Tensor
-    """What the graph reads."""
+    """The input of the graph."""
     proposals: Proposals
-    """What it writes."""
+    """The output of the graph."""
 
     @classmethod
     def of(cls, function: ImageHalf, pixels: Tensor) -> "_Recorded":
@@ -114,11 +114,11 @@ class _Recorded:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles, and lets libraries take their memory: neither can be recorded
+            for _ in range(2):  # compiles, and libraries allocate their memory: neither can be recorded
                 function(pixels)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: the mode that is usual forbids them to take memory as long as this one records.
+        # Other threads may continue: the default mode forbids them to allocate memory while this one records.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             proposals = function(pixels)
         return cls(graph, pixels, proposals)

@@ -1,4 +1,4 @@
-"""`opensan.load`: any model, with torch or, if it was exported, without."""
+"""Load any model, with torch or, if it was exported, without: `opensan.load`."""
 
 import gc
 import os
@@ -31,28 +31,28 @@ def load(
 
     Args:
         source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "tiny" (ships with the package);
-            a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name"; or what `opensan export`
-            wrote: its folder, or a graph in it ("exported/image.onnx"). An exported model needs no torch.
+            a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name"; or an exported model:
+            its folder, or a graph in it ("exported/image.onnx"). An exported model needs no torch.
         device: "cpu", "cuda", "cuda:1", "mps". An exported model runs on the CPU.
         speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
-            labels (docs/speed.md says what it gains and costs). Of an exported model it was decided at export.
-        dtype: "float32" or "bfloat16", of the matrices of both ViTs' blocks, in place of the one that `speed` implies.
+            labels (see docs/speed.md). For an exported model it was chosen at export.
+        dtype: "float32" or "bfloat16", the precision of matrix products in both ViTs' blocks; None lets `speed` choose.
         random_weights: a seed; builds the named preset with random weights and no download.
-            For benchmarks and shape work: the answers mean nothing.
+            For benchmarks and shape work only: labels are random.
         max_pixels: larger images are refused, before they are decoded.
         text_cache: keep text embeddings on disk (in the user's cache folder, or where OPENSAN_CACHE says).
-        threads: of an exported model's runtime; None leaves the number to it.
+        threads: number of threads of an exported model's runtime; None lets the runtime choose.
             With torch, `torch.set_num_threads` decides for the whole process.
 
     Raises:
         ValueError: unknown model or option, a damaged file, or a missing library; one line.
-        HubError: the hub did not answer; says what was tried and what works offline.
+        HubError: the hub did not answer; names the attempts and what works offline.
     """
     folder = exported_folder(source)
     if folder is None:
         if find_spec("torch") is None:
             raise UserError(
-                f"model {os.fspath(source)!r} needs torch (pip install torch); without torch, opensan runs what "
+                f"model {os.fspath(source)!r} needs torch (pip install torch); without torch, opensan runs models that "
                 "`opensan export` wrote"
             )
         if threads is not None:
@@ -87,7 +87,7 @@ def load(
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Switch the garbage collector off: an import leaves no garbage, and the search takes an eighth of it."""
+    """Switch the garbage collector off: an import leaves no garbage, yet the search takes an eighth of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Segmenters that propose masks first and classify the masks by words then; needs no torch.
+"""The base class of segmenters that propose masks and classify them with words; needs no torch.
 
 Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the image.
 """
@@ -30,14 +30,14 @@ class ProposalSegmenter(Segmenter):
     """The text half: it embeds words."""
 
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> "torch.Tensor | np.ndarray":
-        """[Q, K] float32: each proposal's softmax over the words and "no object", without the latter.
+        """Return [Q, K] float32: each proposal's softmax over the words and "no object", without the latter.
 
         K counts the background words too; they come last. Words with equal text rows have equal columns.
         """
         raise NotImplementedError
 
     def scores(self, encoding: Encoding, vocabulary: Vocabulary) -> Scores:
-        """What `Segmenter.scores` answers."""
+        """Return the function that scores all words in a band of rows; see `Segmenter.scores`."""
         probabilities = to_array(self.class_probabilities(encoding, vocabulary))
         masks = mask_bands(to_array(encoding["mask_logits"]), encoding.sizes)
         first = first_equal(probabilities.T)
@@ -74,7 +74,7 @@ class ProposalSegmenter(Segmenter):
 
 
 def with_proposals(segmenter: Segmenter, purpose: str) -> ProposalSegmenter:
-    """Return the segmenter itself. Raises ValueError, one line saying what for, if it has no mask proposals."""
+    """Return the segmenter itself. Raises UserError, one line with `purpose`, if it has no mask proposals."""
     if not isinstance(segmenter, ProposalSegmenter):
         raise UserError(f"{purpose} needs a model with mask proposals, and {segmenter.identity.name} has none")
     return segmenter

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     import torch
 
 MOST_ANSWERED_PIXELS = 2**30
-"""An encoding from a file may say that its image was no larger (4 GiB of labels), and no more can be checked."""
+"""Limit of the image size in an encoding from a file (4 GiB of labels), which nothing else limits."""
 
 _IMAGE = "image"
-"""The name of the image itself among the tensors of a file."""
+"""Name of the image itself among the tensors of a file."""
 
 
 @dataclass(frozen=True)
@@ -42,52 +42,52 @@ class InputImage:
     """An image as network input, and the image itself."""
 
     image: np.ndarray | None
-    """[H0, W0, 3] uint8 RGB, which the encoding keeps; None if it shall not."""
+    """[H0, W0, 3] uint8 RGB, which the encoding keeps; None to keep none."""
     prepared: PreparedImage
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Encoding:
-    """An image after the image half of a model, before any word: all that `Segmenter.segment` needs to answer words.
+    """An image after the image half of a model: all that `Segmenter.segment` needs to label it with any words.
 
-    Which arrays there are is the model's own matter. Those of SAN are its mask proposals: "mask_logits" [Q, h, w] and
+    Each kind of model has its own arrays. Those of SAN are its mask proposals: "mask_logits" [Q, h, w] and
     "mask_embeddings" [Q, D], unit length, both float32.
     """
 
     arrays: Mapping[str, "torch.Tensor | np.ndarray"]
-    """By name: tensors, or arrays where torch is not installed or an exported model made them."""
+    """Arrays by name: tensors, or numpy arrays if torch is not installed or an exported model made them."""
     sizes: ImageSizes
     model: str
-    """Fingerprint of the model that made it; another model cannot read it."""
+    """Identity of the model that made it; another model cannot use it."""
     image: np.ndarray | None = None
     """The image, [H0, W0, 3] uint8 RGB, for overlays; None if it was not kept."""
 
     def __repr__(self) -> str:
         height, width = self.sizes.image
-        return f"<Encoding of a photograph of {width}x{height} by {self.model}>"
+        return f"<Encoding of an image of {width}x{height} by {self.model}>"
 
     def __getitem__(self, name: str) -> "torch.Tensor | np.ndarray":
         return self.arrays[name]
 
     @property
     def mask_logits(self) -> "torch.Tensor | np.ndarray":
-        """`encoding["mask_logits"]`, of a model that proposes masks."""
+        """`encoding["mask_logits"]`, for models that propose masks."""
         return self.arrays["mask_logits"]
 
     @property
     def mask_embeddings(self) -> "torch.Tensor | np.ndarray":
-        """`encoding["mask_embeddings"]`, of a model that proposes masks."""
+        """`encoding["mask_embeddings"]`, for models that propose masks."""
         return self.arrays["mask_embeddings"]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that its arrays and its image take."""
+        """Bytes of memory of its arrays and its image."""
         arrays = [*self.arrays.values(), *([] if self.image is None else [self.image])]
         return sum(array.nbytes for array in arrays)
 
     @property
     def is_finite(self) -> bool:
-        """Whether no number of the arrays is NaN or infinite (nor the sum of all so large): one quick pass."""
+        """Return whether all numbers of the arrays are finite (and their sum too): one quick pass."""
         return all(math.isfinite(float(array.sum())) for array in self.arrays.values())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -103,7 +103,7 @@ class Encoding:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Encoding":
-        """Read what `save` wrote. Raises ValueError, one line, on anything else."""
+        """Read a file that `save` wrote. Raises UserError, one line, on any other."""
         try:
             with safe_open(path, framework="pt" if find_spec("torch") else "np") as file:
                 meta = json.loads(file.metadata()["opensan"])
@@ -120,7 +120,7 @@ class Encoding:
         return encoding
 
     def _is_bounded(self) -> bool:
-        """Whether the sizes fit the arrays. A file may say anything, and ask for memory of any amount by that."""
+        """Return whether the sizes fit the arrays: wrong sizes in a file could cause unbounded memory use."""
         sizes = self.sizes
         longest = max((side for array in self.arrays.values() for side in array.shape), default=0)
         return (
@@ -135,7 +135,7 @@ class Encoding:
 
 
 class _Answers(Protocol):
-    """What a segmentation asks of the segmenter that made it."""
+    """Methods of its segmenter that a segmentation uses."""
 
     def segment(
         self, images: Encoding, words: Any, *, background: Iterable[Any] = (), templates: Templates | None = None
@@ -146,9 +146,9 @@ class _Answers(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
-    """The answer: a word for every pixel.
+    """Result of a segmentation: a word for every pixel.
 
-    A pickle of it is complete, confidence included, but for the model: it can be shown and saved, not relabelled.
+    A pickle of it holds all but the model, confidence included: it can be shown and saved, not relabelled.
     """
 
     labels: np.ndarray
@@ -160,9 +160,9 @@ class Segmentation:
     vocabulary: Vocabulary
     encoding: Encoding
     segmenter: _Answers | None
-    """What answered; None in one that was unpickled."""
+    """The segmenter that made it; None after unpickling."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """What else is known of the image or of its pixels, by name: a place for what other methods and tools add."""
+    """Further data about the image or its pixels, by name, for other methods and tools."""
 
     def __repr__(self) -> str:
         height, width = self.labels.shape
@@ -171,7 +171,7 @@ class Segmentation:
         return f"<Segmentation of {width}x{height}: {', '.join(found) or 'unlabelled'}>"
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
+        """Return the overlay as a PNG, which notebooks show."""
         content = io.BytesIO()
         self.overlay().save(content, "PNG")
         return content.getvalue()
@@ -183,14 +183,14 @@ class Segmentation:
     def confidence(self) -> np.ndarray:
         """[H0, W0] float32 in [0, 1]: the winner's score, clipped (sum over proposals of class times mask probability).
 
-        Computed when first asked for; labels do not need it.
+        Computed on first access; labels do not need it.
         """
         assert self.segmenter is not None  # a pickle holds the confidence
         return self.segmenter.confidence(self)
 
     @property
     def image(self) -> np.ndarray | None:
-        """The photograph, [H0, W0, 3] uint8 RGB."""
+        """The image, [H0, W0, 3] uint8 RGB; None if the encoding did not keep it."""
         return self.encoding.image
 
     @property
@@ -202,15 +202,15 @@ class Segmentation:
     def relabel(
         self, words: Any, *, background: Iterable[Any] = (), templates: Templates | None = None
     ) -> "Segmentation":
-        """The same image asked with other words; neither ViT runs. Arguments as for `SanSegmenter.segment`."""
+        """Label the same image with other words; neither ViT runs. Arguments as for `Segmenter.segment`."""
         if self.segmenter is None:
             raise UserError(
-                "an unpickled segmentation has no model: ask one with segment(segmentation.encoding, words)"
+                "an unpickled segmentation has no model: use a model's segment(segmentation.encoding, words)"
             )
         return self.segmenter.segment(self.encoding, words, background=background, templates=templates)
 
     def overlay(self) -> Image.Image:
-        """The photograph under the words' colours, with a legend below; what `save` writes, to look at."""
+        """Draw the image under the words' colours, with a legend: the overlay that `save` writes."""
         return outputs.overlay(self.image, self.labels, self.names, self.areas)
 
     def save(

@@ -1,10 +1,10 @@
-"""The one object a user holds: encode an image once, then ask any words.
+"""SAN's segmenter: encode an image once, then label it with any words.
 
     san = opensan.load("san-vit-b16")
     segmentation = san.segment("street.jpg", ["road", "car", "tree", "sky"])
     segmentation.relabel(["asphalt", "vehicle", "sky"])  # neither ViT runs
 
-Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the photograph.
+Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the image.
 """
 
 import os
@@ -38,9 +38,9 @@ __all__ = ["Encoding", "InputImage", "SanSegmenter", "Segmentation", "load_san"]
 
 
 def _undisturbed(method: Callable) -> Callable:
-    """For methods of `SanSegmenter`: without gradients, and float32 is float32 even where the caller has autocast on.
+    """Run a method of `SanSegmenter` without gradients, and in float32 even under the caller's autocast.
 
-    Streams, CUDA graphs and Triton's kernels belong to the current device, whatever device their tensors are on.
+    Streams, CUDA graphs and Triton's kernels use the current device, not that of their tensors.
     """
 
     @wraps(method)
@@ -53,7 +53,7 @@ def _undisturbed(method: Callable) -> Callable:
 
 
 class SanSegmenter(ProposalSegmenter):
-    """A model ready to be asked. Holds no state of any image, so threads may share one object."""
+    """A SAN model for inference. It holds no state of any image, so threads may share one object."""
 
     device: torch.device
 
@@ -67,7 +67,7 @@ class SanSegmenter(ProposalSegmenter):
         max_pixels: int = MAX_PIXELS,
         text_cache: bool = True,
     ) -> None:
-        """`opensan.load` makes one; see there for the arguments."""
+        """Use `opensan.load`, which describes the arguments, to make one."""
         if speed not in SPEEDS:
             raise UserError(f"speed {speed!r} is not one of {', '.join(SPEEDS)}")
         if dtype is not None and dtype not in DTYPES:
@@ -77,16 +77,16 @@ class SanSegmenter(ProposalSegmenter):
         self.dtype = _matrix_dtype(self.device, speed, dtype)
         self.max_pixels = max_pixels
         self.image_config = model.config.image
-        # The caller's model stays as it is: a training may go on with it.
+        # The caller's model is unchanged, so that a training may continue with it.
         self.model = model.snapshot()
         self.identity = model_identity(self.model)
         self.model.to(self.device)
-        # Words stay in float32 at any speed: they cost little there, and their cache is shared.
+        # Words are computed in float32 at any speed: they take little time, and all speeds share their cache.
         self._propose = prepare_image_half(self.model, self.device, speed, self.dtype)
         self.text = TextEncoder(self.model, disk_cache=text_cache, identity=self.identity.text)
 
     def prepare(self, image: np.ndarray) -> InputImage:
-        """What `Segmenter.prepare` answers."""
+        """Turn an image, [H0, W0, 3] uint8 RGB, into network input; see `Segmenter.prepare`."""
         return InputImage(image, prepare(image, self.image_config))
 
     @_undisturbed
@@ -94,7 +94,7 @@ class SanSegmenter(ProposalSegmenter):
         """Run images of one padded shape through the network."""
         pixels = torch.stack([torch.as_tensor(image.prepared.pixels) for image in batch]).to(self.device)
         proposals = self._propose(pixels)
-        # Copies: a part of the batch's tensors would keep all of them in memory for as long as it is kept.
+        # Copies, because a view would keep the whole batch's tensors in memory.
         return [
             Encoding(
                 {"mask_logits": masks.clone(), "mask_embeddings": embeddings.clone()},
@@ -109,20 +109,20 @@ class SanSegmenter(ProposalSegmenter):
 
     @_undisturbed
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> torch.Tensor:
-        """What `ProposalSegmenter.class_probabilities` answers."""
+        """Return class probabilities [Q, K]; see `ProposalSegmenter.class_probabilities`."""
         embeddings = torch.as_tensor(encoding["mask_embeddings"], device=self.device)
         proposals = Proposals(self._masks(encoding).unsqueeze(0), embeddings.unsqueeze(0))
         return class_probabilities(self.model.classify(proposals, self.text.classifier(vocabulary)))[0]
 
     @_undisturbed
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
-        """What `Segmenter.winners` answers."""
+        """Return each pixel's word index, [H0, W0] int32; see `Segmenter.winners`."""
         probabilities = self.class_probabilities(encoding, vocabulary)
         return label_map(self._masks(encoding), probabilities, encoding.sizes).cpu().numpy()
 
     @_undisturbed
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
-        """What `Segmentation.confidence` answers."""
+        """Return the confidence, [H0, W0] float32; see `Segmentation.confidence`."""
         encoding = segmentation.encoding
         probabilities = self.class_probabilities(encoding, segmentation.vocabulary)
         labels = torch.from_numpy(segmentation.winners).to(self.device)
@@ -130,7 +130,7 @@ class SanSegmenter(ProposalSegmenter):
         return scores.clamp_(0, 1).cpu().numpy()
 
     def scores(self, encoding: Encoding, vocabulary: Vocabulary) -> Scores:
-        """What `Segmenter.scores` answers, as tensors on the device."""
+        """Return the function from a band of rows to all scores (tensors on the device); see `Segmenter.scores`."""
         probabilities = self.class_probabilities(encoding, vocabulary)
         masks = mask_bands(self._masks(encoding), encoding.sizes)
         first = torch.from_numpy(first_equal(to_array(probabilities.T))).to(self.device)
@@ -161,16 +161,16 @@ def load_san(
             a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name".
         device: "cpu", "cuda", "cuda:1", "mps".
         speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
-            labels (docs/speed.md says what it gains and costs).
+            labels (see docs/speed.md).
         dtype: "float32" or "bfloat16", the precision of matrix products in both ViTs' blocks; None lets `speed` choose.
         random_weights: a seed; builds the named preset with random weights and no download.
-            For benchmarks and shape work: the answers mean nothing.
-        max_pixels: larger photographs are refused, before they are decoded.
+            For benchmarks and shape work only: labels are random.
+        max_pixels: larger images are refused, before they are decoded.
         text_cache: keep text embeddings on disk (in the user's cache folder, or where OPENSAN_CACHE says).
 
     Raises:
         ValueError: unknown model or device, or a damaged file; one line.
-        HubError: the hub did not answer; says what was tried and what works offline.
+        HubError: the hub did not answer; names the attempts and what works offline.
     """
     if random_weights is None:
         model = load_model(source)

@@ -30,7 +30,7 @@ from opensan.vocabulary import Vocabulary
 JOURNAL = ".prepare.sqlite"
 LOCK = ".prepare.lock"
 BEFORE = ".prepare.jsonl"
-"""What the journal was in version 0.1.0."""
+"""Name of the journal in version 0.1.0."""
 _IMAGE, _STALE = "image ", "stale "
 """Beginnings of the journal's keys: images that are finished, and those that another request had made."""
 _OURS = re.compile(r"\..*\.part.*|\.prepare\..*")
@@ -265,7 +265,7 @@ def _open_folder(
 
 
 def _record(value: object) -> PhotographRecord | None:
-    """A row of the journal; None of anything else."""
+    """Return the record in a row of the journal; None if it holds none."""
     try:
         return parse_config(PhotographRecord, value, JOURNAL)
     except UserError:

@@ -1,1 +1,1 @@
-"""Exported models, run without torch: see docs/export.md."""
+"""Run exported models without torch: see docs/export.md."""

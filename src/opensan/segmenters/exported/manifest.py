@@ -1,4 +1,4 @@
-"""An exported model on disk: a folder of graphs, config.json as any checkpoint has it, and export.json."""
+"""Read an exported model's folder: graphs, config.json as in checkpoints, and export.json."""
 
 import json
 from pathlib import Path
@@ -9,24 +9,24 @@ from opensan.errors import UserError
 
 
 class ExportManifest(Config):
-    """What export.json says."""
+    """Content of export.json."""
 
     format: Literal["onnx", "openvino", "torch"]
     dtype: Literal["float32", "float16", "bfloat16", "int8"]
-    """Of the weights."""
+    """Precision of the weights."""
     image: str
     """Identity of the image half: encodings of other models are refused."""
     text: bool
-    """Whether the text tower is here."""
+    """Whether the folder holds the text tower."""
     text_tower: str
-    """Identity of the text tower as it was exported."""
+    """Identity of the text tower at export."""
     seen_tokens: tuple[int, ...] | None = None
-    """The tokens that the model was trained on; None: all."""
+    """Tokens that the model was trained on; None for all."""
     version: Literal[2] = 2
 
 
 def exported_folder(source: object) -> Path | None:
-    """The folder of an exported model that `source` names (itself, or a graph in it); None for anything else."""
+    """Return the folder of an exported model, which `source` or its parent is; None for anything else."""
     if not isinstance(source, str | Path):
         return None
     path = Path(source).expanduser()
@@ -35,7 +35,7 @@ def exported_folder(source: object) -> Path | None:
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, ExportManifest]:
-    """Raises ValueError, one line, when either file is damaged."""
+    """Read both configuration files. Raises UserError, one line, if either is damaged."""
     path = folder / EXPORT_NAME
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

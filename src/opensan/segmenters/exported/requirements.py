@@ -1,4 +1,4 @@
-"""What a machine without torch needs to run an exported model: the folder carries it as requirements.txt."""
+"""Make an exported model's requirements.txt: the packages that run it without torch."""
 
 REQUIREMENTS_NAME = "requirements.txt"
 
@@ -20,6 +20,6 @@ RUNTIME = {"onnx": "onnxruntime>=1.20", "openvino": "openvino>=2025.0"}
 
 
 def requirements(format: str) -> str:
-    """The content of requirements.txt: ranges as in opensan's own metadata, without torch."""
+    """Return the content of requirements.txt: ranges as in opensan's own metadata, without torch."""
     lines = ["# Without torch: pip install --no-deps opensan && pip install -r requirements.txt"]
     return "\n".join([*lines, *COMMON, RUNTIME[format]]) + "\n"

@@ -1,4 +1,4 @@
-"""Exported graphs, ready to run: numpy arrays in, numpy arrays out. Needs the format's own library, and not torch."""
+"""Open exported graphs as functions on numpy arrays. Needs the format's own library, but not torch."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -9,10 +9,10 @@ import numpy as np
 from opensan.errors import UserError, reason
 
 Run = Callable[..., list[np.ndarray]]
-"""The inputs by name; answers the outputs in their order."""
+"""Function from inputs by name to the outputs in their order."""
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
-"""Format -> what follows a graph's name in its file's name."""
+"""Format -> suffix of a graph's file."""
 
 
 def open_graph(path: Path, *, threads: int = 0, narrow: bool = False) -> Run:
@@ -28,7 +28,7 @@ def open_graph(path: Path, *, threads: int = 0, narrow: bool = False) -> Run:
 
 
 def library(name: str, extra: str):
-    """An optional library. Raises ValueError, one line naming the extra, when it is not installed."""
+    """Import an optional library. Raises UserError, one line naming the extra, if it is not installed."""
     try:
         return import_module(name)
     except ModuleNotFoundError:
@@ -42,7 +42,7 @@ def _open_onnx(path: Path, threads: int) -> Run:
     options.log_severity_level = 3  # errors only
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # it has its own exceptions, without a common base
+    except Exception as error:  # onnxruntime's own exceptions have no common base
         raise UserError(f"{path}: not a graph that onnxruntime can run ({reason(error)})") from None
     return lambda **inputs: session.run(None, inputs)
 
@@ -58,7 +58,7 @@ def _open_openvino(path: Path, threads: int, narrow: bool) -> Run:
         raise UserError(f"{path}: not a graph that OpenVINO can run ({reason(error)})") from None
 
     def run(**inputs: np.ndarray) -> list[np.ndarray]:
-        # A request of its own: threads may share the graph.
+        # Each call has its own request, so threads may share the graph.
         found = compiled.create_infer_request().infer(inputs)
         return [np.array(found[output]) for output in compiled.outputs]
 

@@ -1,6 +1,6 @@
-"""An exported model with the API of `opensan.SanSegmenter`, run by onnxruntime or OpenVINO; needs no torch.
+"""The segmenter of exported models, run by onnxruntime or OpenVINO; needs no torch.
 
-Letters: Q queries, K words, R text rows, D embedding, h w stride-16 grid, H0 W0 the photograph.
+Letters: Q queries, K words, R text rows, D embedding, h w stride-16 grid, H0 W0 the image.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,12 @@ from opensan.vocabulary import Vocabulary
 
 
 class ExportedSegmenter(ProposalSegmenter):
-    """What `opensan export` wrote, ready to be asked; `opensan.load` makes one."""
+    """An exported model for inference; use `opensan.load` to make one."""
 
     def __init__(
         self, folder: Path, *, max_pixels: int = MAX_PIXELS, text_cache: bool = True, threads: int = 0
     ) -> None:
-        """`threads` of the runtime; 0 leaves the number to it. Raises ValueError, one line, on a damaged folder."""
+        """`threads` of the runtime; 0 lets it choose. Raises UserError, one line, on a damaged folder."""
         config, manifest = read_folder(folder)
         if manifest.format not in SUFFIXES:
             raise UserError(
@@ -44,7 +44,7 @@ class ExportedSegmenter(ProposalSegmenter):
         def graph(name: str, *, narrow: bool = False) -> Run:
             return open_graph(folder / f"{name}{SUFFIXES[manifest.format]}", threads=threads, narrow=narrow)
 
-        # Words are computed with float32, whatever the image half has: they cost little there.
+        # Words are computed in float32 for any precision of the image half, because they take little time.
         self._image = graph("image", narrow=manifest.dtype == "bfloat16")
         self._words, self._labels = graph("words"), graph("labels")
         clip = config.clip
@@ -60,7 +60,7 @@ class ExportedSegmenter(ProposalSegmenter):
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
         """Run images of one padded shape through the network."""
         masks, embeddings = self._image(pixels=np.stack([to_array(image.prepared.pixels) for image in batch]))
-        # Copies: a part of the batch's arrays would keep all of them in memory for as long as it is kept.
+        # Copies, because a view would keep the whole batch's arrays in memory.
         return [
             Encoding(
                 {"mask_logits": mask.copy(), "mask_embeddings": embedding.copy()},
@@ -76,12 +76,12 @@ class ExportedSegmenter(ProposalSegmenter):
         return np.concatenate([labels for labels, _ in self._bands(encoding, vocabulary)])
 
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
-        """What `Segmentation.confidence` answers."""
+        """Return the confidence, [H0, W0] float32; see `Segmentation.confidence`."""
         bands = self._bands(segmentation.encoding, segmentation.vocabulary)
         return np.clip(np.concatenate([scores for _, scores in bands]), 0, 1)
 
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
-        """What `ProposalSegmenter.class_probabilities` answers."""
+        """Return class probabilities [Q, K]; see `ProposalSegmenter.class_probabilities`."""
         rows = self.text.classifier(vocabulary)
         (found,) = self._words(
             mask_embeddings=to_array(encoding["mask_embeddings"]),
@@ -91,9 +91,9 @@ class ExportedSegmenter(ProposalSegmenter):
         return found
 
     def _bands(self, encoding: Encoding, vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Labels and scores of a band of rows at a time, so that memory does not grow with words times pixels."""
+        """Yield labels and scores of a band of rows at a time, so that memory does not grow with words times pixels."""
         probabilities = self.class_probabilities(encoding, vocabulary)
-        names = np.unique(first_equal(probabilities.T))  # of words with equal scores, rounding would choose
+        names = np.unique(first_equal(probabilities.T))  # rounding must not choose between equal words
         probabilities = np.ascontiguousarray(probabilities[:, names])
         masks = to_array(encoding["mask_logits"])
         down, across = interpolation_matrices(masks.shape[1:], encoding.sizes)
@@ -105,7 +105,7 @@ class ExportedSegmenter(ProposalSegmenter):
 
 
 def rows_of_words(vocabulary: Vocabulary) -> np.ndarray:
-    """[K, S] int64: the text rows of each word; a word with fewer synonyms than another repeats its first."""
+    """Return [K, S] int64: the text rows of each word; a word with fewer synonyms than another repeats its first."""
     counts = np.bincount(vocabulary.row_class)
     first = np.cumsum(counts) - counts
     step = np.arange(counts.max())

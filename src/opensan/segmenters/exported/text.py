@@ -1,4 +1,4 @@
-"""Words without torch: the exported text tower, and the words that were embedded at export.
+"""Embed words without torch: by the exported text tower, and with the words embedded at export.
 
 Letters: R text rows, D embedding.
 """
@@ -30,13 +30,13 @@ class EmbeddedWords:
     """Text rows that need no text tower."""
 
     rows: Mapping[bytes, np.ndarray] = field(default_factory=dict)
-    """`text_rows.row_key` -> [D] float32, unit length."""
+    """`opensan.text.rows.row_key` -> [D] float32, unit length."""
     names: tuple[str, ...] = ()
-    """What they are the rows of, in the same order."""
+    """Words or synonyms of the rows, in the same order."""
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, rows: np.ndarray, tower: str) -> "EmbeddedWords":
-        """From the `rows` [R, D] of a vocabulary, to be found as those of `tower`, an identity."""
+        """Make it of the `rows` [R, D] of a vocabulary, under the identity `tower` of their text tower."""
         keys = [row_key(tower, prompts) for prompts in vocabulary.prompts()]
         names = [synonym for word in vocabulary.words for synonym in word.synonyms]
         return cls(dict(zip(keys, rows, strict=True)), tuple(dict(zip(keys, names, strict=True)).values()))
@@ -49,7 +49,7 @@ class EmbeddedWords:
 
     @classmethod
     def load(cls, path: Path, dimension: int) -> "EmbeddedWords":
-        """What `save` wrote; nothing where there is no such file. Raises ValueError, one line, on anything else."""
+        """Read a file that `save` wrote; empty if it does not exist. Raises UserError, one line, on any other file."""
         if not path.exists():
             return cls()
         try:
@@ -70,7 +70,7 @@ class EmbeddedWords:
 
 
 class ExportedText(TextRows):
-    """The text half of an exported model, and what it has embedded."""
+    """The text half of an exported model, with the words embedded at export."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class ExportedText(TextRows):
         self._work = threading.Lock()
 
     def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> np.ndarray:
-        """`TextRows.rows`, remembered; threads may ask together."""
+        """Return `TextRows.rows`, from memory if possible; threads may call it together."""
         with self._work:
             found = self._found.get(vocabulary)
             if found is None:
