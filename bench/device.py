@@ -32,7 +32,7 @@ from opensan.assemble.best_row import best_row
 from opensan.assemble.labels import label_map
 from opensan.assemble.scores import score_maps
 from opensan.checkpoints import load_model
-from opensan.config import PRESETS
+from opensan.checkpoints.presets import PRESETS
 from opensan.parity.golden import golden_model
 from opensan.parity.inference import CLEAR_MARGIN, check_inference, is_training
 from opensan.segmenters.san import SanSegmenter
@@ -238,7 +238,9 @@ def agreement(options: Options) -> dict:
     ):
         if name not in (*options.models, "tiny"):
             continue
-        make = (lambda: load_model("tiny")) if name == "tiny" else (lambda name=name: golden_model(PRESETS[name]))
+        make = (
+            (lambda: load_model("tiny")) if name == "tiny" else (lambda name=name: golden_model(PRESETS[name].config))
+        )
         cpu = SanSegmenter(make(), text_cache=False)
         exact, fast = (
             SanSegmenter(make(), device=options.device, speed=s, text_cache=False) for s in ("exact", "fast")

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 import opensan
-from opensan.config import EXPORT_NAME, PRESETS
+from opensan.checkpoints.presets import PRESETS
+from opensan.config import EXPORT_NAME
 from opensan.export import export, formats
 from opensan.parity.golden import golden_model
 from opensan.segmenters.base import Segmenter
@@ -48,7 +49,7 @@ class Rows:
 
 def segmenters(options: argparse.Namespace, root: Path) -> dict[str, Segmenter]:
     """Every way, ready to be asked."""
-    model = golden_model(PRESETS[options.model])
+    model = golden_model(PRESETS[options.model].config)
     whole = root / "float32"
     started = time.perf_counter()
     _, found = export(model, whole, text=False)
@@ -57,7 +58,7 @@ def segmenters(options: argparse.Namespace, root: Path) -> dict[str, Segmenter]:
     for way in options.ways:
         first, second = way.split()
         if first == "torch":
-            own = golden_model(PRESETS[options.model])  # "fast" changes the weights
+            own = golden_model(PRESETS[options.model].config)  # "fast" changes the weights
             ways[way] = SanSegmenter(own, speed=second, text_cache=False)
         else:
             folder = converted(whole, root / way, first, second)
@@ -83,7 +84,7 @@ def converted(whole: Path, folder: Path, format: str, dtype: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="san-vit-b16", choices=sorted(PRESETS))
+    parser.add_argument("--model", default="san-vit-b16", choices=("san-vit-b16", "san-vit-l14"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ways", nargs="+", default=[*TORCH, *EXPORTED], choices=[*TORCH, *EXPORTED])

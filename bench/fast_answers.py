@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import opensan
-from opensan.config import PRESETS
+from opensan.checkpoints.presets import PRESETS
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.evaluate.metrics import Counts
@@ -38,7 +38,7 @@ def open_data(data: str, split: str, images: int) -> SegmentationDataset:
 def open_model(model: str, speed: str, dtype: str | None = None) -> SanSegmenter:
     if not model.startswith(RULE):
         return opensan.load(model, speed=speed, dtype=dtype)
-    return SanSegmenter(golden_model(PRESETS[model.removeprefix(RULE)]), speed=speed, dtype=dtype)
+    return SanSegmenter(golden_model(PRESETS[model.removeprefix(RULE)].config), speed=speed, dtype=dtype)
 
 
 def compare(exact: SanSegmenter, fast: SanSegmenter, dataset: SegmentationDataset, images: int) -> dict[str, float]:

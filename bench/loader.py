@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from opensan.checkpoints import load_model
-from opensan.config import PRESETS
+from opensan.checkpoints.presets import PRESETS
 from opensan.data.augment import AugmentConfig, augment
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.model import build_san
@@ -74,7 +74,7 @@ def training(
     """Seconds of a step, and the share of it that waits for data, for every number of workers."""
     for workers in WORKERS:
         torch.manual_seed(0)
-        network = build_san(PRESETS[model]) if random else load_model(model)
+        network = build_san(PRESETS[model].config) if random else load_model(model)
         side = network.config.side_adapter.image_size
         loop = LoopConfig(steps=steps, batch_size=batch, log_every=1, workers=workers)
         with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ from PIL import Image
 
 import opensan
 from opensan.assemble.labels import label_map
-from opensan.config import PRESETS
+from opensan.checkpoints.presets import PRESETS
 from opensan.images import prepare
 from opensan.model import SAN
 from opensan.parity.golden import golden_model
@@ -71,7 +71,7 @@ class Ways:
 
     def __init__(self, model: str, ways: Sequence[str] = WAYS, *, warm: bool = True) -> None:
         """`warm`: encode a photograph, for words that suit it. Without, nothing has run yet."""
-        config = PRESETS[model]
+        config = PRESETS[model].config
         self.segmenters: dict[str, SanSegmenter] = {}
         for speed in ("exact", "fast"):
             if speed in ways or (speed == "exact" and "plain" in ways):
@@ -244,7 +244,7 @@ def image_half_gflop(model: str) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        san = opensan.model.build_san(PRESETS[model])
+        san = opensan.model.build_san(PRESETS[model].config)
         pixels = torch.empty(1, 3, 640, 640)
     with FlopCounterMode(display=False) as counter:
         san.propose(pixels)
@@ -300,7 +300,7 @@ def draw(what: str, rows: Sequence[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("words", "sizes", "parts", "memory", "one"))
-    parser.add_argument("--model", default="san-vit-b16", choices=sorted(PRESETS))
+    parser.add_argument("--model", default="san-vit-b16", choices=("san-vit-b16", "san-vit-l14"))
     parser.add_argument("--words", type=int, nargs="+", default=list(WORDS))
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)

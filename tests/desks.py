@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from opensan.checkpoints import clip_weights, hub
 from opensan.checkpoints.official import to_official
-from opensan.config import PRESETS
+from opensan.checkpoints.presets import PRESETS
 from opensan.data.prepare import READERS
 from opensan.data.prepare.engine import prepare
 from opensan.model import SAN
@@ -62,7 +63,8 @@ def lay_out(page: str, desk: Path, model: SAN, monkeypatch: pytest.MonkeyPatch) 
 def instead_of_official_weights(file: Path, model: SAN, monkeypatch: pytest.MonkeyPatch) -> None:
     """The presets are `model`'s architecture for now, and their file on the hub is `file`, with its weights."""
     for name in ("san-vit-b16", "san-vit-l14"):
-        monkeypatch.setitem(PRESETS, name, model.config.model_copy(update={"name": name}))
+        config = model.config.model_copy(update={"name": name})
+        monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], config=config))
     torch.save({"model": to_official(model.state_dict(), model.config)}, file)
     monkeypatch.setattr(hub, "download", lambda *_: file)
     monkeypatch.setattr(clip_weights, "download", lambda *_: pytest.fail("CLIP's weights are not here"))

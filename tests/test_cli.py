@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import opensan
 import opensan.segmenters.san
 from opensan.checkpoints import load_folder
 from opensan.checkpoints.official import to_official
+from opensan.checkpoints.presets import PRESETS
 from opensan.jobs.folder import Job, plan
 from opensan.text.cache import TextCache
 
@@ -340,7 +342,8 @@ def test_a_printed_set_is_a_words_file(run, tmp_path):
 
 
 def test_convert_writes_what_load_reads(run, tmp_path, small_model, small_config, monkeypatch):
-    monkeypatch.setattr("opensan.checkpoints.pickles.PRESETS", {"small": small_config})
+    small = replace(PRESETS["san-vit-b16"], config=small_config)
+    monkeypatch.setattr("opensan.checkpoints.pickles.PRESETS", {"small": small})
     torch.save({"model": to_official(small_model.state_dict(), small_config)}, tmp_path / "san.pth")
     code, stdout, stderr = run("convert", tmp_path / "san.pth", tmp_path / "folder")
     assert (code, stderr) == (0, "")

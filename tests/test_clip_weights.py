@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from opensan.checkpoints.clip_weights import san_around_clip
-from opensan.config import PRESETS
+from opensan.checkpoints.presets import PRESETS
 
 
 def clip_state(model) -> dict[str, torch.Tensor]:
@@ -75,4 +75,4 @@ def test_without_a_network_the_file_to_fetch_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _url: (_ for _ in ()).throw(OSError("no route")))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(ConnectionError, match=r"vit_base_patch16_clip_224\.openai.*start\.clip"):
-        san_around_clip(PRESETS["san-vit-b16"], "openai")
+        san_around_clip(PRESETS["san-vit-b16"].config, "openai")

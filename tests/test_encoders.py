@@ -1,10 +1,15 @@
 """Backbones of other families, each against the library that it comes from, with random weights."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from opensan.checkpoints import build_empty, load_folder, save_folder
+from opensan.checkpoints.clip_weights import san_around_clip
+from opensan.checkpoints.presets import PRESETS
 from opensan.config import (
     AlignConfig,
     AlignTextConfig,
@@ -21,9 +26,11 @@ from opensan.config import (
     SiglipTextConfig,
     TextConfig,
 )
+from opensan.errors import UserError
 from opensan.model import SAN, build_san
 from opensan.model.backbones import build_backbone
 from opensan.segmenters.san import SanSegmenter
+from opensan.vocabulary import Vocabulary
 
 pytest.importorskip("open_clip")
 pytest.importorskip("timm")
@@ -114,7 +121,20 @@ def family(request) -> SAN:
         clip_scale=1.0,
         image=ImageConfig(short_side=96, long_side=384),
     )
-    return lively(build_san(config))
+    model = lively(build_san(config))
+    if clip.text.own_tokenizer:
+        model.tokenizer = small_tokenizer()
+    return model
+
+
+def small_tokenizer() -> bytes:
+    """A tokenizer.json of a few words, whose prompts end with 1."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[UNK]": 0, "</s>": 1, "a": 2, "photo": 3, "of": 4, "sky": 5, "grass": 6, "road": 7, "the": 8}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer.to_str().encode()
 
 
 def pixels(*shape: int) -> torch.Tensor:
@@ -164,7 +184,7 @@ def test_siglip_is_open_clips():
     theirs.load_state_dict(ours.state_dict(), strict=True)
     images = pixels(2, 3, 160, 160)
     padded = F.pad(PROMPTS, (0, 27), value=1)
-    check(ours, images, theirs.encode_image(images), PROMPTS, theirs.encode_text(padded))
+    check(ours, images, theirs.encode_image(images), padded, theirs.encode_text(padded))
     torch.testing.assert_close(recognised(ours, images, 7.0), recognised(ours, images), atol=1e-5, rtol=0)
 
 
@@ -247,9 +267,73 @@ def test_images_are_labelled(family):
     image = torch.randint(0, 256, (70, 90, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
     found = segmenter.segment(image, ["sky", "grass", "road"])
     assert found.labels.shape == (70, 90)
+    rows = segmenter.text.rows(found.vocabulary)
+    one_by_one = [segmenter.text.rows(Vocabulary.parse([word]))[0] for word in ("sky", "grass", "road")]
+    assert abs(rows - one_by_one).max() < 1e-5, "a row does not depend on what is embedded beside it"
 
 
 def test_a_model_without_memory_counts_the_same_parameters(family):
     empty = build_empty(family.config)
     shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in family.state_dict().items()}
+
+
+FILES = {"clip_resnet": "open_clip", "siglip": "open_clip", "convnext": "open_clip", "align": "transformers"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_are_read_from_the_librarys_files_strictly_by_name(name, tmp_path):
+    """A missing, surplus or misshapen key stops with its name; the tokenizer comes along."""
+    clip = CLIPS[name]
+    config = ModelConfig(name=name, clip=clip, side_adapter=SIDE, recognition_layer=layers_of(clip))
+    backbone = lively(build_backbone(clip))
+    library = backbone.model if name == "align" else backbone  # what the library itself saves
+    state = {key: tensor.clone() for key, tensor in library.state_dict().items()}
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    if clip.text.own_tokenizer:
+        with pytest.raises(UserError, match=r"tokenizer\.json: this model's text tower needs"):
+            san_around_clip(config, path)
+        (tmp_path / "tokenizer.json").write_bytes(small_tokenizer())
+    found = san_around_clip(config, path)
+    for key, tensor in backbone.state_dict().items():
+        assert torch.equal(found.clip.state_dict()[key], tensor), key
+    assert (found.tokenizer is not None) is clip.text.own_tokenizer
+    missing = next(key for key in state if key.endswith("weight"))
+    save_file({key: tensor for key, tensor in state.items() if key != missing}, path)
+    with pytest.raises(UserError, match=f"missing {re.escape(missing)}"):
+        san_around_clip(config, path)
+    save_file(state | {"text.extra": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r"unexpected text\.extra"):
+        san_around_clip(config, path)
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.official is None])
+def test_the_shapes_of_named_encoders_are_the_librarys(name):
+    """Each preset builds, without memory; every layer that its fusion reads is there."""
+    config = PRESETS[name].config
+    model = build_empty(config)
+    assert set(config.side_adapter.fusion.values()) <= set(model.clip.layer_widths)
+
+
+OPEN_CLIP_NAMES = {
+    "laion-vit-b16": "ViT-B-16",
+    "dfn-vit-b16": "ViT-B-16-quickgelu",
+    "openflamingo-vit-l14": "ViT-L-14-quickgelu",
+    "openai-rn50": "RN50-quickgelu",
+    "siglip-vit-b16": "ViT-B-16-SigLIP",
+    "siglip2-vit-b16": "ViT-B-16-SigLIP2",
+    "pe-core-b16": "PE-Core-B-16",
+    "laion-convnext-b": "convnext_base_w",
+    "laion-convnext-l": "convnext_large_d",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPEN_CLIP_NAMES)
+def test_named_encoders_have_the_keys_of_open_clips_own_models(name):
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.create_model(OPEN_CLIP_NAMES[name], pretrained=None)
+    shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
+    ours = build_empty(PRESETS[name].config).clip.state_dict()
+    assert {key: tensor.shape for key, tensor in ours.items()} == shapes

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opensan.checkpoints import build_empty
-from opensan.config import PRESETS
+from opensan.checkpoints.presets import PRESETS
 from opensan.model.maps import resize_position_table
 from opensan.model.transformer import SideBlock
 from opensan.structures import TextClassifier
@@ -197,7 +197,7 @@ def test_the_side_networks_block_is_timms():
     [("san-vit-b16", 157_840_307, 8_370_866), ("san-vit-l14", 436_674_995, 9_321_650)],
 )
 def test_presets_have_the_official_size(preset, total, trained):
-    model = build_empty(PRESETS[preset])
+    model = build_empty(PRESETS[preset].config)
     assert sum(p.numel() for p in model.parameters()) == total
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
 

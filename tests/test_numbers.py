@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import opensan
 from opensan.checkpoints import load_model, save_folder
 from opensan.checkpoints.clip_weights import san_around_clip
 from opensan.checkpoints.official import to_official
+from opensan.checkpoints.presets import PRESETS
 from opensan.config import ImageConfig
 from opensan.errors import UserError
 from opensan.evaluate.evaluation import Evaluation
@@ -38,9 +40,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, number):
 
 
 def test_official_and_clip_weights_too(tmp_path, small_model, small_config, monkeypatch):
-    from opensan.config import PRESETS
-
-    monkeypatch.setitem(PRESETS, "san-vit-b16", small_config)
+    monkeypatch.setitem(PRESETS, "san-vit-b16", replace(PRESETS["san-vit-b16"], config=small_config))
     official = {name: tensor.clone() for name, tensor in to_official(small_model.state_dict(), small_config).items()}
     official["ov_classifier.bg_embed"].view(-1)[0] = float("nan")
     torch.save({"model": official}, tmp_path / "official.pth")

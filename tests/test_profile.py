@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opensan.checkpoints import build_empty, save_folder
+from opensan.checkpoints.presets import PRESETS
 from opensan.cli import main
-from opensan.config import PRESETS
-from opensan.evaluate.cost import OFFICIAL, count_multiply_adds, count_parameters
+from opensan.evaluate.cost import count_multiply_adds, count_parameters
 from plain import PlainSAN
 
 
@@ -69,12 +69,12 @@ def test_multiply_adds_are_those_of_the_formulas(small_config):
 
 @pytest.mark.parametrize(("name", "fewer"), [("san-vit-b16", 0.05), ("san-vit-l14", 0.03)])
 def test_presets_beside_the_official_figures(name, fewer):
-    official = OFFICIAL[name]
-    model = build_empty(PRESETS[name])
+    official = PRESETS[name].official.figures
+    model = build_empty(PRESETS[name].config)
     with FlopCounterMode(display=False) as plain, torch.no_grad():
         PlainSAN(model).propose(torch.empty(1, 3, 640, 640, device="meta"))
     assert plain.get_total_flops() / 2 == pytest.approx(official["code"], abs=0.06e9)
-    found = count_multiply_adds(PRESETS[name], (640, 640), 171)
+    found = count_multiply_adds(PRESETS[name].config, (640, 640), 171)
     ours = sum(found.values()) - found["label map"]
     assert ours < (1 - fewer) * official["code"]
     parameters = count_parameters(model)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from opensan.checkpoints import build_empty
-from opensan.config import PRESETS
+from opensan.checkpoints.presets import PRESETS
 from opensan.parity.training import PARAMETER_TABLES, check_parameter_table, check_training
 from opensan.train.criterion import SetCriterion, mask_normalizer
 from opensan.train.matcher import LayerOutput
@@ -38,7 +38,7 @@ def test_trained_parameters_learning_rates_and_weight_decays(file):
 
 
 def test_trained_parameters_of_the_large_preset():
-    model = build_empty(PRESETS["san-vit-l14"])
+    model = build_empty(PRESETS["san-vit-l14"].config)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 9_321_650
 
 

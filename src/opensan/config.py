@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -27,6 +27,8 @@ Weight = Annotated[float, Field(ge=0, le=1_000_000)]
 
 CONFIG_NAME = "config.json"
 """Name of the configuration file in a model's folder."""
+TOKENIZER_NAME = "tokenizer.json"
+"""Name of a file beside the weights of a model whose text tower does not read CLIP's tokens."""
 EXPORT_NAME = "export.json"
 """Name of a file that only an exported model's folder has."""
 
@@ -65,6 +67,8 @@ class TextConfig(Config):
     vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 49_408
     causal: bool = True
     """A token attends only to earlier ones, as in CLIP; in a bidirectional tower, to the whole prompt."""
+    own_tokenizer: ClassVar[bool] = False
+    """Whether the tower reads the tokens of a tokenizer.json rather than CLIP's."""
 
 
 class ClipConfig(Config):
@@ -131,6 +135,7 @@ class SiglipTextConfig(Config):
     """The token that fills a prompt up to `context_length`: 1 in SigLIP, 0 in SigLIP 2."""
     tanh_gelu: bool = False
     """GELU by its tanh approximation, as in SigLIP 2."""
+    own_tokenizer: ClassVar[bool] = True
 
 
 class PooledVitVisionConfig(Config):
@@ -213,6 +218,7 @@ class AlignTextConfig(Config):
     context_length: Count = 64
     """Tokens that are read of a prompt."""
     vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 30_522
+    own_tokenizer: ClassVar[bool] = True
 
 
 class AlignConfig(Config):
@@ -377,32 +383,3 @@ def read_config(path: Path) -> ModelConfig:
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, an endless number, endless nesting
         raise UserError(f"{path}: not a readable model configuration ({error})") from None
     return parse_config(ModelConfig, data, str(path))
-
-
-PRESETS = {
-    "san-vit-b16": ModelConfig(
-        name="san-vit-b16",
-        clip=ClipConfig(
-            embed_dim=512,
-            quick_gelu=True,
-            vision=VisionConfig(width=768, layers=12, heads=12, patch_size=16, image_size=224),
-            text=TextConfig(width=512, layers=12, heads=8),
-        ),
-        side_adapter=SideAdapterConfig(fusion={0: 0, 1: 3, 2: 6, 3: 9}),
-        recognition_layer=9,
-        clip_scale=0.5,
-    ),
-    "san-vit-l14": ModelConfig(
-        name="san-vit-l14",
-        clip=ClipConfig(
-            embed_dim=768,
-            quick_gelu=True,
-            vision=VisionConfig(width=1024, layers=24, heads=16, patch_size=14, image_size=336),
-            text=TextConfig(width=768, layers=12, heads=12),
-        ),
-        side_adapter=SideAdapterConfig(fusion={0: 0, 1: 6, 2: 12, 3: 18}),
-        recognition_layer=18,
-        clip_scale=0.7,
-    ),
-}
-"""The two official models. `tiny` is not here: its configuration lies beside its weights in the package."""

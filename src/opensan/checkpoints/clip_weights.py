@@ -1,4 +1,4 @@
-"""Build a SAN around CLIP's own weights, as open_clip distributes them, for training."""
+"""Build a SAN around an encoder's own weights, as open_clip or transformers distribute them, for training."""
 
 import json
 import os
@@ -12,40 +12,43 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opensan.checkpoints.hub import HUB_ID, download
+from opensan.checkpoints.native import read_tokenizer
 from opensan.checkpoints.official import check_finite, check_keys
 from opensan.checkpoints.pickles import read_pickle
-from opensan.config import PRESETS, ClipConfig, ModelConfig
+from opensan.checkpoints.presets import PRESETS
+from opensan.config import TOKENIZER_NAME, AnyClipConfig, ModelConfig
 from opensan.errors import UserError
 from opensan.model import SAN, build_san
-from opensan.model.backbones.clip_vit import ClipModel
-
-OPENAI_REPOSITORIES = {
-    "san-vit-b16": "timm/vit_base_patch16_clip_224.openai",
-    "san-vit-l14": "timm/vit_large_patch14_clip_336.openai",
-}
-"""Hub repositories in which open_clip keeps OpenAI's weights of the presets' CLIPs."""
+from opensan.model.backbones import build_backbone
 
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 _CONFIG = "open_clip_config.json"
 
-_NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
-"""Constants that files of open_clip may hold besides the weights."""
+_NO_WEIGHTS = {
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+    "text_model.embeddings.position_ids",
+    "text_model.embeddings.token_type_ids",
+}
+"""Constants that files of open_clip and transformers may hold besides the weights."""
 
 
 def san_around_clip(config: ModelConfig, source: str | os.PathLike, *, seed: int = 0) -> SAN:
-    """Build a SAN whose CLIP has the weights in `source`; all else is random, from `seed`.
+    """Build a SAN whose backbone has the weights in `source`; all else is random, from `seed`.
 
     Args:
-        config: the model; its CLIP's shapes and activation must be those of the weights.
-        source: "openai", a hub id "owner/name", or open_clip's file (.safetensors, .bin, .pt) or folder.
+        config: the model; its backbone's shapes and activation must be those of the weights.
+        source: "openai", a hub id "owner/name", or a file (.safetensors, .bin, .pt) or folder of the library that the
+            kind of backbone comes from: open_clip, for ALIGN transformers. Its tokenizer.json, if the text tower needs
+            one, lies beside it.
         seed: seed of the side adapter and the no-object embedding.
 
     Raises:
         ValueError: no such weights, or not this CLIP's; one line, naming what differs.
         HubError: the hub did not provide the file.
     """
-    if not isinstance(config.clip, ClipConfig):
-        raise UserError(f"{config.name}: weights of open_clip are read for a CLIP of two plain towers only")
     path = _weights_path(source, config)
     state = _checked(_read(path), config.clip, str(path))
     if source != "openai":  # OpenAI's activation is known
@@ -54,6 +57,8 @@ def san_around_clip(config: ModelConfig, source: str | os.PathLike, *, seed: int
         torch.manual_seed(seed)
         model = build_san(config)
     model.clip.load_state_dict(state, strict=True)
+    if config.clip.text.own_tokenizer:
+        model.tokenizer = read_tokenizer(path.with_name(TOKENIZER_NAME))
     return model
 
 
@@ -68,19 +73,25 @@ def _weights_path(source: str | os.PathLike, config: ModelConfig) -> Path:
                 return path / candidate
         raise UserError(f"{path}: holds no CLIP weights of open_clip (looked for {', '.join(_WEIGHTS)})")
     if name == "openai":
-        for preset, repository in OPENAI_REPOSITORIES.items():
-            if PRESETS[preset].clip == config.clip:
-                return _from_hub(repository)
-        raise UserError(f"OpenAI has no CLIP of the shape of {config.name}: give a file or folder of open_clip")
+        same = [preset.encoder_weights for preset in PRESETS.values() if preset.config.clip == config.clip]
+        for repository in same:
+            if repository.endswith(".openai"):
+                return _from_hub(repository, config)
+        instead = f"give start.clip={same[0]}, or a file" if same else "give a file or folder of open_clip"
+        raise UserError(f"OpenAI has no CLIP of the shape of {config.name}: {instead}")
     if HUB_ID.fullmatch(name) and not re.search(r"\.(pt|bin|pth|safetensors)$", name):
-        return _from_hub(name)
+        return _from_hub(name, config)
     raise UserError(f"no CLIP weights {name!r}: openai, a hub id owner/name, or a file or folder of open_clip")
 
 
-def _from_hub(repository: str) -> Path:
-    advice = f"download {_WEIGHTS[0]} of {repository} elsewhere and give its path as start.clip"
-    download(repository, repository, _CONFIG, advice)
-    return download(repository, repository, _WEIGHTS[0], advice)
+def _from_hub(repository: str, config: ModelConfig) -> Path:
+    weights = _WEIGHTS[2] if config.clip.kind == "align" else _WEIGHTS[0]
+    advice = f"download {weights} of {repository} elsewhere and give its path as start.clip"
+    if config.clip.kind != "align":
+        download(repository, repository, _CONFIG, advice)
+    if config.clip.text.own_tokenizer:
+        download(repository, repository, TOKENIZER_NAME, advice)
+    return download(repository, repository, weights, advice)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -92,27 +103,33 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def _checked(state: Mapping[str, Tensor], config: ClipConfig, source: str) -> dict[str, Tensor]:
-    """Return `state` in float32. Raises UserError unless it holds exactly this CLIP's tensors."""
+def _checked(state: Mapping[str, Tensor], config: AnyClipConfig, source: str) -> dict[str, Tensor]:
+    """Return `state` in float32, under our names. Raises UserError unless it holds exactly this backbone's tensors."""
     with torch.device("meta"):
-        expected = ClipModel(config).state_dict()
+        backbone = build_backbone(config)
+    # Files name what a library's model holds; ours may hold the library's model under a name of its own.
+    expected = {name.removeprefix(backbone.file_prefix): tensor for name, tensor in backbone.state_dict().items()}
     found = {name: tensor for name, tensor in state.items() if name not in _NO_WEIGHTS}
+    for name, tensor in expected.items():  # a counter of training steps, which older files lack
+        if name.endswith("num_batches_tracked"):
+            found.setdefault(name, torch.zeros((), dtype=tensor.dtype))
     check_keys(expected, found, source)
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:
             raise UserError(f"{source}: {name} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}")
-    full = {name: tensor.float() for name, tensor in found.items()}
+    full = {backbone.file_prefix + name: tensor.to(expected[name].dtype) for name, tensor in found.items()}
     check_finite(full, source)
     return full
 
 
-def _check_activation(path: Path, config: ClipConfig) -> None:
+def _check_activation(path: Path, config: AnyClipConfig) -> None:
     """Compare the GELU with the configuration beside the file, if there is one: a wrong GELU shows no error."""
     if not path.is_file():
         return
+    ours = getattr(config, "quick_gelu", False)
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))["model_cfg"].get("quick_gelu", False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a configuration of open_clip ({error})") from None
-    if bool(stated) != config.quick_gelu:
-        raise UserError(f"{path}: quick_gelu is {stated} there, the model's configuration says {config.quick_gelu}")
+    if bool(stated) != ours:
+        raise UserError(f"{path}: quick_gelu is {stated} there, the model's configuration says {ours}")

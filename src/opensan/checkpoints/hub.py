@@ -8,13 +8,13 @@ import torch
 
 from opensan.checkpoints.native import WEIGHTS_NAME, load_folder
 from opensan.checkpoints.pickles import load_official
-from opensan.config import CONFIG_NAME, PRESETS, ModelConfig, read_config
+from opensan.checkpoints.presets import PRESETS
+from opensan.config import CONFIG_NAME, ModelConfig, read_config
 from opensan.errors import HubError, UserError, reason
 from opensan.files import ASSETS, check_regular
 from opensan.model import SAN, build_san
 
 OFFICIAL_REPOSITORY = "Mendel192/san"
-OFFICIAL_FILES = {"san-vit-b16": "san_vit_b_16.pth", "san-vit-l14": "san_vit_large_14.pth"}
 TINY_FOLDER = ASSETS / "models" / "tiny"
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -37,12 +37,17 @@ def load_model(source: str | os.PathLike) -> SAN:
     name = os.fspath(source)
     if name == "tiny":
         return load_folder(TINY_FOLDER)
-    if name in OFFICIAL_FILES:
-        return load_official(download(name, OFFICIAL_REPOSITORY, OFFICIAL_FILES[name]), PRESETS[name])
+    if preset := PRESETS.get(name):
+        if preset.official is None:
+            raise UserError(
+                f"no SAN around the encoder {name} was released: train one (start.model={name} in a recipe), "
+                "and give the folder that the training writes"
+            )
+        return load_official(download(name, OFFICIAL_REPOSITORY, preset.official.file), preset.config)
     if HUB_ID.fullmatch(name) and not name.endswith((".pth", ".safetensors")):
         config = download(name, name, CONFIG_NAME)
         return load_folder(config.parent, download(name, name, WEIGHTS_NAME))
-    known = ", ".join(["tiny", *OFFICIAL_FILES])
+    known = ", ".join(["tiny", *(name for name, preset in PRESETS.items() if preset.official)])
     raise UserError(
         f"no model {name!r}: it is no file or folder here; known names are {known}, or a hub id like owner/name"
     )
@@ -54,7 +59,7 @@ def preset_config(name: str) -> ModelConfig:
         return read_config(TINY_FOLDER / CONFIG_NAME)
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}: known are tiny, {', '.join(PRESETS)}")
-    return PRESETS[name]
+    return PRESETS[name].config
 
 
 def random_model(name: str, seed: int) -> SAN:

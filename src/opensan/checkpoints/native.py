@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from opensan.checkpoints.official import check_finite, check_keys
-from opensan.config import CONFIG_NAME, EXPORT_NAME, ModelConfig, read_config
+from opensan.config import CONFIG_NAME, EXPORT_NAME, TOKENIZER_NAME, ModelConfig, read_config
 from opensan.errors import UserError
-from opensan.files import atomic_paths, check_regular
+from opensan.files import atomic_path, atomic_paths, check_regular
 from opensan.model import SAN, build_san
 
 WEIGHTS_NAME = "model.safetensors"
@@ -71,7 +71,20 @@ def load_folder(folder: Path, weights: Path | None = None) -> SAN:
         state = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{weights}: not a readable safetensors file ({error})") from None
-    return fill(config, state, str(weights))
+    model = fill(config, state, str(weights))
+    if config.clip.text.own_tokenizer:
+        model.tokenizer = read_tokenizer(folder / TOKENIZER_NAME)
+    return model
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """Read a tokenizer.json. Raises UserError, one line, if it can't be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: this model's text tower needs its own tokenizer beside the weights ({error.strerror or error})"
+        ) from None
 
 
 def save_folder(model: SAN, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Path:
@@ -87,6 +100,9 @@ def save_folder(model: SAN, folder: str | os.PathLike, dtype: torch.dtype = torc
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in model.state_dict().items()
     }
+    if model.tokenizer is not None:
+        with atomic_path(folder / TOKENIZER_NAME) as path:
+            path.write_bytes(model.tokenizer)
     with atomic_paths(folder / WEIGHTS_NAME, folder / CONFIG_NAME) as (weights, config):
         try:
             save_file(state, weights)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from opensan.checkpoints.native import build_empty, fill
 from opensan.checkpoints.official import from_official, official_name, official_shape
-from opensan.config import PRESETS, ModelConfig
+from opensan.checkpoints.presets import PRESETS
+from opensan.config import ModelConfig
 from opensan.errors import UserError, reason
 from opensan.files import check_regular
 from opensan.model import SAN
@@ -115,4 +116,4 @@ def _matching_preset(state: dict[str, Tensor]) -> ModelConfig:
         wanted = {official_name(name, config): official_shape(name, shape) for name, shape in names.items()}
         return sum(name in state and tuple(state[name].shape) == shape for name, shape in wanted.items())
 
-    return max(PRESETS.values(), key=agreement)
+    return max((preset.config for preset in PRESETS.values() if preset.official), key=agreement)

@@ -81,9 +81,9 @@ def _giga(count: int) -> str:
 
 def _comparison(found: "Profile") -> list[str]:
     """How a preset at the official size compares with what is stated of it."""
-    from opensan.evaluate.cost import OFFICIAL, OFFICIAL_SIZE
+    from opensan.evaluate.cost import OFFICIAL_SIZE, official_figures
 
-    official = OFFICIAL.get(found.model)
+    official = official_figures(found.model)
     if official is None:
         return []
     trained = found.parameters["all"].trained

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opensan.assemble.labels import label_map
 from opensan.checkpoints import build_empty, load_model, random_model
-from opensan.config import PRESETS, ModelConfig
+from opensan.checkpoints.presets import PRESETS
+from opensan.config import ModelConfig
 from opensan.model import SAN
 from opensan.segmenters.san import SanSegmenter
 from opensan.structures import ImageSizes, Proposals, TextClassifier
@@ -26,13 +27,6 @@ from opensan.train.log import peak_memory_mib
 from opensan.vocabulary import Vocabulary
 
 OFFICIAL_SIZE = (640, 640)
-
-OFFICIAL = {
-    "san-vit-b16": {"trained": 8_370_866, "paper_trained": 8.4e6, "paper": 64.3e9, "code": 63.3e9},
-    "san-vit-l14": {"trained": 9_321_650, "code": 396.8e9},
-}
-"""Trained parameters, and multiply-adds at 640x640 without the label map: as the paper states them, and as the official
-code was measured."""
 
 LABEL_MAP = "label map"
 MOST_SECONDS = 10.0
@@ -86,8 +80,14 @@ class Profile:
         plain = asdict(self)
         plain["multiply_adds_without_label_map"] = total
         plain["flops_without_label_map"] = 2 * total
-        plain["official"] = OFFICIAL.get(self.model)
+        plain["official"] = official_figures(self.model)
         return plain
+
+
+def official_figures(name: str) -> dict[str, float] | None:
+    """Return the authors' figures of the model of this name (`Official.figures`), None if there are none."""
+    preset = PRESETS.get(name)
+    return dict(preset.official.figures) if preset and preset.official else None
 
 
 def profile(source: str, *, size: tuple[int, int] = OFFICIAL_SIZE, words: int = 171, device: str = "cpu") -> Profile:

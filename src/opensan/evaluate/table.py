@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from opensan.checkpoints.presets import PRESETS
 from opensan.evaluate.evaluation import Evaluation
 from opensan.evaluate.report import percent
 from opensan.files import write_text
@@ -26,8 +27,6 @@ _OFFICIAL = {
 }
 # By the older rule (classes in the ground truth or in a prediction), as in SAN's paper.
 _OFFICIAL_UNION = {"SAN B/16": {"pascal_context_459": 12.6}, "SAN L/14-336": {"pascal_context_459": 15.7}}
-
-_ROWS_OF_MODEL = {"san-vit-b16": ("SAN B/16",), "san-vit-l14": ("SAN L/14-336",)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ def table(measured: list[Measured], model: str) -> dict[str, Mapping[str, float 
     def measured_row(name: str, attribute: str) -> None:
         add(name, lambda _, data: data and 100 * getattr(data.evaluation.metrics, attribute))
 
-    official = _ROWS_OF_MODEL.get(model, tuple(_OFFICIAL))
+    preset = PRESETS.get(model)
+    official = (preset.official.title,) if preset and preset.official else tuple(_OFFICIAL)
     add("photographs", lambda _, data: data and data.evaluation.images)
     measured_row("mIoU (ground truth)", "miou")
     for name in official:

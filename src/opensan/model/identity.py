@@ -37,6 +37,8 @@ def text_identity(model: SAN) -> str:
     """Hash all parts that text embeddings depend on: the text tower. 64 hexadecimal digits."""
     data = model.config.clip.model_dump(mode="json")
     data.pop("vision", None)
+    if model.config.clip.text.own_tokenizer and model.tokenizer is not None:
+        data["tokenizer"] = hashlib.sha256(model.tokenizer).hexdigest()
     return _hash(data, {name: tensor for name, tensor in model.clip.state_dict().items() if model.clip.is_text(name)})
 
 

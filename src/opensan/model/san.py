@@ -39,6 +39,8 @@ class SAN(nn.Module):
         super().__init__()
         self.config = config
         self.clip = backbone
+        self.tokenizer: bytes | None = None
+        """The content of tokenizer.json, of a text tower that does not read CLIP's tokens."""
         self.side_adapter = side_adapter
         self.no_object_embedding = nn.Parameter(torch.empty(1, config.clip.embed_dim))
         nn.init.normal_(self.no_object_embedding, std=config.clip.embed_dim**-0.5)

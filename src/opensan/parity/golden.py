@@ -18,7 +18,8 @@ import torch
 
 from opensan.checkpoints import build_empty, fill
 from opensan.checkpoints.official import from_official, official_name, official_shape
-from opensan.config import PRESETS, ModelConfig, parse_config
+from opensan.checkpoints.presets import PRESETS
+from opensan.config import ModelConfig, parse_config
 from opensan.errors import UserError
 from opensan.model import SAN
 
@@ -69,7 +70,7 @@ def golden_config(meta: Mapping[str, Any], source: str) -> ModelConfig:
     if meta.get("config") is None:
         if meta["model"] not in PRESETS:
             raise UserError(f"{source}: unknown model {meta['model']!r}")
-        return PRESETS[meta["model"]]
+        return PRESETS[meta["model"]].config
     config = meta["config"]
     clip, side = config["clip"], config["side_adapter"]
     vision = dict(clip["vision_cfg"])

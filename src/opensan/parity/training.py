@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from opensan.checkpoints import build_empty
 from opensan.checkpoints.official import official_name, official_shape
-from opensan.config import PRESETS, ClipConfig, ModelConfig, SideAdapterConfig, TextConfig, VisionConfig
+from opensan.checkpoints.presets import PRESETS
+from opensan.config import ClipConfig, ModelConfig, SideAdapterConfig, TextConfig, VisionConfig
 from opensan.errors import UserError
 from opensan.model import SAN
 from opensan.parity.golden import golden_model, read_arrays
@@ -47,7 +48,7 @@ GOLDEN_CONFIG = ModelConfig(
 )
 """The training golden names no model; it was made with that of the first tiny inference golden."""
 
-PARAMETER_TABLES = {"parameters_tiny.json": GOLDEN_CONFIG, "parameters_b16.json": PRESETS["san-vit-b16"]}
+PARAMETER_TABLES = {"parameters_tiny.json": GOLDEN_CONFIG, "parameters_b16.json": PRESETS["san-vit-b16"].config}
 """Files that may lie beside a training golden: which parameters are trained, and how."""
 
 RELATIVE_LIMIT = 1e-6

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from opensan.assemble.bands import first_equal
+from opensan.config import TOKENIZER_NAME, SiglipTextConfig
 from opensan.errors import UserError
 from opensan.model.identity import text_identity
 from opensan.structures import PromptTree, TextClassifier
 from opensan.text.rows import NODES_ON_CPU, ROWS_IN_MEMORY, Recent, TextRows, Tower, tokenize
-from opensan.text.tokenizer import clip_tokenizer
+from opensan.text.tokenizer import FileTokenizer, clip_tokenizer
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -112,7 +113,12 @@ class TextEncoder(TextRows):
         return self._model.embed_prompt_tree(tree.to(self._device)).float().cpu().numpy()
 
     def _embed_prompts(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        return self._model.embed_prompts(pad_tokens(prompts).to(self._device)).float().cpu().numpy()
+        tokens = pad_tokens(prompts)
+        if (padding := self._model.clip.padding) is not None:
+            tokens = torch.full((len(prompts), self._context_length), padding)
+            for row, prompt in zip(tokens, prompts, strict=True):
+                row[: len(prompt)] = torch.tensor(prompt)
+        return self._model.embed_prompts(tokens.to(self._device)).float().cpu().numpy()
 
     def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._model.clip.named_parameters():
@@ -125,15 +131,25 @@ class TextEncoder(TextRows):
             for _, parameter in self._parameters()
         )
 
+    def _tokens_known(self) -> int:
+        """Count the tokens that the tokenizer knows, after opening that of a model that has its own."""
+        text = self._model.config.clip.text
+        if not text.own_tokenizer:
+            return clip_tokenizer().size
+        if not isinstance(self.tokenize, FileTokenizer):
+            if self._model.tokenizer is None:
+                raise UserError(f"{self._model.config.name} has no {TOKENIZER_NAME}: its words can't be read")
+            self.tokenize = FileTokenizer(self._model.tokenizer, canonical=isinstance(text, SiglipTextConfig))
+        return self.tokenize.size
+
     def _current_tower(self) -> Tower:
         """Return the identity of the text weights, computed again if they changed. Called with the work lock held."""
         signature = self._signature()
         if self._tower is None or self._tower.signature != signature:
             clip = self._model.config.clip
-            if clip.text.vocab_size != clip_tokenizer().size:
-                raise UserError(
-                    f"the model knows {clip.text.vocab_size:,} tokens and CLIP's tokenizer {clip_tokenizer().size:,}"
-                )
+            known = self._tokens_known()
+            if clip.text.vocab_size < known or (clip.text.vocab_size > known and not clip.text.own_tokenizer):
+                raise UserError(f"the model knows {clip.text.vocab_size:,} tokens and its tokenizer {known:,}")
             identity = self._known[1] if self._known[0] == signature else None
             identity = identity or text_identity(self._model)
             narrow = {str(parameter.dtype) for _, parameter in self._parameters()} - {"torch.float32"}

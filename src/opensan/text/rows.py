@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,8 @@ class TextRows:
     causal: bool = True
     """Whether the tower is causal. Only then are prompts embedded as trees: in any other tower, a token's output
     depends on what follows it."""
+    tokenize: Callable[[str], list[int]] = staticmethod(tokenize)
+    """The tokens of a prompt, special ones included."""
 
     @property
     def most_nodes(self) -> int:
@@ -205,7 +207,7 @@ class TextRows:
         if len(text) > longest * _LONGEST_TOKEN and len(" ".join(text.split())) > longest * _LONGEST_TOKEN:
             size = f"{len(text):,} characters"
         else:
-            tokens = tokenize(text)
+            tokens = self.tokenize(text)
             if len(tokens) <= longest:
                 return tokens
             size = f"{len(tokens)} tokens"
@@ -232,7 +234,9 @@ class TextRows:
                 **{text: (text,) for text in word.synonyms[1:]},
             }
             never = [
-                name for name, read in texts.items() if unseen[[t for text in read for t in tokenize(text)[1:-1]]].all()
+                name
+                for name, read in texts.items()
+                if unseen[[t for text in read for t in self.tokenize(text)[1:-1]]].all()
             ]
             names += [word.name] if len(never) == len(texts) else never
         if names:

@@ -8,10 +8,12 @@ import functools
 import gzip
 import heapq
 import html
+import string
 from itertools import pairwise
 
 import regex
 
+from opensan.errors import UserError
 from opensan.files import ASSETS
 
 _MERGES = ASSETS / "tokenizer" / "merges.txt.gz"
@@ -95,6 +97,37 @@ def _repaired(text: str) -> str:
     import ftfy
 
     return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+class FileTokenizer:
+    """The tokenizer of a tokenizer.json, run by the library `tokenizers`; its special tokens are included."""
+
+    def __init__(self, content: bytes, *, canonical: bool) -> None:
+        """Open the `content` of a tokenizer.json. `canonical`: without capitals and punctuation, as SigLIP was trained.
+
+        Raises UserError, one line, if the content is no tokenizer, or the library is not installed.
+        """
+        try:
+            from tokenizers import Tokenizer as Library
+        except ModuleNotFoundError:
+            raise UserError("this model's words need tokenizers: pip install 'opensan[encoders]'") from None
+        try:
+            self._library = Library.from_buffer(content)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"tokenizer.json: not a tokenizer that tokenizers can read ({error})") from None
+        self._library.no_padding()
+        self._library.no_truncation()
+        self._canonical = canonical
+        self.size = self._library.get_vocab_size()
+
+    def __call__(self, text: str) -> list[int]:
+        text = " ".join(_repaired(text).split())
+        if self._canonical:
+            text = " ".join(text.replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
+        return self._library.encode(text).ids
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @functools.cache

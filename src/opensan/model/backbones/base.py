@@ -50,6 +50,11 @@ class Backbone(nn.Module):
     """N, the channel groups of the attention bias: each head of a ViT has its own; a pooling without heads has 1."""
     logit_scale: Tensor
     """A scalar parameter: the logarithm of the factor between cosines and class logits."""
+    file_prefix: str = ""
+    """The beginning that names of parameters have here, and not in the files of the family's own library."""
+    padding: int | None = None
+    """The token that fills every prompt up to the context length; None: prompts are padded with zeros to the longest
+    of a batch, which changes nothing."""
     causal_text: bool
     """Whether a token of a prompt attends only to earlier ones. Only such a tower has `embed_prompt_tree`."""
 

@@ -41,6 +41,7 @@ class PooledVit(Backbone):
         self.text = _text_tower(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if isinstance(config.text, SiglipTextConfig):
+            self.padding = config.text.padding
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # for SigLIP's loss; it has no effect in a softmax
         self.layer_widths = dict.fromkeys(range(len(trunk.blocks) + 1), trunk.embed_dim)
         self.attention_heads = trunk.attn_pool.num_heads
@@ -130,7 +131,6 @@ def siglip_text(config: SiglipTextConfig, embed_dim: int) -> nn.Module:
         causal_text = False
 
         def embed_prompts(self, tokens: Tensor) -> Tensor:
-            tokens = F.pad(tokens, (0, config.context_length - tokens.shape[1]), value=config.padding)
             return F.normalize(self(tokens), dim=-1)
 
         def token_table(self) -> Tensor:
