@@ -458,6 +458,15 @@ def test_a_full_disk_is_told_in_a_line_and_loses_nothing(tmp_path, scene, capsys
     assert "going on after 3 of 3 strips" in capsys.readouterr().err
 
 
+def test_a_hub_that_cannot_be_reached_is_no_fault_of_the_folder(tmp_path, scene, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert run(scene, "--words", "brick", "--model", "san-vit-b16", "--out", tmp_path / "out") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: san-vit-b16: ") and "cannot write there" not in told
+
+
 def test_damage_in_the_middle_is_told_in_a_line(tmp_path):
     path = write(tmp_path / "x.tif", noise(3, 1200, 600), tiled=True, compress="deflate")
     path.write_bytes(path.read_bytes()[:-400_000])

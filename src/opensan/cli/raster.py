@@ -122,6 +122,8 @@ def segment_raster(
                 _label(segmenter, raster, vocabulary, tiling, strips, batch)
                 _write(raster, strips, vocabulary.names, out, result, polygons, min_pixels)
                 strips.remove()
+        except UserError:  # of a hub, an OSError too
+            raise
         except OSError as error:  # the disk is full, or the name too long
             raise UserError(f"{error.filename or out}: cannot write there ({error.strerror or error})") from None
         finally:
