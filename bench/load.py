@@ -31,7 +31,16 @@ from PIL import Image
 import opensan
 
 SCENES = sorted((Path(__file__).parents[1] / "src" / "opensan" / "assets" / "scenes").glob("*.png"))
-WORDS = ["night sky", "brick", "green heart", "white heart", "orange circle", "orange cross", "red square", "grass"]
+WORDS: list[str | dict] = [
+    *("night sky|dark sky", "brick|red brick|brick wall", "green heart", "white heart", "orange circle"),
+    *("orange cross", "red square|red box", "grass"),
+    # Ties: the same prompts under other names. The first of two always wins.
+    {"name": "a wall", "prompts": ["a photo of a brick."]},
+    {"name": "another wall", "prompts": ["a photo of a brick."]},
+    {"name": "lawn", "prompts": ["a photo of a grass.", "grass"]},
+    {"name": "meadow", "prompts": ["a photo of a grass.", "grass"]},
+]
+"""With synonyms, and with ties, which must be decided alike in every batch."""
 SIZES = [(640, 480), (480, 640), (640, 427)]
 WRONG_SHARE = 0.001
 """Of a label map's pixels: batches may round otherwise than single images, which decides between near equals."""

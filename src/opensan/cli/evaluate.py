@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.computing import Device, ImageDtype, Speed
-from opensan.cli.terminal import UsageError, complain, note, output_console
+from opensan.cli.terminal import UsageError, complain, note, output_console, progress_of
 from opensan.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,7 +110,17 @@ def evaluate(
             if is_main():
                 note(f"loading {model}")
             segmenter = load_san(model, device=group.device, speed=speed.value, dtype=dtype and dtype.value)
-        run = _Run(out, model, segmenter, tta, batch, workers, save_predictions, from_predictions, category_ids)
+        run = _Run(
+            out=out,
+            model=model,
+            segmenter=segmenter,
+            tta=tta,
+            batch=batch,
+            workers=workers,
+            save_predictions=save_predictions,
+            from_predictions=from_predictions,
+            category_ids=category_ids,
+        )
         try:
             evaluations = [run.one(prepared) for prepared in sets]
         except KeyboardInterrupt:
@@ -124,36 +135,28 @@ def evaluate(
         raise typer.Exit(1)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Run:
     """One command."""
 
-    def __init__(
-        self,
-        out: Path,
-        model: str,
-        segmenter: "SanSegmenter | None",
-        tta: bool,
-        batch: int,
-        workers: int,
-        save_predictions: bool,
-        from_predictions: Path | None,
-        category_ids: CategoryIds,
-    ) -> None:
-        self._out = out
-        self._segmenter = segmenter
-        self._tta = tta
-        self._batch = batch
-        self._workers = workers
-        self._save_predictions = save_predictions
-        self._from_predictions = from_predictions
-        self._category_ids = category_ids
-        self._console = output_console()
-        if segmenter is None:
-            self._about = {"predictions": str(from_predictions)}
-        else:
-            dtype = str(segmenter.dtype).removeprefix("torch.")
-            self._about = {"model": f"{model} ({segmenter.identity})", "speed": f"{segmenter.speed}, {dtype}"}
-            self._about |= {"test-time augmentation": "6 scales, mirrored"} if tta else {}
+    out: Path
+    model: str
+    segmenter: "SanSegmenter | None"
+    tta: bool
+    batch: int
+    workers: int
+    save_predictions: bool
+    from_predictions: Path | None
+    category_ids: CategoryIds
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What was measured, for the files' heads."""
+        if self.segmenter is None:
+            return {"predictions": str(self.from_predictions)}
+        dtype = str(self.segmenter.dtype).removeprefix("torch.")
+        about = {"model": f"{self.model} ({self.segmenter.identity})", "speed": f"{self.segmenter.speed}, {dtype}"}
+        return about | ({"test-time augmentation": "6 scales, mirrored"} if self.tta else {})
 
     def one(self, prepared: "PreparedSet") -> "Evaluation":
         """Measure a data set, write its folder, and print its figures."""
@@ -162,26 +165,28 @@ class _Run:
         from opensan.evaluate.page import write_page
         from opensan.evaluate.report import FIGURES, percent, write_report
 
-        folder = self._out / prepared.name
+        folder = self.out / prepared.name
         predictor = self._predictor(prepared)
-        evaluation = measure(
-            prepared.dataset,
-            predictor,
-            folder,
-            batch=self._batch,
-            workers=self._workers,
-            save_predictions=self._save_predictions,
-            note=complain if is_main() else lambda message: None,
-            progress=True,
-        )
+        console, nothing = output_console(), lambda *_: None
+        with progress_of(console, "evaluating") as progress:
+            evaluation = measure(
+                prepared.dataset,
+                predictor,
+                folder,
+                batch=self.batch,
+                workers=self.workers,
+                save_predictions=self.save_predictions,
+                note=complain if is_main() else nothing,
+                progress=progress if is_main() else nothing,
+            )
         if is_main():
             title = f"{prepared.name}, {prepared.dataset.split}"
-            about = self._about | {"data": str(prepared.dataset.root), "split": prepared.dataset.split}
+            about = self.about | {"data": str(prepared.dataset.root), "split": prepared.dataset.split}
             write_report(evaluation, folder, title=title, about=about)
             page = write_page(folder, prepared.dataset, predictor, evaluation, title=title, about=about)
-            self._console.print(f"{title}: {evaluation.images:,} photographs, {page}", soft_wrap=True)
+            console.print(f"{title}: {evaluation.images:,} photographs, {page}", soft_wrap=True)
             for name, value in evaluation.metrics.summary().items():
-                self._console.print(f"  {FIGURES[name]:<32}{percent(value):>7} %")
+                console.print(f"  {FIGURES[name]:<32}{percent(value):>7} %")
         return evaluation
 
     def _predictor(self, prepared: "PreparedSet") -> "BatchPredictor":
@@ -189,13 +194,13 @@ class _Run:
         from opensan.evaluate.predictors import AugmentedPredictor, ModelPredictor, SavedPredictor
 
         vocabulary = prepared.dataset.vocabulary
-        if self._from_predictions is not None:
-            class_of_id = prepared.class_of_id() if self._category_ids is CategoryIds.dataset else None
-            predictions = SavedPredictions(self._from_predictions, len(vocabulary.names), class_of_id=class_of_id)
+        if self.from_predictions is not None:
+            class_of_id = prepared.class_of_id() if self.category_ids is CategoryIds.dataset else None
+            predictions = SavedPredictions(self.from_predictions, len(vocabulary.names), class_of_id=class_of_id)
             return SavedPredictor(predictions)
-        assert self._segmenter is not None
-        self._segmenter.prepare_words(vocabulary)  # before the photographs: it may take long, with a bar of its own
-        return (AugmentedPredictor if self._tta else ModelPredictor)(self._segmenter, vocabulary)
+        assert self.segmenter is not None
+        self.segmenter.prepare_words(vocabulary)  # before the photographs: it may take long, with a bar of its own
+        return (AugmentedPredictor if self.tta else ModelPredictor)(self.segmenter, vocabulary)
 
     def table(self, sets: Sequence["PreparedSet"], evaluations: Sequence["Evaluation"]) -> None:
         """Print the table of all data sets, and write it."""
@@ -205,8 +210,8 @@ class _Run:
             Measured(prepared.name, prepared.label_set, evaluation)
             for prepared, evaluation in zip(sets, evaluations, strict=True)
         ]
-        rows = table(measured, self._segmenter.model.config.name if self._segmenter else "")
-        write_table(rows, self._out, about=self._about)
+        rows = table(measured, self.segmenter.model.config.name if self.segmenter else "")
+        write_table(rows, self.out, about=self.about)
         print(as_markdown(rows), end="")
         if absent := missing(measured):
             complain(f"not found, so not measured: {', '.join(absent)} (`opensan data list` says how to prepare them)")

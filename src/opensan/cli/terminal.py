@@ -2,9 +2,10 @@
 
 import errno
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -129,3 +130,21 @@ def progress_bar(
     with bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def progress_of(output: "Console", what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that is told how many are done, and of how many; a bar shows if that takes over a second."""
+    started, shown = time.monotonic(), 0
+    with ExitStack() as bar:
+        advance: Callable[[int], None] | None = None
+
+        def tell(done: int, total: int) -> None:
+            nonlocal advance, shown
+            if advance is None and time.monotonic() - started > 1:
+                advance = bar.enter_context(progress_bar(output, what, total))
+            if advance is not None:
+                advance(done - shown)
+                shown = done
+
+        yield tell

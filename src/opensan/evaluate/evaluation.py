@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from opensan.assemble.labels import label_map
 from opensan.assemble.scores import class_probabilities
@@ -86,7 +84,11 @@ def dataset_predictor(model: SAN, dataset: SegmentationDataset) -> Predictor:
 
 
 def evaluate(
-    predict: Predictor, dataset: SegmentationDataset, *, limit: int | None = None, progress: bool = True
+    predict: Predictor,
+    dataset: SegmentationDataset,
+    *,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Compare predictions with ground truth, one image at a time, at each image's own size.
 
@@ -97,7 +99,9 @@ def evaluate(
     images = len(dataset) if limit is None else min(limit, len(dataset))
     broken = []
     indices = [index * len(dataset) // images for index in range(images)]
-    for index in track(indices, "evaluating", console=Console(stderr=True), disable=not progress, transient=True):
+    for done, index in enumerate(indices, 1):
+        if progress:
+            progress(done, images)
         try:
             image, truth = dataset[index]
         except (UserError, OSError) as error:
@@ -115,7 +119,7 @@ def validation(
     predict = dataset_predictor(model, dataset)
 
     def measure(_step: int) -> Mapping[str, float]:
-        found = evaluate(predict, dataset, limit=limit, progress=False)
+        found = evaluate(predict, dataset, limit=limit)
         if found.broken:
             warnings.warn(
                 f"validation leaves out images that can't be read ({len(found.broken)} of "

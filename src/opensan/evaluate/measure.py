@@ -11,17 +11,15 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 
 from opensan.data.dataset import SegmentationDataset
-from opensan.distributed import barrier, gather_objects, is_main, on_main, rank, world_size
+from opensan.distributed import barrier, gather_objects, on_main, rank, world_size
 from opensan.errors import UserError
 from opensan.evaluate import predictions
 from opensan.evaluate.evaluation import Evaluation, Photograph
@@ -60,7 +58,7 @@ def measure(
     save_predictions: bool = False,
     save_every: float = SAVE_EVERY,
     note: Callable[[str], None] = lambda message: None,
-    progress: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Compare predictions with ground truth at each image's own size, and keep the progress in `folder`.
 
@@ -74,18 +72,42 @@ def measure(
         save_predictions: also write `sem_seg_predictions.json` to `folder`.
         save_every: seconds between saves.
         note: called with messages for the user.
-        progress: show a bar on stderr.
+        progress: called with the number of images that this process has finished, and of all that it is to do.
 
     Raises:
         ValueError: the data set is empty, or another evaluation is writing to `folder`.
     """
     if len(dataset) == 0:
         raise UserError("the data set has no images")
+    request = _Request(dataset, predictor, folder, batch, workers, save_predictions, save_every, note, progress)
     with ExitStack() as held:
         on_main(lambda: _take(held, folder))
-        return _measure(
-            dataset, predictor, folder, batch, workers, save_predictions, save_every, note, progress and is_main()
-        )
+        return _measure(request)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `measure`."""
+
+    dataset: MeasurableDataset
+    predictor: BatchPredictor
+    folder: Path
+    batch: int
+    workers: int
+    save_predictions: bool
+    save_every: float
+    note: Callable[[str], None]
+    progress: Callable[[int, int], None]
+
+    @property
+    def state(self) -> Path:
+        """The folder of the progress."""
+        return self.folder / "progress"
+
+    @property
+    def names(self) -> list[str]:
+        """The classes."""
+        return self.dataset.vocabulary.names
 
 
 def _take(held: ExitStack, folder: Path) -> None:
@@ -97,65 +119,54 @@ def _take(held: ExitStack, folder: Path) -> None:
         remove_temporaries(place)
 
 
-def _measure(
-    dataset: MeasurableDataset,
-    predictor: BatchPredictor,
-    folder: Path,
-    batch: int,
-    workers: int,
-    save_predictions: bool,
-    save_every: float,
-    note: Callable[[str], None],
-    progress: bool,
-) -> Evaluation:
-    num_classes = len(dataset.vocabulary.names)
-    state = folder / "progress"
-    work = {"data": dataset.fingerprint(), "saves predictions": save_predictions, **predictor.key}
+def _measure(request: _Request) -> Evaluation:
+    dataset, folder, state = request.dataset, request.folder, request.state
+    work = {"data": dataset.fingerprint(), "saves predictions": request.save_predictions, **request.predictor.key}
     other = on_main(lambda: open_progress(state, work))
     if other is not None:
-        note(f"{folder}: holds an evaluation with {other}: starting anew")
-    done = read_all(state, num_classes).figures.keys()
+        request.note(f"{folder}: holds an evaluation with {other}: starting anew")
+    done = read_all(state, len(request.names)).figures.keys()
     if done:
-        note(f"{folder}: {len(done)} of {len(dataset)} images are measured already")
-    batches = _share(_plan(dataset, predictor, batch, workers), done)
+        request.note(f"{folder}: {len(done)} of {len(dataset)} images are measured already")
+    batches = _share(_plan(request), done)
     barrier()  # all have read before one writes
     with Progress(journal_path(state, rank())) as mine:
         mine.begin(work)
-        with _bar(sum(map(len, batches)), shown=progress) as advance:
-            _Run(dataset, predictor, mine, save_predictions, save_every, advance).all(batches, workers)
+        _Run(request, mine, sum(map(len, batches))).all(batches)
     broken = {index: text for part in gather_objects(mine.broken) for index, text in part.items()}
-    return on_main(lambda: _whole(dataset, folder, broken, save_predictions))
+    return on_main(lambda: _whole(request, broken))
 
 
-def _whole(dataset: MeasurableDataset, folder: Path, broken: Mapping[int, str], save_predictions: bool) -> Evaluation:
+def _whole(request: _Request, broken: Mapping[int, str]) -> Evaluation:
     """Sum up all processes' progress."""
-    names = dataset.vocabulary.names
-    whole = read_all(folder / "progress", len(names))
-    if save_predictions:
-        predictions.write_list(read_predictions(folder / "progress"), folder / predictions.FILE_NAME)
-    images = [Photograph(index, dataset.name(index), *whole.figures[index]) for index in sorted(whole.figures)]
+    whole = read_all(request.state, len(request.names))
+    if request.save_predictions:
+        predictions.write_list(read_predictions(request.state), request.folder / predictions.FILE_NAME)
+    name = request.dataset.name
+    images = [Photograph(index, name(index), *whole.figures[index]) for index in sorted(whole.figures)]
     return Evaluation(
-        whole.counts.metrics(names),
+        whole.counts.metrics(request.names),
         len(images),
         tuple(broken[index] for index in sorted(broken)),
-        tuple(whole.counts.worst_confusions(names)),
+        tuple(whole.counts.worst_confusions(request.names)),
         tuple(images),
     )
 
 
-def _plan(dataset: MeasurableDataset, predictor: BatchPredictor, batch: int, workers: int) -> list[list[int]]:
+def _plan(request: _Request) -> list[list[int]]:
     """Return all images in batches of equal shape, in the order of each batch's first."""
 
     def shape(index: int) -> object:
         try:
-            return predictor.shape(dataset.size(index))
+            return request.predictor.shape(request.dataset.size(index))
         except (UserError, OSError):
             return "unreadable"  # the reason is reported when it is read
 
     groups: Mapping[object, list[int]] = defaultdict(list)
-    with ThreadPoolExecutor(workers) as pool:
-        for index, found in enumerate(pool.map(shape, range(len(dataset)))):
+    with ThreadPoolExecutor(request.workers) as pool:
+        for index, found in enumerate(pool.map(shape, range(len(request.dataset)))):
             groups[found].append(index)
+    batch = request.batch
     return sorted(group[start : start + batch] for group in groups.values() for start in range(0, len(group), batch))
 
 
@@ -168,30 +179,27 @@ def _share(batches: Sequence[list[int]], done: Collection[int]) -> list[list[int
 class _Run:
     """Evaluates one process's share of the images."""
 
-    def __init__(
-        self,
-        dataset: MeasurableDataset,
-        predictor: BatchPredictor,
-        progress: Progress,
-        save_predictions: bool,
-        save_every: float,
-        advance: Callable[[int], None],
-    ) -> None:
-        self._dataset = dataset
-        self._predictor = predictor
+    def __init__(self, request: _Request, progress: Progress, images: int) -> None:
+        """`images`: how many there are to do."""
+        self._request = request
+        self._dataset = request.dataset
         self._progress = progress
-        self._save_predictions = save_predictions
-        self._save_every = save_every
-        self._advance = advance
-        self._num_classes = len(dataset.vocabulary.names)
+        self._images = images
+        self._done = 0
+        self._num_classes = len(request.names)
         self._saved = time.monotonic()
 
-    def all(self, batches: Sequence[list[int]], workers: int) -> None:
+    def _advance(self) -> None:
+        self._done += 1
+        self._request.progress(self._done, self._images)
+
+    def all(self, batches: Sequence[list[int]]) -> None:
+        workers = self._request.workers
         pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
         try:
             counting: deque[tuple[int, Future[tuple[ImageCounts, list[str]]]]] = deque()
-            for indices, truths, prepared in self._loaded(pool, batches, workers):
-                answers = self._predictor.predict(prepared) if prepared else []
+            for indices, truths, prepared in self._loaded(pool, batches):
+                answers = self._request.predictor.predict(prepared) if prepared else []
                 for index, truth, labels in zip(indices, truths, answers, strict=True):
                     counting.append((index, pool.submit(self._count, index, truth, labels)))
                 while len(counting) > workers + len(indices):
@@ -204,12 +212,12 @@ class _Run:
             pool.shutdown(cancel_futures=True)
 
     def _loaded(
-        self, pool: ThreadPoolExecutor, batches: Sequence[list[int]], workers: int
+        self, pool: ThreadPoolExecutor, batches: Sequence[list[int]]
     ) -> Iterator[tuple[list[int], list[np.ndarray], list[object]]]:
         """Yield the readable images of each batch: indices, ground truths, and prepared images."""
         ahead: deque[list[tuple[int, Future]]] = deque()
         todo = iter(batches)
-        wanted = 2 if not batches else max(2, math.ceil(2 * workers / max(map(len, batches))))
+        wanted = 2 if not batches else max(2, math.ceil(2 * self._request.workers / max(map(len, batches))))
         while True:
             for batch in todo:
                 ahead.append([(index, pool.submit(self._load, index)) for index in batch])
@@ -223,37 +231,27 @@ class _Run:
                     readable.append((index, *future.result()))
                 except (UserError, OSError) as error:
                     self._progress.broken[index] = f"{self._dataset.name(index)}: {error}"
-                    self._advance(1)
+                    self._advance()
             indices, truths, prepared = map(list, zip(*readable, strict=True)) if readable else ([], [], [])
             yield indices, truths, prepared
 
     def _load(self, index: int) -> tuple[np.ndarray, object]:
         image, truth = self._dataset[index]
-        return truth, self._predictor.prepare(self._dataset.name(index), image)
+        return truth, self._request.predictor.prepare(self._dataset.name(index), image)
 
     def _count(self, index: int, truth: np.ndarray, labels: np.ndarray) -> tuple[ImageCounts, list[str]]:
         """Return an image's counts, and the JSON entries of its prediction if they are saved."""
         entries = []
-        if self._save_predictions:
+        if self._request.save_predictions:
             entries = predictions.entries(str(self._dataset.file(index)), labels, self._num_classes)
         return count_image(truth, labels, self._num_classes), entries
 
     def _add(self, index: int, future: "Future[tuple[ImageCounts, list[str]]]") -> None:
         self._progress.add(index, *future.result())
-        self._advance(1)
+        self._advance()
 
     def _save_now_and_then(self) -> None:
-        due = time.monotonic() - self._saved >= self._save_every
+        due = time.monotonic() - self._saved >= self._request.save_every
         if due or self._progress.unsaved_bytes > _MOST_UNSAVED:
             self._progress.save()
             self._saved = time.monotonic()
-
-
-@contextmanager
-def _bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts finished images; a bar shows on stderr if that is a terminal."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    with ProgressBar(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task("evaluating", total=total)
-        yield lambda count: bar.advance(task, count)
