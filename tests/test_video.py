@@ -341,7 +341,7 @@ def test_of_a_clip_that_was_cut_off_the_beginning_is_read(small, tmp_path):
     found, video = run(small, path, tmp_path / "out")
     assert 5 < len(found) < 35
     ends = (len(found) - 1) / 25
-    assert video.notes == [f"{path}: the pictures end after {ends:.1f} s, the file promises 1.6 s"]
+    assert video.notes == [f"{path}: the frames end after {ends:.1f} s, the file's length is 1.6 s"]
     path.write_bytes(content[:1000])
     with pytest.raises(ImageError, match="no frame of it can be decoded"):
         frames_of(path)

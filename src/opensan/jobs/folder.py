@@ -2,8 +2,8 @@
 
     plan -> jobs -> label_one, or FolderRun's threads and batches -> records -> the ledger
 
-Memory does not grow with their number, and a run that was stopped, however it was, goes on where it was: the ledger in
-the results says of each image what was made of it, by which model, with which words.
+Memory does not grow with the number of images, and a stopped or killed run can be continued: the ledger in the results
+records for each image its files, the model and the words.
 """
 
 import errno
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from opensan.segmenters.results import InputImage, Segmentation
 
 MAX_THREADS = 4
-"""That read, and that write."""
+"""Threads that read, and that write."""
 
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
-"""Errors in writing that the next image would meet too; others belong to the image."""
+"""Write errors that stop the run, because the next image would have them too; other errors concern one image."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Job:
-    """An image, and where its results go."""
+    """An image, and the path of its results."""
 
     image: Path
     place: str
@@ -50,13 +50,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every image of a run, and what is written of the answers."""
+    """Settings of a run: the vocabulary, and the formats to write."""
 
     vocabulary: Vocabulary
     out: Path
     """The folder for all results."""
     formats: tuple[str, ...]
-    """Of `outputs.FORMATS` and `outputs.DATASETS`."""
+    """Names from `outputs.FORMATS` and `outputs.DATASETS`."""
 
     @property
     def datasets(self) -> list[Dataset]:
@@ -64,7 +64,7 @@ class Question:
         return [DATASETS[name] for name in self.formats if name in DATASETS]
 
     def paths(self, job: Job) -> list[str]:
-        """An image's files, below the results."""
+        """Return an image's files, relative to the results."""
         paths: list[str] = []
         for name in self.formats:
             if name in DATASETS:
@@ -76,23 +76,23 @@ class Question:
 
 @dataclass(frozen=True)
 class Written:
-    """An image is done: its files are complete."""
+    """Result for an image whose files are complete."""
 
     job: Job
     areas: dict[str, float]
     """Each word's share of all pixels, in [0, 1]."""
     unlabelled: float
     record: Record
-    """What the ledger is to say of it."""
+    """Its record for the ledger."""
 
 
 @dataclass(frozen=True)
 class Broken:
-    """An image that can't be read, or whose results can't be written."""
+    """Result for an image that can't be read, or whose results can't be written."""
 
     job: Job
     reason: str
-    """One line, naming it."""
+    """Reason in one line that names the image."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class _Read:
 
 
 def plan(images: Sequence[Path], arguments: Sequence[Path]) -> list[Job]:
-    """Where each image's results go: folders as they are below what the user named, and no two names alike.
+    """Plan the paths of each image's results: the same sub-folders as below `arguments`, and no name twice.
 
-    Named are folders, and files' folders; with several, the folder common to all of them is the top.
+    `arguments` are folders or files; if there are several, paths are relative to the folder common to all of them.
     An image's stem names its results; images of one folder that differ only in suffix keep it ("x.jpg.labels.png").
     """
     tops = {absolute(path if path.is_dir() else path.parent) for path in arguments}
@@ -121,11 +121,11 @@ def plan(images: Sequence[Path], arguments: Sequence[Path]) -> list[Job]:
 
 
 def without_results(images: Sequence[Path], arguments: Sequence[Path], out: Path) -> list[Path]:
-    """Leaves out the pictures of earlier runs, which lie among the images when results lie in a folder to segment.
+    """Remove the pictures of earlier runs from `images`, if results lie in a folder to segment.
 
-    They are known by their names, and by lying in `out`, unless this is itself a folder to segment. Warns of those that
-    are known by their names alone, with no image beside them that they may be the result of.
-    Raises UserError, one line, if nothing else is left.
+    They are recognised by their names, and by being in `out`, unless that is itself a folder to segment. Warns of those
+    that are recognised by their names alone, without an image beside them that they may be the result of.
+    Raises UserError, one line, if no image is left.
     """
     named = {absolute(path) for path in arguments}
     inside = absolute(out)
@@ -158,12 +158,12 @@ def _warn_of_names_alone(passed_over: Sequence[Path], kept: Sequence[Path]) -> N
 
 
 def absolute(path: Path) -> Path:
-    """Without "." and "..", but links are kept: a linked photograph is named by its link."""
+    """Make a path absolute, without "." and ".."; links are kept, so a linked image has its link's name."""
     return Path(os.path.normpath(path.absolute()))
 
 
 def label_one(segmenter: "Segmenter", question: Question, job: Job) -> Written | Broken:
-    """Label one image and write its files: the work of a run, without its ledger, for schedulers of any kind.
+    """Label one image and write its files: a run's work without its ledger, for other schedulers.
 
     Any process may do it, in any order. Whoever drives it adds the records to a `Ledger`, as `FolderRun` does, and at
     the end calls `complete_data_sets`. Raises UserError if the disk is full or can't be written to.
@@ -176,7 +176,7 @@ def label_one(segmenter: "Segmenter", question: Question, job: Job) -> Written |
 
 
 def complete_data_sets(question: Question, jobs: Sequence[Job], done: Container[str]) -> None:
-    """Write what data sets say of all images: of those `jobs` whose places are `done`, in their order."""
+    """Write the data sets' files about all images: of those `jobs` whose places are `done`, in order."""
     members = [Member(job.place, job.image.suffix) for job in jobs if job.place in done]
     for dataset in question.datasets if members else ():
         try:
@@ -189,7 +189,7 @@ def _read(segmenter: "Segmenter", question: Question, job: Job) -> _Read | Broke
     if question.datasets and not _is_text(f"{job.place}{job.image.suffix}"):
         return Broken(job, f"{job.image}: its name is not UTF-8, so that data sets can't list it; rename it")
     try:
-        source = Stamp.of(job.image)  # before it is read: if it is replaced meanwhile, the next run sees that
+        source = Stamp.of(job.image)  # taken before reading, so that the next run notices a replacement
         return _Read(job, segmenter.read(job.image), source)
     except ImageError as error:
         return Broken(job, str(error))
@@ -246,8 +246,8 @@ class FolderRun:
             for done in run.results():
                 print(done)
 
-    What an earlier run has completed, with the same model, words and settings, is not made again. Opening it raises
-    UserError on a folder that can't be written, that another run is writing to, and on unknown formats.
+    Images that an earlier run completed, with the same model, words and settings, are not processed again. Opening it
+    raises UserError on a folder that can't be written, that another run is writing to, and on unknown formats.
     """
 
     def __init__(
@@ -270,9 +270,9 @@ class FolderRun:
         self._batch = batch
         self._ledger = Ledger(out)
         self.notes = self._ledger.notes
-        """What a user should know of an earlier run's results, once the run is open; each one line."""
+        """Messages for the user about an earlier run's results, once the run is open; each one line."""
         self.pending: list[Job] = []
-        """What is to be done, once the run is open."""
+        """Jobs that remain to be done, once the run is open."""
 
     def __enter__(self) -> "FolderRun":
         question = self._question
@@ -290,7 +290,7 @@ class FolderRun:
         self._stack.close()
 
     def results(self) -> Generator[Written | Broken]:
-        """Do what is pending, in about the order of the jobs; then write what data sets say of all images.
+        """Do the pending jobs, in about their order; then write the data sets' files about all images.
 
         Raises UserError where no results can be written. What was done by then is complete.
         """
@@ -303,7 +303,7 @@ class FolderRun:
                     continue
                 encodings = self._segmenter.encode_read([one.image for one in group], batch_size=self._batch)
                 sources = [(one.job, one.source) for one in group]
-                group.clear()  # the encodings hold the images
+                group.clear()  # frees memory: the encodings hold the images
                 for job, source in sources:
                     if len(writing) >= self._batch:
                         yield writing.popleft().result()
@@ -321,7 +321,7 @@ class FolderRun:
         return written
 
     def _groups(self, readers: Executor) -> Iterator[list[_Read] | Broken]:
-        """Images of equal padded shape, up to a batch; fewer than two batches wait for more of their shape."""
+        """Yield batches of images of equal padded shape; fewer than two batches wait for others of their shape."""
         waiting: dict[tuple[int, int], list[_Read]] = {}
         read = partial(_read, self._segmenter, self._question)
         for found in ahead(readers, read, self.pending, self._batch):
@@ -340,7 +340,7 @@ class FolderRun:
 
 
 def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
-    """`function` of each item, in their order; while one is in use, the next `count` are made."""
+    """Yield `function` of each item, in order; while one is in use, threads compute the next `count`."""
     made: deque[Future[R]] = deque()
     for item in items:
         made.append(pool.submit(function, item))

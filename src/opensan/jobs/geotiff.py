@@ -1,4 +1,4 @@
-"""Rasters of any size, read and written by window: GeoTIFF in; GeoTIFF label raster and GeoJSON polygons out.
+"""Read and write rasters of any size by window: GeoTIFF in; GeoTIFF label raster and GeoJSON polygons out.
 
 Needs rasterio (the extra `geo`). What it opens is restricted to single files of formats that carry their own pixels:
 a format that names other files or addresses would make a picture from outside a way to read them.
@@ -39,28 +39,28 @@ BEGINNINGS = {
     b"\0\0\0\x0cjP": "JP2OpenJPEG",
     b"\xff\x4f\xff\x51": "JP2OpenJPEG",
 }
-"""How files begin that are opened, and GDAL's name of their format."""
+"""First bytes of supported files, and GDAL's name of their format."""
 
 CACHE_MEGABYTES = 256
-"""What GDAL may keep of an image's blocks: two rows of tiles of an image that is stored by rows."""
+"""GDAL's cache for an image's blocks, in MB: enough for two rows of tiles of an image that is stored by rows."""
 
 BLOCK = 512
 """Side of the label raster's blocks, in pixels."""
 
 SAMPLE_SIDE = 1024
-"""Percentiles are those of the image reduced to so many pixels a side."""
+"""Percentiles are computed on the image reduced to so many pixels a side."""
 
 WIDE_GAP = 0.9
-"""Of the range from black to white: two clumps of values so far apart leave each of them a tenth of the contrast."""
+"""Share of the range from black to white: two groups of values so far apart leave each a tenth of the contrast."""
 
 LEAST_LEVELS = 16
-"""Of 256: an image of fewer is hardly seen."""
+"""Brightness levels of 256: an image with fewer has hardly any contrast."""
 
 POLYGONS_AT_ONCE = 2000
-"""So many are transformed and written together."""
+"""Number of polygons that are transformed and written together."""
 
 STRIP_PIXELS = 2**22
-"""So many labels are looked at together while regions are outlined."""
+"""Number of labels that are read together while regions are outlined."""
 
 
 @contextmanager
@@ -114,7 +114,7 @@ class GeoRaster:
         if not self.path.is_file():
             raise UserError(f"{self.path}: {'not a file' if self.path.exists() else 'does not exist'}")
         self.stat = self.path.stat()
-        """Of the file before it was opened: if it is replaced, the next run sees that."""
+        """State of the file before it was opened, so that the next run notices a replacement."""
         try:
             self._file = rasterio.open(self.path.absolute(), driver=_format(self.path))
         except (rasterio.errors.RasterioIOError, OSError) as error:
@@ -123,7 +123,7 @@ class GeoRaster:
         self.size = (self._file.height, self._file.width)
         self.bands = self._chosen(bands)
         self.notes: list[str] = []
-        """What a user should know of how the image is seen; each one line."""
+        """Messages for the user about how the image is read; each one line."""
         self.nodata = nodata
         self._empty = self._empty_values(nodata)
         self._alpha, self._has_mask = self._mask()
@@ -143,11 +143,11 @@ class GeoRaster:
 
     @property
     def transform(self) -> "Affine":
-        """From (column, row) to coordinates of `crs`."""
+        """Transform from (column, row) to coordinates of `crs`."""
         return self._file.transform
 
     def read(self, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """A window's pixels, uint8 RGB [height, width, 3], and which have data, bool [height, width]; None if all do.
+        """Read a window: pixels, uint8 RGB [height, width, 3], and which have data, bool [height, width]; None if all.
 
         Raises ValueError, one line, where the file is damaged.
         """
@@ -157,11 +157,11 @@ class GeoRaster:
         return self._to_rgb(values), valid
 
     def reduced(self, longest_side: int) -> np.ndarray:
-        """The whole image, uint8 RGB, every so-many-th pixel of it: no side is longer than `longest_side`."""
+        """Read the whole image, uint8 RGB, reduced by skipping pixels: no side is longer than `longest_side`."""
         return self._to_rgb(self._sampled(longest_side)[0])
 
     def _read(self, window: "Window | None" = None, shape: tuple[int, int] | None = None) -> tuple[np.ndarray, Any]:
-        """A window's values as stored, [C, H, W], and which pixels have data, bool [H, W]; None if all do.
+        """Read a window's values as stored, [C, H, W], and which pixels have data, bool [H, W]; None if all do.
 
         With `shape` (H, W) it is every so-many-th pixel.
         """
@@ -178,7 +178,7 @@ class GeoRaster:
         return values, valid
 
     def _valid(self, values: np.ndarray, window: "Window | None", shape: tuple[int, int] | None) -> np.ndarray | None:
-        """Return which of a window's pixels have data, as the file or the user says; None if all have."""
+        """Return which of a window's pixels have data, by the file or the user; None if all have."""
         if self._alpha is not None:
             return self._file.read(self._alpha, window=window, out_shape=shape) > 0
         if self._has_mask:
@@ -207,7 +207,7 @@ class GeoRaster:
         return found
 
     def _mask(self) -> tuple[int | None, bool]:
-        """Find the band that is taken for transparency, and whether the file has a mask beside its bands.
+        """Find the band of transparency, and whether the file has a mask beside its bands.
 
         Transparency is what the file calls so, unless that band was chosen as a colour.
         """
@@ -233,7 +233,7 @@ class GeoRaster:
         return alpha[0], False
 
     def _sampled(self, longest_side: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """As `_read`, of the whole image reduced to `longest_side`.
+        """Read the whole image, reduced to `longest_side`, as `_read` does.
 
         From the file's overviews if it has some. Otherwise GDAL would decode each block again for every row that is
         taken from it, and keep what it decoded: 150 s and 2.3 GiB for 20,000 x 20,000 pixels stored as JPEG.
@@ -260,7 +260,7 @@ class GeoRaster:
         return np.concatenate(values, axis=1), np.concatenate(valid) if valid else None
 
     def _to_rgb(self, values: np.ndarray) -> np.ndarray:
-        """Bands [C, H, W] as uint8 RGB [H, W, 3]."""
+        """Convert bands [C, H, W] to uint8 RGB [H, W, 3]."""
         if self._colours is not None:
             return self._colours[values[0]]
         if self._white is not None:
@@ -288,7 +288,7 @@ class GeoRaster:
         return (1, 2, 3) if count >= 3 else (1,)
 
     def _palette(self) -> np.ndarray | None:
-        """[256, 3] uint8: the colours of an image that stores their numbers; None for others."""
+        """Return the palette, [256, 3] uint8; None for images without one."""
         from rasterio.enums import ColorInterp
 
         band = self.bands[0]
@@ -300,7 +300,7 @@ class GeoRaster:
         return np.array([colours.get(value, (0, 0, 0))[:3] for value in range(256)], dtype=np.uint8)
 
     def _grey_levels(self) -> np.ndarray | None:
-        """Return [256] uint8, brightness by value, of fewer bits than 8 and where 0 is white; None for others."""
+        """Return brightness by value, [256] uint8, of images with fewer than 8 bits or 0 as white; None for others."""
         band = self.bands[0]
         if self._colours is not None or {self._file.dtypes[each - 1] for each in self.bands} != {"uint8"}:
             return None
@@ -325,7 +325,7 @@ class GeoRaster:
         )
 
     def _stretched(self, percentiles: tuple[float, float] | None) -> tuple[np.ndarray, np.ndarray] | None:
-        """Values [C] that become 0, and 255; None if values stay as they are."""
+        """Return the values [C] that become 0, and 255; None if values are not stretched."""
         dtypes = {self._file.dtypes[band - 1] for band in self.bands}
         if any(dtype.startswith("complex") for dtype in dtypes):
             raise UserError(f"{self.path}: complex numbers are not an image")
@@ -333,7 +333,7 @@ class GeoRaster:
             return None
         sample, valid = self._sampled(SAMPLE_SIDE)
         values = [band if valid is None else band[valid] for band in sample]
-        values = [  # no data may be in one band only
+        values = [  # band by band, as pixels may lack data in one band only
             band[np.isfinite(band) & (True if none is None else band != none)]
             for band, none in zip(values, self._empty, strict=True)
         ]
@@ -345,7 +345,7 @@ class GeoRaster:
         return low, np.maximum(high, low + 1e-6 * np.maximum(1, np.abs(low)))  # a band of one value: no division by 0
 
     def _look_for_clumps(self, values: list[np.ndarray], limits: np.ndarray) -> None:
-        """Note if all bands' values lie in two clumps far apart: one is no data perhaps, and takes the contrast."""
+        """Add a note if all bands' values form two distant groups: one may mean "no data", and reduces the contrast."""
         alone = []
         for found, (low, high) in zip(values, limits.astype(np.float64), strict=True):
             inside = np.unique(found.astype(np.float64).clip(low, high))
@@ -353,7 +353,7 @@ class GeoRaster:
             if len(inside) < 3 or gaps.max() < WIDE_GAP * (high - low):
                 return
             widest = int(gaps.argmax())
-            lower = inside[widest] - low < high - inside[widest + 1]  # the narrower clump
+            lower = inside[widest] - low < high - inside[widest + 1]  # the narrower group
             alone.append(found.min() if lower else found.max())
         self.notes.append(
             f"{self.path}: hardly any contrast: there are values near {alone[0]:g}, and all others far from it, which "
@@ -362,7 +362,7 @@ class GeoRaster:
 
 
 def _format(path: Path) -> str:
-    """GDAL's name of a file's format. Raises ValueError if it is none that is opened, OSError if it can't be read."""
+    """Return GDAL's name of a file's format. Raises UserError for other formats, OSError if it can't be read."""
     with path.open("rb") as file:
         beginning = file.read(12)
     for known, name in BEGINNINGS.items():
@@ -372,7 +372,7 @@ def _format(path: Path) -> str:
 
 
 def reduced_size(size: tuple[int, int], longest_side: int) -> tuple[int, int]:
-    """`size` (H, W) shrunk, if need be, so that no side is longer than `longest_side`; no side less than 1."""
+    """Reduce `size` (H, W) so that no side is longer than `longest_side`, and none less than 1."""
     scale = min(1, longest_side / max(size))
     height, width = (max(1, round(side * scale)) for side in size)
     return height, width
@@ -422,7 +422,7 @@ def write_labels(
 
 
 def reduced_labels(path: str | os.PathLike, longest_side: int) -> np.ndarray:
-    """A label raster, [H, W] int32 with -1 for unlabelled, every so-many-th pixel of it."""
+    """Read a label raster, [H, W] int32 with -1 for unlabelled, reduced by skipping pixels."""
     import rasterio
 
     with rasterio.open(path) as file:
@@ -494,7 +494,7 @@ def _json(value: object) -> str:
 
 
 def _label_strips(file: "DatasetReader") -> Iterator[np.ndarray]:
-    """A label raster from the top, [rows, W] int32 with -1 for unlabelled."""
+    """Yield a label raster from the top, [rows, W] int32 with -1 for unlabelled."""
     at_once = max(1, STRIP_PIXELS // file.width)
     for top in range(0, file.height, at_once):
         yield _label_rows(file, top, min(top + at_once, file.height))

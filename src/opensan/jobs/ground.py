@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from rasterio.crs import CRS
 
 LONGITUDE_LATITUDE = "EPSG:4326"
-"""What GeoJSON's coordinates are (RFC 7946), in rasterio's order: longitude first."""
+"""Coordinate system of GeoJSON (RFC 7946), in rasterio's order: longitude first."""
 
 CELLS = 256
-"""Areas are computed for at most so many cells a side; inside a cell, all pixels count as equally large."""
+"""Areas are computed for at most so many cells a side; in a cell, all pixels count as equally large."""
 
 STRAIGHT = 0.1
-"""Pixels that a side of a polygon may be off, since what is straight in the image is a curve in degrees."""
+"""Error of a polygon's side in pixels: a straight line in the image is a curve in degrees."""
 
 # WGS 84.
 _EQUATOR_METRES = 6_378_137.0
@@ -31,7 +31,7 @@ _ECCENTRICITY_SQUARED = 0.00669437999014
 
 
 class Ground:
-    """A raster's way to longitude and latitude (WGS 84), if it has one, and what its pixels measure."""
+    """Transform of a raster to longitude and latitude (WGS 84), if it has one, and its pixels' areas."""
 
     def __init__(self, crs: "CRS | None", transform: "Affine", size: tuple[int, int]) -> None:
         """Take `transform`, which leads from (column, row) to coordinates of `crs`, and the size (H, W)."""
@@ -44,7 +44,7 @@ class Ground:
         lattice = np.stack(np.meshgrid(self._columns, self._rows), axis=-1)  # [rows, columns, 2]
         degrees = self._degrees(lattice.reshape(-1, 2)).reshape(lattice.shape)
         self.on_earth = bool(np.isfinite(degrees).all(axis=-1).any())
-        """True if there is a way to longitude and latitude."""
+        """Whether there is a transform to longitude and latitude."""
         self._longest_side = math.inf
         self._decimals = 8  # a millimetre
         self._mirrored = False
@@ -186,7 +186,7 @@ def _place(edges: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _way(crs: "CRS | None") -> "tuple[pyproj.CRS | None, pyproj.Transformer | None]":
-    """Return a system as pyproj has it, and the way to longitude and latitude; None for what there is not."""
+    """Return a system as pyproj's, and the transform to longitude and latitude; None for what does not exist."""
     import pyproj
 
     if crs is None:
@@ -202,7 +202,7 @@ def _way(crs: "CRS | None") -> "tuple[pyproj.CRS | None, pyproj.Transformer | No
 
 
 def _cell_areas(degrees: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Return the areas on the ellipsoid of cells between points [R, C, 2], 0 off the earth; is the image mirrored?"""
+    """Return the areas on the ellipsoid of cells between points [R, C, 2], 0 off the earth, and if it is mirrored."""
     with np.errstate(invalid="ignore"):
         longitude, latitude = np.radians(np.moveaxis(degrees, -1, 0))
         radius = _EQUATOR_METRES / np.sqrt(1 - _ECCENTRICITY_SQUARED * np.sin(latitude) ** 2)

@@ -1,7 +1,7 @@
-"""What was made of which image: manifest.sqlite, beside the results.
+"""The ledger of a results folder: manifest.sqlite, beside the results.
 
-A row for each image whose files are complete, with the settings (model, words) that they were made with. When a run
-begins, what no longer holds is taken out; what somebody has changed since is kept aside as NAME.changed.
+It has a row for each image whose files are complete, with the settings (model, words) that they were made with. When a
+run begins, rows that no longer hold are removed; files that somebody has changed since are renamed to NAME.changed.
 """
 
 import hashlib
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 NAME = "manifest.sqlite"
 LOCK = ".opensan.lock"
 BEFORE = "manifest.jsonl"
-"""What the ledger was in version 0.1.0: read once, and taken over."""
+"""Name of the ledger of version 0.1.0, which is read once and converted."""
 
 LONGEST_WAIT = 60.0
-"""Seconds that a raster or a video waits for others to make their entries."""
+"""Seconds that a raster or a video waits while others make their entries."""
 
 VERSION = 1
-"""Of what is written: to be raised when the same words and model give other files."""
+"""Version of the outputs, to be increased when the same words and model give other files."""
 
 _SETTINGS, _IMAGE = "settings ", "image "
-"""Beginnings of the journal's keys."""
+"""Prefixes of the journal's keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """A file as it was: its size, time of change, and checksum of its content."""
+    """State of a file: its size, time of change, and checksum of its content."""
 
     size: int
     mtime_ns: int
@@ -53,7 +53,7 @@ class Stamp:
         return cls(stat.st_size, stat.st_mtime_ns, _checksum(path))
 
     def still_holds(self, path: Path) -> bool:
-        """Tell whether the file is as it was; a copy, with a time of its own, is compared by its content."""
+        """Return whether the file is unchanged; with another time, as of a copy, its content is compared."""
         try:
             stat = path.stat()
             if stat.st_size != self.size:
@@ -64,7 +64,7 @@ class Stamp:
 
     @property
     def plain(self) -> list[int]:
-        """As JSON has it."""
+        """Plain data for JSON."""
         return [self.size, self.mtime_ns, self.crc32]
 
 
@@ -78,20 +78,20 @@ def _checksum(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was made of an image."""
+    """The results of an image."""
 
     place: str
-    """The beginning of its results' paths, below the folder for all results."""
+    """The beginning of its results' paths, relative to the folder for all results."""
     image: str
     source: Stamp
     settings: str
     """The key of the settings it was made with."""
     files: Mapping[str, Stamp]
-    """By path below the results."""
+    """State of each file, by path relative to the results."""
 
     @property
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Plain data for JSON."""
         files = {path: stamp.plain for path, stamp in self.files.items()}
         return {
             "place": self.place,
@@ -103,7 +103,7 @@ class Record:
 
     @classmethod
     def parse(cls, data: Any) -> "Record | None":
-        """Read what `plain` gave; None of anything else, such as a path that leads out of the results."""
+        """Read data that `plain` returned; None for other data, such as a path that leads out of the results."""
         try:
             stamps = {path: Stamp(*map(int, stamp)) for path, stamp in data["files"].items()}
             if any(Path(path).anchor or ".." in Path(path).parts for path in (data["place"], *stamps)):
@@ -113,7 +113,7 @@ class Record:
             return None
 
     def is_complete(self, image: Path, out: Path, paths: Iterable[str]) -> bool:
-        """Tell whether the image and all files are as they were, and these `paths` are among them."""
+        """Return whether the image and all files are unchanged, and these `paths` are among them."""
         return (
             self.source.still_holds(image)
             and set(paths) <= self.files.keys()
@@ -121,7 +121,7 @@ class Record:
         )
 
     def keep_changed(self, out: Path) -> int:
-        """Rename those of the files that somebody has changed, before they are made anew; how many there were."""
+        """Rename the files that somebody has changed, before they are made again; return their number."""
         changed = [
             file
             for file, stamp in ((out / path, stamp) for path, stamp in self.files.items())
@@ -138,7 +138,7 @@ def _is_link(file: Path, image: Path) -> bool:
 
 
 def settings_of(segmenter: "Segmenter", vocabulary: Vocabulary) -> dict[str, Any]:
-    """All that labels depend on, besides the image, as plain data."""
+    """Return all that labels depend on, besides the image, as plain data."""
     return {
         "model": str(segmenter.identity),
         "vocabulary": vocabulary.to_dict(),
@@ -149,7 +149,7 @@ def settings_of(segmenter: "Segmenter", vocabulary: Vocabulary) -> dict[str, Any
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """Equal settings have equal keys."""
+    """Return the key of settings; equal settings have equal keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -157,14 +157,14 @@ class Ledger:
     """The ledger of a folder of results. Use as a context manager; one run at a time can."""
 
     def __init__(self, out: Path, *, wait: float = 0) -> None:
-        """`out` is an existing folder; another run there is waited for so many seconds."""
+        """`out` is an existing folder; `wait` is the time in seconds to wait for another run there."""
         self._out = out
         self._wait = wait
         self.records: dict[str, Record] = {}
-        """By place."""
+        """Records by place."""
         self._settings: dict[str, Any] = {}
         self.notes: list[str] = []
-        """What a user should know of it; each one line."""
+        """Messages for the user about it; each one line."""
 
     def __enter__(self) -> "Ledger":
         """Raise UserError if another run holds it."""
@@ -196,7 +196,7 @@ class Ledger:
             try:
                 data = json.loads(line)
             except ValueError:
-                continue  # half a line of a killed run
+                continue  # the half line of a killed run
             if record := Record.parse(data):
                 rows.append((_IMAGE + record.place, record.plain, b""))
             elif isinstance(data, dict) and "settings_key" in data:
@@ -206,7 +206,7 @@ class Ledger:
         self.notes.append(f"{old}: of an earlier version; what it says of {len(rows)} results is now in {NAME}")
 
     def begin(self, settings: Mapping[str, Any], wanted: Mapping[str, tuple[Path, list[str]]]) -> list[str]:
-        """Decide what is to be done: returns the places, in their order, whose files are not complete.
+        """Return the places, in order, whose files are not complete, and so remain to be done.
 
         `wanted` has the image and its files' paths of each place. Of the places that are to be done, what the ledger
         says is forgotten, and what somebody has changed is kept aside; `notes` tell how many.
@@ -252,13 +252,13 @@ class Ledger:
             remove_temporaries(folder, names)
 
     def add(self, record: Record) -> None:
-        """Say that an image's files are complete. Threads may call it."""
+        """Record that an image's files are complete. Threads may call it."""
         self._journal.put(_IMAGE + record.place, record.plain)
         self.records[record.place] = record
 
 
 class SingleResult:
-    """The entry of one raster or video in the ledger of its results' folder, which is held for moments only.
+    """The entry of one raster or video in the ledger of its results' folder, which is locked only briefly.
 
     So several may be worked on at a time. Their unfinished work has journals of its own.
     """
@@ -270,7 +270,7 @@ class SingleResult:
         results of another image have both names.
         """
         self._out, self._image, self._settings = out, image, settings
-        self.source = Stamp(stat.st_size, stat.st_mtime_ns, 0)  # reading it whole would take long
+        self.source = Stamp(stat.st_size, stat.st_mtime_ns, 0)  # a checksum of all of it would take long
         records = {}
         if (out / NAME).exists() or (out / BEFORE).exists():
             with Ledger(out, wait=LONGEST_WAIT) as ledger:
@@ -291,7 +291,7 @@ class SingleResult:
         return record.image == str(self._image.absolute()) or record.source == self.source
 
     def replace(self, paths: Iterable[Path]) -> list[str]:
-        """Make way for new results at `paths`: what somebody has changed of earlier ones is kept aside.
+        """Prepare for new results at `paths`: earlier files that somebody has changed are renamed.
 
         Returns lines for the user.
         """
@@ -301,7 +301,7 @@ class SingleResult:
             return ledger.notes
 
     def add(self, paths: Iterable[Path]) -> None:
-        """Say that the results at `paths` are complete."""
+        """Record that the results at `paths` are complete."""
         files = {path.relative_to(self._out).as_posix(): Stamp.of(path) for path in paths}
         image, key = str(self._image.absolute()), settings_key(self._settings)
         with Ledger(self._out, wait=LONGEST_WAIT) as ledger:

@@ -1,4 +1,4 @@
-"""A label map that grows strip by strip on disk, so that work which is killed goes on where it stopped."""
+"""Store a label map strip by strip on disk, so that killed work can be continued."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -30,9 +30,9 @@ class StripFile:
         self._width = width
         self._read: tuple[int, np.ndarray] | None = None
         self.finished = 0
-        """Strips that are written."""
+        """Number of strips that are written."""
         self.other_work: str | None = None
-        """In what the work differed of which strips were found, and forgotten: "other words"."""
+        """Difference of the earlier work whose strips were removed, such as "other words"; empty if none were."""
 
     def __enter__(self) -> "StripFile":
         busy = f"{self.path}: another run is writing it; wait for it, or choose another --out"
@@ -52,12 +52,12 @@ class StripFile:
         self._stack.close()
 
     def remove(self) -> None:
-        """Remove the file: its labels have found another place."""
+        """Remove the file, after its labels are stored elsewhere."""
         self._journal.close()
         self.path.unlink()
 
     def append(self, labels: np.ndarray) -> None:
-        """Write the next strip, [rows, W] int, -1 for unlabelled (the highest value: -1, cut to the file's bits)."""
+        """Write the next strip, [rows, W] int, -1 for unlabelled (stored as the file's highest value)."""
         top, bottom = self._strips[self.finished]
         assert labels.shape == (bottom - top, self._width), labels.shape
         data = zlib.compress(labels.astype(self.dtype).tobytes(), 1)
@@ -65,7 +65,7 @@ class StripFile:
         self.finished += 1
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
-        """Read rows [bottom - top, W] of what is written, as stored."""
+        """Read written rows, [bottom - top, W], as stored."""
         parts = [
             self._strip(number)[max(top - first, 0) : bottom - first]
             for number, (first, last) in enumerate(self._strips[: self.finished])
@@ -77,11 +77,11 @@ class StripFile:
         if self._read is None or self._read[0] != number:
             top, bottom = self._strips[number]
             size = (bottom - top) * self._width * self.dtype.itemsize
-            rows = zlib.decompressobj().decompress(self._journal.data(str(number)), size)  # never more than that
+            rows = zlib.decompressobj().decompress(self._journal.data(str(number)), size)  # a bound
             self._read = number, np.frombuffer(rows, dtype=self.dtype).reshape(bottom - top, self._width)
         return self._read[1]
 
 
 def label_dtype(words: int) -> str:
-    """Name the type that stores so many words and "unlabelled", which is its highest value."""
+    """Return the name of the type that stores so many words and "unlabelled", its highest value."""
     return "uint8" if words <= 255 else "uint16"

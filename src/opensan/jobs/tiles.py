@@ -1,13 +1,13 @@
 """Segment images of any size in overlapping tiles and blend the tiles' scores; memory does not grow with the area.
 
-A proposal of one tile is no proposal of its neighbour: query 7 may be the river here and a roof there, so mask logits
-of two tiles have nothing in common that could be averaged. What they share are the words. Where tiles t overlap,
+Each tile has its own mask proposals: query 7 may be the river in one tile and a roof in the next, so mask logits of two
+tiles cannot be averaged. Words mean the same in all tiles. Where tiles t overlap,
 
-    score[k] = sum_t w_t sum_q probabilities_t[q, k] mask_t[q],    w_t falling to nothing at the tile's border,
+    score[k] = sum_t w_t sum_q probabilities_t[q, k] mask_t[q],    w_t falling to zero at the tile's border,
 
-which is the score of one image whose proposals are those of all these tiles, each mask multiplied by its tile's
-weight. So a blend is one matrix product more of the kind that labels an image, a few rows at a time; neither scores
-of all words nor masks of a whole tile are ever held.
+which is the score of one image with the proposals of all these tiles, each mask multiplied by its tile's weight. So a
+blend needs only more matrix products like those that label an image, a few rows at a time; neither scores of all words
+nor masks of a whole tile are ever stored.
 
 Letters: Q queries, K words, h w stride-16 grid, H0 W0 the image.
 """
@@ -31,7 +31,7 @@ from opensan.segmenters.results import Encoding, InputImage
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 OVERLAP = 5
-"""A tile overlaps its neighbour by this part of itself, if nobody says otherwise."""
+"""Default overlap of neighbouring tiles: one part in so many of a tile."""
 
 
 class Raster(Protocol):
@@ -41,7 +41,7 @@ class Raster(Protocol):
     """(H0, W0) in pixels."""
 
     def read(self, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The window's pixels, uint8 RGB [height, width, 3], and which of them mean something (bool; None for all)."""
+        """Read a window: pixels, uint8 RGB [height, width, 3], and which of them have data (bool; None for all)."""
         ...
 
 
@@ -61,7 +61,7 @@ class ArrayRaster:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Where an image's tiles lie: all of one size, inside the image, evenly spread."""
+    """Positions of an image's tiles: all of one size, inside the image, evenly spread."""
 
     tops: tuple[int, ...]
     """First rows, ascending."""
@@ -76,7 +76,7 @@ class Tiling:
 
     @classmethod
     def plan(cls, size: tuple[int, int], tile: int, overlap: int | None = None) -> "Tiling":
-        """Tiles of `tile` x `tile` pixels, less where the image is narrower, that overlap by `overlap` or a bit more.
+        """Place tiles of `tile` x `tile` pixels, less in a narrow image, that overlap by `overlap` or a bit more.
 
         Raises ValueError, one line, unless 0 <= overlap <= tile / 2 (the default is a fifth of the tile).
         """
@@ -88,17 +88,17 @@ class Tiling:
 
     @property
     def strips(self) -> list[tuple[int, int]]:
-        """First row and row after the last of what a row of tiles finishes, from top to bottom."""
+        """First row and row after the last of the strip that each row of tiles completes, from top to bottom."""
         return list(pairwise((*self.tops, self.size[0])))
 
     @property
     def count(self) -> int:
-        """How many tiles there are."""
+        """Number of tiles."""
         return len(self.tops) * len(self.lefts)
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
-    """Where tiles begin on one axis: the fewest that cover it and overlap by `overlap` or more, evenly spread."""
+    """Return where tiles begin on one axis: the fewest that cover it, evenly spread, overlap `overlap` or more."""
     if length <= tile:
         return (0,)
     count = math.ceil((length - overlap) / (tile - overlap))
@@ -152,7 +152,7 @@ class _Tile:
 
 
 class _Work:
-    """What all tiles of one run share."""
+    """Values that all tiles of one run share."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class _Work:
         self._matrices: tuple[Tensor, Tensor] | None = None  # tiles are of one size, so they share these
 
     def tiles(self, row: int) -> list[_Tile | None]:
-        """The tiles of one row, from left to right; None for one without data."""
+        """Encode the tiles of one row, from left to right; None for a tile without data."""
         tiles: list[_Tile | None] = []
         lefts = self._tiling.lefts
         for start in range(0, len(lefts), self._batch_size):
@@ -188,14 +188,14 @@ class _Work:
         return tiles
 
     def _window(self, top: int, left: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """A tile's pixels, and which have data; no pixels if none has."""
+        """Read a tile's pixels, and which have data; return no pixels if none has."""
         pixels, valid = self._raster.read(top, left, self._tiling.height, self._tiling.width)
         if valid is None or valid.all():
             return pixels, None
         if not valid.any():
             return None, valid
         mean = np.round(self._segmenter.image_config.mean).astype(np.uint8)
-        return np.where(valid[..., None], pixels, mean), valid  # no data looks like padding: nothing, not black
+        return np.where(valid[..., None], pixels, mean), valid  # pixels without data get the mean, as padding does
 
     def _encode(self, images: list[np.ndarray]) -> list[Encoding]:
         prepared = [self._segmenter.prepare(image).prepared for image in images]
@@ -211,14 +211,14 @@ class _Work:
 
     @torch.inference_mode()
     def labels(self, rows: dict[int, list[_Tile | None]], strip: int, top: int, bottom: int) -> np.ndarray:
-        """Rows `top` to `bottom` of the answer, [bottom - top, W0] int32, from the rows of tiles that reach them."""
+        """Label rows `top` to `bottom`, [bottom - top, W0] int32, from the rows of tiles that reach them."""
         tiling = self._tiling
         width = tiling.size[1]
         found = torch.empty(bottom - top, width, dtype=torch.int32, device=self._segmenter.device)
         ends = [tiling.tops[row] + tiling.height for row in rows]
         cuts_down = sorted({top, bottom, *(end for end in ends if end < bottom)})
         cuts_across = sorted({width, *tiling.lefts, *(left + tiling.width for left in tiling.lefts)})
-        # Between two cuts on each axis all pixels lie in the same tiles.
+        # Between two cuts on each axis, all pixels are in the same tiles.
         for up, down in pairwise(cuts_down):
             for left, right in pairwise(cuts_across):
                 tiles = [
@@ -235,9 +235,9 @@ class _Work:
         return labels
 
     def _label(self, tiles: list[tuple[_Tile, int, int]], out: Tensor) -> None:
-        """Write the winners of one rectangle to `out`, given the tiles it lies in and its first pixel in each."""
+        """Write the winners of one rectangle to `out`, from the tiles that contain it and its first pixel in each."""
         if not tiles:
-            out.fill_(0)  # without data; `labels` sees to it
+            out.fill_(0)  # without data; `labels` marks it as unlabelled
             return
         height, width = out.shape
 
@@ -254,7 +254,7 @@ class _Work:
         out.copy_(best_words_of_masks(masks, torch.cat([tile.probabilities for tile, _, _ in tiles]), (height, width)))
 
     def _masks(self, tile: _Tile, rows: slice, columns: slice, weigh: bool) -> Tensor:
-        """[Q, rows, columns] in [0, 1]: mask probabilities, times the tile's weights if others have a say.
+        """Return [Q, rows, columns] in [0, 1]: mask probabilities, times the tile's weights if tiles overlap there.
 
         The weights of tiles that overlap are not made to sum to one: at a pixel that changes no argmax.
         """
@@ -266,7 +266,7 @@ class _Work:
         return masks.mul_(self._weights[0][rows, None] * self._weights[1][columns])
 
     def _has_data(self, tiles: list[_Tile | None], rows: int) -> np.ndarray:
-        """[rows, W0] bool, from the row of tiles that begins with these rows."""
+        """Return which pixels have data, [rows, W0] bool, from the row of tiles that begins with these rows."""
         valid = np.zeros((rows, self._tiling.size[1]), dtype=bool)
         for left, tile in zip(self._tiling.lefts, tiles, strict=True):
             if tile is not None:
@@ -276,7 +276,7 @@ class _Work:
 
 
 def border_weights(length: int, overlap: int) -> Tensor:
-    """[length] float32 in (0, 1]: rises over `overlap` pixels, is 1, and falls again, smoothly (a cosine)."""
+    """Return weights [length] float32 in (0, 1]: a smooth rise over `overlap` pixels, 1, and a fall (cosines)."""
     distance = torch.arange(length, dtype=torch.float32) + 0.5
     distance = torch.minimum(distance, length - distance)
     if overlap == 0:

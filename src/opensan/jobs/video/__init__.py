@@ -1,9 +1,9 @@
-"""Videos: each frame is a photograph, asked for the same words.
+"""Segment videos, frame by frame, with the same words.
 
-clip     the video that is read
-film     the video that is written: frames under their words' colours, a legend, the clip's own sound
-steady   regions that keep from flickering
-run      a whole clip into label frames, a table and a film, in constant memory; resumable
+reader   the video that is read
+writer   the overlay video that is written: frames under their words' colours, a legend, the clip's own sound
+steady   averages over time, so that labels flicker less
+job      a whole clip to label frames, a table and an overlay video, in constant memory; resumable
 
 Reading and writing needs PyAV (the extra `video`).
 """

@@ -1,4 +1,4 @@
-"""A whole clip into label frames, a table and an overlay video; memory does not grow with its length.
+"""Turn a clip into label frames, a table and an overlay video; memory does not grow with its length.
 
 Reading, the model, drawing and writing go on at the same time, a few frames apart. Until all is complete, everything is
 kept in a hidden folder beside the results, and a run that was stopped, however it was, goes on from there.
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from opensan.segmenters.results import InputImage
 
 AHEAD = 2
-"""Frames (or batches of them) that are read before they are needed, and that wait to be drawn and to be written."""
+"""Frames (or batches) that are read ahead, and that may wait to be drawn and to be written."""
 
 DRAWERS = 2
 """Threads that draw."""
 
 FRAMES_BETWEEN_NOTES = 16
-"""After so many frames it is noted how far the work has come; as many are done again if a run is killed."""
+"""Frames between records of the progress; as many are processed again if a run is killed."""
 
 
 TABLE = ".frames.csv"
@@ -56,23 +56,23 @@ _LABELLED = "labelled"
 
 @dataclass(frozen=True)
 class Done:
-    """A frame is done."""
+    """Result for a finished frame."""
 
     number: int
-    """Counted from 0, all frames of the clip counted."""
+    """Number of the frame, from 0, counting all frames of the clip."""
     seconds: float
-    """Since the first frame."""
+    """Time in seconds since the first frame."""
     pixels: np.ndarray
-    """[K] int: how many pixels each word has."""
+    """[K] int: number of pixels of each word."""
     total: int
-    """Pixels of the frame."""
+    """Number of pixels of the frame."""
 
 
 @dataclass(frozen=True)
 class _Read:
     frame: Frame
     image: "InputImage | None"
-    """None if its labels are there already."""
+    """The frame's input; None if its labels exist already."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Labelled:
     labels: np.ndarray | None
     """[H0, W0] int32; None if they are on disk."""
     past: Past | None = None
-    """What the steadier remembers after this frame."""
+    """The steadier's state after this frame."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,9 @@ class VideoRun:
         steady: bool = True,
         batch: int = 1,
     ) -> None:
-        """Only each `every`-th frame is labelled, and in the overlay video; `batch` of them are computed together.
+        """Label each `every`-th frame only, and write only these to the overlay video; compute `batch` together.
 
-        With `steady`, regions are kept from flickering; without, a frame's labels are those that it would get as a
-        photograph.
+        With `steady`, labels flicker less; without, a frame's labels are those that it would get as an image.
         """
         self._segmenter = segmenter
         self._vocabulary = vocabulary
@@ -131,22 +130,22 @@ class VideoRun:
         self._batch = batch
         self._name = path.stem
         self._latest: tuple[int, Past | None] | None = None
-        """How far this run has come: frames, and what the steadier remembers after them."""
+        """Progress of this run: number of frames, and the steadier's state after them."""
         self._published = False
         self.finished = 0
-        """Frames whose labels are known from an earlier run, once this one is open: all with a lower number."""
+        """Number of frames whose labels exist from an earlier run, once this one is open: all with a lower number."""
         self.notes: list[str] = []
-        """What a user should know, once the run is open and once the results are complete; each one line."""
+        """Messages for the user, once the run is open and once the results are complete; each one line."""
 
     @property
     def paths(self) -> tuple[Path, Path, Path]:
-        """Overlay video, folder of label frames, and table."""
+        """Paths of overlay video, folder of label frames, and table."""
         overlay, labels, table = (self._out / f"{self._name}{end}" for end in (".overlay.mp4", ".labels", TABLE))
         return overlay, labels, table
 
     @property
     def count(self) -> int | None:
-        """How many frames there are to do, if the file says so."""
+        """Number of frames to label, if the file tells its length."""
         total = self._clip.frame_count
         return total and -(-total // self._every)
 
@@ -172,12 +171,12 @@ class VideoRun:
         self._stack.close()
 
     def _remove_if_published(self) -> None:
-        """While the lock is held; also where nothing was done."""
+        """Remove the lock's folder while the lock is held, also if no frame was done."""
         if self._published or (self._latest is None and self.finished == 0):
             shutil.rmtree(self._part, ignore_errors=True)
 
     def results(self) -> Generator[Done]:
-        """Do the work, frame by frame in their order; when the iterator ends, the results are complete.
+        """Process the frames in order and yield their results; when the iterator ends, the files are complete.
 
         Raises ValueError, one line, if the clip turns out to be unusable or results can't be written. What was done by
         then is gone on with by the next run.
@@ -233,7 +232,7 @@ class VideoRun:
             self._note()
 
     def _labelled(self, reader: ThreadPoolExecutor) -> Iterator[_Labelled]:
-        """Every frame and its labels."""
+        """Yield every frame with its labels."""
         frames = self._clip.frames(self._every)
 
         def read(_: int) -> _Read | None:
@@ -278,7 +277,7 @@ class VideoRun:
         return _Drawn(labelled, blend(frame.image, labels, palette(len(self._names))), pixels)
 
     def _noted(self, drawn: _Drawn, table: Any) -> Done:
-        """A frame's labels are on disk: say so in the table and, now and then, for a later run."""
+        """Add a frame, whose labels are on disk, to the table, and record the progress from time to time."""
         frame, pixels, total = drawn.labelled.frame, drawn.pixels, drawn.picture.shape[0] * drawn.picture.shape[1]
         shares = [f"{count / total:.6g}" for count in (*pixels, total - pixels.sum())]
         table.writerow([frame.number, f"{frame.seconds:.6f}", *shares])
@@ -289,15 +288,15 @@ class VideoRun:
         return Done(frame.number, frame.seconds, pixels, total)
 
     def _note(self) -> None:
-        """Note for a later run how far the work has come."""
+        """Record the progress for a later run."""
         if self._latest is not None:
             finished, past = self._latest
             self._journal.put(_LABELLED, finished, b"" if past is None else _bytes(past))
 
-    # What an earlier run leaves
+    # Files of an earlier run
 
     def _work(self) -> dict[str, Any]:
-        """All that the labels depend on: unfinished work is gone on with only if none of it has changed."""
+        """Return all that the labels depend on: unfinished work is continued only if none of it has changed."""
         stat = self._clip.stat
         return {
             **settings_of(self._segmenter, self._vocabulary),
@@ -326,7 +325,7 @@ class VideoRun:
                 file.unlink()
 
     def _publish(self) -> None:
-        """Give the results their names; earlier ones are replaced, but for what somebody has changed of them."""
+        """Rename the results to their final names; replace earlier ones, except files that somebody has changed."""
         overlay, labels, table = self.paths
         labels.mkdir(exist_ok=True)
         made = {labels / file.name for file in self._labels.iterdir()}
@@ -352,7 +351,7 @@ def _bytes(past: Past) -> bytes:
 
 
 def _past(data: bytes) -> Past | None:
-    """What `_bytes` gave; None of anything else."""
+    """Read data that `_bytes` returned; None for other data."""
     try:
         return Past(**load(data))
     except (SafetensorError, TypeError):
@@ -360,10 +359,10 @@ def _past(data: bytes) -> Past | None:
 
 
 def label_name(number: int) -> str:
-    """A label frame's file name."""
+    """Return a label frame's file name."""
     return f"{number:06}.png"
 
 
 def label_number(path: Path) -> int | None:
-    """The number of the frame that `label_name` named so; None of another file."""
+    """Return the number of the frame with this `label_name`; None for another file."""
     return int(path.stem) if path.suffix == ".png" and path.stem.isdecimal() and len(path.stem) >= 6 else None

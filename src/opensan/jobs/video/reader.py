@@ -1,4 +1,4 @@
-"""A video file as frames: upright, in RGB, with the times they are shown at.
+"""Read a video file as upright RGB frames with their times.
 
 What is opened is restricted to single files of formats that carry their own pixels: a playlist from outside would be a
 way to read other files and addresses.
@@ -24,33 +24,33 @@ FORMATS = (
     "3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,rm,wtv,"
     "yuv4mpegpipe"
 )
-"""FFmpeg's names of what is opened."""
+"""FFmpeg's names of the formats that are opened."""
 
 SHORT_WAY = 8
-"""Frames: times that go back by less are those of frames in disorder, by more those of another recording."""
+"""Number of frames: times that go back by less mean disordered frames, by more another recording."""
 
 _TIME = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 MOST_SHORTFALL = 0.5
-"""Seconds: a video that ends so much before the file does is not worth a word."""
+"""Seconds by which a video may end before its file's length without a warning."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture of a clip."""
+    """A frame of a clip."""
 
     number: int
-    """Counted from 0, all frames of the clip counted."""
+    """Number of the frame, from 0, counting all frames of the clip."""
     seconds: float
-    """Since the first frame."""
+    """Time in seconds since the first frame."""
     image: np.ndarray = field(repr=False)
     """[H0, W0, 3] uint8 RGB, upright."""
     pts: int
-    """When it is shown, in units of the clip's `time_base`: from 0 on, strictly ascending."""
+    """Time at which it is shown, in units of the clip's `time_base`: from 0 on, strictly ascending."""
     duration: int
-    """In the same units, until the next one is shown."""
+    """Time until the next frame, in the same units."""
     sound: "list[Any]" = field(repr=False, default_factory=list)
-    """What the file holds of the sound between the frame before and this one, as it is stored."""
+    """Packets of sound between the frame before and this one, as stored."""
 
 
 class VideoReader:
@@ -70,7 +70,7 @@ class VideoReader:
         if not self.path.is_file():
             raise ImageError(f"{self.path}: {'not a file' if self.path.exists() else 'does not exist'}")
         self.stat = self.path.stat()
-        """Of the file before it was opened: if it is replaced, the next run sees that."""
+        """State of the file before it was opened, so that the next run notices a replacement."""
         try:
             # "file:" keeps FFmpeg from reading a name as an address.
             self._container = av.open(
@@ -84,43 +84,43 @@ class VideoReader:
             self._container.close()
             raise
         self.shift = 0
-        """What was added to the first frame's time in the file, so that it is 0; in units of `time_base`."""
+        """Offset that was added to the file's times, so that the first is 0; in units of `time_base`."""
         self.damaged = 0
-        """Pieces of the file that could not be decoded, so far."""
+        """Number of pieces of the file that could not be decoded so far."""
         self.ends_early: str | None = None
-        """Once the frames are read: when they end, if the file promises more."""
+        """Set once the frames are read: a warning if they end before the file's length."""
         self.sound_after: list[Any] = []
         """The sound after the last frame, once the frames are read."""
 
     def _open_streams(self, max_pixels: int) -> None:
         av = pyav()
-        cover = av.stream.Disposition.attached_pic  # of a song
+        cover = av.stream.Disposition.attached_pic  # the cover picture of a song
         pictures = [stream for stream in self._container.streams.video if not stream.disposition & cover]
         if not pictures:
             raise ImageError(f"{self.path}: has no video in it")
-        self._video = max(pictures, key=_area)  # the first of the largest: others are previews
+        self._video = max(pictures, key=_area)  # the largest: others are previews
         if self._video.codec_context is None:
             raise ImageError(f"{self.path}: its video is of a kind that can't be decoded")
         self._max_pixels = max_pixels
         context = self._video.codec_context
         if context.width and context.height:
             check_size(context.height, context.width, str(self.path), max_pixels)
-        # A frame may be larger than the header says. FFmpeg counts padding too, so it gets room; `_upright` is exact.
+        # A frame may be larger than the header says. FFmpeg counts padding, so its limit is wider; `_upright` is exact.
         context.options = {"max_pixels": str(2 * max_pixels + (1 << 16))}
         context.thread_type = "AUTO"
         sounds = [stream for stream in self._container.streams.audio if stream.codec_context is not None]
         self.sound: Any | None = sounds[0] if sounds else None
-        """The sound that goes with it."""
+        """The sound track; None without one."""
         self.time_base: Fraction = self._video.time_base or Fraction(1, 1000)
         """Seconds of one unit of the frames' times."""
         self.rate: Fraction = self._video.average_rate or self._video.guessed_rate or Fraction(25)
-        """Frames a second, on average."""
+        """Average number of frames a second."""
         self.pixel_aspect: Fraction = self._video.sample_aspect_ratio or Fraction(1)
-        """Width of a stored pixel in its heights."""
+        """Aspect ratio of a stored pixel, width to height."""
 
     @property
     def frame_count(self) -> int | None:
-        """How many frames the file says or seems to have, if that."""
+        """Number of frames by the file's header or length, if known."""
         if self._video.frames:
             return self._video.frames
         if self._video.duration:
@@ -139,7 +139,7 @@ class VideoReader:
         self._container.close()
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
-        """Each `every`-th frame, from the first on; can be read once.
+        """Yield each `every`-th frame, from the first on; can be read once.
 
         What can't be decoded is left out and counted in `damaged`. Raises ImageError, one line, if there is no frame
         at all, one is too large, or their size changes.
@@ -163,13 +163,13 @@ class VideoReader:
             raise ImageError(f"{self.path}: no frame of it can be decoded")
         yield replace(waiting, duration=clock.end - waiting.pts)
         self.sound_after = sound
-        if clock.jumps == 0:  # after a jump back, the file's own length means nothing
+        if clock.jumps == 0:  # after a jump back, the file's own length is meaningless
             self.ends_early = self._shortfall(
                 float(clock.end * self.time_base), float((clock.end - clock.shift) * self.time_base)
             )
 
     def _shortfall(self, length: float, end: float) -> str | None:
-        """Say so if the frames end much before the length that the file tells of its video.
+        """Return a warning if the frames end much before the video's length in the file.
 
         `length` (seconds) is that of the frames, and `end` when the last one ends, by the file's own clock, which some
         files mean.
@@ -177,10 +177,10 @@ class VideoReader:
         promised = self._promised_seconds()
         if promised - max(length, end) < MOST_SHORTFALL + 1 / self.rate:
             return None
-        return f"the pictures end after {length:.1f} s, the file promises {promised:.1f} s"
+        return f"the frames end after {length:.1f} s, the file's length is {promised:.1f} s"
 
     def _promised_seconds(self) -> float:
-        """The length of the video that the file tells; 0 if it tells that of all its tracks together only."""
+        """Return the video's length in the file; 0 if it has only that of all tracks together."""
         if self._video.duration:
             return float(self._video.duration * self.time_base)
         if told := _TIME.match(self._video.metadata.get("DURATION", "")):  # Matroska's
@@ -190,7 +190,7 @@ class VideoReader:
         return (self._container.duration or 0) / 1_000_000 if alone else 0.0
 
     def _pictures(self, sound: list[Any]) -> Iterator[Any]:
-        """The frames as FFmpeg gives them; packets of sound are added to `sound` on the way."""
+        """Yield the frames as FFmpeg decodes them; packets of sound are added to `sound` meanwhile."""
         av = pyav()
         packets = self._container.demux([self._video] + ([self.sound] if self.sound else []))
         while True:
@@ -231,21 +231,21 @@ class VideoReader:
 
 
 class _Clock:
-    """Tells when frames are shown, whatever the file says: from 0 on, each after the one before."""
+    """Computes frames' times from the file's, correct or not: from 0 on, strictly ascending."""
 
     def __init__(self, step: int) -> None:
         """`step` is the usual time between frames, in the units of all times here."""
         self._step = step
         self._last: int | None = None
         self.shift = 0
-        """What is added to the file's times."""
+        """Offset that is added to the file's times."""
         self.jumps = 0
-        """How often they went back."""
+        """Number of times that they went back."""
         self.end = 0
-        """When the last frame ends."""
+        """Time at which the last frame ends."""
 
     def tell(self, picture: Any) -> int:
-        """When the next frame is shown."""
+        """Return the time of the next frame."""
         told = picture.pts if picture.pts is not None else picture.dts
         last = self._last
         if last is None:
@@ -255,9 +255,9 @@ class _Clock:
             now = last + self._step
         elif told + self.shift > last:
             now = told + self.shift
-        elif last - told - self.shift < SHORT_WAY * self._step:  # twice the same, or frames in disorder
+        elif last - told - self.shift < SHORT_WAY * self._step:  # a repeated time, or disordered frames
             now = last + 1
-        else:  # a recording that was joined to another: it goes on from there
+        else:  # a second recording, joined to the first: times continue from there
             now = last + self._step
             self.shift = now - told
             self.jumps += 1
@@ -267,13 +267,13 @@ class _Clock:
 
 
 def _area(stream: Any) -> int:
-    """Pixels of a track's frames."""
+    """Return the number of pixels of a track's frames."""
     context = stream.codec_context
     return 0 if context is None else context.width * context.height
 
 
 def _display_matrix(picture: Any) -> tuple[int, int, int, int]:
-    """How a player shows a frame: column x, row y appear at column a x + c y, row b x + d y; as (a, b, c, d)."""
+    """Return a frame's rotation (a, b, c, d): column x, row y are shown at column a x + c y, row b x + d y."""
     try:
         data = picture.side_data[pyav().sidedata.sidedata.Type.DISPLAYMATRIX]
     except KeyError:
@@ -283,7 +283,7 @@ def _display_matrix(picture: Any) -> tuple[int, int, int, int]:
 
 
 def pyav() -> Any:
-    """The module `av`. Raises ValueError, one line, if it is not installed."""
+    """Import `av`. Raises UserError, one line, if it is not installed."""
     try:
         import av
     except ImportError:

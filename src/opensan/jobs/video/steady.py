@@ -1,13 +1,12 @@
-"""Regions that keep from flickering: each frame's proposals are mixed with those before, moved along with the picture.
+"""Steady labels over time: average each frame's proposals with those of earlier frames, shifted by the motion.
 
-A query of the model is learned and answers much the same in two neighbouring frames, so query 7's mask of now and of
-before may be averaged as logits, and its embeddings too. Where the picture moved, the mask of before is moved along;
-where it cannot be found again (something new came into view, another scene began), there is no past to mix in.
-No word is involved: what comes out is an encoding like any other. (A matching of queries by mask and embedding instead
-of by number gave the same answers; averages of the words' scores flickered as much, were less often right, and cost
-more with every word.)
+A query of the model is learned and finds much the same region in two neighbouring frames, so the mask logits of query 7
+in both frames may be averaged, and its embeddings too. Where the image moved, the earlier mask is shifted along; points
+that are not visible in the earlier frame (a new object, another scene) are not averaged. No word is involved: the
+result is an encoding like any other. (Matching queries by mask and embedding instead of by number gave equal results;
+averages of the words' scores flickered as much, were less often right, and cost more with every word.)
 
-Letters: Q queries, D embedding, h w stride-16 grid, FINER h, FINER w the grid on which motion is found.
+Letters: Q queries, D embedding, h w stride-16 grid, FINER h, FINER w the grid of the motion.
 """
 
 from dataclasses import dataclass, replace
@@ -22,16 +21,16 @@ from opensan.segmenters.proposals import with_proposals
 from opensan.segmenters.results import Encoding
 
 PAST = 0.8
-"""The share of the past in the mixture where the picture is found again: an average over about five frames."""
+"""Weight of the past where a point is visible in both frames: an average over about five frames."""
 
 DIFFERENT = 0.3
-"""Of two grey values in network input (of deviation 1): so far apart, they rather show different things."""
+"""Difference of two grey values in network input (of deviation 1) that likely belong to different objects."""
 
 CUT = 0.6
-"""When less than this share of the picture is found again, another scene has begun."""
+"""If a smaller share of the points is visible in both frames, a new scene has begun."""
 
 FINER = 4
-"""Motion is found on a grid that is finer than the masks' by this factor."""
+"""Motion is computed on a grid that is finer than the masks' by this factor."""
 
 LEVELS, ITERATIONS, WINDOW, SMOOTHING, RIDGE = 3, 3, 9, 5, 0.02
 """Settings of `motion`: the number of image scales, the steps on each, the sides of the squares in which a displacement
@@ -40,7 +39,7 @@ is fitted and then averaged, and the regularization that keeps flat areas still 
 
 @dataclass(frozen=True)
 class Past:
-    """All that is remembered of the frames before."""
+    """State of the steadier: averages over the frames before."""
 
     mask_logits: np.ndarray
     """[Q, h, w] float32."""
@@ -51,20 +50,20 @@ class Past:
 
 
 class Steadier:
-    """Takes a clip's encodings in their order, and gives steadier ones."""
+    """Averages a clip's encodings over time; it needs them in order."""
 
     def __init__(self, past: Past | None = None) -> None:
-        """`past` is an earlier steadier's, to go on from there."""
+        """`past` is an earlier steadier's state, to continue from."""
         self.past = past
 
     @classmethod
     def of(cls, segmenter: Segmenter) -> "Steadier":
-        """For the encodings of this model. Raises ValueError, one line, if it has no mask proposals."""
+        """Make one for this model's encodings. Raises UserError, one line, if it has no mask proposals."""
         with_proposals(segmenter, "a steadied video (steady=False and --no-steady do without)")
         return cls()
 
     def steadied(self, encoding: Encoding, pixels: np.ndarray) -> Encoding:
-        """The next frame's encoding, mixed with those before; `pixels` [3, H, W] is the network input it is made of."""
+        """Return the next frame's encoding, averaged with those before; `pixels` [3, H, W] is its network input."""
         masks, embeddings = to_array(encoding["mask_logits"]), to_array(encoding["mask_embeddings"])
         grid = masks.shape[1:]
         grey = _grey(to_array(pixels), grid)
@@ -81,7 +80,7 @@ def _mixed(masks: np.ndarray, embeddings: np.ndarray, grey: np.ndarray, past: Pa
         return masks, embeddings
     flow = np.stack([_blocks(one, masks.shape[1:]) for one in flow]) / FINER
     share = (PAST * found).astype(np.float32)
-    # A query has as much of a past as its region has.
+    # A query's weight of the past is the mean over its region.
     weights = expit(masks)
     of_query = ((weights * share).sum(axis=(1, 2)) / weights.sum(axis=(1, 2)))[:, None]
     before = np.stack([moved(mask, flow) for mask in past.mask_logits])
@@ -91,7 +90,7 @@ def _mixed(masks: np.ndarray, embeddings: np.ndarray, grey: np.ndarray, past: Pa
 
 
 def _found_again(now: np.ndarray, before: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """How sure each point [h', w'] is to be seen in the frame before, at `flow` [2, h', w'] from here; in [0, 1]."""
+    """Return how likely each point [h', w'] is visible in the frame before, at `flow` [2, h', w'] from it: 0 to 1."""
     place = np.indices(now.shape) + flow
     limits = np.array(now.shape)[:, None, None] - 0.5
     inside = ((place >= -0.5) & (place <= limits)).all(axis=0)
@@ -99,7 +98,7 @@ def _found_again(now: np.ndarray, before: np.ndarray, flow: np.ndarray) -> np.nd
 
 
 def motion(now: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Where the points of `now` were in `before`: rows and columns from here, [2, h', w'] float32; both [h', w'].
+    """Return the displacement of each point of `now` in `before`, both [h', w']: rows and columns, [2, h', w'] float32.
 
     Pyramidal Lucas and Kanade (1981): in each small square one displacement explains the difference best, in the sense
     of least squares; found on small pictures first, then refined on larger ones.
@@ -118,7 +117,7 @@ def motion(now: np.ndarray, before: np.ndarray) -> np.ndarray:
 
 
 def _step(now: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """The displacement [2, h', w'] that lessens the difference most, in the square around each point."""
+    """Return the displacement [2, h', w'] that reduces the difference most, in the square around each point."""
     down, across = np.gradient(before)
     difference = now - before
     products = (down * down, across * across, down * across, down * difference, across * difference)
@@ -128,7 +127,7 @@ def _step(now: np.ndarray, before: np.ndarray) -> np.ndarray:
 
 
 def moved(picture: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """`picture` [h', w'] as seen at `flow` [2, h', w'] from each point; its border goes on beyond it."""
+    """Sample `picture` [h', w'] at `flow` [2, h', w'] from each point; its border is extended."""
     return map_coordinates(picture, np.indices(picture.shape, dtype=np.float32) + flow, order=1, mode="nearest")
 
 
@@ -137,7 +136,7 @@ def _grey(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _blocks(picture: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The means of as many equal blocks as `shape` says."""
+    """Return the means of `shape` equal blocks."""
     height, width = (side // parts for side, parts in zip(picture.shape, shape, strict=True))
     return picture.reshape(shape[0], height, shape[1], width).mean(axis=(1, 3))
 
@@ -148,6 +147,6 @@ def _halved(picture: np.ndarray) -> np.ndarray:
 
 
 def _doubled(flow: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Displacements on a picture of twice as many points each way, give or take one."""
+    """Scale displacements to a picture of about twice as many points each way."""
     place = (np.indices(shape, dtype=np.float32) - 0.5) / 2
     return 2 * np.stack([map_coordinates(one, place, order=1, mode="nearest") for one in flow])

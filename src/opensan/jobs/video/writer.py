@@ -1,4 +1,4 @@
-"""The video that people look at: frames under their words' colours, a legend that stays in its place, the sound."""
+"""Write the overlay video: frames under their words' colours, a legend with fixed positions, the sound."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -19,28 +19,28 @@ ENCODERS = {"libx264": {"preset": "veryfast", "crf": "20", "bf": "0"}, "libopenh
 order (no "bf"): only then does MP4 store for how long each is shown, whatever the frame rate does."""
 
 COARSEST_TIME = Fraction(1, 60_000)
-"""MPEG-4 (the last of the encoders) knows no finer unit of time than 1/65,535 s."""
+"""MPEG-4 (the last of the encoders) has no finer unit of time than 1/65,535 s."""
 
 EARLIEST_SOUND = 0.1
-"""Seconds before the first frame from which sound is copied: decoders want a little of what was before."""
+"""Seconds before the first frame from which sound is copied, because decoders need some earlier packets."""
 
 MOST_WORDS = 16
-"""In the legend; of more, those that are seen."""
+"""Most words in the legend; with more words, it shows those in the frame."""
 
 SHOWN = 0.001
-"""A word with a smaller share of the frame need not be in the legend."""
+"""A word with a smaller share of the frame may be missing in the legend."""
 
 
 class Film:
-    """An overlay video that grows frame by frame. Use as a context manager: it is complete when that is left."""
+    """An overlay video, written frame by frame. Use as a context manager: on exit it is complete."""
 
     def __init__(self, path: Path, clip: VideoReader, names: Sequence[str], *, background: bool) -> None:
-        """`background`: whether pixels may be unlabelled, which the legend then says."""
+        """`background`: whether pixels may be unlabelled, for which the legend then has an entry."""
         self._path = path
         self._clip = clip
         self._legend = LegendOverTime(names, background)
         self.notes: list[str] = []
-        """What a user should know of it; each one line."""
+        """Messages for the user about it; each one line."""
 
     def __enter__(self) -> "Film":
         name = f"file:{self._path.absolute()}"  # "file:" keeps FFmpeg from reading a name as an address
@@ -59,7 +59,7 @@ class Film:
             self._container.close()
 
     def add(self, frame: Frame, picture: np.ndarray, pixels: np.ndarray) -> None:
-        """The next frame, under its words' colours ([H0, W0, 3] uint8 RGB), and how many pixels [K] each word has."""
+        """Write the next frame, under its words' colours ([H0, W0, 3] uint8 RGB); `pixels` [K] counts each word's."""
         av = pyav()
         from av.video.reformatter import ColorRange, Colorspace
 
@@ -91,12 +91,12 @@ class Film:
             self.notes.append(f"MP4 can't hold sound as {sound.codec_context.name}: the overlay video is silent")
 
     def _mux_sound(self, packets: Sequence[Any]) -> None:
-        """Copy sound, by the clock of the frames. What can't be copied costs the rest of the sound alone."""
+        """Copy sound, with the times of the frames. On an error the rest of the sound is left out."""
         for packet in packets if self._sound is not None else ():
             shift = round(self._clip.shift * self._clip.time_base / packet.time_base)
             packet.pts, packet.dts = (None if time is None else time + shift for time in (packet.pts, packet.dts))
             if packet.dts * packet.time_base < -EARLIEST_SOUND:
-                continue  # of before the first frame
+                continue  # before the first frame
             if packet.dts <= self._sound_dts:
                 return self._end_sound("its times go back")
             dts, end = packet.dts, float((packet.dts + (packet.duration or 0)) * packet.time_base)
@@ -126,7 +126,7 @@ def _encoder() -> str:
 
 
 class LegendOverTime:
-    """A legend in which a word keeps its place.
+    """A legend in which every word keeps its position.
 
     With few words all stand in it from the first frame on. Of more, each takes a place when it is first seen; when
     there is none, that of the word that has not been seen for longest.
@@ -139,7 +139,7 @@ class LegendOverTime:
         self._canvas: np.ndarray | None = None
 
     def beside(self, picture: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-        """`picture` [H, W, 3] and the legend, on a canvas of even sides, which is the same array each time."""
+        """Draw `picture` [H, W, 3] and the legend on a canvas of even sides, the same array each time."""
         height, width, _ = picture.shape
         if self._canvas is None:
             self._plan(width, height)
