@@ -241,7 +241,7 @@ def _write(
         areas,
         (total - int(pixels.sum())) / total,
         "hectares" if hectares else None,
-        lambda name, _: "" if name is None else f"{hectares[name]:,.2f}",
+        lambda name, _: f"{hectares[name]:,.2f}" if name in hectares else "",
     )
     console.print(table)
     for line in written:
