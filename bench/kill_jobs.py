@@ -1,12 +1,12 @@
 """What is lost when the commands that write files are killed? Each is killed at random moments, again and again.
 
-    python bench/kill_jobs.py [--kills 100] [--jobs folder,train,eval,video,raster] [--json FILE]
+    python bench/kill_jobs.py [--kills 100] [--minutes 10] [--jobs folder,train,eval,video,raster] [--json FILE]
 
 A command runs once undisturbed. Then it is started, gets SIGKILL after a random time, and is started again, until it
 comes to its end: its files must be those of the undisturbed run, and nothing else. That is repeated from an empty
-folder until there were so many kills. Commands run with one thread, so that sums are taken in the same order and files
-are equal to the byte. Of overlay videos, whose encoder does not repeat itself, the frames' times are compared; of
-checkpoints the numbers in them; of logs all but the columns that measure time and memory.
+folder until there were so many kills, or so many minutes are over. Commands run with one thread, so that sums are taken
+in the same order and files are equal to the byte. Of overlay videos, whose encoder does not repeat itself, the frames'
+times are compared; of checkpoints the numbers in them; of logs all but the columns that measure time and memory.
 """
 
 import argparse
@@ -121,7 +121,9 @@ def contents(out: Path) -> dict[str, object]:
     return {re.sub(r"-[0-9a-f]{16}\.pt", ".pt", path.relative_to(out).as_posix()): content(path) for path in files}
 
 
-def kill_again_and_again(arguments: list[str], out: Path, kills: int, run: Callable) -> dict[str, object]:
+def kill_again_and_again(
+    arguments: list[str], out: Path, kills: int, minutes: float, run: Callable
+) -> dict[str, object]:
     """Kill a command so many times; what was found."""
     run(arguments).join()  # fills caches and the time it takes
     shutil.rmtree(out)
@@ -132,10 +134,14 @@ def kill_again_and_again(arguments: list[str], out: Path, kills: int, run: Calla
     takes, whole = time.monotonic() - started, contents(out)
     shutil.rmtree(out)
     chance, done = random.Random(0), {"kills": 0, "completed": 0, "differ": 0, "left_behind": 0, "failed": 0}
-    at_once = 0
-    while done["kills"] < kills or at_once:
+    at_once, end = 0, time.monotonic() + 60 * minutes
+
+    def enough() -> bool:
+        return done["kills"] >= kills or time.monotonic() > end
+
+    while not enough() or at_once:
         process = run(arguments)
-        limit = None if at_once >= 12 or done["kills"] >= kills else chance.uniform(0, 1.1 * takes)
+        limit = None if at_once >= 12 or enough() else chance.uniform(0, 1.1 * takes)
         process.join(limit)
         if process.exitcode is None:
             process.kill()
@@ -160,6 +166,7 @@ def kill_again_and_again(arguments: list[str], out: Path, kills: int, run: Calla
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=10, help="For each job.")
     parser.add_argument("--jobs", default="folder,train,eval,video,raster")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -186,7 +193,7 @@ def main() -> None:
         make_inputs(top)
         for job, arguments in commands(top, out).items():
             if job in options.jobs.split(","):
-                result[job] = kill_again_and_again(arguments, out, options.kills, run)
+                result[job] = kill_again_and_again(arguments, out, options.kills, options.minutes, run)
                 print(job, json.dumps(result[job]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))

@@ -55,7 +55,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ValueError: the file is no torch file, asks to run code, or holds no tensors under `model`.
     """
     check_regular(path)
-    if _is_zip(path):
+    if path.is_file() and _is_zip(path):
         _check_size(path)
     try:
         with torch.serialization.safe_globals(_NUMPY):
