@@ -64,13 +64,13 @@ def _options(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Label every pixel of a photograph with words that you choose."""
+    """Label every pixel of an image with words that you choose."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line (default: this process's) and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    atexit.register(gc.freeze)  # so that the interpreter does not look for garbage in all of torch before it ends
+    atexit.register(gc.freeze)  # so that the interpreter does not search all of torch for garbage before it ends
     with reporting_errors():
         sys.exit(app(arguments, prog_name="opensan", standalone_mode=False))

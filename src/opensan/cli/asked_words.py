@@ -1,4 +1,4 @@
-"""How commands are asked for words."""
+"""Options of commands for words."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ def asked_vocabulary(
     background: Sequence[str] | None,
     templates: Sequence[str] | None,
 ) -> Vocabulary:
-    """The words that a command was given. Raises UsageError unless they were given in exactly one way."""
+    """Return the vocabulary of a command's options. Raises UsageError unless they give words in exactly one way."""
     given = {"--words": words, "--words-file": words_file, "--words-set": words_set}
     if sum(bool(value) for value in given.values()) != 1:
         raise UsageError(f"give the words by exactly one of {', '.join(given)}")
@@ -59,7 +59,7 @@ def asked_vocabulary(
 
 
 def _joined(option: str, texts: Sequence[str] | None) -> Any:
-    """The lists of an option that was given several times, as one."""
+    """Join the lists of an option that was given several times."""
     if not texts:
         return ()
     if len(texts) == 1:
@@ -71,7 +71,7 @@ def _joined(option: str, texts: Sequence[str] | None) -> Any:
 
 
 def _single(option: str, values: Sequence[T] | None) -> T | None:
-    """The value of an option that is no list; the command line would silently drop all but the last."""
+    """Return the value of an option that is not a list; the command line would silently drop all but the last."""
     if values and len(values) > 1:
         raise UsageError(f"{option} was given {len(values)} times: choose one")
     return values[0] if values else None

@@ -1,4 +1,4 @@
-"""`opensan cache`: what is kept between runs."""
+"""`opensan cache`: show or remove the cached text embeddings."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""How commands are asked where, and how exactly, to compute."""
+"""Options of commands for device, speed and precision."""
 
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -7,14 +7,14 @@ import typer
 
 
 class Speed(StrEnum):
-    """How the image half is computed."""
+    """Speed of the image half."""
 
     exact = "exact"
     fast = "fast"
 
 
 class Dtype(StrEnum):
-    """What the image half computes with."""
+    """Precision of the image half's matrices."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -28,5 +28,5 @@ def dtype_name(dtype: Dtype | None) -> Literal["float32", "bfloat16"] | None:
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 SpeedAsForSegment = Annotated[Speed, typer.Option(help="As for `opensan segment`.")]
 ImageDtype = Annotated[
-    Dtype | None, typer.Option(help="Of the image half's matrices; --speed chooses it if not given.")
+    Dtype | None, typer.Option(help="Precision of the image half's matrices; --speed chooses it if not given.")
 ]

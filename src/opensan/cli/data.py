@@ -1,4 +1,4 @@
-"""`opensan data`: data sets as their authors distribute them, into the one layout that training and evaluation read."""
+"""`opensan data`: convert data sets to the layout that training and evaluation read."""
 
 import os
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SHOWN_CLASSES = 40
 SHOWN = 10
-"""A thousand left-out photographs are not named one by one; the manifest has them all."""
+"""Most left-out images that are named; the manifest has all."""
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -34,9 +34,9 @@ def _help(context: typer.Context) -> None:
 
 @data.command("list")
 def list_(
-    name: Annotated[str | None, typer.Argument(help="Say all about one data set.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Describe one data set.", show_default=False)] = None,
 ) -> None:
-    """List the data sets that can be prepared; of one: what it needs, where it is obtained, and its options."""
+    """List the data sets that can be prepared; for one: its files, source and options."""
     from opensan.data.prepare import READERS
 
     if name is not None:
@@ -79,19 +79,19 @@ REQUIRED: Any = ...
 
 @data.command()
 def prepare(
-    name: Annotated[str, typer.Argument(help="What the data is: see `opensan data list`.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="The kind of data: see `opensan data list`.", show_default=False)],
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Its options: see `opensan data list NAME`.", show_default=False),
     ] = None,
     source: Annotated[Path, typer.Option(metavar="DIR", help="The data as downloaded.", show_default=False)] = REQUIRED,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder, or one to go on with.")] = REQUIRED,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder, or one to continue.")] = REQUIRED,
     split: Annotated[
         list[str] | None, typer.Option(help="Only this split; may be given again.", show_default=False)
     ] = None,
     workers: Workers = CORES,
 ) -> None:
-    """Write a data set in the one layout that training and evaluation read.
+    """Convert a data set to the layout that training and evaluation read.
 
     Images are linked, labels written as index PNGs, with classes, split lists and a manifest. A stopped run goes on
     with the same command. What can't be used is left out and named, and the exit code is 1.
@@ -106,7 +106,7 @@ def prepare(
     note(f"reading {source}")
     try:
         opened = reader.open(source, **values)
-    except UserError:  # of a hub, an OSError too
+    except UserError:  # a HubError is an OSError too
         raise
     except OSError as error:
         raise UserError(f"{error.filename or source}: can't be read ({error.strerror or error})") from None
@@ -134,7 +134,7 @@ def _option_values(reader: "Reader", arguments: list[str]) -> dict[str, str]:
 
 
 def _report(reader: "Reader", manifest: "DatasetManifest", out: Path) -> bool:
-    """Print what there is now, and what was left out and why; true if nothing was.
+    """Print the counts, and the left-out images with reasons; return true if there are none.
 
     Fewer images than the set has elsewhere are told, and no mistake here: who prepares a sample knows it.
     """
@@ -155,7 +155,7 @@ def _report(reader: "Reader", manifest: "DatasetManifest", out: Path) -> bool:
 
 
 def _print_classes(lines: Sequence[str], counts: Sequence["ClassCount"], pixels: int) -> None:
-    """A line a class: the images that it is in, its pixels and their share; of many classes those with most pixels."""
+    """Print a line a class: its images, pixels and their share; of many classes, those with most pixels."""
     if not counts or not pixels:
         return
     names = [line.partition("|")[0] for line in lines]
@@ -185,7 +185,7 @@ def _print_classes(lines: Sequence[str], counts: Sequence["ClassCount"], pixels:
 def _print_counts(
     splits: dict[str, int], reader: "Reader | None" = None, asked_for: tuple[str, ...] | None = None
 ) -> None:
-    """A line a split, also for those that the data set should have and that were not left away by request."""
+    """Print a line a split, also for missing splits that were not excluded by request."""
     expected = reader.expected if reader else {}
     if asked_for is not None:
         expected = {split: count for split, count in expected.items() if split in asked_for}
@@ -208,11 +208,11 @@ def _complain_of(problems: list[str], all_in: Path | None = None) -> None:
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared folder.", show_default=False)],
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only that files are there and of their size: decode and read none.")
+        bool, typer.Option("--quick", help="Check only that files exist and have their size; read none.")
     ] = False,
     workers: Workers = CORES,
 ) -> None:
-    """Check that a prepared folder is whole.
+    """Check that a prepared folder is complete.
 
     Lists, photographs, labels, their sizes, values and checksums. Says what is missing and where it is obtained; the
     exit code is 1 if anything is.

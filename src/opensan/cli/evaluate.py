@@ -1,4 +1,4 @@
-"""`opensan eval`: a model measured on labelled photographs."""
+"""`opensan eval`: evaluate a model on labelled images."""
 
 import warnings
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from opensan.segmenters.san import SanSegmenter
 
 SHOWN = 10
-"""A thousand broken photographs are not named one by one; metrics.json has them all."""
+"""Most broken images that are named; metrics.json has all."""
 
 
 class CategoryIds(StrEnum):
-    """What `category_id` means in predictions that are read."""
+    """Meaning of `category_id` in predictions that are read."""
 
     contiguous = "contiguous"
     dataset = "dataset"
@@ -42,7 +42,7 @@ def evaluate(
     ] = "san-vit-b16",
     split: Annotated[
         str | None,
-        typer.Option(help="The list of photographs. Default: the data set's own for this, or val.", show_default=False),
+        typer.Option(help="The list of images. Default: the data set's own for this, or val.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("evaluation"),
     device: Device = "cpu",
@@ -50,8 +50,8 @@ def evaluate(
         Speed, typer.Option(help="exact is the benchmarks' protocol; fast gives nearly the same labels sooner.")
     ] = Speed.exact,
     dtype: ImageDtype = None,
-    batch: Annotated[int, typer.Option(min=1, help="Photographs of one shape that are computed together.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read photographs and count pixels.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one shape that are computed together.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read images and count pixels.")] = 4,
     tta: Annotated[
         bool,
         typer.Option("--tta", help="Average over 6 scales and mirroring: a dozen times the work; not the protocol."),
@@ -62,12 +62,12 @@ def evaluate(
     from_predictions: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Measure a sem_seg JSON or a folder of index PNGs; no model.", show_default=False
+            metavar="FILE", help="Evaluate a sem_seg JSON or a folder of index PNGs; no model.", show_default=False
         ),
     ] = None,
     category_ids: Annotated[
         CategoryIds,
-        typer.Option(help="What category_id is in --from-predictions: the class's place, or the data set's number."),
+        typer.Option(help="Meaning of category_id in --from-predictions: the class's index, or the data set's number."),
     ] = CategoryIds.contiguous,
     table: Annotated[
         bool, typer.Option("--table", help="Print the benchmarks' table, official figures beside the measured ones.")
@@ -77,7 +77,7 @@ def evaluate(
         typer.Option(metavar="DIR", help="With --table: every prepared data set in this folder.", show_default=False),
     ] = None,
 ) -> None:
-    """Measure a model on labelled photographs.
+    """Evaluate a model on labelled images.
 
     Writes for each data set a folder with metrics.json, metrics.md, classes.csv, confusions.csv, photographs.csv and
     index.html, a page of the best and worst photographs. The same command after an interruption goes on where it was.
@@ -100,7 +100,7 @@ def evaluate(
 
     with process_group("cpu" if from_predictions else device) as group:
         if not is_main():
-            warnings.simplefilter("ignore")  # the main process says it
+            warnings.simplefilter("ignore")  # the main process shows them
         if root is not None:
             folders += find_sets(root)
         sets = [open_set(folder, split) for folder in folders]
@@ -137,7 +137,7 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One command."""
+    """State of one command."""
 
     out: Path
     model: str
@@ -151,7 +151,7 @@ class _Run:
 
     @property
     def about(self) -> dict[str, str]:
-        """What was measured, for the files' heads."""
+        """Facts about the evaluation, for the heads of the files."""
         if self.segmenter is None:
             return {"predictions": str(self.from_predictions)}
         dtype = str(self.segmenter.dtype).removeprefix("torch.")
@@ -159,7 +159,7 @@ class _Run:
         return about | ({"test-time augmentation": "6 scales, mirrored"} if self.tta else {})
 
     def one(self, prepared: "PreparedSet") -> "Evaluation":
-        """Measure a data set, write its folder, and print its figures."""
+        """Evaluate a data set, write its folder, and print its metrics."""
         from opensan.distributed import is_main
         from opensan.evaluate.measure import measure
         from opensan.evaluate.page import write_page
@@ -184,7 +184,7 @@ class _Run:
             about = self.about | {"data": str(prepared.dataset.root), "split": prepared.dataset.split}
             write_report(evaluation, folder, title=title, about=about)
             page = write_page(folder, prepared.dataset, predictor, evaluation, title=title, about=about)
-            console.print(f"{title}: {evaluation.images:,} photographs, {page}", soft_wrap=True)
+            console.print(f"{title}: {evaluation.images:,} images, {page}", soft_wrap=True)
             for name, value in evaluation.metrics.summary().items():
                 console.print(f"  {FIGURES[name]:<32}{percent(value):>7} %")
         return evaluation
@@ -199,7 +199,7 @@ class _Run:
             predictions = SavedPredictions(self.from_predictions, len(vocabulary.names), class_of_id=class_of_id)
             return SavedPredictor(predictions)
         assert self.segmenter is not None
-        self.segmenter.prepare_words(vocabulary)  # before the photographs: it may take long, with a bar of its own
+        self.segmenter.prepare_words(vocabulary)  # before the images: it may take long, with its own progress bar
         return (AugmentedPredictor if self.tta else ModelPredictor)(self.segmenter, vocabulary)
 
     def table(self, sets: Sequence["PreparedSet"], evaluations: Sequence["Evaluation"]) -> None:
@@ -218,7 +218,7 @@ class _Run:
 
 
 def _check_names(sets: Sequence["PreparedSet"], out: Path) -> None:
-    """Each data set gets a folder of its own."""
+    """Raise UsageError if two data sets have the same name, because each gets a folder of its name."""
     from opensan.outputs import check_writable
 
     names = [prepared.name for prepared in sets]

@@ -1,4 +1,4 @@
-"""`opensan export`: a model as files for other runtimes."""
+"""`opensan export`: write a model as files for other runtimes."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +12,7 @@ from opensan.errors import UserError
 
 
 class Format(StrEnum):
-    """What reads the files."""
+    """Format of the files."""
 
     onnx = "onnx"
     openvino = "openvino"
@@ -20,7 +20,7 @@ class Format(StrEnum):
 
 
 class ExportDtype(StrEnum):
-    """How weights are stored."""
+    """Precision of the stored weights."""
 
     float32 = "float32"
     float16 = "float16"
@@ -50,7 +50,7 @@ def export(
     random_weights: Annotated[
         int | None,
         typer.Option(
-            metavar="SEED", help="Random weights, and no download: to see sizes and speed.", show_default=False
+            metavar="SEED", help="Random weights without a download, to see sizes and speed.", show_default=False
         ),
     ] = None,
 ) -> None:
@@ -81,4 +81,4 @@ def export(
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     print(f"wrote {folder} ({size:.0f} MiB)")
     if not text and known is None:
-        complain(f"warning: {folder} can be asked no words: without text tower, give it some by --words")
+        complain(f"warning: {folder} has neither a text tower nor words: give it some by --words")

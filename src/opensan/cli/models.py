@@ -1,4 +1,4 @@
-"""`opensan convert` and `opensan parity`: official weights into our form, and the proof that the answers are theirs."""
+"""`opensan convert` and `opensan parity`: convert official weights, and compare with the official code's results."""
 
 from pathlib import Path
 from typing import Annotated
@@ -35,9 +35,9 @@ def convert(
 
 
 def parity(
-    goldens: Annotated[list[Path], typer.Argument(metavar="FILE.npz...", help="Recorded answers.", show_default=False)],
+    goldens: Annotated[list[Path], typer.Argument(metavar="FILE.npz...", help="Recorded results.", show_default=False)],
 ) -> None:
-    """Compare with the official code's answers.
+    """Compare with the official code's results.
 
     The files hold what the official code computed with weights filled by a rule. Prints the largest difference of
     each tensor; exit code 1 if one is above its limit.

@@ -1,4 +1,4 @@
-"""`opensan profile`: what a model is made of and what an image costs."""
+"""`opensan profile`: measure the size and the cost of a model."""
 
 import json
 import re
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for segment --model.", show_default=False)],
-    size: Annotated[str, typer.Option(metavar="HxW", help="Size of the network's image.")] = "640x640",
-    words: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many words are asked.")] = 171,
-    device: Annotated[str, typer.Option(help="Where speed is measured: cpu, cuda, cuda:1, mps.")] = "cpu",
+    size: Annotated[str, typer.Option(metavar="HxW", help="Size of the network image.")] = "640x640",
+    words: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of words.")] = 171,
+    device: Annotated[str, typer.Option(help="Device of the speed: cpu, cuda, cuda:1, mps.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Report a model's parameters, operations by part, peak memory, and images a second.
@@ -80,7 +80,7 @@ def _giga(count: int) -> str:
 
 
 def _comparison(found: "Profile") -> list[str]:
-    """How a preset at the official size compares with what is stated of it."""
+    """Compare a preset at the official size with the published figures."""
     from opensan.evaluate.cost import OFFICIAL_SIZE, official_figures
 
     official = official_figures(found.model)

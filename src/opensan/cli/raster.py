@@ -1,4 +1,4 @@
-"""`opensan segment-raster`: an image of any size, with or without coordinates, as a label raster and polygons."""
+"""`opensan segment-raster`: label an image of any size, with or without coordinates, as label raster and polygons."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +100,7 @@ def segment_raster(
         try:
             for line in raster.notes:
                 complain(f"warning: {line}")
-            ground = Ground(raster.crs, raster.transform, raster.size)  # before the work: systems have their own faults
+            ground = Ground(raster.crs, raster.transform, raster.size)  # before the work: a system may be faulty
             if raster.crs is not None and not ground.on_earth:
                 complain(
                     f"warning: {image}: its coordinate system has no way to longitude and latitude: polygons get the "
@@ -113,7 +113,7 @@ def segment_raster(
             from opensan.segmenters.san import load_san
 
             segmenter = load_san(model, device=device, speed=speed.value, dtype=dtype and dtype.value)
-            segmenter.prepare_words(vocabulary)  # before the work: it finds words that do not fit
+            segmenter.prepare_words(vocabulary)  # before the work, to report unusable words early
             tiling = Tiling.plan(raster.size, tile or segmenter.image_config.short_side, overlap)
             work = _work(raster, segmenter, vocabulary, tiling)
             result = SingleResult(out, image, raster.stat, LABELS, work)
@@ -122,9 +122,9 @@ def segment_raster(
                 _label(segmenter, raster, vocabulary, tiling, strips, batch)
                 _write(raster, strips, vocabulary.names, out, result, polygons, min_pixels)
                 strips.remove()
-        except UserError:  # of a hub, an OSError too
+        except UserError:  # a HubError is an OSError too
             raise
-        except OSError as error:  # the disk is full, or the name too long
+        except OSError as error:  # a full disk, or a name that is too long
             raise UserError(f"{error.filename or out}: cannot write there ({error.strerror or error})") from None
         finally:
             raster.close()
@@ -149,7 +149,7 @@ def _nodata(text: str) -> float | str:
 
 
 def _work(raster: "GeoRaster", segmenter: "SanSegmenter", vocabulary: "Vocabulary", tiling: "Tiling") -> dict[str, Any]:
-    """All that the labels depend on: unfinished work is gone on with only if none of it has changed."""
+    """Return all that the labels depend on: unfinished work is continued only if none of it has changed."""
     return {
         "image": [str(raster.path.absolute()), raster.stat.st_size, raster.stat.st_mtime_ns],
         "bands": raster.bands,
@@ -175,7 +175,7 @@ def _label(
     from opensan.jobs.tiles import label_by_tiles
 
     if strips.other_work is not None:
-        complain(f"{strips.path}: unfinished work with {strips.other_work}: it is begun anew")
+        complain(f"{strips.path}: unfinished work with {strips.other_work}: starting from the beginning")
     if strips.finished:
         complain(f"going on after {strips.finished} of {len(tiling.strips)} strips")
     try:

@@ -1,4 +1,4 @@
-"""`opensan segment`: photographs and words in, label maps, overlays and records out."""
+"""`opensan segment`: label images and write label maps, overlays and records."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def segment(
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Photographs, or folders of them.", show_default=False),
+        typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Images, or folders of images.", show_default=False),
     ],
     words: Words = None,
     words_file: WordsFile = None,
@@ -59,10 +59,10 @@ def segment(
         int, typer.Option(min=1, help="Images computed together, if their shapes agree; more than 1 helps on a GPU.")
     ] = 1,
     max_pixels: Annotated[
-        int, typer.Option(min=1, help="Larger photographs are refused before they are decoded.")
+        int, typer.Option(min=1, help="Larger images are refused before they are decoded.")
     ] = 100_000_000,
 ) -> None:
-    """Label every pixel of photographs with words.
+    """Label every pixel of images with words.
 
     Writes for each image STEM.labels.png (the label map), STEM.overlay.png (with a legend) and STEM.segments.json
     (areas, confidences, COCO masks). Folders keep their structure under --out. A broken image does not stop the
@@ -70,7 +70,7 @@ def segment(
     goes on with the same command, and what is done is not done again.
     """
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
-    from opensan import outputs  # imported only now, like all that --help can do without
+    from opensan import outputs  # imported here, like all that --help does not need
 
     listed = ",".join(formats) if formats is not None else "png,overlay,json"
     kinds = [kind.strip() for kind in listed.split(",") if kind.strip()]
@@ -86,11 +86,11 @@ def segment(
 
     datasets = [kind for kind in kinds if kind in outputs.DATASETS]
     if datasets and absolute(out) in map(absolute, images):
-        raise UsageError(f"--out: {datasets[0]} links to the photographs, so it can't go among them; name another")
+        raise UsageError(f"--out: {datasets[0]} links to the images, so it can't be in their folder; choose another")
     jobs = plan(without_results(list_images(images), images, out), images)
     note(f"loading {model}")
     segmenter = load(model, device=device, speed=speed.value, dtype=dtype_name(dtype), max_pixels=max_pixels)
-    segmenter.prepare_words(vocabulary)  # before the images: it may take long, and it finds words that do not fit
+    segmenter.prepare_words(vocabulary)  # before the images: it may take long, and reports unusable words early
     try:
         if len(jobs) == 1 and not datasets:
             _one(segmenter, vocabulary, jobs[0], out, kinds)
@@ -99,11 +99,11 @@ def segment(
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
             raise
-        raise UserError(f"out of memory on {device}: try a smaller --batch, or smaller photographs") from None
+        raise UserError(f"out of memory on {device}: try a smaller --batch, or smaller images") from None
 
 
 def _one(segmenter: "Segmenter", vocabulary: Vocabulary, job: "Job", out: Path, formats: Sequence[str]) -> None:
-    """A single photograph: all that is found, as a table."""
+    """Segment a single image, and print its words as a table."""
     segmentation = segmenter.segment(job.image, vocabulary)
     place = out / job.place
     paths = segmentation.save(place.parent, place.name, formats)
@@ -114,7 +114,7 @@ def _one(segmenter: "Segmenter", vocabulary: Vocabulary, job: "Job", out: Path, 
 
 
 def _many(run: "FolderRun", count: int, out: Path) -> None:
-    """Exits with 1 if an image was broken, with 130 on Ctrl-C; what is written by then stays."""
+    """Segment many images. Exits with 1 if an image was broken, with 130 on Ctrl-C; written files stay."""
     from opensan.jobs.folder import Broken
 
     console = output_console()
@@ -146,7 +146,7 @@ def _many(run: "FolderRun", count: int, out: Path) -> None:
 
 
 def _table(segmentation: "Segmentation") -> "Table":
-    """The words that occur, with how sure their pixels are."""
+    """Return a table of the words that occur, with their pixels' mean confidence."""
     from opensan.outputs import mean_confidence
 
     names, labels = segmentation.names, segmentation.labels
@@ -160,7 +160,7 @@ def _table(segmentation: "Segmentation") -> "Table":
 
 
 def _summary(written: "Written") -> str:
-    """The three largest words, and what no word got."""
+    """Return the three largest words, and the unlabelled share."""
     from opensan.outputs import format_share
 
     areas = sorted(written.areas.items(), key=lambda item: -item[1])

@@ -1,4 +1,4 @@
-"""`opensan serve`: one model, over HTTP."""
+"""`opensan serve`: serve one model over HTTP."""
 
 import importlib.util
 import signal
@@ -23,7 +23,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8000,
     device: Device = "cpu",
     speed: SpeedAsForSegment = Speed.exact,
-    batch: Annotated[int, typer.Option(min=1, help="Photographs of one shape encoded together; more help a GPU.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one shape encoded together; more help a GPU.")] = 4,
     token: Annotated[
         str | None,
         typer.Option(envvar="OPENSAN_TOKEN", help="Clients must send it as a bearer token.", show_default=False),
@@ -37,20 +37,20 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    max_bytes: Annotated[int, typer.Option(min=1, help="Of one request.")] = 20 << 20,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Of one photograph.")] = 25_000_000,
-    max_words: Annotated[int, typer.Option(min=1, help="Of one question, with synonyms and background.")] = 512,
-    queue: Annotated[int, typer.Option(min=1, help="Photographs that may wait; more are refused with 429.")] = 16,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until an answer must be there.")] = 30.0,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Bytes of one request.")] = 20 << 20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of one image.")] = 25_000_000,
+    max_words: Annotated[int, typer.Option(min=1, help="Words of one request, with synonyms and background.")] = 512,
+    queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are refused with 429.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds within which a request must be answered.")] = 30.0,
     keep: Annotated[int, typer.Option(min=1, help="Encodings kept.")] = 64,
-    keep_seconds: Annotated[float, typer.Option(min=1, help="For which an encoding is kept after its last use.")] = 900,
+    keep_seconds: Annotated[float, typer.Option(min=1, help="Seconds to keep an encoding after its last use.")] = 900,
 ) -> None:
-    """Serve a model over HTTP: encode a photograph once, ask it any words.
+    """Serve a model over HTTP: encode an image once, label it with any words.
 
     /docs tells the API, /metrics the load. SIGTERM and Ctrl-C finish what was accepted.
     """
     if token == "":
-        raise UsageError("--token is empty: leave it out to let everybody in")
+        raise UsageError("--token is empty: leave it out to admit everybody")
     require_serve_extra()
     from opensan.serve import ServiceLimits
 
@@ -69,7 +69,7 @@ def serve(
 
     listener = bind(host, port)
     note(f"loading {model}")
-    # Words of strangers are remembered in memory only, where their number is bounded.
+    # Clients' words are cached in memory only, where their number is bounded.
     segmenter = load(model, device=device, speed=speed.value, max_pixels=max_pixels, text_cache=False)
     app = create_app(segmenter, limits=limits, token=token, batch=batch, hosts=allow_host or None)
     signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.identity} at {url}"))
@@ -78,7 +78,7 @@ def serve(
 
 
 def require_serve_extra() -> None:
-    """Raises ValueError, one line, where the packages of the service are missing."""
+    """Raise UserError, one line, if packages of the service are missing."""
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(f"the service needs {', '.join(missing)}: pip install 'opensan[serve]'")

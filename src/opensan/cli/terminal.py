@@ -1,4 +1,4 @@
-"""What all commands share: one-line errors and warnings, and consoles."""
+"""Helpers of all commands: one-line errors and warnings, progress bars, and consoles."""
 
 import errno
 import sys
@@ -27,7 +27,7 @@ _OF_THE_MACHINE = frozenset(
         *("EROFS", "EACCES", "EPERM", "ENAMETOOLONG"),
     )
 ) - {None}
-"""Errors that the user of the machine can mend: a full disk, a file that may not be read. Others are faults of ours."""
+"""System errors that a user can correct: a full disk, a file without permission. Others are faults of the package."""
 
 
 class UsageError(UserError):
@@ -35,12 +35,13 @@ class UsageError(UserError):
 
 
 class Commands(TyperGroup):
-    """Ctrl-C as an Abort, with its text, for `reporting_errors`: typer from 0.29 on would make it a silent exit.
+    """Commands that turn Ctrl-C into an Abort for `reporting_errors`; typer from 0.29 on would exit silently.
 
-    A command that has something to say about it, as how to go on, raises KeyboardInterrupt("...").
+    A command that has a message about it, such as how to continue, raises KeyboardInterrupt("...").
     """
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command; turn KeyboardInterrupt into an Abort with its text."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
@@ -52,7 +53,7 @@ def reporting_errors() -> Iterator[None]:
     """Turn a UserError into one line on stderr and an exit code; leave the traceback of any other exception."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a word that the terminal cannot show must not end the work
+            stream.reconfigure(errors="replace")  # a character that the terminal can't show must not stop the work
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
         try:
@@ -72,7 +73,7 @@ def reporting_errors() -> Iterator[None]:
             if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
                 complain(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
                 sys.exit(1)
-            # typer has carried click inside itself since 0.26 and used the real one before: known by what it can do.
+            # typer contains click since 0.26 and imported it before, so errors are recognised by their methods.
             if not hasattr(error, "format_message"):
                 error.add_note("This is a fault of opensan, not of yours: please report it with the lines above.")
                 raise
@@ -82,18 +83,18 @@ def reporting_errors() -> Iterator[None]:
 
 
 def complain(message: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     print(" ".join(message.split()), file=sys.stderr)
 
 
 def note(message: str) -> None:
-    """Tell a person who waits; a script that reads stderr gets errors and warnings only."""
+    """Print a note on a terminal only; scripts that read stderr get errors and warnings."""
     if sys.stderr.isatty():
         complain(message)
 
 
 def output_console() -> "Console":
-    """stdout, with text taken as it is: a word may hold what rich would read as markup."""
+    """Return the console of stdout, without markup, because a word may look like rich's markup."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False)
@@ -103,7 +104,7 @@ def output_console() -> "Console":
 def progress_bar(
     output: "Console", what: str, total: int | None, *, speed_of: str | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts what is done; a bar shows on a terminal, for more than one thing to do.
+    """Yield a function that counts finished items; a bar shows on a terminal, for more than one item.
 
     It goes among the output if that is on a terminal, else to stderr, so that neither overwrites the other. A `total`
     of None is one that nobody knows. `speed_of` "frames" has it show how many frames a second are done.
@@ -134,7 +135,7 @@ def progress_bar(
 
 @contextmanager
 def progress_of(output: "Console", what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that is told how many are done, and of how many; a bar shows if that takes over a second."""
+    """Yield a function of the number done and the total; a bar shows if that takes over a second."""
     started, shown = time.monotonic(), 0
     with ExitStack() as bar:
         advance: Callable[[int], None] | None = None

@@ -1,4 +1,4 @@
-"""`opensan train`: a training from one file of configuration."""
+"""`opensan train`: train a model by one configuration file."""
 
 import os
 from typing import Annotated
@@ -22,7 +22,7 @@ def train(
         bool, typer.Option("--show", help="Print the whole configuration, with what each setting means.")
     ] = False,
 ) -> None:
-    """Train a model as a configuration says.
+    """Train a model by a configuration.
 
     A run that was stopped in any way goes on when the same command is given again. Presets are the official recipes:
     san-vit-b16 and san-vit-l14, at 32 photographs a step: loop.batch_size * loop.accumulate * processes. Several
@@ -57,7 +57,7 @@ def train(
         raise UserError(str(error)) from None
     if not result.finished:
         raise typer.Exit(INTERRUPTED)
-    if saved is not None and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks for all
+    if saved is not None and os.environ.get("RANK", "0") == "0":  # only torchrun's main process prints
         best = "" if result.best is None else f", best mIoU {100 * result.best:.2f} % after step {saved.step}"
         print(f"{recipe.out}: {result.step} steps{best}")
         print(f'use it with: opensan segment IMAGE --words "..." --model {saved.folder}')

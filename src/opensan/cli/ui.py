@@ -1,4 +1,4 @@
-"""`opensan ui`: the web page, and the service that it talks to, on this machine only."""
+"""`opensan ui`: run the web page and its service, on this machine only."""
 
 import signal
 import webbrowser
@@ -23,7 +23,7 @@ def ui(
     device: Device = "cpu",
     speed: SpeedAsForSegment = Speed.exact,
 ) -> None:
-    """Open a page where words act at once: a photograph is encoded once, and every keystroke is answered.
+    """Open a page where words act at once: an image is encoded once, and every keystroke updates the labels.
 
     It listens on this machine only. Ctrl-C ends it.
     """
@@ -35,14 +35,14 @@ def ui(
     def started(url: str) -> None:
         print(url, flush=True)
         if open_browser:
-            Thread(target=webbrowser.open, args=(url,), daemon=True).start()  # some browsers answer when they end
+            Thread(target=webbrowser.open, args=(url,), daemon=True).start()  # some browsers return only when they end
 
     listener = bind(HOST, port)
     note(f"loading {model}")
     limits = ServiceLimits()
-    # Every half-typed word is embedded; a disk would be filled with them.
+    # Every half-typed word is embedded, which would fill a disk cache.
     segmenter = load(model, device=device, speed=speed.value, max_pixels=limits.pixels, text_cache=False)
-    # A page of another name that resolves to this machine must not reach the photographs.
+    # A web page under another name that resolves to this machine must not reach the images.
     app = create_app(segmenter, limits=limits, page=True, hosts=[HOST, "localhost"])
     if run(app, listener, started) == signal.SIGINT:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""`opensan segment-video`: a video and words in; an overlay video, label frames and a table out."""
+"""`opensan segment-video`: label a video and write an overlay video, label frames and a table."""
 
 from contextlib import closing
 from pathlib import Path
@@ -60,7 +60,7 @@ def segment_video(
     from opensan.segmenters.load import load
 
     segmenter = load(model, device=device, speed=speed.value, dtype=dtype_name(dtype), max_pixels=max_pixels)
-    segmenter.prepare_words(vocabulary)  # before the work: it finds words that do not fit
+    segmenter.prepare_words(vocabulary)  # before the work, to report unusable words early
     try:
         with VideoRun(segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch) as run:
             _run(run, vocabulary.names)

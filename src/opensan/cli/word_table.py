@@ -1,4 +1,4 @@
-"""The table of words that a terminal shows."""
+"""Make the table of words for a terminal."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ROWS = 25
-"""A longer table scrolls away what it was asked for; the files have the rest."""
+"""Most rows, so that the table fits a terminal; the files have the rest."""
 
 
 def word_table(
@@ -16,7 +16,7 @@ def word_table(
     column: str | None = None,
     cell: Callable[[str | None, float], str] | None = None,
 ) -> "Table":
-    """The words that occur, largest first, then what is unlabelled.
+    """Return a table of the words that occur, largest first, then the unlabelled share.
 
     Args:
         areas: each word's share of the pixels, in [0, 1].

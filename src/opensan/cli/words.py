@@ -1,4 +1,4 @@
-"""`opensan words`: the label sets that come with the package."""
+"""`opensan words`: list the label sets of the package."""
 
 from typing import Annotated
 

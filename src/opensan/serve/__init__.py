@@ -1,4 +1,4 @@
-"""The HTTP service: photographs are encoded once, and asked any words by their encoding's id.
+"""The HTTP service: an image is encoded once, and labelled with any words by its encoding's id.
 
 limits       what clients may ask, and the gate that holds them to it
 photographs  from what a client sent to pixels, at a bounded cost

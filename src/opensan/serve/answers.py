@@ -1,4 +1,4 @@
-"""Segmentations in the forms that clients get.
+"""Make the response bodies of segmentations.
 
 Letters: Q queries, K words, h w stride-16 grid, H W the photograph.
 """
@@ -33,10 +33,10 @@ MEDIA_TYPES = {
 }
 
 _FAST_COMPRESSION = 1
-"""zlib level: a client waits for the answer."""
+"""zlib level; low, because a client waits."""
 
 _WORTH_COMPRESSING = 1024
-"""Bytes."""
+"""Bytes of body below which gzip is not used."""
 
 _MOST_WORDS = 20
 _MOST_PROPOSALS = 8
@@ -44,7 +44,7 @@ _MOST_PROPOSALS = 8
 
 @dataclass(frozen=True)
 class Picture:
-    """What is sent."""
+    """Body and headers of a response."""
 
     content: bytes
     media_type: str
@@ -60,7 +60,7 @@ def answer(
     *,
     compressed: bool = False,
 ) -> Picture:
-    """Segment and write down; without `confidence`, a map is labels only. PNGs are compressed in any case.
+    """Segment and return the response; without `confidence`, a map has labels only. PNGs are always compressed.
 
     Raises UserError, one line, for words that the model cannot read.
     """
@@ -76,7 +76,7 @@ def answer(
 
 
 def _json(segmentation: Segmentation) -> bytes:
-    """As `opensan segment` writes it: see `outputs.record`."""
+    """Return the JSON that `opensan segment` writes: see `outputs.record`."""
     record = outputs.record(
         segmentation.labels,
         segmentation.names,
@@ -97,7 +97,7 @@ def _overlay(segmentation: Segmentation) -> bytes:
 
 
 def _map(segmentation: Segmentation, with_confidence: bool) -> bytes:
-    """What a page draws itself: a JSON header, then an index and a confidence for each pixel.
+    """Return a map that a page draws itself: a JSON header, then an index and a confidence for each pixel.
 
     4 bytes: length of the header, little-endian, a multiple of 4. The header: width, height, bytes_per_label (1 or 2),
     unlabelled (the value of pixels that no word got), words (name, index, area, confidence, colour). Then H x W labels,
@@ -141,14 +141,14 @@ def _map(segmentation: Segmentation, with_confidence: bool) -> bytes:
 
 
 def point(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, x: int, y: int) -> PointAnswer:
-    """What decides the pixel in column `x` and row `y`. Raises Problem (422) if the photograph has no such pixel.
+    """Explain the pixel in column `x` and row `y`. Raises Problem (422) if the image has no such pixel.
 
     Raises ValueError, one line, for a model that has no mask proposals.
     """
     segmenter = with_proposals(segmenter, "an explanation of a pixel")
     height, width = encoding.sizes.image
     if x >= width or y >= height:
-        raise Problem(422, f"pixel ({x}, {y}) is outside the photograph of {width} x {height}")
+        raise Problem(422, f"pixel ({x}, {y}) is outside the image of {width} x {height}")
     probabilities = to_array(segmenter.class_probabilities(encoding, vocabulary))
     mask_logits = to_array(encoding["mask_logits"])
     masks = masks_at(mask_logits, encoding.sizes, y, x)
@@ -179,7 +179,7 @@ def point(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, x: i
 
 
 def _mask_pictures(mask_logits: np.ndarray, encoding: Encoding) -> list[Image.Image]:
-    """Masks [q, h, w] as grey pictures of about as many pixels, without the padding: stretched, they fit the image."""
+    """Return masks [q, h, w] as grey pictures of about as many pixels, without padding, to stretch over the image."""
     grid = [
         max(1, round(cells * network / padded))
         for cells, network, padded in zip(

@@ -1,4 +1,4 @@
-"""The routes: what is asked, and in which form it is answered."""
+"""The routes of the service."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -40,7 +40,7 @@ from opensan.serve.uploads import uploaded
 from opensan.vocabulary import Vocabulary
 
 SWEEP_SECONDS = 5.0
-"""Encodings that have expired are let go this often."""
+"""Seconds between removals of expired encodings."""
 
 Answer = TypeVar("Answer")
 
@@ -125,7 +125,7 @@ _ALWAYS = (400, *_REFUSED, 408, 413, 422, 429)
 
 
 class Service:
-    """What the routes share."""
+    """The objects that all routes share."""
 
     def __init__(self, segmenter: Segmenter, limits: ServiceLimits, batch: int) -> None:
         self.segmenter = segmenter
@@ -139,7 +139,7 @@ class Service:
 
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
-        """Threads from the start of the event loop to its end."""
+        """Run the threads from the start of the event loop to its end."""
         self.engine = Engine(self.segmenter, self.limits, self.metrics, self.batch)
         sweeper = asyncio.create_task(self._sweep())
         try:
@@ -154,14 +154,14 @@ class Service:
             self.cache.sweep()
 
     def kept(self, name: str) -> Encoding:
-        """Raises Problem (404) if there is none of that name."""
+        """Return the encoding of that id. Raises Problem (404) if there is none."""
         encoding = self.cache.get(name)
         if encoding is None:
             raise _gone()
         return encoding
 
     def reading(self, vocabulary: Vocabulary) -> list[Callable[[], Any]]:
-        """What makes the text rows of a long vocabulary, a part at a time. They are remembered, also for later."""
+        """Return functions that embed a long vocabulary, a part each. The rows are cached."""
         return [partial(self.segmenter.prepare_words, part) for part in text_parts(vocabulary)]
 
     async def segmented(
@@ -174,6 +174,7 @@ class Service:
         confidence: bool = True,
         accepted: bool = False,
     ) -> Response:
+        """Segment an encoded image and return the response in the chosen form."""
         vocabulary = question.vocabulary(self.limits)
         compressed = accepts_gzip(request.headers.get("accept-encoding", ""))
         work = self.engine.ask(
@@ -194,7 +195,7 @@ def create_app(
     page: bool = False,
     hosts: Collection[str] | None = None,
 ) -> "Application":
-    """The service of one model.
+    """Make the service of one model.
 
     Args:
         segmenter: made with `text_cache=False`, unless clients may fill this machine's disk with their words.
@@ -207,13 +208,13 @@ def create_app(
             other names are refused, but for health and readiness. None: any name.
     """
     service = Service(segmenter, limits or ServiceLimits(), batch)
-    app = FastAPIOffline(  # whose pages at /docs and /redoc need no network
+    app = FastAPIOffline(  # its pages at /docs and /redoc need no network
         title="opensan",
         version=__version__,
-        summary="Label every pixel of a photograph with words chosen at run time.",
+        summary="Label every pixel of an image with words chosen at run time.",
         lifespan=service.running,
     )
-    # The gate asks for the token, before a body is read; here the schema only tells that it does.
+    # The gate checks the token before a body is read; here it is only declared in the schema.
     api = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [])
     _add_service_routes(app, api, service)
     _add_segmentation_route(api, service)
@@ -227,7 +228,7 @@ def create_app(
 
 
 class Application:
-    """The ASGI application, with what stands before the routes."""
+    """Return the ASGI application, with the layers before the routes."""
 
     def __init__(self, app: FastAPI, service: Service, gate: Gate) -> None:
         self.api = app
@@ -243,12 +244,12 @@ class Application:
 def _add_service_routes(app: FastAPI, api: APIRouter, service: Service) -> None:
     @app.get("/healthz", tags=["service"])
     async def health() -> dict[str, str]:
-        """The process lives."""
+        """Report that the process runs."""
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["service"], responses=_problems(503))
     async def ready() -> dict[str, str]:
-        """New requests are accepted."""
+        """Report whether new requests are accepted and completed."""
         if app.state.gate.closing:
             raise stopping()
         if service.engine.hangs:
@@ -262,12 +263,12 @@ def _add_service_routes(app: FastAPI, api: APIRouter, service: Service) -> None:
         200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_problems(*_REFUSED),
     })  # fmt: skip
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Return metrics for Prometheus."""
         return Response(service.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
     @api.get("/v1/info", tags=["service"], responses=_problems(*_REFUSED))
     async def info() -> ServiceInfo:
-        """The model, and what may be asked of it."""
+        """Return the model's name and the limits of requests."""
         names = ("request_bytes", "pixels", "words", "characters", "templates")
         return ServiceInfo(
             opensan=__version__,
@@ -284,12 +285,12 @@ def _add_segmentation_route(api: APIRouter, service: Service) -> None:
         openapi_extra={"requestBody": {"required": True, "content": _FORM}},
     )  # fmt: skip
     async def segment(request: Request, format: Annotated[Format | None, Query()] = None) -> Response:
-        """Segment a photograph, once."""
+        """Segment an image, in one request."""
         service.engine.check_room()
         form = _form(request, format)
         data, fields = await uploaded(request, {"words", "background", "templates"}, service.limits.words)
         question = question_from_form(fields)
-        question.vocabulary(service.limits)  # before the work, for what is wrong with it
+        question.vocabulary(service.limits)  # before the work, to report mistakes early
         encoding = await _while_there(request, service.engine.encode(data))
         return await service.segmented(request, encoding, question, form, accepted=True)
 
@@ -300,7 +301,7 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
         openapi_extra={"requestBody": {"required": True, "content": _UPLOADED}},
     )  # fmt: skip
     async def encode(request: Request, response: Response) -> EncodingInfo:
-        """Encode a photograph: its body is an image file, or a form with the file as `image`."""
+        """Encode an image: the body is an image file, or a form with the file as `image`."""
         service.engine.check_room()
         data, _ = await uploaded(request, set())
         encoding = await _while_there(request, service.engine.encode(data))
@@ -311,7 +312,7 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
 
     @api.delete("/v1/encodings/{id}", tags=["encodings"], status_code=204, responses=_problems(*_REFUSED, 404))
     async def forget(id: str) -> None:
-        """Let go of an encoding and its photograph."""
+        """Remove an encoding and its image."""
         if not service.cache.remove(id):
             raise _gone()
 
@@ -328,13 +329,13 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
             bool, Query(description="false leaves the confidences out of a map, which is then there much sooner.")
         ] = True,
     ) -> Response:
-        """Ask an encoded photograph words; neither ViT runs."""
+        """Label an encoded image with words; neither ViT runs."""
         form = _form(request, format)
         return await service.segmented(request, service.kept(id), question, form, confidence=confidence)
 
     @api.post("/v1/encodings/{id}/point", tags=["encodings"], responses=_problems(*_ALWAYS, 404))
     async def point(id: str, question: PointQuestion, request: Request) -> PointAnswer:
-        """What decides one pixel: its best words, and the proposals that speak for the winner."""
+        """Explain one pixel: its best words, and the mask proposals that contribute to the winner's score."""
         encoding, vocabulary = service.kept(id), question.vocabulary(service.limits)
         work = service.engine.ask(
             lambda: answers.point(service.segmenter, encoding, vocabulary, question.x, question.y),
@@ -354,10 +355,10 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        # uvicorn logs the traceback, and closes the connection: a client that knows sends nothing more over it.
+        # uvicorn logs the traceback and closes the connection, which the header tells the client.
         return problem_response(500, "a mistake of the service; its log says more", {"Connection": "close"})
 
-    # The schema of answers that no route returns itself.
+    # The schema of responses that no route returns itself.
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -369,11 +370,11 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _gone() -> Problem:
-    return Problem(404, "there is no encoding of that id (any more): send the photograph again")
+    return Problem(404, "there is no encoding of that id (any more): send the image again")
 
 
 def _form(request: Request, format: Format | None) -> Format:
-    """Raises Problem (406) if the client accepts nothing that there is."""
+    """Choose the response's form. Raises Problem (406) if the client accepts none."""
     accept = ",".join(request.headers.getlist("accept"))
     offered = [Format.json, Format.labels, Format.map] if format is None else [format]
     types = [answers.MEDIA_TYPES[form] for form in offered]
@@ -384,7 +385,7 @@ def _form(request: Request, format: Format | None) -> Format:
 
 
 async def _while_there(request: Request, work: Awaitable[Answer]) -> Answer:
-    """`work`, given up when the client leaves."""
+    """Await `work`, and cancel it when the client leaves."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.create_task(_left(request))
     try:

@@ -1,4 +1,4 @@
-"""The encodings that clients may ask words of: the most recently used ones, within bounds."""
+"""Keep the most recently used encodings in memory, within limits."""
 
 import secrets
 import time
@@ -13,7 +13,7 @@ from opensan.segmenters.results import Encoding
 class _Kept:
     encoding: Encoding
     size: int
-    """Bytes."""
+    """Size in bytes."""
     expires: float
 
 
@@ -36,7 +36,7 @@ class EncodingCache:
         return len(self._kept)
 
     def add(self, encoding: Encoding) -> str:
-        """Keep `encoding` and answer its name; the least recently used ones make room."""
+        """Keep `encoding` and return its id; the least recently used ones are removed to make room."""
         name = secrets.token_urlsafe(16)
         self._kept[name] = _Kept(encoding, encoding.nbytes, self._clock() + self.seconds)
         self.size += self._kept[name].size
@@ -46,7 +46,7 @@ class EncodingCache:
         return name
 
     def get(self, name: str) -> Encoding | None:
-        """The encoding of that name, for which its time begins anew; None if there is none (any more)."""
+        """Return the encoding of that id, and restart its time; None if there is none (any more)."""
         self.sweep()
         kept = self._kept.get(name)
         if kept is None:
@@ -56,14 +56,14 @@ class EncodingCache:
         return kept.encoding
 
     def remove(self, name: str) -> bool:
-        """Whether there was one to remove."""
+        """Remove an encoding; return whether there was one."""
         if name not in self._kept:
             return False
         self._drop(name)
         return True
 
     def sweep(self) -> None:
-        """Drop what has expired: the least recently used ones, by the order in which they are kept."""
+        """Remove expired encodings, which come first, because they are ordered by use."""
         now = self._clock()
         while self._kept and next(iter(self._kept.values())).expires <= now:
             self._drop(next(iter(self._kept)))

@@ -1,8 +1,8 @@
-"""The model's work, off the event loop: photographs in batches on one thread, words on others.
+"""Run the model outside the event loop: images in batches on one thread, words on others.
 
-A photograph waits in no queue of ours: `batched` collects those that wait while the model works and hands them over
+Images wait in the queue of `batched`, which collects them while the model works and hands them over
 together. Words are answered in this process, from encodings in its memory, so that a key pressed is answered in
-milliseconds, whatever photographs wait.
+milliseconds, however many images wait.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from opensan.serve.metrics import Metrics
 from opensan.serve.photographs import decode
 
 GATHER_MS = 2.0
-"""How long an idle model waits for a second photograph."""
+"""Milliseconds that an idle model waits for a second image."""
 
 DECODERS = 2
 LABELLERS = 2
@@ -41,20 +41,20 @@ class _Place:
 
 
 class Pulse:
-    """Tells whether work gets done: it hangs if somebody waited in vain, and nothing was finished meanwhile."""
+    """Detects a hanging model: a request timed out, and no other was finished meanwhile."""
 
     def __init__(self) -> None:
         self.hangs = False
         self._finished = 0
 
     def beat(self) -> None:
-        """Something was finished; from any thread."""
+        """Record that a request was finished; from any thread."""
         self._finished += 1
         self.hangs = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around work that may end in a TimeoutError."""
+        """Watch work that may end in a TimeoutError."""
         finished = self._finished
         try:
             yield
@@ -64,7 +64,7 @@ class Pulse:
 
 
 class Engine:
-    """One model, its threads, and the bounds on what waits for them. Its coroutines belong to one event loop."""
+    """One model, its threads, and the limits on waiting requests. Its coroutines belong to one event loop."""
 
     def __init__(self, segmenter: Segmenter, limits: ServiceLimits, metrics: Metrics, batch: int = 4) -> None:
         self.segmenter = segmenter
@@ -76,7 +76,7 @@ class Engine:
         self._batches: AsyncBatchProcessor[_Place, Encoding | Exception] = AsyncBatchProcessor(
             self._encode_batch, batch_size=batch, timeout_ms=GATHER_MS
         )
-        # Those that wait beyond the next batch wait as files: decoded, a photograph is many times as large.
+        # Images beyond the next batch wait as files, because a decoded image is many times as large.
         self._decoded = asyncio.Semaphore(2 * batch)
         self._waiting = 0
         self._questions = 0
@@ -86,28 +86,28 @@ class Engine:
         metrics.questions.set_function(lambda: self._questions)
 
     def close(self) -> None:
-        """Let the threads end; nothing may be asked any more."""
+        """End the threads; no method may be called afterwards."""
         for pool in (self._network, self._decoders, self._labellers):
             pool.shutdown(cancel_futures=True)
 
     @property
     def hangs(self) -> bool:
-        """Whether the last to give up waiting saw nothing finished, of photographs or of questions."""
+        """Whether the last request that timed out saw no other finished, of images or of questions."""
         return self._encoded.hangs or self._answered.hangs
 
     def check_room(self) -> None:
-        """Raise Problem (429) if no photograph would be accepted now."""
+        """Raise Problem (429) if no image would be accepted now."""
         if self._waiting >= self._limits.waiting:
             raise busy(
-                f"{self._waiting} photographs are waiting already: try again later",
+                f"{self._waiting} images are waiting already: try again later",
                 self._waiting * self._seconds_an_image,
             )
 
     async def encode(self, data: bytes) -> Encoding:
-        """The photograph in `data`, an image file, through the image half of the model.
+        """Encode the image file `data`.
 
-        Raises Problem: 422 for what is not a photograph or too large a one, 429 at once if too many wait, 503 if it
-        waited too long. If the caller is cancelled while the photograph waits, it is not encoded.
+        Raises Problem: 422 for a file that is not an image or too large, 429 at once if too many wait, 503 if it
+        waited too long. If the caller is cancelled while the image waits, it is not encoded.
         """
         self.check_room()
         self._waiting += 1
@@ -129,9 +129,9 @@ class Engine:
     async def ask(
         self, work: Callable[[], Answer], *, before: Sequence[Callable[[], Any]] = (), accepted: bool = False
     ) -> Answer:
-        """Run `work`, which asks an encoding words, on a thread; before it what it needs, a part at a time.
+        """Run `work`, which labels an encoding, on a thread, after the parts in `before`, one at a time.
 
-        Others take turns between the parts, and the parts of somebody who left are not run.
+        Other requests run between the parts; if the client leaves, the remaining parts are not run.
         Raises Problem: 422 for words that cannot be used, 429 at once if too many wait (not for a request that was
         `accepted` before its photograph was encoded), 503 if it took too long.
         """
@@ -162,19 +162,19 @@ class Engine:
         try:
             return self.segmenter.prepare(decode(data, self._limits))
         finally:
-            if place.left:  # it took so long that it looked like hanging
+            if place.left:  # decoding took longer than the time limit, which looked like hanging
                 self._encoded.beat()
 
     async def _encode_batch(self, places: list[_Place]) -> list[Encoding | Exception]:
         photographs = [place.photograph for place in places if place.photograph is not None]
-        assert len(photographs) == len(places)  # `batched` has just left out those whose clients left
+        assert len(photographs) == len(places)  # `batched` has just removed those whose clients left
         try:
             return await _on(self._network, lambda: self._encode(photographs))
         finally:
             self._encoded.beat()
 
     def _encode(self, photographs: list[InputImage]) -> list[Encoding | Exception]:
-        """Photographs of one padded shape go through the network together."""
+        """Encode images; those of one padded shape go through the network together."""
         started = time.monotonic()
         encodings: dict[int, Encoding | Exception] = {}
         for indices in same_shape(photographs):
@@ -187,7 +187,7 @@ class Engine:
         return [encodings[index] for index in range(len(photographs))]
 
     def _encode_group(self, group: list[InputImage]) -> list[Encoding | Exception]:
-        """Photographs of one padded shape; those of a batch that fails are tried one by one."""
+        """Encode images of one padded shape; if the batch fails, one by one."""
         try:
             return list(self.segmenter.encode_prepared(group))
         except Exception as error:
@@ -205,5 +205,5 @@ class Engine:
 
 
 async def _on(pool: ThreadPoolExecutor, work: Callable[[], Answer]) -> Answer:
-    """Cancelled before its turn, `work` is never run."""
+    """Run `work` on a thread of `pool`; if cancelled before its turn, it is not run."""
     return await asyncio.get_running_loop().run_in_executor(pool, work)

@@ -1,4 +1,4 @@
-"""What a client may ask of the service, and how it is told that it may not."""
+"""Limits on requests, and the responses to requests beyond them."""
 
 import asyncio
 import hmac
@@ -15,54 +15,54 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from opensan.errors import UserError
 
 JSON_BYTES = 1 << 20
-"""Of a request without a photograph."""
+"""Bytes of a request without an image."""
 
 LEFT = 499
-"""The status of requests whose client left: it is not sent to anybody, and only counted."""
+"""Status of requests whose client left; it is not sent, only counted."""
 
 UPLOADS = frozenset({"/v1/encodings", "/v1/segmentation"})
-"""Paths that take photographs."""
+"""Paths that accept images."""
 
 OPEN = frozenset({"/healthz", "/readyz"})
-"""The only paths that answer without a token, under any host name, and while the service stops."""
+"""The only paths that need no token and work under any host name and while the service stops."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """Bounds on what clients may ask. All of them together bound the memory of the service."""
+    """Limits on requests. Together they bound the memory of the service."""
 
     request_bytes: int = 20 << 20
-    """Of one request with a photograph."""
+    """Bytes of one request with an image."""
     upload_bytes: int = 256 << 20
-    """Of all request bodies that are held at a time."""
+    """Bytes of all request bodies that are held at a time."""
     pixels: int = 25_000_000
-    """Of a photograph, known before it is decoded."""
+    """Pixels of an image, checked before it is decoded."""
     side: int = 65_535
-    """Pixels of its longer side: as many as JPEG can have. What is computed for each column or row is large."""
+    """Pixels of an image's longer side, as many as in JPEG: data for each column or row is large."""
     words: int = 512
-    """Of a question; synonyms and background words count."""
+    """Words of a request; synonyms and background words count."""
     characters: int = 20_000
-    """Of all words, prompts and templates of a question."""
+    """Characters of all words, prompts and templates of a request."""
     templates: int = 32
-    """Of a question."""
+    """Templates of a request."""
     waiting: int = 16
-    """Photographs accepted and not yet encoded."""
+    """Images accepted and not yet encoded."""
     questions: int = 64
-    """Word questions accepted and not yet answered."""
+    """Requests with words accepted and not yet answered."""
     queue_seconds: float = 30.0
-    """Longest time from the acceptance of a photograph or a question to its answer."""
+    """Longest time in seconds from the acceptance of a request to its answer."""
     client_seconds: float = 20.0
-    """Longest time for a client to send a request, and to read what it was sent."""
+    """Longest time in seconds for a client to send a request, and to read the response."""
     connections: int = 512
-    """Open at a time; more are closed at once. A process may often have 1,024 files, sockets among them."""
+    """Open connections; more are closed at once. Many systems allow a process 1,024 files, sockets included."""
     cache_entries: int = 64
-    """Encodings kept."""
+    """Number of encodings kept."""
     cache_bytes: int = 1 << 30
-    """Of the encodings kept."""
+    """Bytes of the encodings kept."""
     cache_seconds: float = 900.0
-    """An encoding is kept so long after its last use."""
+    """Seconds that an encoding is kept after its last use."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -71,31 +71,31 @@ class ServiceLimits:
 
 
 class Problem(HTTPException):
-    """A refusal, told as `application/problem+json` (RFC 9457)."""
+    """A refusal, sent as `application/problem+json` (RFC 9457)."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(status, " ".join(detail.split()), dict(headers or {}))
 
 
 def busy(detail: str, seconds: float) -> Problem:
-    """429: nothing is wrong with the request, and it may be sent again after `seconds`."""
+    """Return the refusal 429: the request is valid, and may be sent again after `seconds`."""
     return Problem(429, detail, {"Retry-After": str(max(1, math.ceil(seconds)))})
 
 
 def stopping() -> Problem:
-    """503: another instance may answer."""
+    """Return the refusal 503: another instance may answer."""
     return Problem(503, "the service is stopping", {"Retry-After": "5"})
 
 
 def problem_response(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The answer that tells a refusal."""
+    """Return the response for a refusal."""
     title = "Client Closed Request" if status == LEFT else HTTPStatus(status).phrase
     body = {"type": "about:blank", "title": title, "status": status, "detail": detail}
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 
 class Gate:
-    """Refuses requests that may not enter, and bounds the size of the others and the time that they take to arrive.
+    """Refuses requests without permission, and limits the size and the transfer time of the others.
 
     Once `closing` is set, new requests are refused with 503.
     """
@@ -137,14 +137,14 @@ class Gate:
             self._held -= body.size
 
     def empty(self) -> bool:
-        """Whether all that was accepted is answered. While closing, clients that still send are sent away."""
+        """Return whether all accepted requests are answered. While closing, it stops clients that are still sending."""
         if self.closing:
             for body in self._inside:
                 body.give_up()
         return not self._inside
 
     def take(self, size: int) -> None:
-        """Count bytes of a body that are now held. Raises Problem if they are too many together."""
+        """Count bytes of a body that are now held. Raises Problem if all bodies together are too large."""
         self._held += size
         if self._held > self._limits.upload_bytes:
             raise busy("too many uploads at a time", 1)
@@ -162,16 +162,16 @@ class Gate:
             _check_origin(scope["method"], headers, host)
         if self._token is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            # Always compared, so that the time tells nothing.
+            # Always compared, so that the time reveals nothing.
             right = hmac.compare_digest(given.strip(), self._token)
             if scheme.lower() != b"bearer" or not right:
                 raise Problem(401, "this service needs a bearer token", {"WWW-Authenticate": "Bearer"})
-        if _CONTROL.search(scope["path"]):  # a route's expression matches before a final newline too
+        if _CONTROL.search(scope["path"]):  # a route's pattern ignores a final newline
             raise Problem(404, "there is no such path: it holds a control character")
         if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
             raise Problem(415, "a body must come as it is, without Content-Encoding", {"Accept-Encoding": "identity"})
         length = headers.get(b"content-length", b"")
-        if length and b"transfer-encoding" in headers:  # a proxy may have read it the other way (RFC 9112, section 6.1)
+        if length and b"transfer-encoding" in headers:  # a proxy may have used the other one (RFC 9112, section 6.1)
             raise Problem(400, "Content-Length and Transfer-Encoding contradict each other", {"Connection": "close"})
         if length.isdigit() and int(length) > self._allowed(scope):
             raise _too_long(self._allowed(scope))
@@ -181,7 +181,7 @@ class Gate:
 
 
 class _Body:
-    """Reads one request's body within its bounds of size and time."""
+    """Reads one request's body within its limits of size and time."""
 
     def __init__(self, gate: Gate, receive: Receive, allowed: int, seconds: float) -> None:
         self.size = 0
@@ -194,12 +194,12 @@ class _Body:
         self._timeout: asyncio.Timeout | None = None
 
     def give_up(self) -> None:
-        """Wait no longer, if the client is being waited for."""
+        """Stop waiting for the client."""
         if self._timeout is not None and not self._timeout.expired():
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
     async def receive(self) -> Message:
-        if self._complete:  # what comes now is that the client left
+        if self._complete:  # the next event is that the client left
             return await self._receive()
         if self._deadline is None:
             self._deadline = asyncio.get_running_loop().time() + self._seconds
@@ -225,14 +225,14 @@ class _Body:
 
 
 def _name(host: str) -> str:
-    """The host of "host:port", in lower case: "[::1]:80" is "::1"."""
+    """Return the host of "host:port", in lower case: "[::1]:80" is "::1"."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
 
 
 def _check_origin(method: str, headers: Mapping[bytes, bytes], host: str) -> None:
-    """Raise Problem (403) for what another web page asks through the user's browser; programs send no such headers.
+    """Raise Problem (403) for requests of another web page in the user's browser; programs send no such headers.
 
     A link from another page to this one is no harm: the other page cannot read what it opens.
     """

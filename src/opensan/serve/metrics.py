@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics."""
+"""Metrics for Prometheus at /metrics."""
 
 import time
 from typing import Any
@@ -12,7 +12,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class Metrics:
-    """The service's numbers. Those that are states are read when somebody asks: see `Gauge.set_function`."""
+    """The service's metrics. Gauges are read on request: see `Gauge.set_function`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -36,12 +36,12 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def page(self) -> bytes:
-        """In the text format of Prometheus."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
 class Observer:
-    """Counts and times every request; stands before everything else."""
+    """Counts and times every request; the outermost layer."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -63,7 +63,7 @@ class Observer:
         try:
             await self.app(scope, receive, noting_send)
         finally:
-            # Templates of known routes only: a client must not be able to add series.
+            # Only the templates of known routes, so that clients can't add series.
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD") else "other"
             self._metrics.requests.labels(method, route, code).inc()

@@ -1,10 +1,10 @@
-"""Which form of an answer a client wants (RFC 9110, section 12.5.1)."""
+"""Choose the form of a response by the client's headers (RFC 9110, section 12.5.1)."""
 
 from collections.abc import Sequence
 
 
 def best_media_type(accept: str, offered: Sequence[str]) -> str | None:
-    """The first of `offered` that the header `accept` values highest; None if it accepts none. No header: anything."""
+    """Return the first of `offered` that the header `accept` values highest; None if none. No header accepts all."""
     ranges = [_range(part) for part in accept.split(",") if part.strip()] or [("*/*", 1.0)]
     values = [_value(media_type, ranges) for media_type in offered]
     best = max(values)
@@ -12,7 +12,7 @@ def best_media_type(accept: str, offered: Sequence[str]) -> str | None:
 
 
 def accepts_gzip(accept_encoding: str) -> bool:
-    """Whether the header `accept_encoding` allows an answer compressed by gzip (RFC 9110, section 12.5.3)."""
+    """Return whether the header `accept_encoding` allows gzip (RFC 9110, section 12.5.3)."""
     values = dict(_range(part) for part in accept_encoding.split(",") if part.strip())
     return values.get("gzip", values.get("*", 0.0)) > 0
 
@@ -31,7 +31,7 @@ def _range(part: str) -> tuple[str, float]:
 
 
 def _value(media_type: str, ranges: Sequence[tuple[str, float]]) -> float:
-    """What the most specific range that matches says."""
+    """Return the value of the most specific range that matches."""
     for wanted in (media_type, f"{media_type.partition('/')[0]}/*", "*/*"):
         for given, value in ranges:
             if given == wanted:

@@ -1,4 +1,4 @@
-"""From what a client sent to pixels, at a bounded cost: a small file may ask for any amount of memory or time."""
+"""Decode clients' images with limited memory and time, which even a small file can otherwise exhaust."""
 
 import re
 
@@ -8,14 +8,14 @@ from opensan.images import ImageError, open_image
 from opensan.serve.limits import ServiceLimits
 
 MOST_SCANS = 64
-"""Of a JPEG file; 10 are usual. Each costs a pass over the whole photograph, and takes a few bytes of the file."""
+"""Scans of a JPEG file; 10 are usual. Each takes a few bytes, but costs a pass over the whole image."""
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 
 def decode(data: bytes, limits: ServiceLimits) -> np.ndarray:
-    """The photograph in an image file as uint8 RGB [H0, W0, 3].
+    """Decode an image file to uint8 RGB [H0, W0, 3].
 
     Raises ImageError, one line, for what is not a photograph or asks for more than `limits` allow.
     """
@@ -29,7 +29,7 @@ def decode(data: bytes, limits: ServiceLimits) -> np.ndarray:
 
 
 def more_scans(data: bytes, most: int) -> bool:
-    """Whether `data` is a JPEG file (ITU-T T.81, annex B) of more than `most` scans. What follows its end is not read.
+    """Return whether `data` is a JPEG file (ITU-T T.81, annex B) of more than `most` scans; the rest is ignored.
 
     Segments are skipped by their length, and compressed data by looking for the next marker.
     """

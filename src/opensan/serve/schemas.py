@@ -1,4 +1,4 @@
-"""What clients send and get, as OpenAPI tells it."""
+"""Schemas of requests and responses, for OpenAPI."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,19 +13,19 @@ from opensan.vocabulary import Vocabulary, Word
 from opensan.word_lists import word_list
 
 PROMPTS_AT_ONCE = 256
-"""Embedded while other questions wait: about a second of B/16 on a CPU."""
+"""Prompts embedded while other requests wait: about a second of B/16 on a CPU."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-# What the description says of texts, as far as patterns can; `Vocabulary` checks it, and tells in words what is wrong.
+# The rules for texts, as far as patterns can express them; `Vocabulary` checks them and explains mistakes.
 _CONTROL = r"\x00-\x08\x0e-\x1b\x7f"
 
 
 def _some(without: str) -> str:
-    """The pattern of a text that is not blank, of no control characters and none of `without`."""
+    """Return the pattern of a text that is not blank, without control characters and characters of `without`."""
     return rf"[^{_CONTROL}{without}]*[^{_CONTROL}{without}\s][^{_CONTROL}{without}]*"
 
 
@@ -34,7 +34,7 @@ def _text(pattern: str) -> dict[str, Any]:
 
 
 def comma_string(without: str = "", *, or_blank: bool = False) -> dict[str, Any]:
-    """The schema of "road, car|automobile, sky"."""
+    """Return the schema of "road, car|automobile, sky"."""
     word = _some(rf",|{without}")
     return _text(rf"({word}([,|]{word})*{r'|[ ]*' if or_blank else ''})")
 
@@ -47,7 +47,7 @@ _Template = Annotated[str, WithJsonSchema(_text(_TEMPLATE))]
 
 
 class WordSpec(_Strict):
-    """A word told in full."""
+    """A word with all its fields."""
 
     name: _Text = Field(description="What answers call it.")
     text: _Text | None = Field(None, description="What prompts say instead of the name.")
@@ -78,7 +78,7 @@ class Question(_Strict):
     @field_validator("words", "background", mode="before")
     @classmethod
     def _listed(cls, words: Any) -> Any:
-        """The entries that a text lists."""
+        """Return the entries that a text lists."""
         if not isinstance(words, str):
             return words
         if not isinstance(listed := word_list(words), list):
@@ -86,7 +86,7 @@ class Question(_Strict):
         return listed
 
     def vocabulary(self, limits: ServiceLimits) -> Vocabulary:
-        """Raises Problem (422), one line, if it is more than `limits` allow or cannot be used."""
+        """Return the vocabulary. Raises Problem (422), one line, if it exceeds `limits` or is not valid."""
         self._check(limits)
         try:
             return Vocabulary.parse(_plain(self.words), background=_plain(self.background), templates=self.templates)
@@ -113,7 +113,7 @@ class PointQuestion(Question):
 
 
 class EncodingInfo(BaseModel):
-    """A photograph that is ready to be asked."""
+    """An encoded image, ready to be labelled."""
 
     id: str
     width: int
@@ -130,7 +130,7 @@ class PointWord(BaseModel):
 
 
 class PointProposal(BaseModel):
-    """One of the proposals that decide the pixel's word."""
+    """One of the mask proposals that contribute to the pixel's word."""
 
     index: int
     share: float = Field(description="Of the winner's score, in [0, 1].")
@@ -141,7 +141,7 @@ class PointProposal(BaseModel):
 
 
 class PointAnswer(BaseModel):
-    """What decides one pixel."""
+    """Explanation of one pixel."""
 
     x: int
     y: int
@@ -150,7 +150,7 @@ class PointAnswer(BaseModel):
 
 
 class ServiceInfo(BaseModel):
-    """What this service is."""
+    """Description of this service."""
 
     opensan: str
     model: str
@@ -159,7 +159,7 @@ class ServiceInfo(BaseModel):
 
 
 class ProblemInfo(BaseModel):
-    """Why a request was not answered (RFC 9457)."""
+    """The reason why a request was refused (RFC 9457)."""
 
     type: str
     title: str
@@ -177,7 +177,7 @@ class Format(StrEnum):
 
 
 def question_from_form(fields: Mapping[str, Sequence[str]]) -> Question:
-    """From the text fields of a form: words as everywhere, templates a set's name, a text, or a JSON list.
+    """Read a question from a form's text fields: words in any form, templates a set's name, a text, or a JSON list.
 
     A field that is sent several times is one list; HTML forms and many clients send lists so.
     """
@@ -202,7 +202,7 @@ def _from_field(name: str, texts: Sequence[str]) -> Any:
 
 
 def text_parts(vocabulary: Vocabulary) -> list[Vocabulary]:
-    """The text rows of a long vocabulary as vocabularies of few prompts; none if it is short itself."""
+    """Split a long vocabulary into vocabularies of few prompts; none if it is short itself."""
     rows = vocabulary.prompts()
     if sum(map(len, rows)) <= 2 * PROMPTS_AT_ONCE:
         return []
@@ -219,14 +219,14 @@ def text_parts(vocabulary: Vocabulary) -> list[Vocabulary]:
 
 
 def one_line(errors: Any) -> str:
-    """What is wrong, and where: the first of pydantic's errors."""
+    """Return the first of pydantic's errors as one line with the field."""
     error = errors[0]
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON ({error['ctx']['error']})"
-    if error["type"] == "value_error":  # of ours: a whole sentence
+    if error["type"] == "value_error":  # this package's message, a whole sentence
         return str(error["ctx"]["error"])
     field = next((part for part in error["loc"] if part in _FORMS), None)
-    if field is not None:  # pydantic tells what is wrong by each of the forms that would be right
+    if field is not None:  # pydantic reports an error for each form that would be valid
         return f"{field}: {_FORMS[field]}"
     place = ".".join(str(part) for part in error["loc"] if part != "body")
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -246,7 +246,7 @@ def _plain(words: Words) -> list[Any]:
 
 
 def _texts(words: Words) -> Iterator[str]:
-    """All texts that the model would read, before templates."""
+    """Return all texts for the model, before templates."""
     for word in words:
         if isinstance(word, str):
             yield from word.split("|")

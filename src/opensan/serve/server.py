@@ -1,4 +1,4 @@
-"""uvicorn, with what it lacks: clients that stall are let go, and a stop finishes what was accepted."""
+"""Extend uvicorn: disconnect clients that stall, and finish accepted requests before a stop."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ from opensan.serve.app import Application
 from opensan.serve.limits import ServiceLimits
 
 BACKLOG = 64
-"""Connections that the event loop takes in one go, before any of them is counted."""
+"""Connections that the event loop accepts in one step, before any of them is counted."""
 
 
 def run(app: Application, listener: socket.socket, started: Callable[[str], None]) -> int:
@@ -28,9 +28,9 @@ def run(app: Application, listener: socket.socket, started: Callable[[str], None
     `started` is told the service's URL once it answers.
     """
     server = Server(app, lambda: started(url_of(listener)))
-    # A word that the model has never seen is the asker's business, not the log's.
+    # Warnings about words that the model has never seen do not belong in the log.
     warnings.filterwarnings("ignore", message="the model has never seen")
-    # Nor is what is odd about a photograph or a form, or the log would grow as fast as a stranger likes.
+    # Nor do those about odd images or forms, or clients could let the log grow without bound.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     server.run(sockets=[listener])
@@ -38,14 +38,14 @@ def run(app: Application, listener: socket.socket, started: Callable[[str], None
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The address at which `run` will listen, 0 being a free port; to be had before a model is loaded.
+    """Reserve the address at which `run` will listen, before a model is loaded; port 0 chooses a free one.
 
     Raises ValueError, one line, if it cannot be had.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-        if os.name == "posix":  # elsewhere it would let two services have one port
+        if os.name == "posix":  # on Windows it would let two services share one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
@@ -54,12 +54,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
+    """Return the URL of a listening socket."""
     host, port, *_ = listener.getsockname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """On a signal, new requests are refused with 503 until those accepted are answered; then it ends."""
+    """Server that, on a signal, refuses new requests with 503 until accepted ones are answered, and then ends."""
 
     def __init__(self, app: Application, ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
@@ -71,7 +72,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             timeout_keep_alive=15,
-            timeout_graceful_shutdown=5,  # for answers on their way: all are there before this begins
+            timeout_graceful_shutdown=5,  # to send responses: all are ready before this begins
         )
         super().__init__(config)
         self.stopped_by = 0
@@ -79,16 +80,19 @@ class Server(uvicorn.Server):
         self._gate = app.gate
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start uvicorn, then report that the service is ready."""
         await super().startup(sockets)
         self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop at the first signal; a second Ctrl-C ends at once."""
         if self.stopped_by and sig == signal.SIGINT:
             self.force_exit = self.should_exit = True
         self.stopped_by = sig
         self._gate.closing = True
 
     async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop: once closing, when all accepted requests are answered."""
         if self._gate.closing and self._gate.empty():
             return True
         return await super().on_tick(counter)
@@ -99,7 +103,7 @@ def _protocol(limits: ServiceLimits) -> type[H11Protocol]:
     connections = 0
 
     class Impatient(H11Protocol):
-        """Lets go of a client that for `seconds` does not say what it wants or does not read what it gets.
+        """Disconnects a client that for `seconds` does not send its request or read its response.
 
         The time that a body takes is bounded elsewhere, where it can be answered; only the rest of one that was
         refused is bounded here. It is read, because closing on it would cost the client the answer.

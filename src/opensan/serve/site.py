@@ -1,4 +1,4 @@
-"""The web page: static files of the package, served at "/" by the service that they talk to."""
+"""Serve the web page, static files of the package, at "/"."""
 
 import os
 from collections.abc import MutableMapping
@@ -11,12 +11,12 @@ from starlette.staticfiles import StaticFiles
 
 _PACKAGE = Path(__file__).parents[1]
 _HEADERS = {
-    # Nothing from outside, nothing inline; blob: is what the page itself makes.
+    # No other origins, no inline code; blob: is for data that the page itself makes.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # asked again each time, so that page and service are of one version
+    "Cache-Control": "no-cache",  # checked each time, so that page and service have the same version
 }
 
 

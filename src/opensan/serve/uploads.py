@@ -1,4 +1,4 @@
-"""What a client sends with a request: an image file, or a form with one and fields of text."""
+"""Read a request's upload: an image file, or a form with one and fields of text."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from opensan.serve.limits import Problem
 
 CHARSETS = ("utf-8", "us-ascii", "iso-8859-1", "windows-1252", "utf-16")
-"""Of a form's text: `charset` in its Content-Type, UTF-8 if it says none (RFC 7578, section 5.1.2)."""
+"""Charsets of a form's text: `charset` in its Content-Type, else UTF-8 (RFC 7578, section 5.1.2)."""
 
 
 async def uploaded(request: Request, fields: set[str], most_fields: int = 0) -> tuple[bytes, dict[str, list[str]]]:
-    """The image file, and the values of each of the other `fields` of a form, in their order.
+    """Return the image file, and the values of each of the other `fields` of a form, in their order.
 
     Raises Problem, one line: 400 for a form that cannot be read, 415 for another media type, 422 for other fields.
     """
@@ -24,10 +24,10 @@ async def uploaded(request: Request, fields: set[str], most_fields: int = 0) -> 
         raw = media_type.startswith("image/") or media_type == "application/octet-stream"
         if fields or not raw:
             wanted = "a multipart form" if fields else "image/* or a multipart form"
-            raise Problem(415, f"the photograph must come as {wanted}, not as {media_type[:100] or 'nothing'}")
+            raise Problem(415, f"the image must come as {wanted}, not as {media_type[:100] or 'nothing'}")
         return await request.body(), {}
     charset = _charset(header)
-    # Read byte for byte, as Latin-1: the parser would take what it cannot decode for something else, silently.
+    # Read as Latin-1, byte for byte, because the parser silently replaces what it cannot decode.
     headers = Headers({"content-type": _with_charset(header)})
     try:
         form = await MultiPartParser(headers, request.stream(), max_files=1, max_fields=most_fields + 1).parse()
@@ -43,7 +43,7 @@ async def uploaded(request: Request, fields: set[str], most_fields: int = 0) -> 
             raise Problem(422, f"unknown field {unknown[0][:100]!r}: known are {known}")
         image, *others = values.pop("image", [None])
         if others or not isinstance(image, UploadFile):
-            raise Problem(422, "the form needs the photograph's file, once, in a field 'image'")
+            raise Problem(422, "the form needs the image's file, once, in a field 'image'")
         return await image.read(), {
             name: [_text(value, name, charset) for value in found] for name, found in values.items()
         }

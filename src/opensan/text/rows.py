@@ -112,7 +112,7 @@ class TextRows:
         return NODES_ON_CPU
 
     def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> Any:
-        """The vocabulary's text rows in the form that the model's image half takes, remembered."""
+        """Return the vocabulary's text rows in the form that the model's image half takes, from memory if possible."""
         raise NotImplementedError
 
     def __init__(

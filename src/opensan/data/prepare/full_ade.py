@@ -92,7 +92,7 @@ def resize_nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A photograph [H, W, 3] uint8 at another size: bilinear between the nearest pixels, without antialias.
+    """Resize an image [H, W, 3] uint8: bilinear between the nearest pixels, without antialias.
 
     Exactly OpenCV's (4.x, 8 bits), with which the published figures' photographs were scaled: weights of 11 bits, of
     which the sums lose some, and the mean of four where both sides are halved.
@@ -112,7 +112,7 @@ def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _neighbours(old: int, new: int, *, clamped: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The two pixels that each of `new` lies between, and their weights in 2048ths; each [new].
+    """Return the two pixels around each of `new`, and their weights in 2048ths; each [new].
 
     `clamped`: beyond the first and last pixel only that pixel counts (so OpenCV does for columns).
     """
