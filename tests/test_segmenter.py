@@ -12,12 +12,13 @@ from typing import Any, get_overloads
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageShow
 from safetensors.numpy import save_file
 
 import opensan
 from opensan.checkpoints import save_folder
 from opensan.devices import checked_device
+from opensan.errors import UserError
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.results import Encoding, Segmentation
 from opensan.segmenters.san import SanSegmenter
@@ -303,3 +304,68 @@ def test_calls_that_cannot_be_meant_are_one_line(san, tmp_path):
         san.segment([picture(40, 60)], WORDS, batch_size=0)
     with pytest.raises(ValueError, match=r"formats must be a list, such as \['png', 'json'\], not 'png'"):
         san.segment(picture(40, 60), WORDS).save(tmp_path, formats="png")
+
+
+def test_a_mask_by_word(san):
+    seg = san.segment(picture(60, 80), WORDS)
+    for index, word in enumerate(WORDS):
+        assert seg[word].dtype == bool and np.array_equal(seg[word], seg.labels == index)
+        assert np.array_equal(seg.mask(word), seg[word]) and word in seg
+    with pytest.raises(
+        UserError, match=r"^this segmentation has no word 'zebra crosing'; did you mean 'zebra crossing'\?$"
+    ):
+        seg["zebra crosing"]
+    with pytest.raises(UserError, match="no word 'xyz': its words are 'sea', 'hair drier'"):
+        seg["xyz"]
+    with pytest.raises(UserError, match="no word 0"):
+        seg[0]
+
+
+def test_files_of_results_have_the_image_s_name(san, tmp_path):
+    images = [tmp_path / "left.png", tmp_path / "right.jpg"]
+    for seed, path in enumerate(images):
+        Image.fromarray(picture(60, 80, seed)).save(path)
+    for seg in san.segment([images[0], Image.open(images[1])], WORDS):
+        seg.save(tmp_path / "out", formats=["png"])
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["left.labels.png", "right.labels.png"]
+    kept = Encoding.load(san.encode(str(images[0])).save(tmp_path / "kept"))
+    assert kept.stem == san.segment(kept, WORDS).relabel(["sky"]).encoding.stem == "left"
+    for source in (picture(60, 80), images[0].read_bytes()):
+        (path,) = san.segment(source, WORDS).save(tmp_path, formats=["png"]).values()
+        assert path.name == "segmentation.labels.png"
+    (path,) = san.segment(images[0], WORDS).save(tmp_path, "mine", formats=["png"]).values()
+    assert path.name == "mine.labels.png"
+
+
+def test_a_segmentation_as_plain_data_is_its_json_file(san, tmp_path):
+    seg = san.segment(picture(60, 80), WORDS)
+    written = json.loads(seg.save(tmp_path, formats=["json"])["json"].read_text())
+    assert json.loads(json.dumps(seg.to_dict())) == written
+
+
+def test_show_opens_the_overlay_or_says_that_nothing_can(san, monkeypatch):
+    seg, shown = san.segment(picture(60, 80), WORDS), []
+
+    class Viewer(ImageShow.Viewer):
+        def show(self, image, **options):
+            shown.append(image)
+            return 1
+
+    monkeypatch.setattr(ImageShow, "_viewers", [Viewer()])
+    seg.show()
+    assert np.array_equal(shown[0], seg.overlay())
+    monkeypatch.setattr(ImageShow, "_viewers", [])
+    with pytest.raises(UserError, match="no program that shows pictures"):
+        seg.show()
+
+
+def test_a_segmenter_says_what_it_is(san):
+    halves = f"image half {san.identity.image[:12]}, text half {san.identity.text[:12]}"
+    assert repr(san) == f"<SanSegmenter {san.identity.name} on cpu, exact: {halves}>"
+
+
+def test_completion_offers_all_that_the_package_has():
+    assert set(opensan.__all__) <= set(dir(opensan))
+    for name in opensan.__all__:
+        assert getattr(opensan, name) is not None

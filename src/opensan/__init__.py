@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from opensan.vocabulary import Vocabulary
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'opensan' has no attribute {name!r}")

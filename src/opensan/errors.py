@@ -1,7 +1,8 @@
 """Errors that users can meet."""
 
+import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -26,6 +27,13 @@ def short(value: object, most: int = 60) -> str:
     except (ValueError, RecursionError):  # Python writes no whole number of more than 4,300 digits
         return f"a very large {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'car'?", with the name among `known` that is most like `name`; "" if none is like it."""
+    lowered = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f"; did you mean {short(lowered[near[0]])}?" if near else ""
 
 
 def reason(error: BaseException, most: int = 200) -> str:

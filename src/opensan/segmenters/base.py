@@ -3,11 +3,15 @@
 Letters: H0 W0 the image.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opensan.assemble.bands import Scores, best_words, scores_of_words
 from opensan.config import ImageConfig
@@ -41,6 +45,10 @@ class Segmenter:
     dtype: "torch.dtype | str"
     """Precision of the image half's matrices."""
 
+    def __repr__(self) -> str:
+        halves = f"image half {self.identity.image[:12]}, text half {self.identity.text[:12]}"
+        return f"<{type(self).__name__} {self.identity.name} on {self.device}, {self.speed}: {halves}>"
+
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
         """Run images of one padded shape through the network."""
         raise NotImplementedError
@@ -56,11 +64,11 @@ class Segmenter:
     def prepare_words(self, vocabulary: Vocabulary) -> None:
         """Do the slow steps of the first use of words. Raises UserError for words that can't be used."""
 
-    def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
+    def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> NDArray[np.int32]:
         """Return each pixel's word index, [H0, W0] int32, background words included, which come last."""
         return best_words(self.scores(encoding, vocabulary), encoding.sizes.image, len(vocabulary.words))
 
-    def confidence(self, segmentation: Segmentation) -> np.ndarray:
+    def confidence(self, segmentation: Segmentation) -> NDArray[np.float32]:
         """Return `Segmentation.confidence`: [H0, W0] float32 in [0, 1]."""
         vocabulary = segmentation.vocabulary
         scores = self.scores(segmentation.encoding, vocabulary)
@@ -104,7 +112,8 @@ class Segmenter:
 
         Raises ImageError (a ValueError), one line naming the image that cannot be read.
         """
-        return self.prepare(open_image(image, max_pixels=self.max_pixels))
+        prepared = self.prepare(open_image(image, max_pixels=self.max_pixels))
+        return replace(prepared, stem=_stem(image))
 
     def encode_read(self, images: Sequence[InputImage], *, batch_size: int = 4) -> list[Encoding]:
         """Encode images that `read` returned; see `encode`."""
@@ -115,7 +124,8 @@ class Segmenter:
             for start in range(0, len(group), batch_size):
                 indices = group[start : start + batch_size]
                 encoded = self.encode_prepared([images[index] for index in indices])
-                encodings.update(zip(indices, encoded, strict=True))
+                for index, encoding in zip(indices, encoded, strict=True):
+                    encodings[index] = replace(encoding, stem=images[index].stem)
         return [encodings[index] for index in range(len(images))]
 
     @overload
@@ -189,6 +199,12 @@ def same_shape(images: Sequence[InputImage]) -> list[list[int]]:
     for index, image in enumerate(images):
         groups[image.prepared.sizes.padded].append(index)
     return list(groups.values())
+
+
+def _stem(image: object) -> str:
+    """Return the name of an image's file without suffix, also for a PIL image that was opened from one; else ""."""
+    path = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
+    return Path(os.fsdecode(path)).stem if isinstance(path, str | os.PathLike) else ""
 
 
 AnySegmenter = Segmenter

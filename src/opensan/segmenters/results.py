@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageShow
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from opensan import outputs
 from opensan.assemble.bands import to_array
-from opensan.errors import UserError
+from opensan.errors import UserError, did_you_mean, short
 from opensan.files import atomic_path
 from opensan.images import PreparedImage
 from opensan.structures import ImageSizes
@@ -41,9 +42,11 @@ _IMAGE = "image"
 class InputImage:
     """An image as network input, and the image itself."""
 
-    image: np.ndarray | None
+    image: NDArray[np.uint8] | None
     """[H0, W0, 3] uint8 RGB, which the encoding keeps; None to keep none."""
     prepared: PreparedImage
+    stem: str = ""
+    """Name of the image's file without suffix; "" if it is from no file."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,8 +62,10 @@ class Encoding:
     sizes: ImageSizes
     model: str
     """Identity of the model that made it; another model cannot use it."""
-    image: np.ndarray | None = None
+    image: NDArray[np.uint8] | None = None
     """The image, [H0, W0, 3] uint8 RGB, for overlays; None if it was not kept."""
+    stem: str = ""
+    """Name of the image's file without suffix, which names the files of its results; "" if it is from no file."""
 
     def __repr__(self) -> str:
         height, width = self.sizes.image
@@ -96,7 +101,7 @@ class Encoding:
         tensors = {name: to_array(array) for name, array in self.arrays.items()}
         if self.image is not None:
             tensors[_IMAGE] = np.ascontiguousarray(self.image)
-        about = {"model": self.model, "sizes": asdict(self.sizes)}
+        about = {"model": self.model, "sizes": asdict(self.sizes), "stem": self.stem}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"opensan": json.dumps(about)})
         return path
@@ -110,7 +115,7 @@ class Encoding:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             sizes = ImageSizes(**{name: (int(size[0]), int(size[1])) for name, size in meta["sizes"].items()})
             image = np.asarray(arrays.pop(_IMAGE)) if _IMAGE in arrays else None
-            encoding = cls(arrays, sizes, str(meta["model"]), image)
+            encoding = cls(arrays, sizes, str(meta["model"]), image, Path(str(meta.get("stem", ""))).name)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"{os.fspath(path)}: not a saved encoding ({error})") from None
         if not encoding._is_bounded():
@@ -141,7 +146,7 @@ class _Answers(Protocol):
         self, images: Encoding, words: Any, *, background: Iterable[Any] = (), templates: Templates | None = None
     ) -> "Segmentation": ...
 
-    def confidence(self, segmentation: "Segmentation") -> np.ndarray: ...
+    def confidence(self, segmentation: "Segmentation") -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -151,11 +156,11 @@ class Segmentation:
     A pickle of it holds all but the model, confidence included: it can be shown and saved, not relabelled.
     """
 
-    labels: np.ndarray
+    labels: NDArray[np.int32]
     """[H0, W0] int32: index into `names`, or -1 where a background word won."""
     names: list[str]
     """Display names in the vocabulary's order, background words left out."""
-    winners: np.ndarray
+    winners: NDArray[np.int32]
     """[H0, W0] int32: index into `vocabulary.words`, background words included; `labels` itself if there are none."""
     vocabulary: Vocabulary
     encoding: Encoding
@@ -170,6 +175,24 @@ class Segmentation:
         found = [f"{name} {outputs.format_share(area)}" for name, area in shares[:5] if area]
         return f"<Segmentation of {width}x{height}: {', '.join(found) or 'unlabelled'}>"
 
+    def mask(self, word: str) -> NDArray[np.bool_]:
+        """Return which pixels have the word, [H0, W0] bool; `segmentation["car"]` is `segmentation.mask("car")`.
+
+        `word` is one of `names`. Raises UserError, one line, on another.
+        """
+        if word not in self.names:
+            shown = ", ".join(map(short, self.names[:8])) + (", ..." if len(self.names) > 8 else "")
+            hint = did_you_mean(word, self.names) if isinstance(word, str) else ""
+            raise UserError(f"this segmentation has no word {short(word)}{hint or f': its words are {shown}'}")
+        return self.labels == self.names.index(word)
+
+    def __getitem__(self, word: str) -> NDArray[np.bool_]:
+        return self.mask(word)
+
+    def __contains__(self, word: object) -> bool:
+        """Return whether `word` is one of `names`, found in the image or not."""
+        return word in self.names
+
     def _repr_png_(self) -> bytes:
         """Return the overlay as a PNG, which notebooks show."""
         content = io.BytesIO()
@@ -180,7 +203,7 @@ class Segmentation:
         return self.__dict__ | {"confidence": self.confidence, "segmenter": None}
 
     @cached_property
-    def confidence(self) -> np.ndarray:
+    def confidence(self) -> NDArray[np.float32]:
         """[H0, W0] float32 in [0, 1]: the winner's score, clipped (sum over proposals of class times mask probability).
 
         Computed on first access; labels do not need it.
@@ -189,7 +212,7 @@ class Segmentation:
         return self.segmenter.confidence(self)
 
     @property
-    def image(self) -> np.ndarray | None:
+    def image(self) -> NDArray[np.uint8] | None:
         """The image, [H0, W0, 3] uint8 RGB; None if the encoding did not keep it."""
         return self.encoding.image
 
@@ -213,19 +236,41 @@ class Segmentation:
         """Draw the image under the words' colours, with a legend: the overlay that `save` writes."""
         return outputs.overlay(self.image, self.labels, self.names, self.areas)
 
+    def show(self) -> None:
+        """Open the overlay in the system's viewer of pictures; in a notebook, show it there.
+
+        Raises UserError where there is no viewer, as on a server.
+        """
+        if not ImageShow.show(self.overlay(), self.encoding.stem or "segmentation"):
+            raise UserError("no program that shows pictures was found here: write the overlay with save(folder)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of the JSON file that `save` writes: plain data, with a mask (COCO RLE) for each word."""
+        return outputs.record(
+            self.labels,
+            self.names,
+            self.areas,
+            self.confidence,
+            self.vocabulary.to_dict(),
+            self.encoding.model,
+        )
+
     def save(
         self,
         folder: str | os.PathLike[str],
-        stem: str = "segmentation",
+        stem: str | None = None,
         formats: Sequence[str] = ("png", "overlay", "json"),
     ) -> dict[str, Path]:
         """Write the label map (PNG with palette), overlay with legend, and JSON (COCO RLE per word) to `folder`.
+
+        Their names begin with `stem`: by default the name of the image's file without suffix, or "segmentation" for an
+        image from no file. Files of the same names are replaced.
 
         Returns format -> path. Raises ValueError on an unknown format or an unwritable folder.
         """
         return outputs.save(
             folder,
-            stem,
+            stem or self.encoding.stem or "segmentation",
             formats,
             image=self.image,
             labels=self.labels,
