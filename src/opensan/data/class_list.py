@@ -66,7 +66,7 @@ def _read(path: Path) -> tuple[Vocabulary, tuple[int, ...], tuple[int, str] | No
         again = next(value for place, value in enumerate(values) if value in values[:place])
         raise UserError(f"{path}: two classes have the number {again}")
     if mixed := [number for number, content in classes if _SURELY_NUMBERED.match(content)]:
-        plain = next((number for (number, _), match in zip(classes, numbered, strict=True) if not match), None)
+        plain = next(number for number, content in classes if not _NUMBERED.fullmatch(content))
         raise UserError(
             f"{path}: line {mixed[0]} has a number before the class, line {plain} has none; number all or none"
         )
