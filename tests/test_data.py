@@ -62,7 +62,7 @@ def test_sixteen_bits_and_palettes(folder):
 
 def test_lists_may_name_files_and_missing_photographs_are_left_out_by_name(folder):
     (folder / "train.txt").write_text("street.png\n\nimg-10.21op9.png\nlost\n", encoding="utf-8-sig")
-    with pytest.warns(UserWarning, match=r"1 of 3 listed photographs .* left out: lost"):
+    with pytest.warns(UserWarning, match=r"1 of 3 listed images .* left out: lost"):
         data = SegmentationFolder(folder, "train")
     assert [data.name(index) for index in range(len(data))] == ["street", "img-10.21op9"]
 
@@ -111,7 +111,7 @@ def test_labels_that_claim_to_be_enormous_are_named(folder):
         ("clothing_coparsing", "test", ["background"], 100, 58),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*listed photographs")
+@pytest.mark.filterwarnings("ignore:.*listed images")
 def test_real_sets(name, split, ignored, count, classes):
     if not (SHARED / name).exists():
         pytest.skip(f"needs {SHARED / name}")

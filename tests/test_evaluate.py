@@ -341,7 +341,7 @@ def test_predictions_that_are_missing_or_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="no prediction for a"):
         SavedPredictions(tmp_path / "p.json", 3).labels("a", (2, 2))
     save_label_map(tmp_path / "a.png", np.array([[0, 7]]), 8)
-    with pytest.raises(ValueError, match=r"a\.png: is 2x1, the photograph 3x3"):
+    with pytest.raises(ValueError, match=r"a\.png: is 2x1, the image 3x3"):
         SavedPredictions(tmp_path, 8).labels("a", (3, 3))
     with pytest.raises(ValueError, match="holds 7, there are 3 classes"):
         SavedPredictions(tmp_path, 3).labels("a", (1, 2))
@@ -446,7 +446,7 @@ def command(run, monkeypatch, tmp_path):
 def test_eval_writes_everything_and_resumes(command, folder, model_folder):
     code, out, err = command("--data", folder, "--model", model_folder, "--save-predictions", "--batch", 3)
     assert (code, err) == (0, "")
-    assert "shore, val: 7 photographs" in out and "boundary IoU" in out
+    assert "shore, val: 7 images" in out and "boundary IoU" in out
     results = Path("evaluation/shore")
     written = {path.name for path in results.iterdir()}
     assert written == {

@@ -571,7 +571,7 @@ def test_the_command_line_says_what_it_would_take(run, tmp_path):
         assert name in stdout
     code, stdout, _ = run("data", "list", "coco_stuff_171")
     assert code == 0
-    assert "classes: 171\nphotographs: train 118,287, val 5,000\n" in stdout
+    assert "classes: 171\nimages: train 118,287, val 5,000\n" in stdout
     assert "https://cocodataset.org" in stdout
     for arguments, code, message in [
         (["list", "nothing"], 2, "no data set is called 'nothing': choose from coco_stuff_171, "),

@@ -394,7 +394,7 @@ def test_of_equal_masks_the_later_is_on_top():
         ("coco_mini", ["ignored=background"], {"tiny_train": 50, "tiny_val": 50}, 80, 0),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*listed photographs")
+@pytest.mark.filterwarnings("ignore:.*listed images")
 def test_real_sets(tmp_path, capsys, name, options, splits, classes, lost):
     """Through the command: the prepared labels are those that the raw folder gives, photograph by photograph."""
     raw = SHARED / name

@@ -1,4 +1,4 @@
-"""opensan: label every pixel of a photograph with words chosen at run time.
+"""opensan: label every pixel of an image with words chosen at run time.
 
     san = opensan.load("san-vit-b16")
     segmentation = san.segment("street.jpg", ["road", "car", "tree", "sky"])

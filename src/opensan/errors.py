@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Tells a user, in one line, what was wrong, where, and what would be right.
+    """An error that a user can correct; its message is one line: what was wrong, where, and what would be right.
 
     Only such an error is shown without a traceback by the commands, and answered with a 4xx status by the service. Any
     other exception is a fault of the package.
@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class HubError(UserError, ConnectionError):
-    """Tells that a hub did not give a file, what was tried, and what works without it."""
+    """A hub did not provide a file; the message names the attempts, and what works without it."""
 
 
 def short(value: object, most: int = 60) -> str:
@@ -37,7 +37,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def reason(error: BaseException, most: int = 200) -> str:
-    """Return what an error of another package says, on one line of at most `most` characters, for a message."""
+    """Return the message of another package's error, on one line of at most `most` characters."""
     said = str(getattr(error, "strerror", None) or error)
     line = next((" ".join(line.split()) for line in said.splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= most else f"{line[: most - 3]}..."

@@ -163,7 +163,7 @@ def keep_aside(file: Path, mark: str = "changed") -> Path:
 
 
 def check_regular(path: Path) -> None:
-    """Raise UserError on what is neither a file nor missing: a pipe or a device might never end, or never begin."""
+    """Raise UserError if `path` exists and is not a file: reading a pipe or a device might never end or begin."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file")
 

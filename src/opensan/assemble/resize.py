@@ -28,7 +28,7 @@ def linear_pieces(grid: int, padded: int, network: int, image: int) -> tuple[Ten
 
     From one pixel to the next, the row of `interpolation_matrix` changes by the same amount throughout a piece, so
     that a resized value lies on the line between those at the piece's ends. Pieces neither overlap nor leave gaps.
-    When a photograph is much smaller than the network image, a piece may be as short as one pixel.
+    When an image is much smaller than the network image, a piece may be as short as one pixel.
     """
     rows = interpolation.interpolation_matrix(grid, padded, network, image, np.float64)
     second_difference = np.abs(rows[2:] - 2 * rows[1:-1] + rows[:-2]).sum(axis=1)

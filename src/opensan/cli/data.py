@@ -65,7 +65,7 @@ def _description(reader: "Reader") -> list[str]:
     if reader.classes:
         lines.append(f"classes: {reader.classes}")
     if reader.expected:
-        lines.append("photographs: " + ", ".join(f"{split} {count:,}" for split, count in reader.expected.items()))
+        lines.append("images: " + ", ".join(f"{split} {count:,}" for split, count in reader.expected.items()))
     for title in ("needs", "obtained", "terms"):
         if text := getattr(reader, title):
             lines.append(f"{title}: {text}")
@@ -93,7 +93,7 @@ def prepare(
 ) -> None:
     """Convert a data set to the layout that training and evaluation read.
 
-    Images are linked, labels written as index PNGs, with classes, split lists and a manifest. A stopped run goes on
+    Images are linked, labels written as index PNGs, with classes, split lists and a manifest. A stopped run continues
     with the same command. What can't be used is left out and named, and the exit code is 1.
     """
     reader = _reader(name)
@@ -214,7 +214,7 @@ def check(
 ) -> None:
     """Check that a prepared folder is complete.
 
-    Lists, photographs, labels, their sizes, values and checksums. Says what is missing and where it is obtained; the
+    Lists, images, labels, their sizes, values and checksums. Names missing parts and their source; the
     exit code is 1 if anything is.
     """
     if not folder.is_dir():

@@ -80,7 +80,7 @@ def evaluate(
     """Evaluate a model on labelled images.
 
     Writes for each data set a folder with metrics.json, metrics.md, classes.csv, confusions.csv, photographs.csv and
-    index.html, a page of the best and worst photographs. The same command after an interruption goes on where it was.
+    index.html, a page of the best and worst images. The same command continues after an interruption.
     Several devices: torchrun --nproc-per-node N -m opensan eval ...
     """
     folders = [*(data or []), *(more or [])]

@@ -80,7 +80,7 @@ def segment_raster(
     """Label an image of any size, by overlapping tiles, in little memory.
 
     Writes STEM.labels.tif (a GeoTIFF with the image's coordinates; words in the tag WORDS), STEM.polygons.geojson and
-    STEM.preview.png. Stopped in whatever way, the same command goes on where it was. Needs the extra `geo`.
+    STEM.preview.png. The same command continues a run that was stopped in any way. Needs the extra `geo`.
     """
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
     chosen = _numbers("--bands", bands, int)

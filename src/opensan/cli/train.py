@@ -24,8 +24,8 @@ def train(
 ) -> None:
     """Train a model by a configuration.
 
-    A run that was stopped in any way goes on when the same command is given again. Presets are the official recipes:
-    san-vit-b16 and san-vit-l14, at 32 photographs a step: loop.batch_size * loop.accumulate * processes. Several
+    The same command continues a run that was stopped in any way. Presets are the official recipes:
+    san-vit-b16 and san-vit-l14, at 32 images a step: loop.batch_size * loop.accumulate * processes. Several
     processes: torchrun --nproc-per-node 8 -m opensan train san-vit-b16 loop.batch_size=4
     """
     from opensan.recipe.config import RECIPES, read_recipe

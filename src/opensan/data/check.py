@@ -72,7 +72,7 @@ class FolderCheck:
         Args:
             quick: check only that files exist and have the size in the manifest; decode none.
             workers: processes.
-            progress: told the number of photographs done, as they are.
+            progress: called with the number of finished images.
         """
         words = len(self._vocabulary.words)
         values = label_table(self._classes.values, range(words))

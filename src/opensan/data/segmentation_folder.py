@@ -60,7 +60,7 @@ class SegmentationFolder:
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             warnings.warn(
-                f"{self.root / f'{self.split}.txt'}: {len(missing)} of {len(found) + len(missing)} listed photographs "
+                f"{self.root / f'{self.split}.txt'}: {len(missing)} of {len(found) + len(missing)} listed images "
                 f"are not in {self.root / 'images'} and are left out: {shown}",
                 stacklevel=3,
             )

@@ -1,6 +1,6 @@
 """Evaluate at full scale: batches by shape, files read ahead, progress on disk, any number of processes.
 
-    threads: read photograph and labels -> prepare -.            .-> count -> add, now and then save
+    threads: read image and labels -> prepare -.                 .-> count -> add, now and then save
     main thread:                                     `-> predict -'
 
 The plan of batches depends on the data set and the batch size alone. Every process takes a share of it.
@@ -111,7 +111,7 @@ class _Request:
 
 
 def _take(held: ExitStack, folder: Path) -> None:
-    """Hold the folder, and remove what a killed evaluation left half-written there."""
+    """Hold the folder, and remove temporary files of a killed evaluation."""
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"{folder}: another evaluation is writing there; wait for it, or choose another --out"
     held.enter_context(hold(folder / ".lock", busy))

@@ -58,7 +58,7 @@ def write_page(
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     best, worst = best_and_worst(evaluation.photographs)
     parts = []
-    for heading, chosen in (("Worst photographs", worst), ("Best photographs", best)):
+    for heading, chosen in (("Worst images", worst), ("Best images", best)):
         if chosen:
             parts.append(f"<h2>{heading}</h2>")
             parts += [_photograph(folder, dataset, predictor, one) for one in chosen]
@@ -82,7 +82,7 @@ def _figures(evaluation: Evaluation, about: Mapping[str, str]) -> str:
     """Return the metrics over all classes and the worst confusions as HTML."""
     facts = {**about, "photographs": f"{evaluation.images:,}"}
     if evaluation.broken:
-        facts["not readable"] = f"{len(evaluation.broken):,} photographs (metrics.json names them)"
+        facts["not readable"] = f"{len(evaluation.broken):,} images (metrics.json names them)"
     rows = [f"<tr><th>{escape(key)}<td>{escape(str(value))}" for key, value in facts.items()]
     for name, value in evaluation.metrics.summary().items():
         rows.append(f"<tr><th>{FIGURES[name]}<td>{percent(value)} %")

@@ -97,7 +97,7 @@ class SavedPredictions:
             raise UserError(f"{self.path}: holds neither {candidates[0].name} nor {candidates[1].name}")
         found = image_size(path)  # checked before decoding, which could need memory without bound
         if found != size:
-            raise UserError(f"{path}: is {found[1]}x{found[0]}, the photograph {size[1]}x{size[0]} (width x height)")
+            raise UserError(f"{path}: is {found[1]}x{found[0]}, the image {size[1]}x{size[0]} (width x height)")
         return read_label_map(path)
 
     def _from_entries(self, name: str, size: tuple[int, int]) -> np.ndarray:

@@ -38,7 +38,7 @@ class Progress:
         self._journal.close()
 
     def begin(self, work: Mapping[str, object]) -> None:
-        """Say what evaluation this is."""
+        """Identify the evaluation, and keep only progress of the same one."""
         self._journal.begin(work)
 
     def add(self, index: int, counts: ImageCounts, predictions: list[str]) -> None:
@@ -57,7 +57,7 @@ class Progress:
 
 
 def open_progress(folder: Path, work: Mapping[str, object]) -> str | None:
-    """Make `folder` ready for the evaluation that `work` describes; what another evaluation left there is forgotten.
+    """Prepare `folder` for the evaluation that `work` describes; the progress of another evaluation is removed.
 
     Returns in what the other evaluation differed, if there was one.
     """
@@ -94,9 +94,9 @@ class Whole:
 
 
 def read_all(folder: Path, num_classes: int) -> Whole:
-    """Sum up what every process that ever worked on this evaluation has counted.
+    """Sum up the counts of every process that ever worked on this evaluation.
 
-    A row that is not what `Progress` writes counts for nothing: its image is measured again.
+    A damaged row is ignored, so that its image is measured again.
     """
     whole = Whole(Counts(num_classes), {})
     for path in _journals(folder):

@@ -175,7 +175,7 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """List the image files of `paths`, each once.
 
     A file is taken with any name; a folder gives the images in it and below it, by suffix, sorted, without hidden
-    ones and without following links to folders. Warns of photographs in formats that can't be read (.heic, .dng).
+    ones and without following links to folders. Warns of images in formats that can't be read (.heic, .dng).
     Raises ImageError, one line, on a path that does not exist, a folder that can't be listed, and a folder without
     images.
     """

@@ -117,7 +117,7 @@ def label_by_tiles(
 ) -> Iterator[np.ndarray]:
     """Label an image strip by strip, from top to bottom.
 
-    Each tile goes through the model like a photograph of its own: its short side becomes the model's, so a tile of
+    Each tile goes through the model like an image of its own: its short side becomes the model's, so a tile of
     twice that many pixels shows everything at half size. Two rows of tiles are in memory, as proposals, and one strip.
 
     Args:

@@ -1,7 +1,7 @@
 """The HTTP service: an image is encoded once, and labelled with any words by its encoding's id.
 
 limits       what clients may ask, and the gate that holds them to it
-photographs  from what a client sent to pixels, at a bounded cost
+photographs  decodes clients' images, at a bounded cost
 cache        the encodings that are kept
 engine       the model's work, batched and off the event loop
 answers      segmentations as JSON, PNG, or what a page draws

@@ -1,6 +1,6 @@
 """Make the response bodies of segmentations.
 
-Letters: Q queries, K words, h w stride-16 grid, H W the photograph.
+Letters: Q queries, K words, h w stride-16 grid, H W the image.
 """
 
 import base64

@@ -114,9 +114,9 @@ _REASONS = {
     406: "None of the forms that `Accept` allows.",
     408: "The request took too long to arrive.",
     413: "The request is too long.",
-    415: "Not a photograph's media type, or an encoded body.",
+    415: "Not an image's media type, or an encoded body.",
     421: "The service is not called so.",
-    422: "Not a photograph, or words that cannot be used.",
+    422: "Not an image, or words that cannot be used.",
     429: "Too many wait already; `Retry-After` says when to ask again.",
     503: "The service is stopping, or the answer took too long.",
 }
@@ -202,7 +202,7 @@ def create_app(
         limits: what clients may ask.
         token: a secret that clients must send ("Authorization: Bearer ...") with every request but those for health and
             readiness; None lets everybody in.
-        batch: photographs of equal padded shape that go through the network together.
+        batch: images of equal padded shape that go through the network together.
         page: serve the web page at "/", and refuse what other web pages ask through the user's browser.
         hosts: the names by which clients call the service ("example.org", "127.0.0.1"), without a port. Requests to
             other names are refused, but for health and readiness. None: any name.

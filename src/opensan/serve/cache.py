@@ -20,7 +20,7 @@ class _Kept:
 class EncodingCache:
     """At most `entries` encodings of `size` bytes together, each for `seconds` after its last use.
 
-    Names are random and too long to be guessed: who does not know a name cannot see the photograph.
+    Ids are random and too long to be guessed, so only clients that know an id can see the image.
     Used from one thread.
     """
 

@@ -133,7 +133,7 @@ class Engine:
 
         Other requests run between the parts; if the client leaves, the remaining parts are not run.
         Raises Problem: 422 for words that cannot be used, 429 at once if too many wait (not for a request that was
-        `accepted` before its photograph was encoded), 503 if it took too long.
+        `accepted` before its image was encoded), 503 if it took too long.
         """
         if self._questions >= self._limits.questions and not accepted:
             raise busy(f"{self._questions} questions are waiting already: try again later", 1)

@@ -26,10 +26,10 @@ class Metrics:
             **own,
         )
         self.batch = Histogram(
-            "batch_images", "Photographs encoded together.", buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32), **own
+            "batch_images", "Images encoded together.", buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32), **own
         )
         self.encode = Histogram("encode_seconds", "Of one batch, in the network.", buckets=_SECONDS, **own)
-        self.waiting = Gauge("waiting_images", "Photographs accepted and not yet encoded.", **own)
+        self.waiting = Gauge("waiting_images", "Images accepted and not yet encoded.", **own)
         self.questions = Gauge("waiting_questions", "Word questions accepted and not yet answered.", **own)
         self.cache_entries = Gauge("cache_entries", "Encodings kept.", **own)
         self.cache_bytes = Gauge("cache_bytes", "Of the encodings kept.", **own)

@@ -17,7 +17,7 @@ _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 def decode(data: bytes, limits: ServiceLimits) -> np.ndarray:
     """Decode an image file to uint8 RGB [H0, W0, 3].
 
-    Raises ImageError, one line, for what is not a photograph or asks for more than `limits` allow.
+    Raises ImageError, one line, for a file that is not an image or exceeds `limits`.
     """
     if more_scans(data, MOST_SCANS):
         raise ImageError(f"this JPEG has more than {MOST_SCANS} scans: save it anew")

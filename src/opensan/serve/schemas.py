@@ -137,7 +137,7 @@ class PointProposal(BaseModel):
     mask: float = Field(description="Its mask's probability at the pixel.")
     word_probability: float = Field(description="With which it is the winning word.")
     word: str = Field(description="The word it most probably is.")
-    picture: str = Field(description="Its mask over the photograph, an 8-bit PNG at stride 16, base64.")
+    picture: str = Field(description="Its mask over the image, an 8-bit PNG at stride 16, base64.")
 
 
 class PointAnswer(BaseModel):

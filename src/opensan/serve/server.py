@@ -23,7 +23,7 @@ BACKLOG = 64
 
 
 def run(app: Application, listener: socket.socket, started: Callable[[str], None]) -> int:
-    """Serve until SIGTERM or SIGINT, finish what was accepted, and return the signal's number.
+    """Serve until SIGTERM or SIGINT, finish accepted requests, and return the signal's number.
 
     `started` is told the service's URL once it answers.
     """

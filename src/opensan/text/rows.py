@@ -40,7 +40,7 @@ ROWS_IN_MEMORY = 65_536
 """Rows kept in memory: 128 MiB at D = 512."""
 
 EQUAL = 1e-6
-"""Two rows that differ by no more in any number are equal: so much depends on what the tower embeds together."""
+"""Rows with no larger difference in any number count as equal: batches cause differences of this size."""
 
 _LONGEST_TOKEN = 40
 """Characters of CLIP's longest token: a text with more characters a position is refused without tokenizing it."""
@@ -102,7 +102,7 @@ class TextRows:
 
     causal: bool = True
     """Whether the tower is causal. Only then are prompts embedded as trees: in any other tower, a token's output
-    depends on what follows it."""
+    depends on later tokens."""
     tokenize: Callable[[str], list[int]] = staticmethod(tokenize)
     """The tokens of a prompt, special ones included."""
 

@@ -153,7 +153,7 @@ class Trainer:
                 return self._run()
 
     def _take(self, held: ExitStack) -> None:
-        """Hold the folder, and remove what a killed run left half-written in it."""
+        """Hold the folder, and remove temporary files of a killed run."""
         self.out.mkdir(parents=True, exist_ok=True)
         held.enter_context(hold(self.out / ".lock", f"{self.out}: another process is training into this folder"))
         for folder in (self.out, *(path for path in self.out.iterdir() if path.is_dir())):

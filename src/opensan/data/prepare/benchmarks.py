@@ -204,7 +204,7 @@ def open_ade(folder: Path) -> Source:
 _CONTEXT: dict[str, Any] = dict(
     needs=CONTEXT_NEEDS,
     obtained=(
-        "photographs: http://host.robots.ox.ac.uk/pascal/VOC/voc2010/ (VOCtrainval_03-May-2010.tar); labels: "
+        "images: http://host.robots.ox.ac.uk/pascal/VOC/voc2010/ (VOCtrainval_03-May-2010.tar); labels: "
         "https://cs.stanford.edu/~roozbeh/pascal-context/ (trainval.tar.gz); trainval_merged.json: the PASCAL in "
         "Detail challenge, https://sites.google.com/view/pasd/dataset"
     ),
@@ -221,7 +221,7 @@ READERS = (
         open=open_coco_stuff,
         needs=COCO_NEEDS,
         obtained=(
-            "photographs: https://cocodataset.org/#download (train2017.zip, val2017.zip); labels: "
+            "images: https://cocodataset.org/#download (train2017.zip, val2017.zip); labels: "
             "https://github.com/nightrome/cocostuff (stuffthingmaps_trainval2017.zip)"
         ),
         terms="labels CC BY 4.0, photographs under Flickr's terms",

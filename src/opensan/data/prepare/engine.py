@@ -58,7 +58,7 @@ def prepare(
     progress: Callable[[int], None] = lambda count: None,
     note: Callable[[str], None] = lambda message: None,
 ) -> DatasetManifest:
-    """Write `source` in the canonical layout to the folder `out`, or finish what an earlier run began there.
+    """Write `source` in the canonical layout to the folder `out`, or finish an earlier run's work there.
 
     What another request made there is made again.
 
@@ -68,7 +68,7 @@ def prepare(
         out: a new or empty folder, or one that was prepared before.
         splits: only the images of these lists.
         workers: processes.
-        progress: told the number of photographs done, as they are.
+        progress: called with the number of finished images.
         note: gets messages for the user.
 
     Returns:

@@ -94,7 +94,7 @@ def resize_nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize an image [H, W, 3] uint8: bilinear between the nearest pixels, without antialias.
 
-    Exactly OpenCV's (4.x, 8 bits), with which the published figures' photographs were scaled: weights of 11 bits, of
+    Exactly OpenCV's (4.x, 8 bits), with which the published figures' images were scaled: weights of 11 bits, of
     which the sums lose some, and the mean of four where both sides are halved.
     """
     height, width = image.shape[:2]

@@ -164,8 +164,8 @@ def _is_crowd(record: Mapping[str, Any]) -> bool:
 def _what_crowds_are(files: Sequence[_File], crowds: str) -> tuple[bool, list[str]]:
     """Return whether records marked as crowds are objects like others, and notes about that.
 
-    In COCO a crowd is a region of objects that nobody told apart. CVAT marks every mask that was drawn with a brush so,
-    and sets of such masks have nothing else, or the attribute "occluded" that CVAT writes.
+    In COCO a crowd is a region of objects that were not annotated separately. CVAT marks every mask that was drawn with
+    a brush as a crowd; sets with such masks have only these, or the attribute "occluded" that CVAT writes.
     """
     if crowds not in ("", "objects", "unlabelled"):
         raise UserError(f"crowds={crowds}: must be objects or unlabelled")
@@ -191,7 +191,7 @@ def _what_crowds_are(files: Sequence[_File], crowds: str) -> tuple[bool, list[st
 
 @dataclass(frozen=True)
 class _Labels:
-    """The label of each category, and what crowds are."""
+    """Labels of categories, and the meaning of crowds."""
 
     by_category: Mapping[int, int]
     crowds_are_objects: bool

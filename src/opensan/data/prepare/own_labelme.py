@@ -1,4 +1,4 @@
-"""labelme's files, a JSON beside each photograph: `opensan data prepare labelme`.
+"""Read labelme's files, a JSON beside each image: `opensan data prepare labelme`.
 
 Format: https://github.com/wkentaro/labelme (labelme/_label_file.py, labelme/utils/shape.py). Shapes are drawn as
 labelme itself exports them: with their outline, and the later ones on top.
@@ -36,12 +36,12 @@ from opensan.images import MAX_PIXELS, stored_size
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 _NO_LABELS = ("__ignore__", "_background_")
-"""labelme's own words for pixels that are of no class."""
+"""labelme's names for pixels without a class."""
 _CLASSES = ("classes.txt", "labels.txt")
 
 
 def open_labelme(folder: Path, *, ignored: str = "") -> Source:
-    """NAME.json beside NAME.jpg, in the folder or in sub-folders, which are splits."""
+    """Open NAME.json beside NAME.jpg, in the folder or in sub-folders, which are splits."""
     files, left_out = [], {}
     for path in sorted(folder.rglob("*.json")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
@@ -121,7 +121,7 @@ def _shapes(path: Path) -> list[str] | None:
 
 @dataclass(frozen=True)
 class _LabelmeImage:
-    """The image of a JSON file: the file beside it, or what the JSON file itself holds."""
+    """Reads the image of a JSON file: the file beside it, or the image in the JSON file."""
 
     folder: Path
     json: Path
@@ -235,7 +235,7 @@ def _stored_mask(shape: Mapping[str, Any], points: list[tuple[float, float]], si
             part = np.asarray(file.convert("L")) > 0
     except UserError:
         raise
-    except Exception:  # Pillow's readers raise whatever their parsing trips over
+    except Exception:  # Pillow's readers raise any kind of error on damaged files
         raise UserError("its mask is no PNG in base64") from None
     if len(points) != 2:
         raise UserError("its mask has no box of two points")

@@ -1,4 +1,4 @@
-"""YOLO's polygons, a text file for each photograph: `opensan data prepare yolo-seg`.
+"""Read YOLO's polygons, a text file for each image: `opensan data prepare yolo-seg`.
 
 Format: https://docs.ultralytics.com/datasets/segment/: a line an object, its class and then x y x y ... as shares of
 the image's width and height.

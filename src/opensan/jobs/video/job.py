@@ -51,7 +51,7 @@ FRAMES_BETWEEN_NOTES = 16
 TABLE = ".frames.csv"
 JOURNAL = "journal.sqlite"
 _LABELLED = "labelled"
-"""The journal's row: the labels of all frames with a lower number are on disk, and what the steadier remembers."""
+"""The journal's row: the number of the next frame (labels of earlier ones are on disk), and the steadier's state."""
 
 
 @dataclass(frozen=True)
