@@ -18,9 +18,11 @@ from PIL import Image
 
 import opensan
 import opensan.segmenters.san
-from opensan.checkpoints import load_folder
+from opensan.checkpoints import load_folder, load_model
 from opensan.checkpoints.official import to_official
 from opensan.checkpoints.presets import PRESETS
+from opensan.devices import checked_device, chosen_device
+from opensan.errors import UserError
 from opensan.jobs.folder import Job, plan
 from opensan.text.cache import TextCache
 
@@ -386,3 +388,34 @@ def test_output_that_cannot_be_written_is_one_line():
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_options_that_commands_share_are_spelled_the_same(run, tmp_path, model_folder):
+    image = photograph(tmp_path / "a.png")
+    run("segment", image, "-w", "sea, sky", "-m", model_folder, "-o", tmp_path / "out", "--device", "auto")
+    assert (tmp_path / "out" / "a.labels.png").is_file()
+    shorts = {"--out DIR": "-o, ", "--model <": "-m, ", "--words <": "-w, "}
+    for command in ("segment", "segment-raster", "segment-video", "eval", "export", "ui", "serve", "data prepare"):
+        _, said, _ = run(*command.split(), "--help")
+        for long, short in shorts.items():
+            assert said.count(long) == said.count(short + long), (command, long)
+
+
+def test_help_is_in_groups_and_whole(run):
+    _, said, _ = run("segment", "--help")
+    titles = [line for line in said.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Arguments:", "Words:", "Model:", "Results:", "Options:"]
+    assert "..." not in run("--help")[1].partition("Commands:")[2]
+
+
+def test_auto_is_the_gpu_where_there_is_one(monkeypatch):
+    for there, name in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert chosen_device("auto") == name
+    assert chosen_device("cuda:1") == "cuda:1"
+    assert checked_device("auto").type == "cpu"
+
+
+def test_a_mistyped_model_is_guessed():
+    with pytest.raises(UserError, match=r"no model 'san-vit-b15': .*; did you mean 'san-vit-b16'\?$"):
+        load_model("san-vit-b15")

@@ -362,7 +362,7 @@ def test_show_opens_the_overlay_or_says_that_nothing_can(san, monkeypatch):
 
 def test_a_segmenter_says_what_it_is(san):
     halves = f"image half {san.identity.image[:12]}, text half {san.identity.text[:12]}"
-    assert repr(san) == f"<SanSegmenter {san.identity.name} on cpu, exact: {halves}>"
+    assert repr(san) == f"<SanSegmenter {san.identity.name} on {san.device}, exact: {halves}>"
 
 
 def test_completion_offers_all_that_the_package_has():

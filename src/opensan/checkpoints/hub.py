@@ -10,7 +10,7 @@ from opensan.checkpoints.native import WEIGHTS_NAME, load_folder
 from opensan.checkpoints.pickles import load_official
 from opensan.checkpoints.presets import PRESETS
 from opensan.config import CONFIG_NAME, ModelConfig, read_config
-from opensan.errors import HubError, UserError, reason
+from opensan.errors import HubError, UserError, did_you_mean, reason
 from opensan.files import ASSETS, check_regular
 from opensan.model import SAN, build_san
 
@@ -47,9 +47,10 @@ def load_model(source: str | os.PathLike) -> SAN:
     if HUB_ID.fullmatch(name) and not name.endswith((".pth", ".safetensors")):
         config = download(name, name, CONFIG_NAME)
         return load_folder(config.parent, download(name, name, WEIGHTS_NAME))
-    known = ", ".join(["tiny", *(name for name, preset in PRESETS.items() if preset.official)])
+    known = ["tiny", *(name for name, preset in PRESETS.items() if preset.official)]
     raise UserError(
-        f"no model {name!r}: it is no file or folder here; known names are {known}, or a hub id like owner/name"
+        f"no model {name!r}: it is no file or folder here; known names are {', '.join(known)}, or a hub id like "
+        f"owner/name{did_you_mean(name, known)}"
     )
 
 

@@ -21,7 +21,7 @@ from opensan.cli.profile import profile
 from opensan.cli.raster import segment_raster
 from opensan.cli.segment import segment
 from opensan.cli.serve import serve
-from opensan.cli.terminal import Commands, reporting_errors
+from opensan.cli.terminal import Command, Commands, reporting_errors
 from opensan.cli.train import train
 from opensan.cli.ui import ui
 from opensan.cli.video import segment_video
@@ -35,19 +35,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(segment)
-app.command()(segment_raster)
-app.command()(segment_video)
-app.command("eval")(evaluate)
-app.command()(words)
-app.command()(cache)
-app.command()(convert)
-app.command()(export)
-app.command()(parity)
-app.command()(train)
-app.command()(profile)
-app.command()(serve)
-app.command()(ui)
+app.command(cls=Command)(segment)
+app.command(cls=Command)(segment_raster)
+app.command(cls=Command)(segment_video)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(words)
+app.command(cls=Command)(cache)
+app.command(cls=Command)(convert)
+app.command(cls=Command)(export)
+app.command(cls=Command)(parity)
+app.command(cls=Command)(train)
+app.command(cls=Command)(profile)
+app.command(cls=Command)(serve)
+app.command(cls=Command)(ui)
 app.add_typer(data)
 
 

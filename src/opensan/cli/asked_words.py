@@ -10,27 +10,44 @@ from opensan.cli.terminal import UsageError
 from opensan.vocabulary import Vocabulary
 from opensan.word_lists import word_list
 
+WORDS = "Words"
+"""Group of options in the help."""
+
 Words = Annotated[
     list[str] | None,
     typer.Option(
+        "--words",
+        "-w",
         help='What to look for: "road, car|automobile|taxi, sky" (| joins synonyms). May be given several times.',
         show_default=False,
+        rich_help_panel=WORDS,
     ),
 ]
 WordsFile = Annotated[
     list[Path] | None,
-    typer.Option(help="The words from a file: a word a line, JSON, or YAML.", show_default=False),
+    typer.Option(
+        help="The words from a file: a word a line, JSON, or YAML.", show_default=False, rich_help_panel=WORDS
+    ),
 ]
 WordsSet = Annotated[
-    list[str] | None, typer.Option(help="A ready label set; `opensan words` lists them.", show_default=False)
+    list[str] | None,
+    typer.Option(help="A ready label set; `opensan words` lists them.", show_default=False, rich_help_panel=WORDS),
 ]
 Background = Annotated[
     list[str] | None,
-    typer.Option(help="Words whose pixels are reported as unlabelled. May be given several times.", show_default=False),
+    typer.Option(
+        help="Words whose pixels are reported as unlabelled. May be given several times.",
+        show_default=False,
+        rich_help_panel=WORDS,
+    ),
 ]
 Templates = Annotated[
     list[str] | None,
-    typer.Option(help="Prompts: vild (the default), single, or a file with one a line.", show_default=False),
+    typer.Option(
+        help="Prompts: vild (the default), single, or a file with one a line.",
+        show_default=False,
+        rich_help_panel=WORDS,
+    ),
 ]
 
 T = TypeVar("T")

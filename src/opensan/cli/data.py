@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
+from opensan.cli.terminal import Command, Commands, UsageError, complain, note, output_console, progress_bar
 from opensan.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 Workers = Annotated[int, typer.Option(min=1, help="Processes; one for each core if not given.", show_default=False)]
 
-data = typer.Typer(name="data", rich_markup_mode=None)
+data = typer.Typer(name="data", cls=Commands, rich_markup_mode=None)
 
 
 @data.callback(invoke_without_command=True)
@@ -32,7 +32,7 @@ def _help(context: typer.Context) -> None:
         print(context.get_help())
 
 
-@data.command("list")
+@data.command("list", cls=Command)
 def list_(
     name: Annotated[str | None, typer.Argument(help="Describe one data set.", show_default=False)] = None,
 ) -> None:
@@ -77,7 +77,7 @@ REQUIRED: Any = ...
 """How typer marks an option without default."""
 
 
-@data.command()
+@data.command(cls=Command)
 def prepare(
     name: Annotated[str, typer.Argument(help="The kind of data: see `opensan data list`.", show_default=False)],
     options: Annotated[
@@ -85,7 +85,9 @@ def prepare(
         typer.Argument(metavar="[KEY=VALUE]...", help="Its options: see `opensan data list NAME`.", show_default=False),
     ] = None,
     source: Annotated[Path, typer.Option(metavar="DIR", help="The data as downloaded.", show_default=False)] = REQUIRED,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder, or one to continue.")] = REQUIRED,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="A new folder, or one to continue.")
+    ] = REQUIRED,
     split: Annotated[
         list[str] | None, typer.Option(help="Only this split; may be given again.", show_default=False)
     ] = None,
@@ -204,7 +206,7 @@ def _complain_of(problems: list[str], all_in: Path | None = None) -> None:
         complain(f"and {len(problems) - SHOWN:,} more" + (f"; {all_in} names them" if all_in else ""))
 
 
-@data.command()
+@data.command(cls=Command)
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A prepared folder.", show_default=False)],
     quick: Annotated[

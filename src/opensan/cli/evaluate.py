@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensan.cli.computing import Device, ImageDtype, Speed
+from opensan.cli.options import Device, ImageDtype, Model, Out, Speed, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_of
 from opensan.errors import UserError
 
@@ -36,19 +36,14 @@ def evaluate(
         list[Path] | None,
         typer.Option(metavar="DIR...", help="Prepared data sets (`opensan data prepare`).", show_default=False),
     ] = None,
-    model: Annotated[
-        str,
-        typer.Option(help="san-vit-b16, san-vit-l14, tiny, a folder, a .safetensors, a .pth, or a hub id owner/name."),
-    ] = "san-vit-b16",
+    model: Model = "san-vit-b16",
     split: Annotated[
         str | None,
         typer.Option(help="The list of images. Default: the data set's own for this, or val.", show_default=False),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("evaluation"),
-    device: Device = "cpu",
-    speed: Annotated[
-        Speed, typer.Option(help="exact is the benchmarks' protocol; fast gives nearly the same labels sooner.")
-    ] = Speed.exact,
+    out: Out = Path("evaluation"),
+    device: Device = "auto",
+    speed: SpeedChoice = Speed.exact,
     dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of one shape that are computed together.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read images and count pixels.")] = 4,
@@ -94,11 +89,12 @@ def evaluate(
         raise UsageError("--tta is about how a model predicts; --from-predictions has no model")
     from torch import OutOfMemoryError
 
+    from opensan.devices import chosen_device
     from opensan.distributed import is_main, process_group
     from opensan.evaluate.sets import find_sets, open_set
     from opensan.segmenters.san import load_san
 
-    with process_group("cpu" if from_predictions else device) as group:
+    with process_group("cpu" if from_predictions else chosen_device(device)) as group:
         if not is_main():
             warnings.simplefilter("ignore")  # the main process shows them
         if root is not None:

@@ -30,7 +30,7 @@ class ExportDtype(StrEnum):
 
 def export(
     model: Annotated[str, typer.Argument(help="As for `opensan segment --model`.", show_default=False)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; it must not exist.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write; it must not exist.")],
     format: Annotated[Format, typer.Option(help="torch: torch.export's .pt2 files.")] = Format.onnx,
     dtype: Annotated[
         ExportDtype,

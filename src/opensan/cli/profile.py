@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opensan.cli.options import AsJson, Device
 from opensan.cli.terminal import UsageError, note, output_console
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for segment --model.", show_default=False)],
     size: Annotated[str, typer.Option(metavar="HxW", help="Size of the network image.")] = "640x640",
     words: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of words.")] = 171,
-    device: Annotated[str, typer.Option(help="Device of the speed: cpu, cuda, cuda:1, mps.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Report a model's parameters, operations by part, peak memory, and images a second.
 

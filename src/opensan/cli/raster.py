@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.computing import Device, ImageDtype, Speed, SpeedAsForSegment
+from opensan.cli.options import Device, ImageDtype, Model, Out, Speed, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -35,8 +35,8 @@ def segment_raster(
     words_set: WordsSet = None,
     background: Background = None,
     templates: Templates = None,
-    model: Annotated[str, typer.Option(help="As for `opensan segment`.")] = "san-vit-b16",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("out"),
+    model: Model = "san-vit-b16",
+    out: Out = Path("out"),
     tile: Annotated[
         int | None,
         typer.Option(
@@ -72,8 +72,8 @@ def segment_raster(
     ] = None,
     polygons: Annotated[bool, typer.Option(help="Also write the regions as GeoJSON.")] = True,
     min_pixels: Annotated[int, typer.Option(min=1, help="Regions smaller than this get no polygon.")] = 1,
-    device: Device = "cpu",
-    speed: SpeedAsForSegment = Speed.exact,
+    device: Device = "auto",
+    speed: SpeedChoice = Speed.exact,
     dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Tiles that go through the model together.")] = 1,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.computing import Device, ImageDtype, Speed, dtype_name
+from opensan.cli.options import RESULTS, Device, ImageDtype, Model, Out, Speed, SpeedChoice, dtype_name
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -32,14 +32,8 @@ def segment(
     words_set: WordsSet = None,
     background: Background = None,
     templates: Templates = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="san-vit-b16, san-vit-l14 (official weights, downloaded once), tiny (comes along, works offline, "
-            "knows drawn scenes only), a folder, a .safetensors, an official .pth, or a hub id owner/name."
-        ),
-    ] = "san-vit-b16",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("out"),
+    model: Model = "san-vit-b16",
+    out: Out = Path("out"),
     formats: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,12 +42,11 @@ def segment(
             help="What to write, of: png (label map), overlay, json (these three are the default); and as data sets "
             "of all: coco, yolo, voc, labelstudio. With commas between, or given several times.",
             show_default=False,
+            rich_help_panel=RESULTS,
         ),
     ] = None,
-    device: Device = "cpu",
-    speed: Annotated[
-        Speed, typer.Option(help="fast: about twice as fast where the processor has bfloat16, nearly the same labels.")
-    ] = Speed.exact,
+    device: Device = "auto",
+    speed: SpeedChoice = Speed.exact,
     dtype: ImageDtype = None,
     batch: Annotated[
         int, typer.Option(min=1, help="Images computed together, if their shapes agree; more than 1 helps on a GPU.")
@@ -99,7 +92,7 @@ def segment(
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
             raise
-        raise UserError(f"out of memory on {device}: try a smaller --batch, or smaller images") from None
+        raise UserError(f"out of memory on {segmenter.device}: try a smaller --batch, or smaller images") from None
 
 
 def _one(segmenter: "Segmenter", vocabulary: Vocabulary, job: "Job", out: Path, formats: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opensan.cli.computing import Device, Speed, SpeedAsForSegment
+from opensan.cli.options import Device, Model, Speed, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note
 from opensan.errors import UserError
 
@@ -16,13 +16,11 @@ _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "multipart": "python-mult
 
 
 def serve(
-    model: Annotated[
-        str, typer.Option(help="As for `opensan segment`: san-vit-b16, san-vit-l14, tiny, a folder, a file, a hub id.")
-    ] = "san-vit-b16",
+    model: Model = "san-vit-b16",
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8000,
-    device: Device = "cpu",
-    speed: SpeedAsForSegment = Speed.exact,
+    device: Device = "auto",
+    speed: SpeedChoice = Speed.exact,
     batch: Annotated[int, typer.Option(min=1, help="Images of one shape encoded together; more help a GPU.")] = 4,
     token: Annotated[
         str | None,

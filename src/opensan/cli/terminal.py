@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from opensan.errors import UserError
 
@@ -34,11 +34,35 @@ class UsageError(UserError):
     """The command line contradicts itself: exit code 2."""
 
 
+class Command(TyperCommand):
+    """A command whose help shows its options in groups, by their `rich_help_panel`."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each group; options of no group, with --help, come last."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                default = "Arguments" if param.param_type_name == "argument" else "Options"
+                groups.setdefault(getattr(param, "rich_help_panel", None) or default, []).append(record)
+        groups["Options"] = groups.pop("Options", [])
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
 class Commands(TyperGroup):
     """Commands that turn Ctrl-C into an Abort for `reporting_errors`; typer from 0.29 on would exit silently.
 
     A command that has a message about it, such as how to continue, raises KeyboardInterrupt("...").
     """
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write each command's first sentence, whole: typer cuts it at the width of the terminal."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, one.get_short_help_str(limit=1000)) for name, one in commands.items() if one and not one.hidden]
+            )
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; turn KeyboardInterrupt into an Abort with its text."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opensan.cli.computing import Device, Speed, SpeedAsForSegment
+from opensan.cli.options import Device, Model, Speed, SpeedChoice
 from opensan.cli.serve import require_serve_extra
 from opensan.cli.terminal import note
 
@@ -15,13 +15,11 @@ HOST = "127.0.0.1"
 
 
 def ui(
-    model: Annotated[
-        str, typer.Option(help="As for `opensan segment`: tiny, san-vit-b16, san-vit-l14, a folder, a file, a hub id.")
-    ] = "san-vit-b16",
+    model: Model = "san-vit-b16",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8321,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in your browser.")] = True,
-    device: Device = "cpu",
-    speed: SpeedAsForSegment = Speed.exact,
+    device: Device = "auto",
+    speed: SpeedChoice = Speed.exact,
 ) -> None:
     """Open a page where words act at once: an image is encoded once, and every keystroke updates the labels.
 

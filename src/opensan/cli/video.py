@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.computing import Device, ImageDtype, Speed, SpeedAsForSegment, dtype_name
+from opensan.cli.options import Device, ImageDtype, Model, Out, Speed, SpeedChoice, dtype_name
 from opensan.cli.terminal import complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -23,8 +23,8 @@ def segment_video(
     words_set: WordsSet = None,
     background: Background = None,
     templates: Templates = None,
-    model: Annotated[str, typer.Option(help="As for `opensan segment`.")] = "san-vit-b16",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for the results.")] = Path("out"),
+    model: Model = "san-vit-b16",
+    out: Out = Path("out"),
     every: Annotated[
         int, typer.Option(min=1, metavar="N", help="Take every Nth frame only, in the overlay video too.")
     ] = 1,
@@ -35,8 +35,8 @@ def segment_video(
             "as `opensan segment` would label it."
         ),
     ] = True,
-    device: Device = "cpu",
-    speed: SpeedAsForSegment = Speed.exact,
+    device: Device = "auto",
+    speed: SpeedChoice = Speed.exact,
     dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Frames that go through the model together.")] = 1,
     max_pixels: Annotated[
@@ -67,7 +67,7 @@ def segment_video(
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
             raise
-        raise UserError(f"out of memory on {device}: try a smaller --batch") from None
+        raise UserError(f"out of memory on {segmenter.device}: try a smaller --batch") from None
 
 
 def _run(run: "VideoRun", names: list[str]) -> None:

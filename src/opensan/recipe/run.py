@@ -70,8 +70,6 @@ def run_recipe(recipe: RecipeConfig) -> tuple[RunResult, SavedModel | None]:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = checked_device(name)
     if device.type == "mps":
         raise UserError("device mps: torch has neither float64 nor the gradient of grid_sample there; train on cuda")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def load(
     source: str | os.PathLike[str] = "san-vit-b16",
     *,
-    device: "str | torch.device" = "cpu",
+    device: "str | torch.device" = "auto",
     speed: Literal["exact", "fast"] = "exact",
     dtype: Literal["float32", "bfloat16"] | None = None,
     random_weights: int | None = None,
@@ -33,7 +33,8 @@ def load(
         source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "tiny" (ships with the package);
             a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name"; or an exported model:
             its folder, or a graph in it ("exported/image.onnx"). An exported model needs no torch.
-        device: "cpu", "cuda", "cuda:1", "mps". An exported model runs on the CPU.
+        device: "auto" ("cuda" where torch finds a GPU, else "cpu"), "cpu", "cuda", "cuda:1", "mps". An exported
+            model runs on the CPU.
         speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
             labels (see docs/speed.md). For an exported model it was chosen at export.
         dtype: "float32" or "bfloat16", the precision of matrix products in both ViTs' blocks; None lets `speed` choose.
@@ -74,7 +75,7 @@ def load(
     from opensan.segmenters.exported.segmenter import ExportedSegmenter
 
     decided = {
-        "device": str(device) == "cpu",
+        "device": str(device) in ("auto", "cpu"),
         "speed": speed == "exact",
         "dtype": dtype is None,
         "random_weights": random_weights is None,

@@ -147,7 +147,7 @@ class SanSegmenter(ProposalSegmenter):
 def load_san(
     source: str | os.PathLike = "san-vit-b16",
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     speed: str = "exact",
     dtype: str | None = None,
     random_weights: int | None = None,
@@ -159,7 +159,7 @@ def load_san(
     Args:
         source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "tiny" (ships with the package);
             a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name".
-        device: "cpu", "cuda", "cuda:1", "mps".
+        device: "auto" ("cuda" where torch finds a GPU, else "cpu"), "cpu", "cuda", "cuda:1", "mps".
         speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
             labels (see docs/speed.md).
         dtype: "float32" or "bfloat16", the precision of matrix products in both ViTs' blocks; None lets `speed` choose.

@@ -1,0 +1,63 @@
+"""Options that several commands share: one spelling, one help."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+class Speed(StrEnum):
+    """Speed of the image half."""
+
+    exact = "exact"
+    fast = "fast"
+
+
+class Dtype(StrEnum):
+    """Precision of the image half's matrices."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def dtype_name(dtype: Dtype | None) -> Literal["float32", "bfloat16"] | None:
+    """Return the choice as `opensan.load` takes it."""
+    return None if dtype is None else dtype.value
+
+
+MODEL, RESULTS = "Model", "Results"
+"""Groups of options in the help."""
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="san-vit-b16, san-vit-l14 (official weights, downloaded once), tiny (comes along, works offline, knows "
+        "drawn scenes only), a folder, a .safetensors, an official .pth, or a hub id owner/name.",
+        rich_help_panel=MODEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="auto (cuda where it works, else cpu), cpu, cuda, cuda:1, mps.", rich_help_panel=MODEL),
+]
+SpeedChoice = Annotated[
+    Speed,
+    typer.Option(
+        help="exact is the benchmarks' protocol; fast gives nearly the same labels, in about half the time where the "
+        "processor has bfloat16.",
+        rich_help_panel=MODEL,
+    ),
+]
+ImageDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        help="Precision of the image half's matrices; --speed chooses it if not given.", rich_help_panel=MODEL
+    ),
+]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", metavar="DIR", help="The folder for the results.", rich_help_panel=RESULTS)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=RESULTS)]
