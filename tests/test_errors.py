@@ -1,14 +1,17 @@
 """Only a UserError is the user's: told in one line. Any other exception is a fault of the package, with a traceback."""
 
 import errno
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from opensan.cli import main
-from opensan.errors import HubError, UserError
+from opensan.errors import HubError, UserError, install
 from opensan.evaluate.evaluation import evaluate
 from opensan.train.stream import MOST_REPLACEMENTS, _Positions
 from opensan.vocabulary import Vocabulary
@@ -115,3 +118,13 @@ def test_a_fault_in_reading_is_no_broken_image():
 def test_images_that_cannot_be_read_are_replaced_in_a_training():
     found = _Positions([OneImage(UserError("a.png: damaged"))], seed=0)[0, 0]
     assert isinstance(found, UserError) and f"{MOST_REPLACEMENTS} broken samples in a row" in str(found)
+
+
+def test_messages_about_missing_extras_name_what_works():
+    root = Path(__file__).parents[1]
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    sources = {path: path.read_text(encoding="utf-8") for path in (root / "src").rglob("*.py")}
+    assert not [path for path, text in sources.items() if "opensan[" in text]
+    named = {extra for text in sources.values() for extra in re.findall(r"""install\(["'](\w+)["']\)""", text)}
+    assert {"serve", "geo", "video", "encoders", "huggingface"} <= named <= extras.keys()
+    assert install("geo").startswith("pip install '.[geo]'")

@@ -119,5 +119,5 @@ def test_a_run_that_never_began_opens_nothing(tmp_path, package):
 
 def test_a_missing_package_is_told_with_the_command_that_helps(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(ValueError, match=r"loggers: mlflow is not installed: pip install 'opensan\[mlflow\]'"):
+    with pytest.raises(ValueError, match=r"loggers: mlflow is not installed: pip install '\.\[mlflow\]'"):
         make_trackers(["mlflow"], tmp_path, "streets", {})

@@ -43,6 +43,14 @@ def reason(error: BaseException, most: int = 200) -> str:
     return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
+def install(extra: str) -> str:
+    """Return, for a message, what installs an optional part, an extra of the package.
+
+    The package is on no index before its first release: what works is pip in a checkout of the repository.
+    """
+    return f"pip install '.[{extra}]' in a checkout of opensan"
+
+
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """Make an OSError of the block, which does nothing but write to `path`, a UserError that names it."""

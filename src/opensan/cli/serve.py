@@ -8,7 +8,7 @@ import typer
 
 from opensan.cli.options import Device, Model, Speed, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note
-from opensan.errors import UserError
+from opensan.errors import UserError, install
 
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "multipart": "python-multipart",
            "fastapi_offline": "fastapi-offline",
@@ -79,4 +79,4 @@ def require_serve_extra() -> None:
     """Raise UserError, one line, if packages of the service are missing."""
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f"the service needs {', '.join(missing)}: pip install 'opensan[serve]'")
+        raise UserError(f"the service needs {', '.join(missing)}: {install('serve')}")

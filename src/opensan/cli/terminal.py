@@ -91,7 +91,7 @@ def reporting_errors() -> Iterator[None]:
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] == "opensan":
                 raise
-            complain(f"error: this needs {error.name}, which is not installed; pip install opensan brings all it needs")
+            complain(f"error: this needs {error.name}, which is missing: pip install . in a checkout of opensan")
             sys.exit(1)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:

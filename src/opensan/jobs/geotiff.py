@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opensan.errors import UserError
+from opensan.errors import UserError, install
 from opensan.files import atomic_path
 from opensan.jobs.ground import Ground
 from opensan.jobs.strips import StripFile, label_dtype
@@ -75,7 +75,7 @@ def gdal() -> Iterator[None]:
         import shapely  # noqa: F401
         from rasterio.errors import NotGeoreferencedWarning
     except ImportError as error:
-        raise UserError(f"rasters need {error.name}: pip install 'opensan[geo]'") from None
+        raise UserError(f"rasters need {error.name}: {install('geo')}") from None
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MEGABYTES), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield

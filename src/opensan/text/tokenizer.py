@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import regex
 
-from opensan.errors import UserError
+from opensan.errors import UserError, install
 from opensan.files import ASSETS
 
 _MERGES = ASSETS / "tokenizer" / "merges.txt.gz"
@@ -110,7 +110,7 @@ class FileTokenizer:
         try:
             from tokenizers import Tokenizer as Library
         except ModuleNotFoundError:
-            raise UserError("this model's words need tokenizers: pip install 'opensan[encoders]'") from None
+            raise UserError(f"this model's words need tokenizers: {install('encoders')}") from None
         try:
             self._library = Library.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL.Image import Image
 
-from opensan.errors import UserError
+from opensan.errors import UserError, install
 from opensan.files import write_text
 from opensan.train.log import RunLogger
 
@@ -143,7 +143,7 @@ def make_trackers(
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"loggers: {name} is not installed: pip install 'opensan[{name}]'")
+            raise UserError(f"loggers: {name} is not installed: {install(name)}")
     return [_TRACKERS[name](folder, project, settings) for name in names]
 
 

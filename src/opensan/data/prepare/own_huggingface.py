@@ -26,7 +26,7 @@ from opensan.data.prepare.own_photographs import (
     without,
 )
 from opensan.data.prepare.source import Photograph, Reader, Source
-from opensan.errors import HubError, UserError, reason
+from opensan.errors import HubError, UserError, install, reason
 from opensan.vocabulary import Vocabulary, Word
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         import pyarrow
     except ImportError:
-        raise UserError(f"{file}: reading tables needs pyarrow: pip install 'opensan[huggingface]'") from None
+        raise UserError(f"{file}: reading tables needs pyarrow: {install('huggingface')}") from None
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:

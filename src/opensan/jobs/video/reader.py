@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opensan.errors import UserError, reason
+from opensan.errors import UserError, install, reason
 from opensan.images import MAX_PIXELS, ImageError, check_size
 
 if TYPE_CHECKING:
@@ -287,5 +287,5 @@ def pyav() -> Any:
     try:
         import av
     except ImportError:
-        raise UserError("videos need PyAV: pip install 'opensan[video]'") from None
+        raise UserError(f"videos need PyAV: {install('video')}") from None
     return av

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from opensan.errors import UserError
+from opensan.errors import UserError, install
 
 
 def library(module: str, package: str) -> ModuleType:
@@ -16,7 +16,7 @@ def library(module: str, package: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != module.split(".")[0]:
             raise
-        raise UserError(f"this backbone needs {package}: pip install 'opensan[encoders]'") from None
+        raise UserError(f"this backbone needs {package}: {install('encoders')}") from None
 
 
 def timm_model(name: str, **options: Any) -> Any:

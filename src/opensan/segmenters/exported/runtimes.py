@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opensan.errors import UserError, reason
+from opensan.errors import UserError, install, reason
 
 Run = Callable[..., list[np.ndarray]]
 """Function from inputs by name to the outputs in their order."""
@@ -32,7 +32,7 @@ def library(name: str, extra: str):
     try:
         return import_module(name)
     except ModuleNotFoundError:
-        raise UserError(f"this needs {name}: pip install 'opensan[{extra}]'") from None
+        raise UserError(f"this needs {name}: {install(extra)}") from None
 
 
 def _open_onnx(path: Path, threads: int) -> Run:
