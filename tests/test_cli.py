@@ -25,6 +25,7 @@ from opensan.devices import checked_device, chosen_device
 from opensan.errors import UserError
 from opensan.jobs.folder import Job, plan
 from opensan.text.cache import TextCache
+from opensan.vocabulary import Vocabulary, ready_sets
 
 from .conftest import GOLDENS
 
@@ -419,3 +420,9 @@ def test_auto_is_the_gpu_where_there_is_one(monkeypatch):
 def test_a_mistyped_model_is_guessed():
     with pytest.raises(UserError, match=r"no model 'san-vit-b15': .*; did you mean 'san-vit-b16'\?$"):
         load_model("san-vit-b15")
+
+
+def test_words_as_json(run):
+    every = json.loads(run("words", "--json")[1])
+    assert list(every) == ready_sets() and all(names == Vocabulary.ready(one).names for one, names in every.items())
+    assert json.loads(run("words", "ade20k_150", "--json")[1]) == {"ade20k_150": every["ade20k_150"]}

@@ -1,19 +1,26 @@
 """`opensan words`: list the label sets of the package."""
 
+import json
 from typing import Annotated
 
 import typer
 
+from opensan.cli.options import AsJson
 from opensan.vocabulary import Vocabulary, ready_sets
 
 
 def words(
     name: Annotated[str | None, typer.Argument(help="A set: print its words, one a line.", show_default=False)] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the ready label sets, or the words of one.
 
     The words of a set, printed to a file, make a good start for a --words-file of your own.
     """
+    if as_json:
+        found = {known: Vocabulary.ready(known).names for known in ([name] if name is not None else ready_sets())}
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+        return
     if name is not None:
         print("\n".join(Vocabulary.ready(name).names))
         return
