@@ -172,3 +172,24 @@ def test_micro_batches_share_one_normalizer():
     assert [sum(one.counts) for one in both] == [3, 3]
     assert mask_normalizer(both, "cpu") == 3
     assert mask_normalizer([LabelMapTargets.from_maps(maps[2:])], "cpu") == 1
+
+
+def test_unlabelled_pixels_can_be_spared_from_no_object():
+    """A query on unlabelled pixels need not say no-object; one on labelled pixels must, and so must all by default."""
+    labels = np.full((8, 8), -1, dtype=np.int16)
+    labels[:, :3] = 1  # class 1 on the left, nothing known about the rest
+    targets = LabelMapTargets.from_maps([labels])
+    masks = torch.full((1, 3, 8, 8), -9.0)
+    masks[0, 0, :, :3], masks[0, 1, :, 4:], masks[0, 2, :, :2] = 9.0, 9.0, 9.0
+    words = torch.zeros(1, 3, WORDS + 1, requires_grad=True)
+    output = LayerOutput(masks, words + torch.eye(WORDS + 1)[1])
+    for spare, silent in ((True, {1}), (False, set())):
+        criterion = SetCriterion(FixedPoints.grid(8), spare_unlabelled=spare)
+        losses, _ = criterion([output], targets, 1.0)
+        (gradient,) = torch.autograd.grad(losses["loss_ce"], words, retain_graph=True)
+        assert {query for query in range(3) if not gradient[0, query].any()} == silent
+
+
+def test_masks_leave_nothing_unlabelled():
+    targets = MaskTargets.from_masks([torch.zeros(1, 4, 4)], [torch.tensor([0])])
+    assert targets.labelled_at(torch.rand(1, 5, 2)).all()

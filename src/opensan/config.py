@@ -236,6 +236,21 @@ class AlignConfig(Config):
             raise UserError(f"clip.text: width {self.text.width} is not a multiple of heads {self.text.heads}")
 
 
+class EfficientNetLiteConfig(Config):
+    """The family "efficientnet_lite": a ConvNet with a linear head, beside CLIP's text tower."""
+
+    kind: Literal["efficientnet_lite"]
+    variant: Literal["lite0", "lite1", "lite2"]
+    embed_dim: Count
+    text: TextConfig
+
+    def check_layers(self, recognition_layer: int) -> None:
+        """Raise UserError unless all three maps (strides 8, 16, 32) are shallow and the text tower's width fits."""
+        _check_all_shallow(recognition_layer, 3)
+        if self.text.width % self.text.heads:
+            raise UserError(f"clip.text: width {self.text.width} is not a multiple of heads {self.text.heads}")
+
+
 def _check_all_shallow(recognition_layer: int, layers: int) -> None:
     if recognition_layer != layers:
         raise UserError(
@@ -254,7 +269,8 @@ AnyClipConfig = Annotated[
     | Annotated[ClipResNetConfig, Tag("clip_resnet")]
     | Annotated[PooledVitConfig, Tag("vit_pooled")]
     | Annotated[ConvNetConfig, Tag("convnet")]
-    | Annotated[AlignConfig, Tag("align")],
+    | Annotated[AlignConfig, Tag("align")]
+    | Annotated[EfficientNetLiteConfig, Tag("efficientnet_lite")],
     Discriminator(_kind),
 ]
 """Configuration of a backbone: one class a family, distinguished by `kind`; without a kind, it is "clip_vit"."""

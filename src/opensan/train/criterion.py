@@ -13,6 +13,9 @@ from opensan.train.matcher import LayerOutput, LossWeights, Matches, match
 from opensan.train.points import PointSource, read_at_points
 from opensan.train.targets import Targets
 
+NO_TARGET = -100
+"""Marks queries that the class loss leaves out."""
+
 
 def mask_normalizer(targets: Sequence[Targets], device: torch.device | str) -> float:
     """Return the divisor of mask losses: the mean number of segments over ranks and micro-batches, at least 1.
@@ -36,10 +39,18 @@ class SetCriterion:
     Names: `loss_ce`, `loss_mask`, `loss_dice` for the last block; with suffix `_0`, `_1`, ... for the auxiliary ones.
     """
 
-    def __init__(self, points: PointSource, weights: LossWeights | None = None, no_object_weight: float = 0.1) -> None:
+    def __init__(
+        self,
+        points: PointSource,
+        weights: LossWeights | None = None,
+        no_object_weight: float = 0.1,
+        spare_unlabelled: bool = False,
+    ) -> None:
+        """`spare_unlabelled`: see `SanTrainingConfig`."""
         self.points = points
         self.weights = weights or LossWeights()
         self.no_object_weight = no_object_weight
+        self.spare_unlabelled = spare_unlabelled
 
     def __call__(
         self, outputs: Sequence[LayerOutput], targets: Targets, normalizer: float
@@ -52,26 +63,42 @@ class SetCriterion:
         outputs = [LayerOutput(_at_least_float32(o.mask_logits), _at_least_float32(o.class_logits)) for o in outputs]
         first = outputs[0].mask_logits
         with torch.autocast(first.device.type, enabled=False):
-            matches = match(outputs, targets, self.points.shared(len(first), first), self.weights)
+            shared = self.points.shared(len(first), first)
+            matches = match(outputs, targets, shared, self.weights)
             losses = {}
             for layer, (output, pairs) in enumerate(zip(outputs, matches, strict=True)):
                 suffix = "" if layer == 0 else f"_{layer - 1}"
                 mask, dice = self._mask_losses(output.mask_logits, targets, pairs)
-                losses["loss_ce" + suffix] = self.weights.classification * self._class_loss(output, targets, pairs)
+                spared = self._on_unlabelled(output, targets, shared) if self.spare_unlabelled else None
+                class_loss = self._class_loss(output, targets, pairs, spared)
+                losses["loss_ce" + suffix] = self.weights.classification * class_loss
                 losses["loss_mask" + suffix] = self.weights.mask * mask / normalizer
                 losses["loss_dice" + suffix] = self.weights.dice * dice / normalizer
         return losses, matches
 
-    def _class_loss(self, output: LayerOutput, targets: Targets, pairs: Matches) -> Tensor:
-        """Return the cross entropy over all queries; the class of a query without a segment is no-object (K)."""
+    def _class_loss(self, output: LayerOutput, targets: Targets, pairs: Matches, spared: Tensor | None) -> Tensor:
+        """Return the cross entropy over all queries; the class of a query without a segment is no-object (K).
+
+        Queries without a segment that `spared` [B, Q] bool marks are left out.
+        """
         logits = output.class_logits
         no_object = logits.shape[2] - 1
         classes = torch.full(logits.shape[:2], no_object, device=logits.device)
+        if spared is not None:
+            classes[spared] = NO_TARGET
         classes[pairs.image, pairs.query] = targets.classes[pairs.image, pairs.segment]
         # The weight is a float32 number in the official code, also where the rest is float64.
         class_weights = torch.ones(no_object + 1, device=logits.device)
         class_weights[no_object] = self.no_object_weight
-        return functional.cross_entropy(logits.transpose(1, 2), classes, class_weights.to(logits.dtype))
+        weights = class_weights.to(logits.dtype)
+        return functional.cross_entropy(logits.transpose(1, 2), classes, weights, ignore_index=NO_TARGET)
+
+    @torch.no_grad()
+    def _on_unlabelled(self, output: LayerOutput, targets: Targets, points: Tensor) -> Tensor:
+        """Mark [B, Q] the queries with more than half of their mask (at `points` [B, P, 2]) on unlabelled pixels."""
+        shares = read_at_points(output.mask_logits, points).sigmoid()
+        labelled = targets.labelled_at(points).unsqueeze(1)
+        return (shares * labelled).sum(2) < 0.5 * shares.sum(2)
 
     def _mask_losses(self, mask_logits: Tensor, targets: Targets, pairs: Matches) -> tuple[Tensor, Tensor]:
         """Return BCE (mean over points) and dice, summed over matched masks; without any, 0 with gradients of 0."""

@@ -122,12 +122,14 @@ def train_san(
     best_by: str = "miou",
     loggers: Sequence[RunLogger] = (),
     panel: Callable[[int], Mapping[str, Image]] | None = None,
+    texts: Sequence[TextClassifier] | None = None,
 ) -> RunResult:
     """Train `model` (in place) on `dataset`; `out` is the run's folder (see `opensan.train.loop.Trainer`).
 
     `dataset` may be several data sets, each with its weight: every micro-batch is from one of them, with its words,
     and their shares of the samples follow the weights. Processes that torchrun started train together, each on its own
     device. CLIP's weights are not trained and not in the run's checkpoints: a run is continued with the same CLIP.
+    `texts` are the data sets' words, in place of what the model's own text tower makes of them.
     Raises UserError if the crop does not suit the model or the run had another CLIP, and the errors of `Trainer.run`.
     """
     divisor = model.config.image.size_divisor
@@ -143,12 +145,14 @@ def train_san(
     sources = tuple(SegmentationSource(data, config.augment, number) for number, (data, _) in enumerate(datasets))
     mixture = DatasetMixture(sources, tuple(weight for _, weight in datasets))
     points = RandomPoints(config.points.count, config.points.oversampling, config.points.importance)
-    criterion = SetCriterion(points, config.loss_weights, config.no_object_weight)
+    criterion = SetCriterion(points, config.loss_weights, config.no_object_weight, config.spare_unlabelled)
     groups = san_parameter_groups(model, learning_rate=config.loop.learning_rate, weight_decay=config.loop.weight_decay)
     with process_group(device) as group:
         model.to(group.device)
-        encoder = TextEncoder(model)
-        task = SanTask(model, [encoder.classifier(data.vocabulary) for data, _ in datasets], criterion)
+        if texts is None:
+            encoder = TextEncoder(model)
+            texts = [encoder.classifier(data.vocabulary) for data, _ in datasets]
+        task = SanTask(model, texts, criterion)
         trainer = Trainer(
             task,
             mixture,

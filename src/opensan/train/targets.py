@@ -34,6 +34,9 @@ class Targets(Protocol):
     def at_own_points(self, image: Tensor, segment: Tensor, points: Tensor) -> Tensor:
         """Return N segments' masks (`image`, `segment`: [N] int64), each at its own `points` [N, P, 2]: [N, P]."""
 
+    def labelled_at(self, points: Tensor) -> Tensor:
+        """Mark [B, P] the `points` [B, P, 2] whose pixels have a label."""
+
 
 @dataclass(frozen=True)
 class LabelMapTargets:
@@ -80,6 +83,12 @@ class LabelMapTargets:
         labels = self.maps.flatten()[indices + image[:, None, None] * (height * width)]
         return (weights * (labels == self.classes[image, segment][:, None, None])).sum(1)
 
+    def labelled_at(self, points: Tensor) -> Tensor:
+        height, width = self.maps.shape[1:]
+        columns = (points[..., 0] * width).long().clamp(0, width - 1)
+        rows = (points[..., 1] * height).long().clamp(0, height - 1)
+        return self.maps.flatten(1).gather(1, rows * width + columns) >= 0
+
 
 @dataclass(frozen=True)
 class MaskTargets:
@@ -124,3 +133,7 @@ class MaskTargets:
         indices, weights = corners(points, height, width)
         start = (image * count + segment) * (height * width)
         return (weights * self.masks.flatten()[indices + start[:, None, None]]).sum(1)
+
+    def labelled_at(self, points: Tensor) -> Tensor:
+        """Masks leave nothing unlabelled: what none of them covers is none of them."""
+        return torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)

@@ -15,6 +15,7 @@ FAMILIES = {
     "vit_pooled": "PooledVit",
     "convnet": "ConvNetClip",
     "align": "Align",
+    "efficientnet_lite": "EfficientNetLiteModel",
 }
 """Kind of a backbone, which is also the name of its module -> its class."""
 
