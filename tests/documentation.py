@@ -97,7 +97,7 @@ class Reader:
 
     def follow(self, block: Block) -> None:
         text = block.text
-        for ours, smaller in SMALLER.items():
+        for ours, smaller in SMALLER.items() if block.page not in NOT_FOLLOWED else ():
             text = text.replace(ours, smaller)
         if block.title:
             Path(block.title).write_text(text, encoding="utf-8")
