@@ -15,7 +15,7 @@ from opensan.lab.scenes import make_scene
 from opensan.segmenters.san import SanSegmenter, load_san
 from opensan.vocabulary import Vocabulary
 
-WORDS = Vocabulary.parse("sea, sand, sky, rock, tree, car, wall, road, house, grass", background="river")
+WORDS = Vocabulary.parse("sky, lamp, rock, cat, sea, tree, road, car", background="river")
 
 
 @pytest.fixture(scope="module")
