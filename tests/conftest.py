@@ -54,7 +54,7 @@ def small_config() -> ModelConfig:
 
 
 def lively_model(config: ModelConfig):
-    """A SAN with seeded weights, lively enough that proposals and words differ: the seed is one of many tried."""
+    """Build a SAN with random weights of a seed, one of forty tried, with which proposals and words differ."""
     from opensan.model import build_san
 
     with torch.random.fork_rng(devices=[]):

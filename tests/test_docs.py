@@ -71,7 +71,9 @@ def after_video() -> None:
     for folder in ("out", "every5", "results"):
         told = set(re.findall(r"^\| `(street\.[a-z]+)", read_page("docs/video.md"), re.MULTILINE))
         assert {path.name.removesuffix(".mp4").removesuffix(".csv") for path in Path(folder).glob("street.*")} == told
-        assert {path.name for path in Path(folder).iterdir() if not path.name.startswith("street.")} == {"manifest.sqlite"}
+        assert {path.name for path in Path(folder).iterdir() if not path.name.startswith("street.")} == {
+            "manifest.sqlite"
+        }
 
 
 def after_serving() -> None:
