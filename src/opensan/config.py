@@ -83,9 +83,9 @@ class ClipConfig(Config):
 
     def check_layers(self, recognition_layer: int) -> None:
         """Raise UserError if the tower can't be cut after `recognition_layer`, or its widths do not fit its heads."""
-        for what, tower in (("vision", self.vision), ("text", self.text)):
+        for name, tower in (("vision", self.vision), ("text", self.text)):
             if tower.width % tower.heads:
-                raise UserError(f"clip.{what}: width {tower.width} is not a multiple of heads {tower.heads}")
+                raise UserError(f"clip.{name}: width {tower.width} is not a multiple of heads {tower.heads}")
         if not 0 < recognition_layer < self.vision.layers:
             raise UserError(f"recognition_layer {recognition_layer} is not between 1 and {self.vision.layers - 1}")
 
@@ -352,7 +352,7 @@ def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:
     except ValidationError as error:
         errors = error.errors()
         # A misspelt key is also a missing one; the misspelling is the better message.
-        first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+        first = next((error_entry for error_entry in errors if error_entry["type"] == "extra_forbidden"), errors[0])
         loc = tuple(part for part in first["loc"] if part not in _TAGS)  # pydantic adds which kind it took
         where = ".".join(short(str(part))[1:-1] for part in loc) or "top level"
         if first["type"] == "extra_forbidden":
@@ -360,14 +360,14 @@ def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:
         if first["type"] == "union_tag_invalid":
             known = ", ".join(sorted(KINDS))
             raise UserError(f"{source}: {where}.kind: {first['ctx']['tag']!r} is not one of {known}") from None
-        told = first["msg"].removeprefix("Value error, ")
+        problem = first["msg"].removeprefix("Value error, ")
         given = f", not {short(first['input'])}" if isinstance(first["input"], str | int | float) else ""
-        raise UserError(f"{source}: {where}: {told}{given}") from None
+        raise UserError(f"{source}: {where}: {problem}{given}") from None
 
 
-def _nearest_key(kind: type[Config], place: tuple[int | str, ...]) -> str:
+def _nearest_key(kind: type[Config], location: tuple[int | str, ...]) -> str:
     """Return a hint for an unknown key: the most similar known key, else all known keys at its level."""
-    parts = [part for part in place if isinstance(part, str)]
+    parts = [part for part in location if isinstance(part, str)]
     known = list(dotted_keys(kind))
     if near := difflib.get_close_matches(".".join(parts), known, n=1):
         return f" (the nearest is {near[0]})"
@@ -387,7 +387,7 @@ def configs_in(annotation: Any) -> list[type[Config]]:
     """Return the configuration classes in a field's type: X for `X | None`, `list[X]` and the like."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
-    return [found for part in get_args(annotation) for found in configs_in(part)]
+    return [member for part in get_args(annotation) for member in configs_in(part)]
 
 
 def read_config(path: Path) -> ModelConfig:

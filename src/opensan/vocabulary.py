@@ -177,7 +177,7 @@ class Vocabulary:
         try:
             spec, places = read_words(path)
             if places is not None:
-                spec = tuple(_named(text, place) for text, place in zip(spec, places, strict=True))
+                spec = tuple(_named(text, source) for text, source in zip(spec, places, strict=True))
                 _check_words(spec, places)
             return cls.parse(spec, background=background, templates=templates)
         except UserError as error:
@@ -218,48 +218,48 @@ def _words(spec: object) -> tuple[Word, ...]:
     raise UserError(f"words must be a string or a list, not {type(spec).__name__} ({short(spec)})")
 
 
-def _word(entry: object, place: str) -> Word:
+def _word(entry: object, source: str) -> Word:
     """Make a word from an entry of a list."""
     if isinstance(entry, Word):
         return entry
     if isinstance(entry, str):
-        return _named(entry, place)
+        return _named(entry, source)
     if not isinstance(entry, Mapping):
         hint = (
             ", or in quotation marks" if isinstance(entry, bool | int | float | None) else ""
         )  # YAML reads "no" as False
-        raise UserError(f'{place} is {short(entry)}: a word is text{hint}, or a dict with "name"')
+        raise UserError(f'{source} is {short(entry)}: a word is text{hint}, or a dict with "name"')
     for key in entry:
         if key not in _WORD_KEYS:
-            raise UserError(f"{place} has an unknown key {short(key)}: known are {', '.join(sorted(_WORD_KEYS))}")
+            raise UserError(f"{source} has an unknown key {short(key)}: known are {', '.join(sorted(_WORD_KEYS))}")
     if not isinstance(entry.get("name"), str):
-        raise UserError(f'{place} needs a "name" that is text, not {short(entry.get("name"))}')
-    place = f"{place} ({short(entry['name'])})"
+        raise UserError(f'{source} needs a "name" that is text, not {short(entry.get("name"))}')
+    source = f"{source} ({short(entry['name'])})"
     text = entry.get("text", entry["name"])
     if not isinstance(text, str):
-        raise UserError(f'{place}: "text" must be text, not {short(text)}')
+        raise UserError(f'{source}: "text" must be text, not {short(text)}')
     if not isinstance(entry.get("background", False), bool):
-        raise UserError(f'{place}: "background" must be true or false, not {short(entry["background"])}')
-    prompts = _texts(entry, "prompts", place)
+        raise UserError(f'{source}: "background" must be true or false, not {short(entry["background"])}')
+    prompts = _texts(entry, "prompts", source)
     return Word(
-        entry["name"], (text, *_texts(entry, "synonyms", place)), prompts or None, entry.get("background", False)
+        entry["name"], (text, *_texts(entry, "synonyms", source)), prompts or None, entry.get("background", False)
     )
 
 
-def _texts(entry: Mapping, key: str, place: str) -> tuple[str, ...]:
+def _texts(entry: Mapping, key: str, source: str) -> tuple[str, ...]:
     texts = entry.get(key) or ()
     if isinstance(texts, str) or not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-        raise UserError(f'{place}: "{key}" must be a list of texts, not {short(texts)}')
+        raise UserError(f'{source}: "{key}" must be a list of texts, not {short(texts)}')
     return tuple(texts)
 
 
-def _named(text: str, place: str) -> Word:
+def _named(text: str, source: str) -> Word:
     """Make a word of "car|automobile|taxi": it is called "car" and has three synonyms."""
     if not _BAR.search(text):
         return Word(text)
     synonyms = tuple(part.strip() for part in _BAR.split(without_invisible(text)))
     if not all(synonyms):
-        raise UserError(f"{place} ({short(text)}): synonym {synonyms.index('') + 1} is blank")
+        raise UserError(f"{source} ({short(text)}): synonym {synonyms.index('') + 1} is blank")
     return Word(synonyms[0], synonyms)
 
 
@@ -337,13 +337,13 @@ def _check_words(words: Sequence[Word], places: Sequence[str]) -> None:
             own.add(key)
 
 
-def _check_text(text: object, place: str) -> None:
+def _check_text(text: object, source: str) -> None:
     if not isinstance(text, str):
-        raise UserError(f"{place} is {short(text)}: it must be text")
+        raise UserError(f"{source} is {short(text)}: it must be text")
     if not text.strip():
-        raise UserError(f"{place} is blank")
+        raise UserError(f"{source} is blank")
     if _UNPRINTABLE.search(text):
-        raise UserError(f"{place} ({short(text)}) has a line break or control character, or is not valid text")
+        raise UserError(f"{source} ({short(text)}) has a line break or control character, or is not valid text")
 
 
 def _visible(text: object) -> object:

@@ -50,10 +50,10 @@ def word_list(text: str) -> Any:
     parts: list[str] = []
     used: set[str] = set()
     for number, line in enumerate(lines, 1):
-        found = _split(line, used)
-        if number < len(lines) and found[-1] == "":  # "road,\ncar": the line break adds nothing to the comma
-            found.pop()
-        parts += found
+        pieces = _split(line, used)
+        if number < len(lines) and pieces[-1] == "":  # "road,\ncar": the line break adds nothing to the comma
+            pieces.pop()
+        parts += pieces
     if used & set(_COMMAS) and used & set(_SEMICOLONS):
         raise UserError(
             f"{short(text)} has commas and semicolons: separate words by one of them, and put a word that holds the "
@@ -142,14 +142,14 @@ _repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 60, 60
 def _split(line: str, used: set[str]) -> list[str]:
     """Split a line, and add its separators to `used`. A part in quotation marks may hold some, and loses the marks."""
     parts, begin, closing = [], 0, ""
-    for place, character in enumerate(line):
+    for position, character in enumerate(line):
         if closing:
             closing = "" if character == closing else closing
         elif character in _COMMAS or character in _SEMICOLONS:
             used.add(character)
-            parts.append(line[begin:place].strip())
-            begin = place + 1
-        elif character in _QUOTES and not line[begin:place].strip():
+            parts.append(line[begin:position].strip())
+            begin = position + 1
+        elif character in _QUOTES and not line[begin:position].strip():
             closing = _QUOTES[character]
     parts.append(line[begin:].strip())
     if closing:
@@ -168,28 +168,28 @@ def _unquoted(part: str, count: int) -> str:
     return part[1:-1].strip()
 
 
-def _refuse_no_word(text: str, place: str) -> None:
+def _refuse_no_word(text: str, source: str) -> None:
     """Raise UserError for a file name, a number or a bullet in place of a word."""
     if _FILE.search(text):
         raise UserError(
-            f"{place} {short(text)} looks like a file: give it as --words-file, or in Python as a pathlib.Path"
+            f"{source} {short(text)} looks like a file: give it as --words-file, or in Python as a pathlib.Path"
         )
     if _NUMBERED.search(text):
-        raise UserError(f"{place} {short(text)} has a number: give the names alone; their order numbers them from 0")
+        raise UserError(f"{source} {short(text)} has a number: give the names alone; their order numbers them from 0")
     if _BULLET.match(text):
-        raise UserError(f"{place} {short(text)} begins with {text[0]!r}, as lists in notes do: leave it out")
+        raise UserError(f"{source} {short(text)} begins with {text[0]!r}, as lists in notes do: leave it out")
 
 
-def _refuse_line(line: str, place: str, *, table: bool) -> None:
+def _refuse_line(line: str, source: str, *, table: bool) -> None:
     """Raise UserError for a line of a word file that is not one word; commas belong to the name there."""
     if table and re.search(r'[,;\t"]', line):
-        raise UserError(f"{place} {short(line)} is of a table: give a text file with a word on each line, or JSON")
+        raise UserError(f"{source} {short(line)} is of a table: give a text file with a word on each line, or JSON")
     if mark := next((mark for mark in (*_SEMICOLONS, *_COMMAS[1:]) if mark in line), None):
         raise UserError(
-            f'{place} {short(line)} has {mark!r}: put each word on a line of its own, or write JSON ({{"name": ...}}) '
+            f'{source} {short(line)} has {mark!r}: put each word on a line of its own, or write JSON ({{"name": ...}}) '
             "if it belongs to the name"
         )
-    _refuse_no_word(line, place)
+    _refuse_no_word(line, source)
 
 
 def _literal(text: str) -> Any:
@@ -197,9 +197,9 @@ def _literal(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        found = _python_literal(text)
-    if isinstance(found, list | tuple | dict):
-        return list(found) if isinstance(found, tuple) else found
+        value = _python_literal(text)
+    if isinstance(value, list | tuple | dict):
+        return list(value) if isinstance(value, tuple) else value
     raise UserError(
         f'{short(text)} begins like a list and is none: write JSON, ["road", "car"], or the words alone with commas '
         "between"
@@ -229,10 +229,10 @@ def _from_yaml(text: str) -> Any:
     if len(text) > MAX_YAML_BYTES:
         raise UserError(f"more than {MAX_YAML_BYTES // 2**20} MiB of YAML: give a text file with a word on each line")
     try:
-        found = yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f"not valid YAML ({' '.join(str(error).split())[:200]})") from None
-    return [] if found is None else found
+    return [] if content is None else content
 
 
 def listed_names(names: object) -> object:

@@ -44,10 +44,10 @@ def best_words(scores: Scores, size: tuple[int, int], words: int) -> np.ndarray:
 
 def scores_of_words(scores: Scores, labels: np.ndarray, words: int) -> np.ndarray:
     """Return the score of the word that `labels` [H0, W0] names at each pixel: [H0, W0] float32."""
-    found = np.empty(labels.shape, dtype=np.float32)
+    scores_there = np.empty(labels.shape, dtype=np.float32)
     for rows in row_bands(labels.shape[0], words * labels.shape[1], BAND_FLOATS):
-        found[rows] = np.take_along_axis(to_array(scores(rows)), labels[None, rows], axis=0)[0]
-    return found
+        scores_there[rows] = np.take_along_axis(to_array(scores(rows)), labels[None, rows], axis=0)[0]
+    return scores_there
 
 
 def first_equal(rows: np.ndarray) -> np.ndarray:

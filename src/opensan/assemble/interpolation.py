@@ -62,9 +62,9 @@ def _neighbours(size: int, wanted: int, dtype: type[np.floating]) -> tuple[np.nd
     Pixel centres are at halves, and the outermost pixels extend to the border (`align_corners=False`).
     """
     centres = np.arange(wanted, dtype=dtype) + dtype(0.5)
-    place = np.maximum(_fused(centres, dtype(size) / dtype(wanted), dtype(-0.5)), dtype(0))
-    first = np.minimum(place.astype(np.int64), size - 1)
-    above = np.clip(place - first.astype(dtype), dtype(0), dtype(1))
+    position = np.maximum(_fused(centres, dtype(size) / dtype(wanted), dtype(-0.5)), dtype(0))
+    first = np.minimum(position.astype(np.int64), size - 1)
+    above = np.clip(position - first.astype(dtype), dtype(0), dtype(1))
     return first, np.minimum(first + 1, size - 1), dtype(1) - above, above
 
 

@@ -228,7 +228,7 @@ class _Labeller:
                 undecided.append(self._label_parts(chunk, candidates, parts))
         if not undecided:
             return None
-        return _Blocks(*(torch.cat([getattr(one, part.name) for one in undecided]) for part in fields(_Blocks)))
+        return _Blocks(*(torch.cat([getattr(block, part.name) for block in undecided]) for part in fields(_Blocks)))
 
     def _chunks(self, blocks: _Blocks, parts: int) -> Iterator[tuple[_Blocks, Tensor | None, bool]]:
         """Yield blocks of similar size and number of candidates, these candidates [n, C] (None: all), and if small."""
@@ -251,8 +251,8 @@ class _Labeller:
                 if share_all:
                     yield chunk, None, is_small
                 else:
-                    place = torch.minimum(torch.arange(most), chunk.count.unsqueeze(1) - 1)
-                    yield chunk, blocks.words[first_word[index].unsqueeze(1) + place], is_small
+                    position = torch.minimum(torch.arange(most), chunk.count.unsqueeze(1) - 1)
+                    yield chunk, blocks.words[first_word[index].unsqueeze(1) + position], is_small
 
     def _label_pixels(self, blocks: _Blocks, candidates: Tensor | None) -> None:
         """Label every pixel of the blocks separately."""
@@ -299,20 +299,20 @@ class _Labeller:
         size = span.clone()
         size[:, :, -1] += blocks.size - blocks.span
         count = possible.sum(dim=3)
-        asked = (count > 1) & (size[:, 0, :, None] > 0) & (size[:, 1, None, :] > 0)
-        block, row, column = asked.nonzero().unbind(1)
-        count = count[asked]
+        undecided = (count > 1) & (size[:, 0, :, None] > 0) & (size[:, 1, None, :] > 0)
+        block, row, column = undecided.nonzero().unbind(1)
+        count = count[undecided]
         many = self._many(count)
-        listed, words = possible[asked][~many].nonzero().unbind(1)
+        listed, words = possible[undecided][~many].nonzero().unbind(1)
         if candidates is not None:
             words = candidates[block[~many][listed], words]
-        place = torch.stack([row, column], dim=1)
+        origin = torch.stack([row, column], dim=1)
         step = torch.arange(2)
         return _Blocks(
             logits[block[:, None, None], (row[:, None] + step)[:, :, None], (column[:, None] + step)[:, None, :]],
-            blocks.origin[block] + cuts[block[:, None], torch.arange(2), place],
-            span[block[:, None], torch.arange(2), place],
-            size[block[:, None], torch.arange(2), place],
+            blocks.origin[block] + cuts[block[:, None], torch.arange(2), origin],
+            span[block[:, None], torch.arange(2), origin],
+            size[block[:, None], torch.arange(2), origin],
             count.masked_fill(many, self.words),
             words,
         )

@@ -109,15 +109,15 @@ def _checked(state: Mapping[str, Tensor], config: AnyClipConfig, source: str) ->
         backbone = build_backbone(config)
     # Files name what a library's model holds; ours may hold the library's model under a name of its own.
     expected = {name.removeprefix(backbone.file_prefix): tensor for name, tensor in backbone.state_dict().items()}
-    found = {name: tensor for name, tensor in state.items() if name not in _NO_WEIGHTS}
+    tensors = {name: tensor for name, tensor in state.items() if name not in _NO_WEIGHTS}
     for name, tensor in expected.items():  # a counter of training steps, which older files lack
         if name.endswith("num_batches_tracked"):
-            found.setdefault(name, torch.zeros((), dtype=tensor.dtype))
-    check_keys(expected, found, source)
+            tensors.setdefault(name, torch.zeros((), dtype=tensor.dtype))
+    check_keys(expected, tensors, source)
     for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
-            raise UserError(f"{source}: {name} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}")
-    full = {backbone.file_prefix + name: tensor.to(expected[name].dtype) for name, tensor in found.items()}
+        if tensors[name].shape != tensor.shape:
+            raise UserError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
+    full = {backbone.file_prefix + name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
     check_finite(full, source)
     return full
 

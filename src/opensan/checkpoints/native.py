@@ -38,14 +38,14 @@ def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
     expected = model.state_dict()
     check_keys(expected.keys(), state.keys(), source)
     for name, tensor in expected.items():
-        found = state[name]
-        if found.shape != tensor.shape:
+        tensor_in_file = state[name]
+        if tensor_in_file.shape != tensor.shape:
             raise UserError(
-                f"{source}: {name} has shape {tuple(found.shape)}, config.json asks for {tuple(tensor.shape)}"
+                f"{source}: {name} has shape {tuple(tensor_in_file.shape)}, config.json asks for {tuple(tensor.shape)}"
             )
-        if found.is_floating_point() != tensor.is_floating_point():
+        if tensor_in_file.is_floating_point() != tensor.is_floating_point():
             kind = "floating-point" if tensor.is_floating_point() else "whole"
-            raise UserError(f"{source}: {name} holds {found.dtype}, not {kind} numbers")
+            raise UserError(f"{source}: {name} holds {tensor_in_file.dtype}, not {kind} numbers")
     # Weights may be stored in half precision to save space; computation is in float32.
     full = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
     check_finite(full, source)

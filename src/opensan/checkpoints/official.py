@@ -102,13 +102,13 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
             raise UserError(f"{source}: {name} holds NaN or infinity: the file is damaged, or its training diverged")
 
 
-def check_keys(expected: Iterable[str], found: Iterable[str], source: str) -> None:
+def check_keys(expected: Iterable[str], present: Iterable[str], source: str) -> None:
     """Raise UserError, one line, if the keys differ: up to five names of each kind, and their number."""
-    expected, found = set(expected), set(found)
+    expected, present = set(expected), set(present)
     complaints = []
-    for what, names in (("missing", sorted(expected - found)), ("unexpected", sorted(found - expected))):
+    for kind, names in (("missing", sorted(expected - present)), ("unexpected", sorted(present - expected))):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            complaints.append(f"{what} {', '.join(names[:5])}{more}")
+            complaints.append(f"{kind} {', '.join(names[:5])}{more}")
     if complaints:
         raise UserError(f"{source}: does not hold this model's weights: {'; '.join(complaints)}")

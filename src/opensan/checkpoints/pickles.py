@@ -65,8 +65,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             what = refused[1] or refused[2] or "an object"
             raise UserError(f"{path}: refused: besides weights it asks for {what}; nothing of it was run") from None
         # torch's own message may advise to load the file unsafely, so it is left out.
-        told = "" if "weights_only" in reason(error) else f" ({reason(error)})"
-        raise UserError(f"{path}: not a readable PyTorch checkpoint{told}") from None
+        detail = "" if "weights_only" in reason(error) else f" ({reason(error)})"
+        raise UserError(f"{path}: not a readable PyTorch checkpoint{detail}") from None
     state = data.get("model", data) if isinstance(data, dict) else None
     weights = {str(name): value for name, value in state.items() if _is_plain(value)} if isinstance(state, dict) else {}
     if not weights:

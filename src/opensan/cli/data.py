@@ -112,7 +112,7 @@ def prepare(
         raise
     except OSError as error:
         raise UserError(f"{error.filename or source}: can't be read ({error.strerror or error})") from None
-    wanted = [one for one in opened.photographs if not split or set(one.splits) & set(split)]
+    wanted = [photograph for photograph in opened.photographs if not split or set(photograph.splits) & set(split)]
     try:
         with progress_bar(output_console(), f"preparing {name}", len(wanted)) as advance:
             manifest = write(
@@ -145,7 +145,7 @@ def _report(reader: "Reader", manifest: "DatasetManifest", out: Path) -> bool:
     _print_counts(manifest.splits, reader, manifest.request.splits)
     _print_classes(manifest.request.classes, manifest.counts, manifest.pixels)
     counted = [(manifest.photographs, "image", "images"), (len(manifest.request.classes), "class", "classes")]
-    print(f"{out}: " + ", ".join(f"{count:,} {one if count == 1 else many}" for count, one, many in counted))
+    print(f"{out}: " + ", ".join(f"{count:,} {singular if count == 1 else many}" for count, singular, many in counted))
     for line in manifest.notes:
         complain(f"note: {line}")
     for line in shortfalls(reader, manifest.splits, manifest.request.splits):
@@ -224,24 +224,24 @@ def check(
     from opensan.data.check import FolderCheck
     from opensan.data.prepare import READERS
 
-    found = FolderCheck(folder)
-    with progress_bar(output_console(), f"checking {folder.name}", len(found)) as advance:
-        found.look(quick=quick, workers=workers, progress=advance)
+    check = FolderCheck(folder)
+    with progress_bar(output_console(), f"checking {folder.name}", len(check)) as advance:
+        check.look(quick=quick, workers=workers, progress=advance)
     reader = None
-    if found.manifest is not None:
-        reader = READERS.get(found.manifest.request.source)
-        _print_counts(found.splits, reader, found.manifest.request.splits)
+    if check.manifest is not None:
+        reader = READERS.get(check.manifest.request.source)
+        _print_counts(check.splits, reader, check.manifest.request.splits)
     else:
-        _print_counts(found.splits)
-    _print_classes(found.classes, found.counts, found.pixels)
-    if found.manifest is None:
+        _print_counts(check.splits)
+    _print_classes(check.classes, check.counts, check.pixels)
+    if check.manifest is None:
         complain("note: there is no manifest.json, so there are no counts and checksums to compare with")
-    if not found.problems:
+    if not check.problems:
         print(f"{folder}: whole")
         return
-    _complain_of(found.problems)
+    _complain_of(check.problems)
     if reader and reader.obtained:
         complain(f"{reader.name} is obtained from {reader.obtained}")
-    problems = len(found.problems)
+    problems = len(check.problems)
     print(f"{folder}: {problems:,} problem{'s' if problems > 1 else ''}")
     raise typer.Exit(1)

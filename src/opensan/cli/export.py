@@ -69,14 +69,14 @@ def export(
     from opensan.export import export as write
 
     loaded = load_model(model) if random_weights is None else random_model(model, random_weights)
-    folder, found = write(loaded, out, format=format.value, dtype=dtype.value, text=text, words=known, note=note)
-    for tensor, difference in found.differences.items():
+    folder, check = write(loaded, out, format=format.value, dtype=dtype.value, text=text, words=known, note=note)
+    for tensor, difference in check.differences.items():
         print(f"{tensor:<20} differ by {difference:.1e} of the largest at most")
-    print(f"{'labels':<20} agree at {100 * found.agreement:.3f}% of the pixels")
-    if not found.passed:
+    print(f"{'labels':<20} agree at {100 * check.agreement:.3f}% of the pixels")
+    if not check.passed:
         raise UserError(
-            f"the exported model answers differently (allowed: {found.limits.difference:.0e} and "
-            f"{100 * found.limits.agreement:.1f}% of the labels); nothing was written"
+            f"the exported model answers differently (allowed: {check.limits.difference:.0e} and "
+            f"{100 * check.limits.agreement:.1f}% of the labels); nothing was written"
         )
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     print(f"wrote {folder} ({size:.0f} MiB)")

@@ -33,14 +33,14 @@ def profile(
     from opensan.evaluate.cost import profile as make_profile
 
     note(f"profiling {model}")
-    found = make_profile(model, size=(int(given[1]), int(given[2])), words=words, device=device)
+    result = make_profile(model, size=(int(given[1]), int(given[2])), words=words, device=device)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+        print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
         return
     console = output_console()
-    console.print(_parameters(found))
-    console.print(_operations(found))
-    for line in [*_comparison(found), *_speed(found)]:
+    console.print(_parameters(result))
+    console.print(_operations(result))
+    for line in [*_comparison(result), *_speed(result)]:
         console.print(line, soft_wrap=True)
 
 
@@ -54,19 +54,19 @@ def _table(title: str, *columns: str) -> "Table":
     return table
 
 
-def _parameters(found: "Profile") -> "Table":
-    table = _table(f"{found.model}: parameters", "part", "all", "trained")
-    for part, counts in found.parameters.items():
+def _parameters(result: "Profile") -> "Table":
+    table = _table(f"{result.model}: parameters", "part", "all", "trained")
+    for part, counts in result.parameters.items():
         table.add_row(part, f"{counts.total:,}", f"{counts.trained:,}")
     return table
 
 
-def _operations(found: "Profile") -> "Table":
-    height, width = found.size
-    title = f"one image of {height}x{width}, {found.words} words"
+def _operations(result: "Profile") -> "Table":
+    height, width = result.size
+    title = f"one image of {height}x{width}, {result.words} words"
     table = _table(title, "part", "multiply-adds, G", "FLOPs (2x), G")
-    total = found.multiply_adds_without_label_map
-    for part, count in found.multiply_adds.items():
+    total = result.multiply_adds_without_label_map
+    for part, count in result.multiply_adds.items():
         if count == 0:
             continue
         if part == "label map":
@@ -80,19 +80,19 @@ def _giga(count: int) -> str:
     return f"{count / 1e9:,.2f}"
 
 
-def _comparison(found: "Profile") -> list[str]:
+def _comparison(result: "Profile") -> list[str]:
     """Compare a preset at the official size with the published figures."""
     from opensan.evaluate.cost import OFFICIAL_SIZE, official_figures
 
-    official = official_figures(found.model)
+    official = official_figures(result.model)
     if official is None:
         return []
-    trained = found.parameters["all"].trained
+    trained = result.parameters["all"].trained
     lines = [f"trained parameters: {trained:,}, the official code {official['trained']:,}"]
     if "paper_trained" in official:
         lines[0] += f", the paper {official['paper_trained'] / 1e6:.1f} M"
-    if found.size == OFFICIAL_SIZE:
-        ours, code = found.multiply_adds_without_label_map, official["code"]
+    if result.size == OFFICIAL_SIZE:
+        ours, code = result.multiply_adds_without_label_map, official["code"]
         paper = f"the paper states {official['paper'] / 1e9:.1f}, " if "paper" in official else ""
         lines.append(
             f"multiply-adds without the label map: {_giga(ours)} G; {paper}the official code takes {code / 1e9:.1f}. "
@@ -102,8 +102,8 @@ def _comparison(found: "Profile") -> list[str]:
     return lines
 
 
-def _speed(found: "Profile") -> list[str]:
-    speed = found.speed
+def _speed(result: "Profile") -> list[str]:
+    speed = result.speed
     where = speed.device if speed.device != "cpu" else f"cpu, {speed.threads} threads"
     return [
         f"{speed.images_per_second:.2f} images a second, one at a time ({where}; median of {len(speed.seconds)})",

@@ -157,7 +157,7 @@ def _summary(written: "Written") -> str:
     from opensan.outputs import format_share
 
     areas = sorted(written.areas.items(), key=lambda item: -item[1])
-    found = [f"{name} {format_share(area)}" for name, area in areas[:3] if area > 0]
+    shares = [f"{name} {format_share(area)}" for name, area in areas[:3] if area > 0]
     if written.unlabelled:
-        found.append(f"unlabelled {format_share(written.unlabelled)}")
-    return ", ".join(found)
+        shares.append(f"unlabelled {format_share(written.unlabelled)}")
+    return ", ".join(shares)

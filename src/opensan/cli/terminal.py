@@ -61,7 +61,11 @@ class Commands(TyperGroup):
         commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
         with formatter.section("Commands"):
             formatter.write_dl(
-                [(name, one.get_short_help_str(limit=1000)) for name, one in commands.items() if one and not one.hidden]
+                [
+                    (name, command.get_short_help_str(limit=1000))
+                    for name, command in commands.items()
+                    if command and not command.hidden
+                ]
             )
 
     def invoke(self, ctx: Any) -> Any:
@@ -126,7 +130,7 @@ def output_console() -> "Console":
 
 @contextmanager
 def progress_bar(
-    output: "Console", what: str, total: int | None, *, speed_of: str | None = None
+    output: "Console", description: str, total: int | None, *, speed_of: str | None = None
 ) -> Iterator[Callable[[int], None]]:
     """Yield a function that counts finished items; a bar shows on a terminal, for more than one item.
 
@@ -153,12 +157,12 @@ def progress_bar(
         disable=total == 1 or not console.is_terminal,
     )
     with bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)
 
 
 @contextmanager
-def progress_of(output: "Console", what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_of(output: "Console", description: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a function of the number done and the total; a bar shows if that takes over a second."""
     started, shown = time.monotonic(), 0
     with ExitStack() as bar:
@@ -167,7 +171,7 @@ def progress_of(output: "Console", what: str) -> Iterator[Callable[[int, int], N
         def tell(done: int, total: int) -> None:
             nonlocal advance, shown
             if advance is None and time.monotonic() - started > 1:
-                advance = bar.enter_context(progress_bar(output, what, total))
+                advance = bar.enter_context(progress_bar(output, description, total))
             if advance is not None:
                 advance(done - shown)
                 shown = done

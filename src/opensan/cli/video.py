@@ -97,5 +97,5 @@ def _run(run: "VideoRun", names: list[str]) -> None:
     for line in run.notes:
         complain(f"warning: {line}")
     overlay, labels, table = run.paths
-    for path, what in ((overlay, ""), (labels, f" ({done} label frames)"), (table, "")):
-        console.print(f"wrote {path}{what}", soft_wrap=True)
+    for path, remark in ((overlay, ""), (labels, f" ({done} label frames)"), (table, "")):
+        console.print(f"wrote {path}{remark}", soft_wrap=True)

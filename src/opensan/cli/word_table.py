@@ -39,11 +39,11 @@ def word_table(
     def add(line: str, name: str | None, area: float) -> None:
         table.add_row(Text(line), format_share(area), *([cell(name, area)] if cell is not None else []))
 
-    found = sorted(((name, area) for name, area in areas.items() if area > 0), key=lambda word: -word[1])
-    for name, area in found[:ROWS]:
+    occurring = sorted(((name, area) for name, area in areas.items() if area > 0), key=lambda word: -word[1])
+    for name, area in occurring[:ROWS]:
         add(name, name, area)
-    if len(found) > ROWS:
-        add(f"and {len(found) - ROWS} more", None, sum(area for _, area in found[ROWS:]))
+    if len(occurring) > ROWS:
+        add(f"and {len(occurring) - ROWS} more", None, sum(area for _, area in occurring[ROWS:]))
     if unlabelled:
         add("unlabelled", None, unlabelled)
     return table

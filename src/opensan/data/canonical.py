@@ -142,13 +142,13 @@ def write_manifest(root: Path, manifest: DatasetManifest) -> None:
     write_text(root / MANIFEST, text + "\n")
 
 
-def parse_record(line: str, place: str) -> PhotographRecord:
-    """Parse a line of files.jsonl. Raises UserError, beginning with `place`, if it is not one."""
+def parse_record(line: str, source: str) -> PhotographRecord:
+    """Parse a line of files.jsonl. Raises UserError, beginning with `source`, if it is not one."""
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({error})") from None
-    return parse_config(PhotographRecord, data, place)
+        raise UserError(f"{source}: not JSON ({error})") from None
+    return parse_config(PhotographRecord, data, source)
 
 
 def read_records(path: Path) -> Iterator[PhotographRecord]:

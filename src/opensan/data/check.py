@@ -82,14 +82,14 @@ class FolderCheck:
         images, pixels = np.zeros(words, dtype=np.int64), np.zeros(words, dtype=np.int64)
         total = 0
         with closing(run_all(tasks, workers)) as results:
-            for file, found in zip(self._files, results, strict=True):
-                if isinstance(found, str):
-                    self.problems.append(found)
+            for file, result in zip(self._files, results, strict=True):
+                if isinstance(result, str):
+                    self.problems.append(result)
                     self._bad.add(file)
-                elif found is not None:
-                    total += int(found.sum())
-                    images += found[:-1] > 0
-                    pixels += found[:-1]
+                elif result is not None:
+                    total += int(result.sum())
+                    images += result[:-1] > 0
+                    pixels += result[:-1]
                 progress(1)
         if not quick:
             counted = zip(images.tolist(), pixels.tolist(), strict=True)

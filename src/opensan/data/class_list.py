@@ -63,7 +63,7 @@ def _read(path: Path) -> tuple[Vocabulary, tuple[int, ...], tuple[int, str] | No
                 return Vocabulary.parse([match[2].strip() for match in numbered]), values, None
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
-        again = next(value for place, value in enumerate(values) if value in values[:place])
+        again = next(value for index, value in enumerate(values) if value in values[:index])
         raise UserError(f"{path}: two classes have the number {again}")
     if mixed := [number for number, content in classes if _SURELY_NUMBERED.match(content)]:
         plain = next(number for number, content in classes if not _NUMBERED.fullmatch(content))

@@ -50,21 +50,21 @@ class SegmentationFolder:
         if unknown := set(ignored) - set(full.names):
             raise UserError(f"{self.root / 'classes.txt'}: has no class {', '.join(sorted(unknown))} to ignore")
         self.vocabulary = Vocabulary(tuple(kept), full.templates)
-        place = {word.name: index for index, word in enumerate(self.vocabulary.words)}
-        self._label_of_value = label_table(classes.values, [place.get(word.name, UNLABELLED) for word in full.words])
+        index_of = {word.name: index for index, word in enumerate(self.vocabulary.words)}
+        self._label_of_value = label_table(classes.values, [index_of.get(word.name, UNLABELLED) for word in full.words])
         self._files = self._listed_files()
 
     def _listed_files(self) -> list[tuple[Path, Path]]:
         """Return the split's images with their label files."""
-        found, missing = find_listed(self.root, self.split)
+        files, missing = find_listed(self.root, self.split)
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             warnings.warn(
-                f"{self.root / f'{self.split}.txt'}: {len(missing)} of {len(found) + len(missing)} listed images "
+                f"{self.root / f'{self.split}.txt'}: {len(missing)} of {len(files) + len(missing)} listed images "
                 f"are not in {self.root / 'images'} and are left out: {shown}",
                 stacklevel=3,
             )
-        return [(file, label_file(file)) for file in found]
+        return [(file, label_file(file)) for file in files]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -107,9 +107,9 @@ def find_listed(root: Path, split: str) -> tuple[list[Path], list[str]]:
     # Stems may contain dots, so a listed name is looked up as a whole before it is taken for a stem.
     by_name = {file.name: file for file in _existing(root / "images").iterdir()}
     by_stem = {file.stem: file for file in by_name.values()}
-    found = [by_name.get(name) or by_stem.get(name) for name in listed]
-    missing = [name for name, file in zip(listed, found, strict=True) if file is None]
-    return [file for file in found if file is not None], missing
+    files = [by_name.get(name) or by_stem.get(name) for name in listed]
+    missing = [name for name, file in zip(listed, files, strict=True) if file is None]
+    return [file for file in files if file is not None], missing
 
 
 def label_file(image: Path) -> Path:

@@ -125,13 +125,13 @@ def count_parameters(model: SAN) -> dict[str, Parameters]:
         "side adapter": "side_adapter.",
         "no-object embedding": "no_object_embedding",
     }
-    found = {part: [0, 0] for part in parts}
+    totals = {part: [0, 0] for part in parts}
     for name, parameter in model.named_parameters():
         part = next(part for part, prefix in parts.items() if name.startswith(prefix))
-        found[part][0] += parameter.numel()
-        found[part][1] += parameter.numel() * parameter.requires_grad
-    total, trained = (sum(counts) for counts in zip(*found.values(), strict=True))
-    return {part: Parameters(*counts) for part, counts in found.items()} | {"all": Parameters(total, trained)}
+        totals[part][0] += parameter.numel()
+        totals[part][1] += parameter.numel() * parameter.requires_grad
+    total, trained = (sum(counts) for counts in zip(*totals.values(), strict=True))
+    return {part: Parameters(*counts) for part, counts in totals.items()} | {"all": Parameters(total, trained)}
 
 
 def count_multiply_adds(config: ModelConfig, size: tuple[int, int], words: int) -> dict[str, int]:

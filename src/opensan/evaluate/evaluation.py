@@ -119,13 +119,13 @@ def validation(
     predict = dataset_predictor(model, dataset)
 
     def measure(_step: int) -> Mapping[str, float]:
-        found = evaluate(predict, dataset, limit=limit)
-        if found.broken:
+        evaluation = evaluate(predict, dataset, limit=limit)
+        if evaluation.broken:
             warnings.warn(
-                f"validation leaves out images that can't be read ({len(found.broken)} of "
-                f"{found.images + len(found.broken)}), the first is {found.broken[0]}",
+                f"validation leaves out images that can't be read ({len(evaluation.broken)} of "
+                f"{evaluation.images + len(evaluation.broken)}), the first is {evaluation.broken[0]}",
                 stacklevel=2,
             )
-        return found.metrics.summary()
+        return evaluation.metrics.summary()
 
     return measure

@@ -115,8 +115,8 @@ def _take(held: ExitStack, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"{folder}: another evaluation is writing there; wait for it, or choose another --out"
     held.enter_context(hold(folder / ".lock", busy))
-    for place in (folder, folder / "pictures"):
-        remove_temporaries(place)
+    for directory in (folder, folder / "pictures"):
+        remove_temporaries(directory)
 
 
 def _measure(request: _Request) -> Evaluation:
@@ -164,8 +164,8 @@ def _plan(request: _Request) -> list[list[int]]:
 
     groups: Mapping[object, list[int]] = defaultdict(list)
     with ThreadPoolExecutor(request.workers) as pool:
-        for index, found in enumerate(pool.map(shape, range(len(request.dataset)))):
-            groups[found].append(index)
+        for index, key in enumerate(pool.map(shape, range(len(request.dataset)))):
+            groups[key].append(index)
     batch = request.batch
     return sorted(group[start : start + batch] for group in groups.values() for start in range(0, len(group), batch))
 

@@ -61,7 +61,7 @@ def write_page(
     for heading, chosen in (("Worst images", worst), ("Best images", best)):
         if chosen:
             parts.append(f"<h2>{heading}</h2>")
-            parts += [_photograph(folder, dataset, predictor, one) for one in chosen]
+            parts += [_photograph(folder, dataset, predictor, photograph) for photograph in chosen]
     body = "\n".join([f"<h1>{escape(title)}</h1>", _figures(evaluation, about), *parts])
     write_text(
         folder / "index.html",

@@ -95,9 +95,9 @@ class SavedPredictions:
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
             raise UserError(f"{self.path}: holds neither {candidates[0].name} nor {candidates[1].name}")
-        found = image_size(path)  # checked before decoding, which could need memory without bound
-        if found != size:
-            raise UserError(f"{path}: is {found[1]}x{found[0]}, the image {size[1]}x{size[0]} (width x height)")
+        stored = image_size(path)  # checked before decoding, which could need memory without bound
+        if stored != size:
+            raise UserError(f"{path}: is {stored[1]}x{stored[0]}, the image {size[1]}x{size[0]} (width x height)")
         return read_label_map(path)
 
     def _from_entries(self, name: str, size: tuple[int, int]) -> np.ndarray:
@@ -123,10 +123,10 @@ class SavedPredictions:
 
 
 def _segmentation(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = entry.get("segmentation")
-    if not isinstance(found, dict):
+    segmentation = entry.get("segmentation")
+    if not isinstance(segmentation, dict):
         raise UserError('no "segmentation" with size and counts')
-    return found
+    return segmentation
 
 
 def _index(path: Path) -> dict[str, list[tuple[int, int]]]:

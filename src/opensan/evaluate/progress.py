@@ -123,19 +123,19 @@ def read_predictions(folder: Path) -> Iterator[str]:
 
 def _bytes(counts: ImageCounts) -> bytes:
     arrays = (counts.pairs, counts.pixels, counts.band_classes, counts.bands)
-    return b"".join(np.ascontiguousarray(one, dtype="<i8").tobytes() for one in arrays)
+    return b"".join(np.ascontiguousarray(array, dtype="<i8").tobytes() for array in arrays)
 
 
 def _counts(lengths: object, data: bytes, num_classes: int) -> ImageCounts | None:
     """Read an image's counts that `_bytes` wrote; None from other bytes."""
-    if not (isinstance(lengths, list) and [type(one) for one in lengths] == [int, int]):
+    if not (isinstance(lengths, list) and [type(length) for length in lengths] == [int, int]):
         return None
     pairs, classes = lengths
     if min(lengths) < 0 or len(data) != 8 * (2 * pairs + 4 * classes):
         return None
     values = np.frombuffer(data, dtype="<i8").astype(np.int64)
-    one, two, three, four = np.split(values, np.cumsum([pairs, pairs, classes]))
-    fits = values.min(initial=0) >= 0 and one.max(initial=0) < num_classes * (num_classes + 1)
+    length, two, three, four = np.split(values, np.cumsum([pairs, pairs, classes]))
+    fits = values.min(initial=0) >= 0 and length.max(initial=0) < num_classes * (num_classes + 1)
     if not fits or three.max(initial=0) >= num_classes:
         return None
-    return ImageCounts(one, two, three, four.reshape(classes, 3))
+    return ImageCounts(length, two, three, four.reshape(classes, 3))

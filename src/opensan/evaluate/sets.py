@@ -50,7 +50,7 @@ def open_set(root: Path, split: str | None = None) -> PreparedSet:
 
 def find_sets(root: Path) -> list[Path]:
     """Return the prepared folders directly below `root`, by name. Raises UserError if there are none."""
-    found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
-    if not found:
+    folders = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
+    if not folders:
         raise UserError(f"{root}: holds no prepared data sets (folders with a {MANIFEST})")
-    return found
+    return folders

@@ -71,15 +71,15 @@ def export(
         with writing(folder):
             _describe(model, temporary, format, dtype, text, words)
         note("checking")
-        found = parity(model, runs, dtype)
+        result = parity(model, runs, dtype)
         del runs
-        if found.passed:
+        if result.passed:
             with writing(folder):
                 flush_folder(temporary)
                 temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder, found
+    return folder, result
 
 
 def _opened(path: Path, *, narrow: bool) -> Run:
@@ -88,8 +88,8 @@ def _opened(path: Path, *, narrow: bool) -> Run:
     module = torch.export.load(path).module()
 
     def run(**inputs):
-        found = module(*map(torch.from_numpy, inputs.values()))
-        return [tensor.numpy() for tensor in (found if isinstance(found, tuple | list) else (found,))]
+        outputs = module(*map(torch.from_numpy, inputs.values()))
+        return [tensor.numpy() for tensor in (outputs if isinstance(outputs, tuple | list) else (outputs,))]
 
     return run
 

@@ -111,8 +111,8 @@ def _distinct(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _text(graphs: Mapping[str, Run], tree: PromptTree) -> np.ndarray:
-    (found,) = graphs["text"](tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
-    return found
+    (embeddings,) = graphs["text"](tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
+    return embeddings
 
 
 def _images(config: ModelConfig) -> Iterator[PreparedImage]:

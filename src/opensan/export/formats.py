@@ -138,8 +138,8 @@ def _store_int8(path: Path) -> None:
 
 
 def _put_first(model, nodes) -> None:
-    for place, node in enumerate(nodes):
-        model.graph.node.insert(place, node)
+    for index, node in enumerate(nodes):
+        model.graph.node.insert(index, node)
 
 
 def _to_openvino(path: Path, *, halves: bool) -> Path:

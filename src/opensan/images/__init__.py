@@ -179,16 +179,16 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     Raises ImageError, one line, on a path that does not exist, a folder that can't be listed, and a folder without
     images.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in paths:
         if isinstance(path, str) and _URL.match(path):
             raise ImageError(f"{_shorten(path)}: URLs are not fetched; download it first")
         path = Path(path)
         for file in _images_below(path) if path.is_dir() else [path]:
-            found.setdefault(os.path.normpath(file.absolute()), file)
+            files.setdefault(os.path.normpath(file.absolute()), file)
         if not path.exists():
             raise ImageError(f"{path}: does not exist")
-    return list(found.values())
+    return list(files.values())
 
 
 @functools.cache
@@ -276,10 +276,10 @@ def _read_open_file(file: IO[bytes], name: str, read: Callable[[Image.Image, str
             image = Image.open(file, formats=_known_formats())
         except UnidentifiedImageError:
             file.seek(0)
-            what = "not an image in a known format, or damaged at the start" if file.read(1) else "the file is empty"
+            problem = "not an image in a known format, or damaged at the start" if file.read(1) else "the file is empty"
             if file.tell() and name.lower().endswith((".tif", ".tiff")):
-                what += "; `opensan segment-raster` reads TIFFs of any bands and values"
-            raise ImageError(f"{name}: {what}") from None
+                problem += "; `opensan segment-raster` reads TIFFs of any bands and values"
+            raise ImageError(f"{name}: {problem}") from None
         except Exception as error:  # Pillow's readers raise any kind of error on damaged files
             raise ImageError(f"{name}: {_reason(error)}") from None
         with image:

@@ -139,8 +139,8 @@ def _bits(rawmode: str) -> int:
     """Return the bits a channel."""
     if rawmode.partition(";")[0] == "1":
         return 1
-    found = re.search(r";(\d+)", rawmode)
-    return int(found[1]) if found else 8
+    match = re.search(r";(\d+)", rawmode)
+    return int(match[1]) if match else 8
 
 
 def _is_inverted(image: Image.Image, rawmode: str) -> bool:

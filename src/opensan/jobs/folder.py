@@ -207,12 +207,12 @@ def _is_text(name: str) -> bool:
 
 def _write(question: Question, job: Job, source: Stamp, segmentation: "Segmentation") -> Written | Broken:
     """Write all of an image's files."""
-    place = question.out / job.place
+    base = question.out / job.place
     own = [name for name in question.formats if name in outputs.FORMATS]
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        base.parent.mkdir(parents=True, exist_ok=True)
         if own:
-            segmentation.save(place.parent, place.name, own)
+            segmentation.save(base.parent, base.name, own)
         labelled = Labelled(
             job.place,
             job.image,
@@ -232,7 +232,7 @@ def _write(question: Question, job: Job, source: Stamp, segmentation: "Segmentat
         reason = cause.strerror or str(cause)
         if cause.errno in OF_THE_DISK:
             raise UserError(f"{question.out}: cannot write there ({reason})") from None
-        return Broken(job, f"{job.image}: its results can't be written to {place.parent} ({reason})")
+        return Broken(job, f"{job.image}: its results can't be written to {base.parent} ({reason})")
     unlabelled = float((segmentation.labels < 0).mean())
     key = settings_key(settings_of(cast("Segmenter", segmentation.segmenter), question.vocabulary))
     return Written(job, segmentation.areas, unlabelled, Record(job.place, str(job.image), source, key, files))
@@ -301,8 +301,8 @@ class FolderRun:
                 if isinstance(group, Broken):
                     yield group
                     continue
-                encodings = self._segmenter.encode_read([one.image for one in group], batch_size=self._batch)
-                sources = [(one.job, one.source) for one in group]
+                encodings = self._segmenter.encode_read([item.image for item in group], batch_size=self._batch)
+                sources = [(item.job, item.source) for item in group]
                 group.clear()  # frees memory: the encodings hold the images
                 for job, source in sources:
                     if len(writing) >= self._batch:
@@ -324,13 +324,13 @@ class FolderRun:
         """Yield batches of images of equal padded shape; fewer than two batches wait for others of their shape."""
         waiting: dict[tuple[int, int], list[_Read]] = {}
         read = partial(_read, self._segmenter, self._question)
-        for found in ahead(readers, read, self.pending, self._batch):
-            if isinstance(found, Broken):
-                yield found
+        for item in ahead(readers, read, self.pending, self._batch):
+            if isinstance(item, Broken):
+                yield item
                 continue
-            shape = found.image.prepared.sizes.padded
-            waiting.setdefault(shape, []).append(found)
-            del found
+            shape = item.image.prepared.sizes.padded
+            waiting.setdefault(shape, []).append(item)
+            del item
             if len(waiting[shape]) == self._batch:
                 yield waiting.pop(shape)
             elif sum(map(len, waiting.values())) >= 2 * self._batch:

@@ -195,16 +195,16 @@ class GeoRaster:
         if nodata == "none":
             return [None] * len(self.bands)
         given = self._file.nodatavals if nodata is None else [nodata] * self._file.count
-        found = []
+        values = []
         for band in self.bands:
             dtype, value = np.dtype(self._file.dtypes[band - 1]), given[band - 1]
             if value is not None and dtype.kind in "iu":
                 limits, number = np.iinfo(dtype), float(value)
                 value = int(number) if limits.min <= number <= limits.max and number.is_integer() else None
-            found.append(None if value is None else np.array(value).astype(dtype)[()])
-        if nodata is not None and all(value is None for value in found):
+            values.append(None if value is None else np.array(value).astype(dtype)[()])
+        if nodata is not None and all(value is None for value in values):
             raise UserError(f"{self.path}: no band can hold the value {nodata:g}, which --nodata gives")
-        return found
+        return values
 
     def _mask(self) -> tuple[int | None, bool]:
         """Find the band of transparency, and whether the file has a mask beside its bands.
@@ -253,8 +253,8 @@ class GeoRaster:
         for top in range(0, height, at_once):
             wanted = rows[(rows >= top) & (rows < top + at_once)] - top
             if len(wanted):
-                found, has_data = self._read(Window(0, top, width, min(at_once, height - top)))
-                values.append(found[:, wanted][:, :, columns])
+                band, has_data = self._read(Window(0, top, width, min(at_once, height - top)))
+                values.append(band[:, wanted][:, :, columns])
                 if has_data is not None:
                     valid.append(has_data[wanted][:, columns])
         return np.concatenate(values, axis=1), np.concatenate(valid) if valid else None
@@ -473,10 +473,10 @@ def write_polygons(
         rasterio.open(labels) as file,
     ):
         ground = Ground(file.crs, file.transform, (file.height, file.width))
-        found = (region for region in regions_of_strips(_label_strips(file)) if region.pixels >= min_pixels)
+        large = (region for region in regions_of_strips(_label_strips(file)) if region.pixels >= min_pixels)
         system = "" if ground.on_earth else f' "coordinate_system": {_json(ground.coordinates)},'
         out.write(f'{{"type": "FeatureCollection",{system} "features": [')
-        while some := list(islice(found, POLYGONS_AT_ONCE)):
+        while some := list(islice(large, POLYGONS_AT_ONCE)):
             for region, geometry in zip(some, ground.geometries(some), strict=True):
                 properties = {"word": names[region.label], "index": region.label, "pixels": region.pixels}
                 if ground.has_areas:

@@ -105,7 +105,7 @@ class Ground:
         Polygons are cut at the antimeridian and enclose poles as RFC 7946 (section 3.1.9) asks. All points are
         transformed by one call.
         """
-        polygons = [[self._sides_cut(ring) for ring in (one.outline, *one.holes)] for one in regions]
+        polygons = [[self._sides_cut(ring) for ring in (region.outline, *region.holes)] for region in regions]
         points = np.concatenate([ring for rings in polygons for ring in rings]).astype(np.float64)
         placed = np.round(self._degrees(points), self._decimals) if self.on_earth else self._coordinates(points)
         start, found = 0, []
@@ -169,8 +169,8 @@ class Ground:
                 first = _wrapped(np.diff(degrees, axis=axis))
                 pixels.append(np.abs(first).max(axis=-1) / step)
                 bends.append(np.abs(np.diff(first, axis=axis)).max(axis=-1))
-            pixel = np.nanmedian(np.concatenate([one[np.isfinite(one)] for one in pixels]))
-            finite = np.concatenate([one[np.isfinite(one)] for one in bends])
+            pixel = np.nanmedian(np.concatenate([part[np.isfinite(part)] for part in pixels]))
+            finite = np.concatenate([part[np.isfinite(part)] for part in bends])
         if not pixel > 0:
             return
         self._decimals = max(8, math.ceil(3 - math.log10(pixel)))

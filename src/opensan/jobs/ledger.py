@@ -236,8 +236,8 @@ class Ledger:
         self._journal.forget(_SETTINGS + old for old in self._settings.keys() - used)
         self._journal.put(_SETTINGS + key, settings)
         self._settings[key] = settings
-        for what, count in others.items():
-            self.notes.append(f"{count} of {len(wanted)} images were done with {what}: they are done again")
+        for reason, count in others.items():
+            self.notes.append(f"{count} of {len(wanted)} images were done with {reason}: they are done again")
         if kept:
             self.notes.append(f"{kept} results were changed since they were written: kept as *.changed")
         return pending

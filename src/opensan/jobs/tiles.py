@@ -214,7 +214,7 @@ class _Work:
         """Label rows `top` to `bottom`, [bottom - top, W0] int32, from the rows of tiles that reach them."""
         tiling = self._tiling
         width = tiling.size[1]
-        found = torch.empty(bottom - top, width, dtype=torch.int32, device=self._segmenter.device)
+        winners = torch.empty(bottom - top, width, dtype=torch.int32, device=self._segmenter.device)
         ends = [tiling.tops[row] + tiling.height for row in rows]
         cuts_down = sorted({top, bottom, *(end for end in ends if end < bottom)})
         cuts_across = sorted({width, *tiling.lefts, *(left + tiling.width for left in tiling.lefts)})
@@ -228,8 +228,8 @@ class _Work:
                     for column, tile in enumerate(tiles)
                     if tile is not None and tiling.lefts[column] <= left < tiling.lefts[column] + tiling.width
                 ]
-                self._label(tiles, found[up - top : down - top, left:right])
-        labels = found.cpu().numpy()
+                self._label(tiles, winners[up - top : down - top, left:right])
+        labels = winners.cpu().numpy()
         labels[labels >= len(self._vocabulary.names)] = UNLABELLED
         labels[~self._has_data(rows[strip], bottom - top)] = UNLABELLED
         return labels

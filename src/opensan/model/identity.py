@@ -44,7 +44,7 @@ def text_identity(model: SAN) -> str:
 
 def frozen_identity(model: SAN) -> str:
     """Hash the parts that training does not change, and the configuration. 64 hexadecimal digits."""
-    trained = {one.name for one in model.trained()}
+    trained = {parameter.name for parameter in model.trained()}
     frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
     return _hash(model.config.model_dump(mode="json"), frozen)
 
@@ -53,9 +53,9 @@ def _hash(config: dict, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     names = sorted(tensors)
     with ThreadPoolExecutor(_THREADS) as threads:
-        for name, found in zip(names, threads.map(lambda name: _hash_tensor(tensors[name]), names), strict=True):
+        for name, hashed in zip(names, threads.map(lambda name: _hash_tensor(tensors[name]), names), strict=True):
             digest.update(f"\0{name} {tuple(tensors[name].shape)}\0".encode())
-            digest.update(found)
+            digest.update(hashed)
     return digest.hexdigest()
 
 

@@ -54,8 +54,8 @@ def adaptive_max_pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:
         if maps.device.type != "mps":  # Apple's GPUs support only the sizes above
             return F.adaptive_max_pool2d(maps, grid)
     for dim, size in zip((-2, -1), grid, strict=True):
-        whole, place = maps.shape[dim], torch.arange(size, device=maps.device)
-        first, last = place * whole // size, ((place + 1) * whole + size - 1) // size - 1
+        whole, position = maps.shape[dim], torch.arange(size, device=maps.device)
+        first, last = position * whole // size, ((position + 1) * whole + size - 1) // size - 1
         windows = [maps.index_select(dim, torch.minimum(first + step, last)) for step in range(WIDEST_WINDOW)]
         maps = functools.reduce(torch.maximum, windows)
     return maps

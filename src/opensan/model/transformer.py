@@ -104,11 +104,11 @@ def _narrow_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, heads, length, channels = q.shape
     attended = q.new_empty(batch, length, heads, channels).transpose(1, 2)
     rows = max(1, CACHED_LOGITS // k.shape[3])
-    for one in range(batch):
+    for image in range(batch):
         for head in range(heads):
             for top in range(0, length, rows):
-                weights = (q[one, head, top : top + rows] @ k[one, head]).softmax(dim=-1)
-                attended[one, head, top : top + rows] = weights @ v[one, head]
+                weights = (q[image, head, top : top + rows] @ k[image, head]).softmax(dim=-1)
+                attended[image, head, top : top + rows] = weights @ v[image, head]
     return attended
 
 

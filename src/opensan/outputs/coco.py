@@ -148,8 +148,8 @@ def _uncompressed(text: bytes) -> np.ndarray:
     lengths = ends - starts + 1
     if len(lengths) and lengths.max() > 7:  # 35 bits count more than any image's pixels
         raise UserError("the mask's counts hold a number that is too large for a run")
-    place = np.arange(len(codes)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((codes & 31) << (5 * place), starts) if len(starts) else np.zeros(0, dtype=np.int64)
+    position = np.arange(len(codes)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * position), starts) if len(starts) else np.zeros(0, dtype=np.int64)
     runs -= ((codes[ends] & 16) != 0).astype(np.int64) << (5 * lengths)
     for first in (1, 2):
         runs[first::2] = np.cumsum(runs[first::2])

@@ -181,7 +181,7 @@ def _finish_voc(folder: Path, members: Sequence[Member], names: Sequence[str]) -
 def _voc_names(names: Sequence[str]) -> list[str]:
     """Return names that a label map can hold: a colon would end them, "#" begin a comment, equal ones be one class."""
     used = {"background"}  # the unlabelled pixels
-    found = []
+    rows = []
     for name in names:
         plain = " ".join(name.replace(":", " ").lstrip("# ").split()) or "word"
         free, number = plain, 1
@@ -189,8 +189,8 @@ def _voc_names(names: Sequence[str]) -> list[str]:
             number += 1
             free = f"{plain} {number}"
         used.add(free.lower())
-        found.append(free)
-    return found
+        rows.append(free)
+    return rows
 
 
 def voc_palette() -> np.ndarray:
@@ -220,7 +220,7 @@ def _write_label_studio(path: Path, labelled: Labelled) -> None:
     ]
     prediction = {"model_version": labelled.model, "result": result}
     if result:
-        prediction["score"] = round(sum(one["score"] for one in result) / len(result), 6)
+        prediction["score"] = round(sum(part["score"] for part in result) / len(result), 6)
     photograph = quote(f"images/{labelled.place}{labelled.photograph.suffix}")
     task = {"data": {"image": f"/data/local-files/?d={photograph}"}, "predictions": [prediction]}
     write_text(path, _json([task]) + "\n")

@@ -59,10 +59,10 @@ def regions_of_strips(strips: Iterable[np.ndarray]) -> Iterator[Region]:
     # A stable sort keeps a region's outline, which begins at its uppermost corner, before its holes.
     in_order = np.lexsort([owners, labels[owners]])
     for owner, group in groupby(in_order.tolist(), key=lambda ring: int(owners[ring])):
-        found = [part for ring in group for part in _simple(rings[begins[ring] : ends[ring]].astype(np.int64))]
+        simple = [part for ring in group for part in _simple(rings[begins[ring] : ends[ring]].astype(np.int64))]
         # What is cut off where pixels touch by a corner may come before the outline.
-        found.sort(key=lambda ring: signed_area(ring) < 0)
-        yield Region(int(labels[owner]), int(pixels[owner]), found[0], tuple(found[1:]))
+        simple.sort(key=lambda ring: signed_area(ring) < 0)
+        yield Region(int(labels[owner]), int(pixels[owner]), simple[0], tuple(simple[1:]))
 
 
 def _simple(ring: np.ndarray) -> list[np.ndarray]:
@@ -72,16 +72,16 @@ def _simple(ring: np.ndarray) -> list[np.ndarray]:
         return [ring]
     rings: list[np.ndarray] = []
     path: list[int] = []
-    place: dict[int, int] = {}
+    index_of: dict[int, int] = {}
     for index, key in enumerate(keys.tolist()):
-        if key in place:
-            begin = place[key]
+        if key in index_of:
+            begin = index_of[key]
             for other in path[begin + 1 :]:
-                del place[int(keys[other])]
+                del index_of[int(keys[other])]
             rings.append(ring[path[begin:]])
             del path[begin + 1 :]
         else:
-            place[key] = len(path)
+            index_of[key] = len(path)
             path.append(index)
     return [*rings, ring[path]]
 
@@ -132,11 +132,11 @@ def _traced(strips: Iterable[np.ndarray]) -> tuple[_Corners, np.ndarray, np.ndar
         above, above_parts = strip[-1:], parts[-1:]
         top += len(strip)
     region_of_part = _connected(np.concatenate(joins, axis=1), count)
-    found = _Corners.joined(corners)
-    found = dataclasses.replace(found, owners=region_of_part[found.owners])
+    all_corners = _Corners.joined(corners)
+    all_corners = dataclasses.replace(all_corners, owners=region_of_part[all_corners.owners])
     region_labels = np.empty(region_of_part.max() + 1, dtype=np.int64)
     region_labels[region_of_part] = np.concatenate(labels)
-    return found, region_labels, np.bincount(region_of_part, weights=np.concatenate(pixels)).astype(np.int64)
+    return all_corners, region_labels, np.bincount(region_of_part, weights=np.concatenate(pixels)).astype(np.int64)
 
 
 def _parts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +171,7 @@ def _corners(labels: np.ndarray, parts: np.ndarray, top: int) -> list[_Corners]:
     height, width = labels.shape
     labels = np.pad(labels, ((0, 0), (1, 1)), constant_values=-1)
     four = {(y, x): labels[y : height - 1 + y, x : width + 1 + x] for y in (0, 1) for x in (0, 1)}
-    found = []
+    corners = []
     for table, convex in ((_CONVEX, True), (_CONCAVE, False)):
         for (y, x), arrive, leave in table:
             odd, across = four[y, x], four[1 - y, 1 - x]
@@ -184,8 +184,8 @@ def _corners(labels: np.ndarray, parts: np.ndarray, top: int) -> list[_Corners]:
             rows, columns = np.nonzero(is_corner)
             places = np.stack([columns, rows + top], axis=1).astype(np.int32)
             directions = (np.full(len(places), direction, dtype=np.int8) for direction in (arrive, leave))
-            found.append(_Corners(places, parts[rows + at[0], columns + at[1] - 1], *directions))
-    return found
+            corners.append(_Corners(places, parts[rows + at[0], columns + at[1] - 1], *directions))
+    return corners
 
 
 def _rings(corners: _Corners) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -201,17 +201,17 @@ def _rings(corners: _Corners) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         follower[begins] = stops
     following = array("q", follower.tobytes())
     seen = bytearray(count)
-    found, closed = array("q"), array("q")
+    ordered, closed = array("q"), array("q")
     for first in np.lexsort(places.T).tolist():
         if seen[first]:
             continue
         corner = first
         while not seen[corner]:
             seen[corner] = 1
-            found.append(corner)
+            ordered.append(corner)
             corner = following[corner]
-        closed.append(len(found))
-    order, ends = (np.frombuffer(numbers, dtype=np.int64) for numbers in (found, closed))
+        closed.append(len(ordered))
+    order, ends = (np.frombuffer(numbers, dtype=np.int64) for numbers in (ordered, closed))
     return places[order], corners.owners[order[ends - 1]] if count else order, ends
 
 

@@ -338,14 +338,14 @@ def _check_trajectory(
     worst = dict.fromkeys(("learning rate", "gradient norm", "losses"), 0.0)
     for ours, expected in zip(steps, trajectory, strict=True):
         losses = [_relative(name, ours[name], expected[name]).value for name in ours if name.startswith("loss_")]
-        for what, value in (
+        for figure, value in (
             ("learning rate", _relative("", ours["learning_rate"], expected["lr"]).value),
             ("gradient norm", _relative("", ours["gradient_norm"], expected["grad_norm_before_clip"]).value),
             ("losses", max(losses)),
         ):
-            worst[what] = max(worst[what], value)
+            worst[figure] = max(worst[figure], value)
     count = len(trajectory)
-    rows = [Difference(f"{count} steps: {what}, relative", value, RELATIVE_LIMIT) for what, value in worst.items()]
+    rows = [Difference(f"{count} steps: {figure}, relative", value, RELATIVE_LIMIT) for figure, value in worst.items()]
     norms = {official[name]: float(p.detach().norm()) for name, p in model.named_parameters() if p.requires_grad}
     expected = figures["final_param_norms"]
     difference = max(abs(norms[name] - expected[name]) / expected[name] for name in expected)

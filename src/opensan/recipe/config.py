@@ -151,19 +151,19 @@ def _put(tree: Any, parts: list[str], value: Any, text: str) -> None:
     if isinstance(tree, list):
         if not (name.isascii() and name.isdecimal() and len(name) < 10) or int(name) > len(tree):
             raise UserError(f"{text}: a list of {len(tree)} has no element {name!r} (the first is 0)")
-        place: Any = int(name)
-        if place == len(tree):
+        key: Any = int(name)
+        if key == len(tree):
             tree.append(None)
     elif isinstance(tree, dict):
-        place = name
+        key = name
     else:
         raise UserError(f"{text}: {name!r} is no part of {short(tree)}")
     if not rest:
-        tree[place] = value
+        tree[key] = value
         return
-    if (tree.get(place) if isinstance(tree, dict) else tree[place]) is None:
-        tree[place] = [] if rest[0].isdecimal() else {}
-    _put(tree[place], rest, value, text)
+    if (tree.get(key) if isinstance(tree, dict) else tree[key]) is None:
+        tree[key] = [] if rest[0].isdecimal() else {}
+    _put(tree[key], rest, value, text)
 
 
 RECIPES = {name: _coco_stuff(name) for name in ("san-vit-b16", "san-vit-l14")}

@@ -41,11 +41,11 @@ class _Loader(yaml.SafeLoader):
         except (UserError, RecursionError):
             raise
         except yaml.MarkedYAMLError as error:
-            told = str(error.problem)
+            problem = str(error.problem)
         except Exception:  # PyYAML's conversions raise errors of many kinds
-            told = f"{short(node.value)} is no {node.tag.rpartition(':')[2]}"
+            problem = f"{short(node.value)} is no {node.tag.rpartition(':')[2]}"
         key = next(_keys_of(self.root, node), "")
-        raise UserError(f"{key}: {told}" if key else told)
+        raise UserError(f"{key}: {problem}" if key else problem)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         known: set[str] = set()
@@ -57,17 +57,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _keys_of(root: yaml.Node | None, wanted: yaml.Node, place: str = "") -> Iterator[str]:
+def _keys_of(root: yaml.Node | None, wanted: yaml.Node, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of node `wanted`."""
     if root is wanted:
-        yield place
+        yield prefix
     elif isinstance(root, yaml.MappingNode):
         for key, value in root.value:
             name = str(key.value)[:60] if isinstance(key, yaml.ScalarNode) else "?"
-            yield from _keys_of(value, wanted, f"{place}.{name}".lstrip("."))
+            yield from _keys_of(value, wanted, f"{prefix}.{name}".lstrip("."))
     elif isinstance(root, yaml.SequenceNode):
         for number, value in enumerate(root.value):
-            yield from _keys_of(value, wanted, f"{place}.{number}".lstrip("."))
+            yield from _keys_of(value, wanted, f"{prefix}.{number}".lstrip("."))
 
 
 def _reason(error: yaml.YAMLError) -> str:

@@ -96,8 +96,8 @@ class CudaGraphs:
                 self._graphs.popitem(last=False)
             recorded.pixels.copy_(pixels)
             recorded.graph.replay()
-            found = recorded.proposals
-            return Proposals(found.mask_logits.clone(), found.mask_embeddings.clone())
+            proposals = recorded.proposals
+            return Proposals(proposals.mask_logits.clone(), proposals.mask_embeddings.clone())
 
 
 @dataclass(frozen=True)

@@ -172,8 +172,8 @@ class Segmentation:
     def __repr__(self) -> str:
         height, width = self.labels.shape
         shares = sorted(self.areas.items(), key=lambda item: -item[1])
-        found = [f"{name} {outputs.format_share(area)}" for name, area in shares[:5] if area]
-        return f"<Segmentation of {width}x{height}: {', '.join(found) or 'unlabelled'}>"
+        shown = [f"{name} {outputs.format_share(area)}" for name, area in shares[:5] if area]
+        return f"<Segmentation of {width}x{height}: {', '.join(shown) or 'unlabelled'}>"
 
     def mask(self, word: str) -> NDArray[np.bool_]:
         """Return which pixels have the word, [H0, W0] bool; `segmentation["car"]` is `segmentation.mask("car")`.

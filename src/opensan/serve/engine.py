@@ -111,20 +111,20 @@ class Engine:
         """
         self.check_room()
         self._waiting += 1
-        place = _Place()
+        waiting = _Place()
         try:
             with self._time_limit(), self._encoded.watching():
                 async with asyncio.timeout(self._limits.queue_seconds), self._decoded:
-                    place.photograph = await _on(self._decoders, lambda: self._read(data, place))
-                    found = await self._batches(place)
+                    waiting.photograph = await _on(self._decoders, lambda: self._read(data, waiting))
+                    result = await self._batches(waiting)
         except ImageError as error:
             raise Problem(422, str(error)) from None
         finally:
-            place.photograph, place.left = None, True
+            waiting.photograph, waiting.left = None, True
             self._waiting -= 1
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     async def ask(
         self, work: Callable[[], Answer], *, before: Sequence[Callable[[], Any]] = (), accepted: bool = False
@@ -158,15 +158,15 @@ class Engine:
 
         return counted
 
-    def _read(self, data: bytes, place: _Place) -> InputImage:
+    def _read(self, data: bytes, waiting: _Place) -> InputImage:
         try:
             return self.segmenter.prepare(decode(data, self._limits))
         finally:
-            if place.left:  # decoding took longer than the time limit, which looked like hanging
+            if waiting.left:  # decoding took longer than the time limit, which looked like hanging
                 self._encoded.beat()
 
     async def _encode_batch(self, places: list[_Place]) -> list[Encoding | Exception]:
-        photographs = [place.photograph for place in places if place.photograph is not None]
+        photographs = [waiting.photograph for waiting in places if waiting.photograph is not None]
         assert len(photographs) == len(places)  # `batched` has just removed those whose clients left
         try:
             return await _on(self._network, lambda: self._encode(photographs))
@@ -178,8 +178,8 @@ class Engine:
         started = time.monotonic()
         encodings: dict[int, Encoding | Exception] = {}
         for indices in same_shape(photographs):
-            found = self._encode_group([photographs[index] for index in indices])
-            encodings.update(zip(indices, found, strict=True))
+            results = self._encode_group([photographs[index] for index in indices])
+            encodings.update(zip(indices, results, strict=True))
             self._metrics.batch.observe(len(indices))
         seconds = time.monotonic() - started
         self._metrics.encode.observe(seconds)
@@ -193,7 +193,7 @@ class Engine:
         except Exception as error:
             if len(group) == 1:
                 return [error]
-            return [one for photograph in group for one in self._encode_group([photograph])]
+            return [result for photograph in group for result in self._encode_group([photograph])]
 
     @contextmanager
     def _time_limit(self) -> Iterator[None]:

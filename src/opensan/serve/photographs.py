@@ -35,11 +35,11 @@ def more_scans(data: bytes, most: int) -> bool:
     """
     if not data.startswith(b"\xff\xd8"):
         return False
-    scans, place = 0, 2
-    while scans <= most and (marker := _MARKER.search(data, place)):
-        kind, place = data[marker.end() - 1], marker.end()
+    scans, position = 0, 2
+    while scans <= most and (marker := _MARKER.search(data, position)):
+        kind, position = data[marker.end() - 1], marker.end()
         if kind == _END_OF_IMAGE:
             return False
         scans += kind == _START_OF_SCAN
-        place += int.from_bytes(data[place : place + 2])
+        position += int.from_bytes(data[position : position + 2])
     return scans > most

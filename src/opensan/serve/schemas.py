@@ -228,9 +228,9 @@ def one_line(errors: Any) -> str:
     field = next((part for part in error["loc"] if part in _FORMS), None)
     if field is not None:  # pydantic reports an error for each form that would be valid
         return f"{field}: {_FORMS[field]}"
-    place = ".".join(str(part) for part in error["loc"] if part != "body")
+    field_path = ".".join(str(part) for part in error["loc"] if part != "body")
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return f"{place}: {error['msg']}{more}" if place else f"{error['msg']}{more}"
+    return f"{field_path}: {error['msg']}{more}" if field_path else f"{error['msg']}{more}"
 
 
 _FORMS = {

@@ -45,7 +45,7 @@ async def uploaded(request: Request, fields: set[str], most_fields: int = 0) -> 
         if others or not isinstance(image, UploadFile):
             raise Problem(422, "the form needs the image's file, once, in a field 'image'")
         return await image.read(), {
-            name: [_text(value, name, charset) for value in found] for name, found in values.items()
+            name: [_text(value, name, charset) for value in texts] for name, texts in values.items()
         }
     finally:
         await form.close()

@@ -46,12 +46,12 @@ def default_folder() -> Path:
 
 def cache_files(folder: Path) -> dict[Path, int]:
     """Return the files of a cache and their bytes, the least recently used first."""
-    found = []
+    files = []
     for path in folder.glob(f"*{_SUFFIX}"):
         with suppress(OSError):  # another process removed it
             state = path.stat()
-            found.append((state.st_mtime, path, state.st_size))
-    return {path: size for _, path, size in sorted(found)}
+            files.append((state.st_mtime, path, state.st_size))
+    return {path: size for _, path, size in sorted(files)}
 
 
 def remove(path: Path) -> None:
@@ -80,7 +80,7 @@ class TextCache:
                 return {}
         except OSError:
             return {}
-        found: dict[bytes, np.ndarray] = {}
+        rows: dict[bytes, np.ndarray] = {}
         damaged, today = 0, _today()
         used: list[bytes] = []
         try:
@@ -89,7 +89,7 @@ class TextCache:
                 if values is None:
                     damaged += 1
                     continue
-                found[key] = values
+                rows[key] = values
                 if day != today:
                     used.append(key)
         except _ERRORS as error:
@@ -98,7 +98,7 @@ class TextCache:
             self._mark_used(used, today)
         if damaged:
             _warn(f"text cache {self.path}: {damaged:,} damaged rows are computed again")
-        return found
+        return rows
 
     def write(self, rows: Mapping[bytes, np.ndarray]) -> None:
         """Add float32 rows [D]. If they can't be written, it warns once."""

@@ -72,14 +72,14 @@ class TextEncoder(TextRows):
         """
         device = self._device
         key = (self._signature(), device, vocabulary)
-        found = self._classifiers.get(key)
-        if found is None:
+        classifier = self._classifiers.get(key)
+        if classifier is None:
             with self._work:
-                found = self._classifiers.get(key)
-                if found is None:
-                    found = self._build(vocabulary, device, progress)
-                    self._classifiers.put(key, found, len(found.rows))
-        return found
+                classifier = self._classifiers.get(key)
+                if classifier is None:
+                    classifier = self._build(vocabulary, device, progress)
+                    self._classifiers.put(key, classifier, len(classifier.rows))
+        return classifier
 
     def tower(self) -> tuple[str, np.ndarray | None]:
         """Identity of the text weights, and which tokens were never trained ([vocabulary] bool; None: none)."""

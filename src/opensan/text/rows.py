@@ -160,8 +160,8 @@ class TextRows:
         with _progress_bar(sum(len(rows[index]) for index in missing), progress) as advance:
             for start in range(0, len(missing), ROWS_AT_ONCE):
                 part = missing[start : start + ROWS_AT_ONCE]
-                found = self._embed([rows[index] for index in part], [names[index] for index in part], advance)
-                fresh = dict(zip((keys[index] for index in part), found, strict=True))
+                new = self._embed([rows[index] for index in part], [names[index] for index in part], advance)
+                fresh = dict(zip((keys[index] for index in part), new, strict=True))
                 if self._disk:
                     self._disk.write(fresh)
                 embeddings.update(fresh)
@@ -172,10 +172,10 @@ class TextRows:
 
     def _remembered(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """Return the rows that memory or disk holds."""
-        found = {key: row for key in keys if (row := self._rows.get(key)) is not None}
-        if self._disk and len(found) < len(keys):
-            found |= self._disk.read([key for key in keys if key not in found])
-        return found
+        rows = {key: row for key in keys if (row := self._rows.get(key)) is not None}
+        if self._disk and len(rows) < len(keys):
+            rows |= self._disk.read([key for key in keys if key not in rows])
+        return rows
 
     def _embed(self, rows: list[list[str]], names: list[str], advance) -> np.ndarray:
         """Return [len(rows), D] float32, unit length; equal prompts go through the tower once."""
@@ -186,18 +186,18 @@ class TextRows:
         ]
         prompts = sorted(numbers)
         share = sum(map(len, rows)) / len(prompts)  # for the progress bar, which counts equal prompts too
-        found = []
+        parts = []
         if self.causal:
             for tree in prompt_trees(prompts, self.most_nodes):
-                found.append(self._embed_tree(tree))
+                parts.append(self._embed_tree(tree))
                 advance(len(tree.ends) * share)
         else:
             for start in range(0, len(prompts), PROMPTS_AT_ONCE):
                 batch = prompts[start : start + PROMPTS_AT_ONCE]
-                found.append(self._embed_prompts(batch))
+                parts.append(self._embed_prompts(batch))
                 advance(len(batch) * share)
         places = np.array([numbers[prompt] for prompt in prompts])
-        embeddings = np.concatenate(found)[places.argsort()]
+        embeddings = np.concatenate(parts)[places.argsort()]
         means = np.stack([embeddings[member].mean(axis=0) for member in members])
         return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
 

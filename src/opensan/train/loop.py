@@ -228,7 +228,7 @@ class Trainer:
         names, losses = self._backward(loaded)
         self._scale.remove_from(self.trained)
         norm = whole(clip_gradients(self.trained, math.inf if self.config.clip_norm is None else self.config.clip_norm))
-        broken = [reason for one in loaded for reason in one.broken]
+        broken = [reason for batch in loaded for reason in batch.broken]
         own = losses.new_tensor([len(broken), self._stop])
         shared = sum_over_ranks(torch.cat((losses.mean(0), own)))
         # One copy to the host for all figures of a step.
@@ -246,7 +246,7 @@ class Trainer:
     def _backward(self, loaded: Sequence[LoadedBatch]) -> tuple[list[str], Tensor]:
         """Compute gradients of the mean of all processes' micro-batches; return losses, [micro-batches, names]."""
         self.optimizer.zero_grad(set_to_none=True)
-        batches = [one.batch.to(self.device) for one in loaded]
+        batches = [item.batch.to(self.device) for item in loaded]
         prepared = cast(Task, self.task).prepare(batches)
         dtype = autocast_dtype(self.config.precision, self.device)
         names, rows = [], []
@@ -294,11 +294,11 @@ class Trainer:
     ) -> None:
         self._bad_steps += 1
         bad = (~losses.isfinite()).any(1).tolist()
-        culprits = [name for one, is_bad in zip(loaded, bad, strict=True) if is_bad for name in one.names]
-        suspects = [name for one in loaded for name in one.names]
+        culprits = [name for batch, is_bad in zip(loaded, bad, strict=True) if is_bad for name in batch.names]
+        suspects = [name for batch in loaded for name in batch.names]
         everyone = gather_objects((culprits, suspects))
         # Where all losses are finite, the gradients are not, and any sample may have caused it.
-        names = [name for found, _ in everyone for name in found] or [name for _, all_ in everyone for name in all_]
+        names = [name for own, _ in everyone for name in own] or [name for _, all_ in everyone for name in all_]
         shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
         progress.say(f"step {self.step} skipped: {wrong}, with {shown}")
         if self._bad_steps >= MOST_BAD_STEPS:  # more in a run that was stopped by this before, and continued

@@ -26,8 +26,8 @@ def san_parameter_groups(
     trained = model.trained()
     return [
         ParameterGroup(
-            tuple(one.name for one in trained if one.decayed is decayed),
-            tuple(one.parameter for one in trained if one.decayed is decayed),
+            tuple(parameter.name for parameter in trained if parameter.decayed is decayed),
+            tuple(parameter.parameter for parameter in trained if parameter.decayed is decayed),
             learning_rate=learning_rate,
             weight_decay=weight_decay if decayed else 0.0,
         )

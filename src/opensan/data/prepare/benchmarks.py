@@ -64,7 +64,7 @@ def open_coco_stuff(folder: Path) -> Source:
         for split, part in (("train", "train2017"), ("val", "val2017")):
             images = raw.find(folder, f"images/{part}", part)
             places = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations")
-            labels = raw.find(folder, *(f"{place}/{part}" for place in places))
+            labels = raw.find(folder, *(f"{parent}/{part}" for parent in places))
             if images and labels:
                 yield from _two_folders(images, labels, split, "coco_stuff_171")
             elif there := images or labels:

@@ -134,7 +134,7 @@ def _prepare_all(
 
 def _look_at_whole(source: Source, out: Path, records: Collection[PhotographRecord], failed: list[LeftOut]) -> None:
     """Raise UserError for problems of the set as a whole; its folder stays unfinished."""
-    values = Counter(one.value for one in failed if one.value is not None)
+    values = Counter(item.value for item in failed if item.value is not None)
     if values and (problem := source.judge(values)):
         raise UserError(f"{out}: not finished: {problem}")
     if records and not any(record.classes for record in records):
@@ -146,7 +146,7 @@ def _all_left_out(
     source: Source, refused: dict[str, str], failed: Iterable[LeftOut], records: Iterable[PhotographRecord]
 ) -> dict[str, str]:
     """Return all that was left out: name of an image, file or record -> reason."""
-    left_out = {**source.left_out, **refused, **{one.name: one.reason for one in failed}}
+    left_out = {**source.left_out, **refused, **{item.name: item.reason for item in failed}}
     for record in records:
         if record.left_out:
             left_out[f"{record.name} (in part)"] = "; ".join(record.left_out)
@@ -249,7 +249,7 @@ def _open_folder(
         for record in (*listed, *noted):
             _keep_changed(out, record)
         stale, noted = [*stale, *listed, *noted], []
-    journal.begin(wanted, [(_STALE + one.name, one.model_dump(mode="json"), b"") for one in stale])
+    journal.begin(wanted, [(_STALE + item.name, item.model_dump(mode="json"), b"") for item in stale])
     if manifest is not None and finished != wanted:
         lists = [f"{split}.txt" for split in manifest.splits]
         for name in (*lists, canonical.FILES, canonical.MANIFEST):

@@ -34,8 +34,8 @@ def open_full_ade(folder: Path) -> Source:
         raise UserError(f"{index}: lists {len(folders)} folders and {len(names)} file names")
 
     def photographs() -> Iterator[Photograph]:
-        for place, name in zip(folders, names, strict=True):
-            file = _below(index.parent, place, name)
+        for entry_folder, name in zip(folders, names, strict=True):
+            file = _below(index.parent, entry_folder, name)
             split = "val" if "_val_" in name else "train"
             yield Photograph(file.stem, (split,), partial(_at_most_512, file), partial(_coded_classes, file))
 
@@ -116,9 +116,9 @@ def _neighbours(old: int, new: int, *, clamped: bool) -> tuple[np.ndarray, np.nd
 
     `clamped`: beyond the first and last pixel only that pixel counts (so OpenCV does for columns).
     """
-    place = ((np.arange(new) + 0.5) * (1.0 / (new / old)) - 0.5).astype(np.float32)
-    first = np.floor(place).astype(np.intp)
-    part = place - first.astype(np.float32)
+    position = ((np.arange(new) + 0.5) * (1.0 / (new / old)) - 0.5).astype(np.float32)
+    first = np.floor(position).astype(np.intp)
+    part = position - first.astype(np.float32)
     if clamped:
         part[(first < 0) | (first >= old - 1)] = 0
     weights = [np.rint(share * np.float32(2048)).astype(np.int32) for share in (np.float32(1) - part, part)]

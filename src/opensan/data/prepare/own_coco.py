@@ -56,10 +56,10 @@ class _File:
     @property
     def objects(self) -> Iterator[Mapping[str, Any]]:
         """Every object, or segment of a panoptic file."""
-        for annotation in (one for of_image in self.annotations.values() for one in of_image):
+        for annotation in (item for of_image in self.annotations.values() for item in of_image):
             segments = annotation.get("segments_info")
             yield from (
-                (one for one in segments if isinstance(one, Mapping)) if isinstance(segments, list) else [annotation]
+                (item for item in segments if isinstance(item, Mapping)) if isinstance(segments, list) else [annotation]
             )
 
 
@@ -80,32 +80,32 @@ def _open(folder: Path, kind: str, annotations: str, ignored: str, crowds: str, 
     vocabulary, labels = without(vocabulary_of(list(names.values()), f"{first}: categories"), ignored, str(first))
     crowds_are_objects, said = _what_crowds_are(files, crowds)
     label_of_category = _Labels(dict(zip(names, labels, strict=True)), crowds_are_objects)
-    found: dict[Path, Found] = {}
+    images_found: dict[Path, Found] = {}
     readers: dict[Path, Callable[[], np.ndarray | Labelled]] = {}
     left_out: dict[str, str] = {}
     for file in files:
         images = _image_folder(folder, file)
         left_out |= file.left_out
         for record in file.images:
-            place = f"{file.path.name}: image {record['id']}"
+            source = f"{file.path.name}: image {record['id']}"
             try:
-                name = _get(record, "file_name", str, place)
-                path = below(images, name, place)
+                name = _get(record, "file_name", str, source)
+                path = below(images, name, source)
                 if path in readers:
-                    raise UserError(f"{place}: {name!r} is listed twice, here or in another annotation file")
+                    raise UserError(f"{source}: {name!r} is listed twice, here or in another annotation file")
                 readers[path] = labels_of(folder, file, record, path, label_of_category)
             except UserError as error:
-                left_out[place] = str(error).removeprefix(f"{place}: ")
+                left_out[source] = str(error).removeprefix(f"{source}: ")
                 continue
-            found[path] = Found(f"{file.split}/{PurePosixPath(name).with_suffix('')}", path, [file.split])
-    if not found:
+            images_found[path] = Found(f"{file.split}/{PurePosixPath(name).with_suffix('')}", path, [file.split])
+    if not images_found:
         raise UserError(f"{first}: none of its images can be used: {'; '.join(list(left_out.values())[:3])}")
     return Source(
         vocabulary=vocabulary,
-        photographs=photographs(found.values(), lambda one: readers[one.file]),
+        photographs=photographs(images_found.values(), lambda image_file: readers[image_file.file]),
         evaluation_split=evaluation_split(file.split for file in files),
         left_out=left_out,
-        notes=(*notes, *said, *_not_listed(found), *background_notes(vocabulary)),
+        notes=(*notes, *said, *_not_listed(images_found), *background_notes(vocabulary)),
         unlabelled_because=(
             "the objects have boxes only, or no pixel"
             if crowds_are_objects or not any(map(_is_crowd, files[0].objects))
@@ -114,10 +114,10 @@ def _open(folder: Path, kind: str, annotations: str, ignored: str, crowds: str, 
     )
 
 
-def _not_listed(found: Collection[Path]) -> Iterator[str]:
+def _not_listed(listed: Collection[Path]) -> Iterator[str]:
     """Return a note about images that lie beside those of the files and are listed in none of them."""
-    for folder in sorted({path.parent for path in found}):
-        others = [path for path in folder.iterdir() if is_image(path) and path not in found] if folder.is_dir() else []
+    for folder in sorted({path.parent for path in listed}):
+        others = [path for path in folder.iterdir() if is_image(path) and path not in listed] if folder.is_dir() else []
         if others:
             yield f"{folder}: {len(others)} images are in no annotation file, and not used (such as {min(others).name})"
 
@@ -128,7 +128,9 @@ def _class_names(files: Sequence[_File]) -> tuple[dict[int, str], list[str]]:
     Some tools put a category of the project's name before the others, which no object has: one that is the others'
     supercategory, or repeats the name of another, is left out.
     """
-    used = {one.get("category_id") for file in files for one in file.objects if _is_hashable(one.get("category_id"))}
+    used = {
+        entry.get("category_id") for file in files for entry in file.objects if _is_hashable(entry.get("category_id"))
+    }
     kept: list[dict[int, str]] = []
     notes: dict[str, None] = {}
     for file in files:
@@ -171,10 +173,10 @@ def _what_crowds_are(files: Sequence[_File], crowds: str) -> tuple[bool, list[st
         raise UserError(f"crowds={crowds}: must be objects or unlabelled")
     marked = total = 0
     of_cvat = False
-    for one in (one for file in files for one in file.objects):
+    for record in (record for file in files for record in file.objects):
         total += 1
-        marked += _is_crowd(one)
-        of_cvat |= isinstance(one.get("attributes"), Mapping) and "occluded" in one["attributes"]
+        marked += _is_crowd(record)
+        of_cvat |= isinstance(record.get("attributes"), Mapping) and "occluded" in record["attributes"]
     if crowds or not marked:
         return crowds == "objects", []
     if marked == total or of_cvat:
@@ -196,11 +198,11 @@ class _Labels:
     by_category: Mapping[int, int]
     crowds_are_objects: bool
 
-    def of(self, record: Mapping[str, Any], place: str) -> int:
-        """Return an object or segment's label. Raises UserError, beginning with `place`, on an unknown category."""
-        category = _get(record, "category_id", int, place)
+    def of(self, record: Mapping[str, Any], source: str) -> int:
+        """Return an object or segment's label. Raises UserError, beginning with `source`, on an unknown category."""
+        category = _get(record, "category_id", int, source)
         if category not in self.by_category:
-            raise UserError(f"{place}: category_id {category} is none of the file's categories")
+            raise UserError(f"{source}: category_id {category} is none of the file's categories")
         return UNLABELLED if _is_crowd(record) and not self.crowds_are_objects else self.by_category[category]
 
 
@@ -209,13 +211,13 @@ def _annotation_files(folder: Path, kind: str, annotations: str) -> list[Path]:
         return [below(folder, name.strip(), "annotations") for name in annotations.split(",")]
     names = [f"{kind}_*.json", *([_ROBOFLOW] if kind == "instances" else [])]
     places = [folder, folder / "annotations", *(path for path in sorted(folder.glob("*")) if path.is_dir())]
-    found = dict.fromkeys(path for place in places for name in names for path in sorted(place.glob(name)))
-    if not found:
+    files = dict.fromkeys(path for parent in places for name in names for path in sorted(parent.glob(name)))
+    if not files:
         raise UserError(
             f"{folder}: no {' or '.join(names)}, in it, in annotations/ or in a folder of a split; "
             "say annotations=FILE.json (a path in the folder) if it is called otherwise"
         )
-    return list(found)
+    return list(files)
 
 
 def _read(path: Path, folder: Path, kind: str) -> _File:
@@ -223,10 +225,10 @@ def _read(path: Path, folder: Path, kind: str) -> _File:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable COCO JSON file ({reason(error)})") from None
-    place, left_out = str(path), {}
-    images, annotations, categories = (_list(data, key, place) for key in ("images", "annotations", "categories"))
+    source, left_out = str(path), {}
+    images, annotations, categories = (_list(data, key, source) for key in ("images", "annotations", "categories"))
     if not images:
-        raise UserError(f"{place}: it lists no images")
+        raise UserError(f"{source}: it lists no images")
     by_image: dict[int, list[Mapping[str, Any]]] = {}
     kept: list[Mapping[str, Any]] = []
     identities = Counter(number for number in (record.get("id") for record in images) if type(number) is int)
@@ -239,9 +241,9 @@ def _read(path: Path, folder: Path, kind: str) -> _File:
         kept.append(record)
     named: dict[int, Mapping[str, Any]] = {}
     for category in categories:
-        _get(category, "name", str, f"{place}: a category")
-        if named.setdefault(_get(category, "id", int, f"{place}: a category"), category) is not category:
-            raise UserError(f"{place}: two categories have the same id")
+        _get(category, "name", str, f"{source}: a category")
+        if named.setdefault(_get(category, "id", int, f"{source}: a category"), category) is not category:
+            raise UserError(f"{source}: two categories have the same id")
     strays = 0
     for number, record in enumerate(annotations, 1):
         owner = record.get("image_id")
@@ -305,19 +307,19 @@ class _Panoptic:
 def _panoptic_labels(
     folder: Path, file: _File, record: Mapping[str, Any], image: Path, label_of_category: _Labels
 ) -> Callable[[], np.ndarray]:
-    place = f"{file.path.name}: image {record['id']}"
+    source = f"{file.path.name}: image {record['id']}"
     annotations = file.annotations[record["id"]]
     if len(annotations) != 1:
-        return partial(fail, f"{place}: has {len(annotations)} annotations, not one (the segments of a panoptic PNG)")
+        return partial(fail, f"{source}: has {len(annotations)} annotations, not one (the segments of a panoptic PNG)")
     labels = {}
-    for segment in _list(annotations[0], "segments_info", place):
-        number = _get(segment, "id", int, f"{place}: a segment")
+    for segment in _list(annotations[0], "segments_info", source):
+        number = _get(segment, "id", int, f"{source}: a segment")
         if not 0 < number < 2**24:
-            raise UserError(f"{place}: {number} is no segment id (1 to {2**24 - 1})")
-        labels[number] = label_of_category.of(segment, f"{place}: segment {number}")
-    name = _get(annotations[0], "file_name", str, place)
+            raise UserError(f"{source}: {number} is no segment id (1 to {2**24 - 1})")
+        labels[number] = label_of_category.of(segment, f"{source}: segment {number}")
+    name = _get(annotations[0], "file_name", str, source)
     beside = [file.path.with_suffix(""), folder / f"panoptic_{file.split}", folder / "panoptic" / file.split]
-    pngs = [below(place_of_pngs, name, place) for place_of_pngs in (*beside, folder / "panoptic", file.path.parent)]
+    pngs = [below(place_of_pngs, name, source) for place_of_pngs in (*beside, folder / "panoptic", file.path.parent)]
     return _Panoptic(next((png for png in pngs if png.exists()), pngs[0]), image, labels)
 
 
@@ -364,10 +366,10 @@ class _Instances:
 def _instance_labels(
     folder: Path, file: _File, record: Mapping[str, Any], image: Path, labels: _Labels
 ) -> Callable[[], np.ndarray | Labelled]:
-    place = f"{file.path.name}: image {record['id']}"
+    source = f"{file.path.name}: image {record['id']}"
     size = None
     if record.get("height") is not None or record.get("width") is not None:
-        size = (_get(record, "height", int, place), _get(record, "width", int, place))
+        size = (_get(record, "height", int, source), _get(record, "width", int, source))
     objects, left_out = [], []
     for number, annotation in enumerate(file.annotations[record["id"]], 1):
         name = f"annotation {annotation.get('id', number)!r:.40}"
@@ -381,7 +383,7 @@ def _instance_labels(
             objects.append((name, labels.of(annotation, name), annotation.get("segmentation"), has_box))
         except UserError as error:
             left_out.append(str(error))
-    return _Instances(place, image, size, tuple(objects), tuple(left_out))
+    return _Instances(source, image, size, tuple(objects), tuple(left_out))
 
 
 def mask_of(segmentation: object, height: int, width: int) -> np.ndarray:
@@ -423,19 +425,19 @@ def _polygon(points: object, height: int, width: int) -> np.ndarray:
     return flat
 
 
-def _get(record: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
+def _get(record: Mapping[str, Any], key: str, kind: type, source: str) -> Any:
     value = record.get(key)
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not kind:
-        raise UserError(f"{place}: {key!r} must be {'text' if kind is str else 'a whole number'}, not {value!r:.40}")
+        raise UserError(f"{source}: {key!r} must be {'text' if kind is str else 'a whole number'}, not {value!r:.40}")
     return value
 
 
-def _list(data: object, key: str, place: str) -> list[Mapping[str, Any]]:
+def _list(data: object, key: str, source: str) -> list[Mapping[str, Any]]:
     value = data.get(key) if isinstance(data, Mapping) else None
     if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
-        raise UserError(f"{place}: not this kind of COCO file, it has no list {key!r} of objects")
+        raise UserError(f"{source}: not this kind of COCO file, it has no list {key!r} of objects")
     return value
 
 

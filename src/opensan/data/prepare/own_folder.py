@@ -44,13 +44,13 @@ def open_folder(folder: Path, *, ignored: str = "", unlabelled: str = "", first:
     }
     colour_list = "labelmap.txt" if colours_of and not (folder / "colours.txt").exists() else "colours.txt"
     lists = folder / "ImageSets" / "Segmentation"
-    found = find_photographs(folder, images, lists=lists if lists.is_dir() else None)
+    image_set = find_photographs(folder, images, lists=lists if lists.is_dir() else None)
     return Source(
         vocabulary=vocabulary,
-        photographs=photographs(found.found, lambda one: _Labels(one, labels, values, colours, colour_list)),
-        evaluation_split=evaluation_split(split for one in found.found for split in one.splits),
-        left_out=found.left_out | unused_labels(folder, labels, (".png",), found.places),
-        notes=(*found.notes, *background_notes(vocabulary)),
+        photographs=photographs(image_set.found, lambda image: _Labels(image, labels, values, colours, colour_list)),
+        evaluation_split=evaluation_split(split for image in image_set.found for split in image.splits),
+        left_out=image_set.left_out | unused_labels(folder, labels, (".png",), image_set.places),
+        notes=(*image_set.notes, *background_notes(vocabulary)),
         unlabelled_because="all values are 255 (unlabelled) or of ignored classes",
         judge=values.judge,
         first_is_free=values.first_is_free,
@@ -59,14 +59,14 @@ def open_folder(folder: Path, *, ignored: str = "", unlabelled: str = "", first:
 
 def _parts(folder: Path) -> tuple[Path, Path, Path]:
     """Return the folders of images and labels, and the list of classes. Raises UserError naming all missing parts."""
-    found = [
+    folders = [
         next((folder / name for name in names if (folder / name).exists()), None)
         for names in (_IMAGES, _LABELS, _CLASSES)
     ]
-    images, labels, classes = found
+    images, labels, classes = folders
     if images is None or labels is None or classes is None:
         missing = [
-            name for name, path in zip(("images/", "labels/", "classes.txt"), found, strict=True) if path is None
+            name for name, path in zip(("images/", "labels/", "classes.txt"), folders, strict=True) if path is None
         ]
         form = next((f"; {hint}" for hint in _other_forms(folder)), "")
         raise UserError(f"{folder}: has no {', no '.join(missing)}; it must hold {NEEDS}{form}")
@@ -178,11 +178,11 @@ def _colours(path: Path, label_of_class: Mapping[str, int]) -> dict[int, int]:
     return labels
 
 
-def _code(rgb: list[str], place: str, form: str, line: str | None = None) -> int:
-    """Return three numbers as 24 bits, red first. Raises UserError, beginning with `place`, on anything else."""
+def _code(rgb: list[str], source: str, form: str, line: str | None = None) -> int:
+    """Return three numbers as 24 bits, red first. Raises UserError, beginning with `source`, on anything else."""
     parts = [part.strip() for part in rgb]
     if len(parts) != 3 or not all(part.isascii() and part.isdecimal() and int(part) < 256 for part in parts):
-        raise UserError(f"{place}: {(line or ','.join(rgb)).strip()[:60]!r} is not {form}")
+        raise UserError(f"{source}: {(line or ','.join(rgb)).strip()[:60]!r} is not {form}")
     red, green, blue = map(int, parts)
     return red << 16 | green << 8 | blue
 

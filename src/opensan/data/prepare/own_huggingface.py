@@ -63,8 +63,8 @@ def open_table(
         )
     features = _features(schema, files[0])
     image, mask = _columns(schema, files[0], image, mask)
-    names, place = _classes(folder, classes, features)
-    vocabulary, labels = without(_vocabulary(names, place), ignored, place)
+    names, source = _classes(folder, classes, features)
+    vocabulary, labels = without(_vocabulary(names, source), ignored, source)
     label_of_value = dict(zip(names, labels, strict=True))
     values = class_values(label_of_value, first=first, unlabelled=unlabelled, pixels=pixels)
     counts: Counter[str] = Counter()
@@ -87,10 +87,10 @@ def open_table(
     )
 
 
-def _vocabulary(names: Mapping[int, str | Word], place: str) -> Vocabulary:
+def _vocabulary(names: Mapping[int, str | Word], source: str) -> Vocabulary:
     """Return the classes: the words of a list with synonyms, else names as they are."""
     words = [word if isinstance(word, Word) else Word(word) for word in names.values()]
-    return vocabulary_of(words, place)
+    return vocabulary_of(words, source)
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class _Row:
         value = table[column][self.number].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
-            what = "only a path; write the table with its pictures in it" if value else "nothing"
-            raise UserError(f"{self._name(column)}: holds {what}")
+            problem = "only a path; write the table with its pictures in it" if value else "nothing"
+            raise UserError(f"{self._name(column)}: holds {problem}")
         return content
 
     def _name(self, column: str) -> str:

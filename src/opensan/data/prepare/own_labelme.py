@@ -60,21 +60,21 @@ def open_labelme(folder: Path, *, ignored: str = "") -> Source:
     label_of = {
         text: label for word, label in zip(full.words, labels, strict=True) for text in (word.name, *word.synonyms)
     } | dict.fromkeys(_NO_LABELS, UNLABELLED)
-    found = [
+    usable = [
         Found(path.relative_to(folder).with_suffix("").as_posix(), path, [_split(path, folder)]) for path, _ in files
     ]
-    images = {one.place: _LabelmeImage(folder, one.file) for one in found}
-    used = {images[one.place].beside() for one in found}
+    images = {image.place: _LabelmeImage(folder, image.file) for image in usable}
+    used = {images[image.place].beside() for image in usable}
     unlabelled = [file for file in sorted(folder.rglob("*")) if is_image(file) and file not in used]
     return Source(
         vocabulary=vocabulary,
         photographs=[
-            replace(photograph, image=images[one.place])
-            for photograph, one in zip(
-                photographs(found, lambda one: _Shapes(images[one.place], label_of)), found, strict=True
+            replace(photograph, image=images[image.place])
+            for photograph, image in zip(
+                photographs(usable, lambda image: _Shapes(images[image.place], label_of)), usable, strict=True
             )
         ],
-        evaluation_split=evaluation_split(split for one in found for split in one.splits),
+        evaluation_split=evaluation_split(split for image in usable for split in image.splits),
         left_out=left_out,
         notes=(
             *((f"{len(unlabelled)} images have no JSON file, and are not used",) if unlabelled else ()),
@@ -180,13 +180,13 @@ class _Shapes:
         return Labelled(turn(labels), tuple(left_out))
 
 
-def _size(data: Mapping[str, Any], image: Path | bytes, place: str) -> tuple[int, int]:
+def _size(data: Mapping[str, Any], image: Path | bytes, source: str) -> tuple[int, int]:
     height, width = data.get("imageHeight"), data.get("imageWidth")
     if height is width is None:
         return stored_size(image)[0]
     if type(height) is int and type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS:
         return height, width
-    raise UserError(f"{place}: 'imageHeight' and 'imageWidth' must be whole numbers, not {(height, width)!r:.60}")
+    raise UserError(f"{source}: 'imageHeight' and 'imageWidth' must be whole numbers, not {(height, width)!r:.60}")
 
 
 def _mask(shape: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:

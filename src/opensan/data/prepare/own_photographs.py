@@ -78,7 +78,7 @@ def find_photographs(root: Path, images: Path, *, nested: bool = True, lists: Pa
     if not listed:
         _split_by_folder(images, found)
         listed = found
-    elif unused := len(found) - len({one.file for one in listed if not one.problem}):
+    elif unused := len(found) - len({image.file for image in listed if not image.problem}):
         notes = (f"{unused} images stand in no list, and are not used",)
     _refuse_equal_stems(images, listed)
     return FoundSet(listed, places, left_out, notes)
@@ -86,14 +86,14 @@ def find_photographs(root: Path, images: Path, *, nested: bool = True, lists: Pa
 
 def _refuse_equal_stems(images: Path, listed: Sequence[Found]) -> None:
     by_place = defaultdict(list)
-    for one in listed:
-        if not one.problem:
-            by_place[one.place].append(one)
+    for image in listed:
+        if not image.problem:
+            by_place[image.place].append(image)
     for same in by_place.values():
-        names = " and ".join(one.file.name for one in same)
-        for one in same if len(same) > 1 else ():
-            one.problem = f"{images}: {names} have the same stem, so labels could be either's; rename one"
-            one.place += one.file.suffix
+        names = " and ".join(image.file.name for image in same)
+        for image in same if len(same) > 1 else ():
+            image.problem = f"{images}: {names} have the same stem, so labels could be either's; rename one"
+            image.place += image.file.suffix
 
 
 def unused_labels(root: Path, labels: Path, suffixes: Collection[str], places: Collection[str]) -> dict[str, str]:
@@ -145,24 +145,24 @@ def is_image(path: Path) -> bool:
 
 
 def _split_by_folder(images: Path, found: Sequence[Found]) -> None:
-    flat = [one for one in found if "/" not in one.place]
+    flat = [image for image in found if "/" not in image.place]
     if flat and len(flat) < len(found):
-        other = next(one for one in found if "/" in one.place)
+        other = next(image for image in found if "/" in image.place)
         raise UserError(
             f"{images}: images lie both in it ({flat[0].file.name}) and in sub-folders ({other.place}): "
             "sub-folders are splits, so put all into them, or none"
         )
-    for one in found:
-        one.splits = [PurePosixPath(one.place).parts[0] if not flat else NO_SPLIT]
+    for image in found:
+        image.splits = [PurePosixPath(image.place).parts[0] if not flat else NO_SPLIT]
 
 
 def _listed(root: Path, images: Path, found: Sequence[Found], lists: Path) -> list[Found]:
     """Return the images of the lists; empty if there are no lists."""
     by_name: dict[str, list[Found]] = defaultdict(list)
-    for one in found:
-        path_below = one.file.relative_to(images).as_posix()
-        for name in {path_below, one.place, one.file.name, one.file.stem}:
-            by_name[name].append(one)
+    for image in found:
+        path_below = image.file.relative_to(images).as_posix()
+        for name in {path_below, image.place, image.file.name, image.file.stem}:
+            by_name[name].append(image)
     listed: dict[Path | str, Found] = {}
     for path in sorted(lists.glob("*.txt")):
         if path.name in NO_LISTS or path.name.startswith("."):
@@ -176,12 +176,12 @@ def _listed(root: Path, images: Path, found: Sequence[Found], lists: Path) -> li
             if matches is None:
                 problem = f"{path}: line {number}: there is no image {line!r} in {images}"
                 matches = [listed.get(line) or Found(line, images / line, problem=problem)]
-            for one in matches:
+            for image in matches:
                 if label:
-                    one.label = below(root, label, f"{path}: line {number}")
-                listed.setdefault(one.place if one.problem else one.file, one)
-                if path.stem not in one.splits:
-                    one.splits.append(path.stem)
+                    image.label = below(root, label, f"{path}: line {number}")
+                listed.setdefault(image.place if image.problem else image.file, image)
+                if path.stem not in image.splits:
+                    image.splits.append(path.stem)
     return list(listed.values())
 
 
@@ -234,16 +234,16 @@ def photographs(found: Iterable[Found], labels: Callable[[Found], Callable]) -> 
     An image's name is its stem, or, where stems repeat in sub-folders, its path below the folder ("train_0001").
     """
     found = list(found)
-    stems = Counter(PurePosixPath(one.place).name for one in found)
+    stems = Counter(PurePosixPath(image.place).name for image in found)
     return [
         Photograph(
-            name=stem if stems[stem] == 1 else one.place.replace("/", "_"),
-            splits=tuple(one.splits),
-            image=partial(fail, one.problem) if one.problem else one.file,
-            labels=labels(one),
+            name=stem if stems[stem] == 1 else image.place.replace("/", "_"),
+            splits=tuple(image.splits),
+            image=partial(fail, image.problem) if image.problem else image.file,
+            labels=labels(image),
         )
-        for one in found
-        for stem in [PurePosixPath(one.place).name]
+        for image in found
+        for stem in [PurePosixPath(image.place).name]
     ]
 
 
@@ -252,11 +252,11 @@ def fail(problem: str) -> NoReturn:
     raise UserError(problem)
 
 
-def below(folder: Path, name: str, place: str) -> Path:
-    """Return `folder / name`. Raises UserError, beginning with `place`, if that would lead out of the folder."""
+def below(folder: Path, name: str, source: str) -> Path:
+    """Return `folder / name`. Raises UserError, beginning with `source`, if that would lead out of the folder."""
     path = PurePosixPath(name)
     if not path.parts or Path(name).anchor or ".." in path.parts or "\\" in name or "\0" in name:
-        raise UserError(f"{place}: {name[:80]!r} is no path below the folder")
+        raise UserError(f"{source}: {name[:80]!r} is no path below the folder")
     return folder / path
 
 
@@ -269,18 +269,18 @@ def evaluation_split(splits: Iterable[str]) -> str | None:
     return (named or splits)[0]
 
 
-def without(vocabulary: Vocabulary, ignored: str, place: str) -> tuple[Vocabulary, list[int]]:
+def without(vocabulary: Vocabulary, ignored: str, source: str) -> tuple[Vocabulary, list[int]]:
     """Return the vocabulary without the classes `ignored` (names between commas), and each class's label (-1: ignored).
 
-    Raises ValueError, beginning with `place`, on a name that is no class.
+    Raises ValueError, beginning with `source`, on a name that is no class.
     """
     # A name may contain commas.
     names = [ignored] if ignored in vocabulary.names else [name.strip() for name in ignored.split(",") if name.strip()]
     if unknown := [name for name in names if name not in vocabulary.names]:
-        raise UserError(f"{place}: has no class {unknown[0]!r} to ignore; it has {', '.join(vocabulary.names[:20])}")
+        raise UserError(f"{source}: has no class {unknown[0]!r} to ignore; it has {', '.join(vocabulary.names[:20])}")
     kept = tuple(word for word in vocabulary.words if word.name not in names)
     if not kept:
-        raise UserError(f"{place}: all classes are ignored")
+        raise UserError(f"{source}: all classes are ignored")
     place_of = {word.name: label for label, word in enumerate(kept)}
     return Vocabulary(kept, vocabulary.templates), [place_of.get(name, -1) for name in vocabulary.names]
 
@@ -294,9 +294,9 @@ def background_notes(vocabulary: Vocabulary) -> tuple[str, ...]:
     )
 
 
-def vocabulary_of(names: Sequence[str | Word], place: str) -> Vocabulary:
-    """Make a vocabulary of class names or words. Raises UserError, beginning with `place`, on a wrong list."""
+def vocabulary_of(names: Sequence[str | Word], source: str) -> Vocabulary:
+    """Make a vocabulary of class names or words. Raises UserError, beginning with `source`, on a wrong list."""
     try:
         return Vocabulary(tuple(name if isinstance(name, Word) else Word(name) for name in names))
     except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{source}: {error}") from None

@@ -36,8 +36,8 @@ NEEDS = "images/ and labels/NAME.txt (or SPLIT/images/ and SPLIT/labels/), and d
 
 def open_yolo(folder: Path, *, ignored: str = "") -> Source:
     """Open images/SPLIT/NAME.jpg with labels/SPLIT/NAME.txt, or Roboflow's SPLIT/images/ and SPLIT/labels/."""
-    names, place = _names(folder)
-    vocabulary, labels = without(vocabulary_of(list(names.values()), place), ignored, place)
+    names, source = _names(folder)
+    vocabulary, labels = without(vocabulary_of(list(names.values()), source), ignored, source)
     label_of_class = dict(zip(names, labels, strict=True))
     pairs = _pairs(folder)
     found: dict[int, tuple[Found, Path]] = {}
@@ -47,17 +47,17 @@ def open_yolo(folder: Path, *, ignored: str = "") -> Source:
         part = _found(folder, images, split)
         left_out |= part.left_out | unused_labels(folder, texts, (".txt",), part.places | {"classes"})
         notes += part.notes
-        for one in part.found:
-            text = texts / f"{one.place}.txt"
+        for item in part.found:
+            text = texts / f"{item.place}.txt"
             if split:
-                one.place = f"{split}/{one.place}"
-            found[id(one)] = (one, text)
+                item.place = f"{split}/{item.place}"
+            found[id(item)] = (item, text)
     return Source(
         vocabulary=vocabulary,
         photographs=photographs(
-            [one for one, _ in found.values()], lambda one: _Polygons(one.file, found[id(one)][1], label_of_class)
+            [item for item, _ in found.values()], lambda item: _Polygons(item.file, found[id(item)][1], label_of_class)
         ),
-        evaluation_split=evaluation_split(split for one, _ in found.values() for split in one.splits),
+        evaluation_split=evaluation_split(split for item, _ in found.values() for split in item.splits),
         left_out=left_out,
         notes=(*notes, *background_notes(vocabulary)),
         unlabelled_because="the label files hold boxes, not polygons",
@@ -77,8 +77,8 @@ def _pairs(folder: Path) -> list[tuple[str, Path, Path]]:
 def _found(folder: Path, images: Path, split: str) -> FoundSet:
     found = find_photographs(folder if not split else images.parent, images)
     if split:
-        for one in found.found:
-            one.splits = [split]
+        for image in found.found:
+            image.splits = [split]
     return found
 
 

@@ -242,27 +242,27 @@ class VideoRun:
             return _Read(frame, None if frame.number < self.finished else self._segmenter.read(frame.image))
 
         group: list[_Read] = []
-        for one in ahead(reader, read, itertools.count(), self._batch):
-            if one is None:
+        for item in ahead(reader, read, itertools.count(), self._batch):
+            if item is None:
                 break
-            if one.image is None:
-                yield _Labelled(one.frame, None)
+            if item.image is None:
+                yield _Labelled(item.frame, None)
                 continue
-            group.append(one)
+            group.append(item)
             if len(group) == self._batch:
                 yield from self._segmented(group)
                 group = []
         yield from self._segmented(group)
 
     def _segmented(self, group: list[_Read]) -> Iterator[_Labelled]:
-        images = [one.image for one in group if one.image is not None]
+        images = [item.image for item in group if item.image is not None]
         encodings = self._segmenter.encode_read(images, batch_size=self._batch)
-        for one, image, encoding in zip(group, images, encodings, strict=True):
+        for item, image, encoding in zip(group, images, encodings, strict=True):
             past = None
             if self._steadier is not None:
                 encoding = self._steadier.steadied(encoding, to_array(image.prepared.pixels))
                 past = self._steadier.past
-            yield _Labelled(one.frame, self._segmenter.segment(encoding, self._vocabulary).labels, past)
+            yield _Labelled(item.frame, self._segmenter.segment(encoding, self._vocabulary).labels, past)
 
     def _draw(self, labelled: _Labelled) -> _Drawn:
         frame, labels = labelled.frame, labelled.labels
@@ -347,7 +347,7 @@ class VideoRun:
 
 
 def _bytes(past: Past) -> bytes:
-    return save({name: np.ascontiguousarray(one) for name, one in vars(past).items()})
+    return save({name: np.ascontiguousarray(array) for name, array in vars(past).items()})
 
 
 def _past(data: bytes) -> Past | None:

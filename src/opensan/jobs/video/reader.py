@@ -183,8 +183,8 @@ class VideoReader:
         """Return the video's length in the file; 0 if it has only that of all tracks together."""
         if self._video.duration:
             return float(self._video.duration * self.time_base)
-        if told := _TIME.match(self._video.metadata.get("DURATION", "")):  # Matroska's
-            hours, minutes, seconds = map(float, told.groups())
+        if duration := _TIME.match(self._video.metadata.get("DURATION", "")):  # Matroska's
+            hours, minutes, seconds = map(float, duration.groups())
             return 3600 * hours + 60 * minutes + seconds
         alone = len(self._container.streams) == 1  # sound may be longer
         return (self._container.duration or 0) / 1_000_000 if alone else 0.0
@@ -246,20 +246,20 @@ class _Clock:
 
     def tell(self, picture: Any) -> int:
         """Return the time of the next frame."""
-        told = picture.pts if picture.pts is not None else picture.dts
+        file_time = picture.pts if picture.pts is not None else picture.dts
         last = self._last
         if last is None:
             now = 0
-            self.shift = 0 if told is None else -told
-        elif told is None:
+            self.shift = 0 if file_time is None else -file_time
+        elif file_time is None:
             now = last + self._step
-        elif told + self.shift > last:
-            now = told + self.shift
-        elif last - told - self.shift < SHORT_WAY * self._step:  # a repeated time, or disordered frames
+        elif file_time + self.shift > last:
+            now = file_time + self.shift
+        elif last - file_time - self.shift < SHORT_WAY * self._step:  # a repeated time, or disordered frames
             now = last + 1
         else:  # a second recording, joined to the first: times continue from there
             now = last + self._step
-            self.shift = now - told
+            self.shift = now - file_time
             self.jumps += 1
         self._last = now
         self.end = now + (picture.duration or self._step)

@@ -75,11 +75,11 @@ class Steadier:
 
 def _mixed(masks: np.ndarray, embeddings: np.ndarray, grey: np.ndarray, past: Past) -> tuple[np.ndarray, np.ndarray]:
     flow = motion(grey, past.grey)
-    found = _blocks(_found_again(grey, past.grey, flow), masks.shape[1:])
-    if found.mean() < CUT:
+    visible = _blocks(_found_again(grey, past.grey, flow), masks.shape[1:])
+    if visible.mean() < CUT:
         return masks, embeddings
-    flow = np.stack([_blocks(one, masks.shape[1:]) for one in flow]) / FINER
-    share = (PAST * found).astype(np.float32)
+    flow = np.stack([_blocks(axis, masks.shape[1:]) for axis in flow]) / FINER
+    share = (PAST * visible).astype(np.float32)
     # A query's weight of the past is the mean over its region.
     weights = expit(masks)
     of_query = ((weights * share).sum(axis=(1, 2)) / weights.sum(axis=(1, 2)))[:, None]
@@ -91,9 +91,9 @@ def _mixed(masks: np.ndarray, embeddings: np.ndarray, grey: np.ndarray, past: Pa
 
 def _found_again(now: np.ndarray, before: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """Return how likely each point [h', w'] is visible in the frame before, at `flow` [2, h', w'] from it: 0 to 1."""
-    place = np.indices(now.shape) + flow
+    position = np.indices(now.shape) + flow
     limits = np.array(now.shape)[:, None, None] - 0.5
-    inside = ((place >= -0.5) & (place <= limits)).all(axis=0)
+    inside = ((position >= -0.5) & (position <= limits)).all(axis=0)
     return inside * np.exp(-np.square((now - moved(before, flow)) / DIFFERENT))
 
 
@@ -112,7 +112,7 @@ def motion(now: np.ndarray, before: np.ndarray) -> np.ndarray:
             flow = _doubled(flow, small_now.shape)
         for _ in range(ITERATIONS):
             step = _step(small_now, moved(small_before, flow))
-            flow = np.stack([uniform_filter(one, SMOOTHING, mode="nearest") for one in flow + step.clip(-1, 1)])
+            flow = np.stack([uniform_filter(axis, SMOOTHING, mode="nearest") for axis in flow + step.clip(-1, 1)])
     return flow
 
 
@@ -148,5 +148,5 @@ def _halved(picture: np.ndarray) -> np.ndarray:
 
 def _doubled(flow: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Scale displacements to a picture of about twice as many points each way."""
-    place = (np.indices(shape, dtype=np.float32) - 0.5) / 2
-    return 2 * np.stack([map_coordinates(one, place, order=1, mode="nearest") for one in flow])
+    position = (np.indices(shape, dtype=np.float32) - 0.5) / 2
+    return 2 * np.stack([map_coordinates(axis, position, order=1, mode="nearest") for axis in flow])

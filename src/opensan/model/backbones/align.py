@@ -85,8 +85,8 @@ class Align(Backbone):
 
     def embed_prompts(self, tokens: Tensor) -> Tensor:
         """Embed `tokens` [P, T], padded with 0, as unit rows [P, D]."""
-        found = self.model.text_model(input_ids=tokens, attention_mask=(tokens != 0).long())
-        return F.normalize(self.model.text_projection(found.last_hidden_state[:, 0]), dim=-1)
+        output = self.model.text_model(input_ids=tokens, attention_mask=(tokens != 0).long())
+        return F.normalize(self.model.text_projection(output.last_hidden_state[:, 0]), dim=-1)
 
     def token_table(self) -> Tensor:
         """Return the embedding of every token, [V, C]. That of the padding (0) is zero."""

@@ -59,7 +59,7 @@ def _open_openvino(path: Path, threads: int, narrow: bool) -> Run:
 
     def run(**inputs: np.ndarray) -> list[np.ndarray]:
         # Each call has its own request, so threads may share the graph.
-        found = compiled.create_infer_request().infer(inputs)
-        return [np.array(found[output]) for output in compiled.outputs]
+        outputs = compiled.create_infer_request().infer(inputs)
+        return [np.array(outputs[output]) for output in compiled.outputs]
 
     return run

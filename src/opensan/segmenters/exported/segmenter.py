@@ -83,12 +83,12 @@ class ExportedSegmenter(ProposalSegmenter):
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
         """Return class probabilities [Q, K]; see `ProposalSegmenter.class_probabilities`."""
         rows = self.text.classifier(vocabulary)
-        (found,) = self._words(
+        (probabilities,) = self._words(
             mask_embeddings=to_array(encoding["mask_embeddings"]),
             rows=rows,
             rows_of_word=first_equal(rows)[rows_of_words(vocabulary)],  # equal rows give exactly equal probabilities
         )
-        return found
+        return probabilities
 
     def _bands(self, encoding: Encoding, vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield labels and scores of a band of rows at a time, so that memory does not grow with words times pixels."""

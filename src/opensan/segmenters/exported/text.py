@@ -93,11 +93,11 @@ class ExportedText(TextRows):
     def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> np.ndarray:
         """Return `TextRows.rows`, from memory if possible; threads may call it together."""
         with self._work:
-            found = self._found.get(vocabulary)
-            if found is None:
-                found = self.rows(vocabulary, progress=progress)
-                self._found.put(vocabulary, found, len(found))
-        return found
+            rows = self._found.get(vocabulary)
+            if rows is None:
+                rows = self.rows(vocabulary, progress=progress)
+                self._found.put(vocabulary, rows, len(rows))
+        return rows
 
     def _current_tower(self) -> Tower:
         if self._tower is None:
@@ -111,8 +111,8 @@ class ExportedText(TextRows):
         return self._tower
 
     def _remembered(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        found = {key: self._embedded.rows[key] for key in keys if key in self._embedded.rows}
-        return found | super()._remembered([key for key in keys if key not in found])
+        rows = {key: self._embedded.rows[key] for key in keys if key in self._embedded.rows}
+        return rows | super()._remembered([key for key in keys if key not in rows])
 
     def _embed(self, rows: list[list[str]], names: list[str], advance) -> np.ndarray:
         if self._graph is None:
@@ -121,8 +121,8 @@ class ExportedText(TextRows):
 
     def _embed_tree(self, tree: PromptTree) -> np.ndarray:
         assert self._graph is not None  # see `_embed`
-        (found,) = self._graph(tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
-        return found
+        (embeddings,) = self._graph(tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
+        return embeddings
 
     def _unknown(self, name: str) -> str:
         known = self._embedded.names
