@@ -27,6 +27,7 @@ from opensan.config import (
     TextConfig,
 )
 from opensan.errors import UserError
+from opensan.evaluate.cost import profile
 from opensan.model import SAN, build_san
 from opensan.model.backbones import build_backbone
 from opensan.segmenters.san import SanSegmenter
@@ -276,6 +277,29 @@ def test_a_model_without_memory_counts_the_same_parameters(family):
     empty = build_empty(family.config)
     shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in family.state_dict().items()}
+
+
+def test_a_profile_counts_each_tower_as_its_own(family, tmp_path):
+    """By the sizes of the modules themselves, whose names differ from family to family."""
+    clip = family.clip
+    if family.config.name == "align":
+        text = [clip.model.text_model, clip.model.text_projection]
+    elif family.config.clip.kind == "vit_pooled":
+        text = [clip.text]
+    else:
+        text = [clip.token_embedding, clip.transformer, clip.ln_final]
+    expected = sum(parameter.numel() for module in text for parameter in module.parameters())
+    if family.config.clip.kind in ("clip_resnet", "convnet"):
+        expected += clip.positional_embedding.numel() + clip.text_projection.numel()
+    costs = profile(str(save_folder(family, tmp_path / "model")), size=(96, 128), words=5)
+    parameters = costs.parameters
+    assert parameters["CLIP text tower"].total == expected
+    whole = sum(parameter.numel() for parameter in clip.parameters())
+    assert parameters["CLIP image tower"].total == whole - expected
+    assert parameters["all"].total == sum(parameter.numel() for parameter in family.parameters())
+    for part in ("CLIP, shallow layers", "side adapter: blocks", "side adapter: heads", "classification"):
+        assert costs.multiply_adds[part] > 0, part
+    assert costs.speed.images_per_second > 0
 
 
 FILES = {"clip_resnet": "open_clip", "siglip": "open_clip", "convnext": "open_clip", "align": "transformers"}

@@ -118,20 +118,25 @@ def profile(source: str, *, size: tuple[int, int] = OFFICIAL_SIZE, words: int = 
 
 
 def count_parameters(model: SAN) -> dict[str, Parameters]:
-    """Count parameters by part, "all" last."""
-    parts = {
-        "CLIP image tower": "clip.visual.",
-        "CLIP text tower": "clip.",
-        "side adapter": "side_adapter.",
-        "no-object embedding": "no_object_embedding",
-    }
-    totals = {part: [0, 0] for part in parts}
+    """Count parameters by part, "all" last; the scale of CLIP's logits counts with the image tower."""
+    totals = {part: [0, 0] for part in ("CLIP image tower", "CLIP text tower", *_OWN_PARTS.values())}
     for name, parameter in model.named_parameters():
-        part = next(part for part, prefix in parts.items() if name.startswith(prefix))
+        part = _part_of(model, name)
         totals[part][0] += parameter.numel()
         totals[part][1] += parameter.numel() * parameter.requires_grad
     total, trained = (sum(counts) for counts in zip(*totals.values(), strict=True))
     return {part: Parameters(*counts) for part, counts in totals.items()} | {"all": Parameters(total, trained)}
+
+
+_OWN_PARTS = {"side_adapter": "side adapter", "no_object_embedding": "no-object embedding"}
+
+
+def _part_of(model: SAN, name: str) -> str:
+    """Return the part that the parameter `name` belongs to; which names are the text tower's, its backbone knows."""
+    owner, _, rest = name.partition(".")
+    if owner != "clip":
+        return _OWN_PARTS[owner]
+    return "CLIP text tower" if model.clip.is_text(rest) else "CLIP image tower"
 
 
 def count_multiply_adds(config: ModelConfig, size: tuple[int, int], words: int) -> dict[str, int]:
