@@ -344,6 +344,20 @@ def test_a_printed_set_is_a_words_file(run, tmp_path):
         assert opensan.Vocabulary.from_file(path).names == opensan.Vocabulary.ready(name).names
 
 
+def test_models_lists_every_name_with_its_kind_and_proof(run, monkeypatch):
+    code, stdout, stderr = run("models")
+    assert (code, stderr) == (0, "")
+    lines = stdout.splitlines()
+    assert lines[0].split()[:3] == ["tiny", "clip_vit", "labels"]
+    for line, (name, preset) in zip(lines[1:-2], PRESETS.items(), strict=True):
+        use = "labels" if preset.official else "trains"
+        assert line.split(maxsplit=3) == [name, preset.config.clip.kind, use, preset.proved]
+    assert lines[-1] == "only tiny was tested with its real weights here; all others are untested with theirs"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    table = run("models")[1]
+    assert all(name in table for name in PRESETS) and "proved" in table and "untested with theirs" in table
+
+
 def test_convert_writes_what_load_reads(run, tmp_path, small_model, small_config, monkeypatch):
     small = replace(PRESETS["san-vit-b16"], config=small_config)
     monkeypatch.setattr("opensan.checkpoints.pickles.PRESETS", {"small": small})

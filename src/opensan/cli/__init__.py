@@ -16,7 +16,7 @@ from opensan.cli.cache import cache
 from opensan.cli.data import data
 from opensan.cli.evaluate import evaluate
 from opensan.cli.export import export
-from opensan.cli.models import convert, parity
+from opensan.cli.models import convert, models, parity
 from opensan.cli.profile import profile
 from opensan.cli.raster import segment_raster
 from opensan.cli.segment import segment
@@ -41,6 +41,7 @@ app.command(cls=Command)(segment_video)
 app.command("eval", cls=Command)(evaluate)
 app.command(cls=Command)(words)
 app.command(cls=Command)(cache)
+app.command(cls=Command)(models)
 app.command(cls=Command)(convert)
 app.command(cls=Command)(export)
 app.command(cls=Command)(parity)

@@ -1,12 +1,43 @@
-"""`opensan convert` and `opensan parity`: convert official weights, and compare with the official code's results."""
+"""`opensan models`, `opensan convert` and `opensan parity`: list named models, convert official weights, compare."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from opensan.cli.terminal import note
+from opensan.cli.terminal import note, output_console
 from opensan.errors import UserError
+
+
+def models() -> None:
+    """List the models that have names, and what was proved of each.
+
+    A name labels images (--model NAME) or starts a training (start.model=NAME in a recipe). The kind says how
+    the encoder works.
+    """
+    from opensan.checkpoints import preset_config
+    from opensan.checkpoints.presets import PRESETS
+
+    rows = [("tiny", preset_config("tiny").clip.kind, "labels", "trained and tested here, on drawn scenes")]
+    for name, preset in PRESETS.items():
+        rows.append((name, preset.config.clip.kind, "labels" if preset.official else "trains", preset.proved))
+    console = output_console()
+    if console.is_terminal:
+        from rich import box
+        from rich.table import Table
+
+        table = Table("name", "kind", "use", "proved", box=box.SIMPLE)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        for name, kind, use, proved in rows:
+            print(f"{name:<22} {kind:<12} {use:<7} {proved}")
+    for line in (
+        "labels: give the name to --model; trains: no SAN around the encoder was released; start a training from it",
+        "only tiny was tested with its real weights here; all others are untested with theirs",
+    ):
+        console.print(line, soft_wrap=True)
 
 
 def convert(
