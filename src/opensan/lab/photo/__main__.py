@@ -20,6 +20,7 @@ from opensan.lab.photo.report import report
 
 
 def main() -> None:
+    """Run a step of the recipe, or all of them, or measure a model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("words", "text", "masks", "all", "report"))
     parser.add_argument("--data", type=Path, required=True)
