@@ -197,7 +197,7 @@ def test_damage_found_while_reading_is_told_in_a_line(tmp_path):
 
 def test_without_rasterio_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(ValueError, match=r"opensan\[geo\]"), geotiff.gdal():
+    with pytest.raises(ValueError, match=r"\.\[geo\]"), geotiff.gdal():
         pass
 
 

@@ -406,5 +406,5 @@ def test_the_page_takes_nothing_from_outside(service):
 def test_other_host_names_are_refused(service):
     with pytest.raises(HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(service.url, headers={"Host": "evil.example"}))
-    assert refused.value.code == 400
+    assert refused.value.code == 421
     refused.value.close()

@@ -20,6 +20,7 @@ WITHOUT = """if True:
     modules["os"] = portable(
         os, "sched_getaffinity fork getuid geteuid getloadavg killpg setsid mkfifo statvfs sysconf pread", name="nt"
     )
+    modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=lambda *_: None)  # Windows has it
     modules["signal"] = portable(signal, "SIGKILL SIGHUP SIGALRM SIGUSR1 SIGCHLD pthread_sigmask setitimer")
     real = builtins.__import__
 
