@@ -19,7 +19,7 @@ import opensan
 from opensan.checkpoints.presets import PRESETS
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.segmentation_folder import SegmentationFolder
-from opensan.evaluate.metrics import Counts
+from opensan.evaluation.metrics import Counts
 from opensan.lab.san_training import SceneDataset
 from opensan.lab.scenes import SEGMENTATION_NAMES
 from opensan.parity.golden import golden_model

@@ -11,9 +11,9 @@ from opensan import Encoding, Segmenter
 from opensan.config import ImageConfig
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.errors import UserError
-from opensan.evaluate.evaluation import evaluate, segmenter_predictor
-from opensan.evaluate.measure import measure
-from opensan.evaluate.predictors import AugmentedPredictor, ModelPredictor
+from opensan.evaluation.evaluation import evaluate, segmenter_predictor
+from opensan.evaluation.measure import measure
+from opensan.evaluation.predictors import AugmentedPredictor, ModelPredictor
 from opensan.jobs.folder import FolderRun, plan
 from opensan.jobs.tiles import ArrayRaster, Tiling, label_by_tiles
 from opensan.jobs.video.job import VideoRun
@@ -47,7 +47,7 @@ class ColourSegmenter(Segmenter):
         means = pixels.reshape(3, height, CELL, width, CELL).mean(axis=(2, 4))
         return Encoding({"colours": means}, image.prepared.sizes, self.identity.encodings, image.image)
 
-    def prepare_words(self, vocabulary):
+    def prepare_words(self, vocabulary, progress=None):
         for word in vocabulary.words:
             if word.name not in COLOURS:
                 raise UserError(f"word {word.name!r} is no colour: choose from {', '.join(COLOURS)}")

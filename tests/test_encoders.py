@@ -27,7 +27,7 @@ from opensan.config import (
     TextConfig,
 )
 from opensan.errors import UserError
-from opensan.evaluate.cost import profile
+from opensan.evaluation.cost import profile
 from opensan.model import SAN, build_san
 from opensan.model.backbones import build_backbone
 from opensan.segmenters.san import SanSegmenter

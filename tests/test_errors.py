@@ -12,7 +12,7 @@ import pytest
 
 from opensan.cli import main
 from opensan.errors import HubError, UserError, install
-from opensan.evaluate.evaluation import evaluate
+from opensan.evaluation.evaluation import evaluate
 from opensan.train.stream import MOST_REPLACEMENTS, _Positions
 from opensan.vocabulary import Vocabulary
 

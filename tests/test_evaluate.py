@@ -22,15 +22,15 @@ from opensan.assemble.scores import score_maps
 from opensan.data.canonical import DatasetManifest, Request, write_manifest
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.distributed import process_group
-from opensan.evaluate import measure as measure_module
-from opensan.evaluate import predictions
-from opensan.evaluate.evaluation import Evaluation, Photograph, evaluate, segmenter_predictor
-from opensan.evaluate.measure import measure
-from opensan.evaluate.page import best_and_worst, write_page
-from opensan.evaluate.predictions import SavedPredictions
-from opensan.evaluate.predictors import AugmentedPredictor, ModelPredictor, SavedPredictor
-from opensan.evaluate.report import write_report
-from opensan.evaluate.table import Measured, as_markdown, missing, table
+from opensan.evaluation import measure as measure_module
+from opensan.evaluation import predictions
+from opensan.evaluation.evaluation import Evaluation, Photograph, evaluate, segmenter_predictor
+from opensan.evaluation.measure import measure
+from opensan.evaluation.page import best_and_worst, write_page
+from opensan.evaluation.predictions import SavedPredictions
+from opensan.evaluation.predictors import AugmentedPredictor, ModelPredictor, SavedPredictor
+from opensan.evaluation.report import write_report
+from opensan.evaluation.table import Measured, as_markdown, missing, table
 from opensan.files import hold
 from opensan.images import prepare
 from opensan.journal import Journal

@@ -10,10 +10,10 @@ import pytest
 from scipy import ndimage
 
 from opensan.errors import UserError
-from opensan.evaluate.boundary import band_width
-from opensan.evaluate.evaluation import evaluate, model_predictor, segmenter_predictor, validation
-from opensan.evaluate.metrics import Counts, count_image
-from opensan.evaluate.report import write_report
+from opensan.evaluation.boundary import band_width
+from opensan.evaluation.evaluation import evaluate, model_predictor, segmenter_predictor, validation
+from opensan.evaluation.metrics import Counts, count_image
+from opensan.evaluation.report import write_report
 from opensan.vocabulary import Vocabulary
 
 

@@ -16,9 +16,9 @@ from opensan.checkpoints.official import to_official
 from opensan.checkpoints.presets import PRESETS
 from opensan.config import ImageConfig
 from opensan.errors import UserError
-from opensan.evaluate.evaluation import Evaluation
-from opensan.evaluate.metrics import Counts
-from opensan.evaluate.report import write_report
+from opensan.evaluation.evaluation import Evaluation
+from opensan.evaluation.metrics import Counts
+from opensan.evaluation.report import write_report
 from opensan.files import ASSETS
 from opensan.recipe.config import RECIPES, override
 from opensan.segmenters.results import Encoding

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opensan.checkpoints import build_empty, save_folder
 from opensan.checkpoints.presets import PRESETS
 from opensan.cli import main
-from opensan.evaluate.cost import count_multiply_adds, count_parameters
+from opensan.evaluation.cost import count_multiply_adds, count_parameters
 from plain import PlainSAN
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 import opensan
 from opensan.assemble.bands import best_words, first_equal
-from opensan.evaluate.predictors import AugmentedPredictor
+from opensan.evaluation.predictors import AugmentedPredictor
 from opensan.export import export
 from opensan.files import ASSETS
 from opensan.jobs.tiles import ArrayRaster, Tiling, label_by_tiles

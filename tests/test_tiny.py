@@ -9,7 +9,7 @@ from PIL import Image
 
 import opensan
 from opensan.checkpoints.hub import TINY_FOLDER
-from opensan.evaluate.evaluation import evaluate, segmenter_predictor
+from opensan.evaluation.evaluation import evaluate, segmenter_predictor
 from opensan.lab.san_training import SceneDataset, base_and_novel
 from opensan.lab.scenes import BASE_NAMES, NOVEL_NAMES, SEGMENTATION_NAMES
 

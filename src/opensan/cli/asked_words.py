@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from opensan.cli.terminal import UsageError
+from opensan.cli.terminal import UsageError, output_console, progress_of
 from opensan.vocabulary import Vocabulary
 from opensan.word_lists import word_list
+
+if TYPE_CHECKING:
+    from opensan.segmenters.base import Segmenter
 
 WORDS = "Words"
 """Group of options in the help."""
@@ -73,6 +76,12 @@ def asked_vocabulary(
     if (ready := _single("--words-set", words_set)) is not None:
         return Vocabulary.ready(ready, **more)
     return Vocabulary.parse(_joined("--words", words), **more)
+
+
+def embed_words(segmenter: "Segmenter", vocabulary: Vocabulary) -> None:
+    """Embed the words before the images are read: it may take long, and unusable words are reported early."""
+    with progress_of(output_console(), "embedding prompts") as progress:
+        segmenter.prepare_words(vocabulary, progress)
 
 
 def _joined(option: str, texts: Sequence[str] | None) -> Any:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opensan.cli.asked_words import embed_words
 from opensan.cli.options import Device, ImageDtype, Model, Out, Speed, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_of
 from opensan.errors import UserError
 
 if TYPE_CHECKING:
-    from opensan.evaluate.evaluation import Evaluation
-    from opensan.evaluate.predictors import BatchPredictor
-    from opensan.evaluate.sets import PreparedSet
+    from opensan.evaluation.evaluation import Evaluation
+    from opensan.evaluation.predictors import BatchPredictor
+    from opensan.evaluation.sets import PreparedSet
     from opensan.segmenters.san import SanSegmenter
 
 SHOWN = 10
@@ -91,7 +92,7 @@ def evaluate(
 
     from opensan.devices import chosen_device
     from opensan.distributed import is_main, process_group
-    from opensan.evaluate.sets import find_sets, open_set
+    from opensan.evaluation.sets import find_sets, open_set
     from opensan.segmenters.san import load_san
 
     with process_group("cpu" if from_predictions else chosen_device(device)) as group:
@@ -157,9 +158,9 @@ class _Run:
     def one(self, prepared: "PreparedSet") -> "Evaluation":
         """Evaluate a data set, write its folder, and print its metrics."""
         from opensan.distributed import is_main
-        from opensan.evaluate.measure import measure
-        from opensan.evaluate.page import write_page
-        from opensan.evaluate.report import FIGURES, percent, write_report
+        from opensan.evaluation.measure import measure
+        from opensan.evaluation.page import write_page
+        from opensan.evaluation.report import FIGURES, percent, write_report
 
         folder = self.out / prepared.name
         predictor = self._predictor(prepared)
@@ -186,8 +187,8 @@ class _Run:
         return evaluation
 
     def _predictor(self, prepared: "PreparedSet") -> "BatchPredictor":
-        from opensan.evaluate.predictions import SavedPredictions
-        from opensan.evaluate.predictors import AugmentedPredictor, ModelPredictor, SavedPredictor
+        from opensan.evaluation.predictions import SavedPredictions
+        from opensan.evaluation.predictors import AugmentedPredictor, ModelPredictor, SavedPredictor
 
         vocabulary = prepared.dataset.vocabulary
         if self.from_predictions is not None:
@@ -195,12 +196,12 @@ class _Run:
             predictions = SavedPredictions(self.from_predictions, len(vocabulary.names), class_of_id=class_of_id)
             return SavedPredictor(predictions)
         assert self.segmenter is not None
-        self.segmenter.prepare_words(vocabulary)  # before the images: it may take long, with its own progress bar
+        embed_words(self.segmenter, vocabulary)
         return (AugmentedPredictor if self.tta else ModelPredictor)(self.segmenter, vocabulary)
 
     def table(self, sets: Sequence["PreparedSet"], evaluations: Sequence["Evaluation"]) -> None:
         """Print the table of all data sets, and write it."""
-        from opensan.evaluate.table import Measured, as_markdown, missing, table, write_table
+        from opensan.evaluation.table import Measured, as_markdown, missing, table, write_table
 
         measured = [
             Measured(prepared.name, prepared.label_set, evaluation)

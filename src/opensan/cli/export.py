@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.terminal import complain, note
+from opensan.cli.terminal import complain, note, progress_of_steps
 from opensan.errors import UserError
 
 
@@ -69,7 +69,10 @@ def export(
     from opensan.export import export as write
 
     loaded = load_model(model) if random_weights is None else random_model(model, random_weights)
-    folder, check = write(loaded, out, format=format.value, dtype=dtype.value, text=text, words=known, note=note)
+    with progress_of_steps() as progress:
+        folder, check = write(
+            loaded, out, format=format.value, dtype=dtype.value, text=text, words=known, progress=progress
+        )
     for tensor, difference in check.differences.items():
         print(f"{tensor:<20} differ by {difference:.1e} of the largest at most")
     print(f"{'labels':<20} agree at {100 * check.agreement:.3f}% of the pixels")

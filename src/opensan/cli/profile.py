@@ -12,7 +12,7 @@ from opensan.cli.terminal import UsageError, note, output_console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from opensan.evaluate.cost import Profile
+    from opensan.evaluation.cost import Profile
 
 
 def profile(
@@ -30,7 +30,7 @@ def profile(
     given = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", size)
     if not given:
         raise UsageError(f"--size {size}: height x width in pixels, like 640x640")
-    from opensan.evaluate.cost import profile as make_profile
+    from opensan.evaluation.cost import profile as make_profile
 
     note(f"profiling {model}")
     result = make_profile(model, size=(int(given[1]), int(given[2])), words=words, device=device)
@@ -82,7 +82,7 @@ def _giga(count: int) -> str:
 
 def _comparison(result: "Profile") -> list[str]:
     """Compare a preset at the official size with the published figures."""
-    from opensan.evaluate.cost import OFFICIAL_SIZE, official_figures
+    from opensan.evaluation.cost import OFFICIAL_SIZE, official_figures
 
     official = official_figures(result.model)
     if official is None:

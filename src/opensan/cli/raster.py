@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
+from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
 from opensan.cli.options import Device, ImageDtype, Model, Out, Speed, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
@@ -113,7 +113,7 @@ def segment_raster(
             from opensan.segmenters.san import load_san
 
             segmenter = load_san(model, device=device, speed=speed.value, dtype=dtype and dtype.value)
-            segmenter.prepare_words(vocabulary)  # before the work, to report unusable words early
+            embed_words(segmenter, vocabulary)
             tiling = Tiling.plan(raster.size, tile or segmenter.image_config.short_side, overlap)
             work = _work(raster, segmenter, vocabulary, tiling)
             result = SingleResult(out, image, raster.stat, LABELS, work)

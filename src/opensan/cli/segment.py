@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
+from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
 from opensan.cli.options import RESULTS, Device, ImageDtype, Model, Out, Speed, SpeedChoice, dtype_name
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
@@ -83,7 +83,7 @@ def segment(
     jobs = plan(without_results(list_images(images), images, out), images)
     note(f"loading {model}")
     segmenter = load(model, device=device, speed=speed.value, dtype=dtype_name(dtype), max_pixels=max_pixels)
-    segmenter.prepare_words(vocabulary)  # before the images: it may take long, and reports unusable words early
+    embed_words(segmenter, vocabulary)
     try:
         if len(jobs) == 1 and not datasets:
             _one(segmenter, vocabulary, jobs[0], out, kinds)

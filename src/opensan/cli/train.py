@@ -1,6 +1,7 @@
 """`opensan train`: train a model by one configuration file."""
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -43,11 +44,12 @@ def train(
 
     from torch import OutOfMemoryError
 
+    from opensan.cli.training_bar import TrainingBar
     from opensan.recipe.run import run_recipe
     from opensan.train.loop import Diverged
 
     try:
-        result, saved = run_recipe(recipe)
+        result, saved = run_recipe(recipe, TrainingBar() if sys.stderr.isatty() else None)
     except OutOfMemoryError:
         raise UserError(
             "out of memory: try a smaller loop.batch_size with more loop.accumulate, "

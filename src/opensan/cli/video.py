@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
+from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
 from opensan.cli.options import Device, ImageDtype, Model, Out, Speed, SpeedChoice, dtype_name
 from opensan.cli.terminal import complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
@@ -60,7 +60,7 @@ def segment_video(
     from opensan.segmenters.load import load
 
     segmenter = load(model, device=device, speed=speed.value, dtype=dtype_name(dtype), max_pixels=max_pixels)
-    segmenter.prepare_words(vocabulary)  # before the work, to report unusable words early
+    embed_words(segmenter, vocabulary)
     try:
         with VideoRun(segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch) as run:
             _run(run, vocabulary.names)

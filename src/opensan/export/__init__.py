@@ -34,7 +34,7 @@ def export(
     dtype: str = "float32",
     text: bool = True,
     words: Vocabulary | None = None,
-    note: Callable[[str], None] = lambda message: None,
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> tuple[Path, Parity]:
     """Write `model` to a new `folder`, all or nothing, after checking that the files answer as the model does.
 
@@ -44,7 +44,7 @@ def export(
             stored as float16, the image graph computes in bfloat16 where the processor can), "int8".
         text: also write the text tower; without it, the folder answers `words` only.
         words: a vocabulary to embed now and store beside the graphs.
-        note: called with a line about each step.
+        progress: called before each step, with its name, how many steps are done, and how many there are.
 
     Returns:
         The folder, and the result of the check. If the check did not pass, no folder remains.
@@ -63,14 +63,17 @@ def export(
         temporary.mkdir()
     try:
         runs = {}
-        for name, graph in graphs(model, text=text).items():
-            note(f"exporting {name}")
+        traced = graphs(model, text=text)
+        steps = len(traced) + 2  # words, check
+        for done, (name, graph) in enumerate(traced.items()):
+            progress(f"exporting {name}", done, steps)
             with writing(folder):
                 path = formats.write(name, graph, temporary, format, dtype)
             runs[name] = _opened(path, narrow=name == "image" and dtype == "bfloat16")
+        progress("embedding words", steps - 2, steps)
         with writing(folder):
             _describe(model, temporary, format, dtype, text, words)
-        note("checking")
+        progress("checking", steps - 1, steps)
         result = parity(model, runs, dtype)
         del runs
         if result.passed:

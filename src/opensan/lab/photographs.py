@@ -22,8 +22,8 @@ from opensan.checkpoints import load_folder, save_folder
 from opensan.config import ClipConfig, ImageConfig, SideAdapterConfig, TextConfig, VisionConfig
 from opensan.data.augment import AugmentConfig, augment
 from opensan.data.segmentation_folder import SegmentationFolder
-from opensan.evaluate.evaluation import dataset_predictor, evaluate, validation
-from opensan.evaluate.report import write_report
+from opensan.evaluation.evaluation import dataset_predictor, evaluate, validation
+from opensan.evaluation.report import write_report
 from opensan.images import open_image
 from opensan.lab.clip_training import (
     RECOGNITION_LAYER,

@@ -19,9 +19,9 @@ import torch
 from opensan.checkpoints import load_model, save_folder
 from opensan.config import Config, ImageConfig, ModelConfig, SideAdapterConfig
 from opensan.data.augment import AugmentConfig
-from opensan.evaluate.evaluation import Evaluation, dataset_predictor, evaluate, validation
-from opensan.evaluate.metrics import SegmentationMetrics
-from opensan.evaluate.report import write_report
+from opensan.evaluation.evaluation import Evaluation, dataset_predictor, evaluate, validation
+from opensan.evaluation.metrics import SegmentationMetrics
+from opensan.evaluation.report import write_report
 from opensan.files import write_text
 from opensan.lab.clip_training import RECOGNITION_LAYER, load_clip
 from opensan.lab.scenes import BASE_NAMES, NOVEL_KINDS, SEGMENTATION_NAMES, Split, label_map, make_scene, novel_kind

@@ -3,11 +3,10 @@
 The official run used a fixed grid in place of random points, so its figures can be compared directly.
 """
 
-import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from opensan.structures import TextClassifier
 from opensan.text.encoder import pad_tokens, tokenize
 from opensan.train.config import LoopConfig
 from opensan.train.criterion import SetCriterion, mask_normalizer
+from opensan.train.log import NoProgress
 from opensan.train.loop import Trainer
 from opensan.train.matcher import LayerOutput, Matches
 from opensan.train.optimizer import san_parameter_groups
@@ -365,11 +365,10 @@ def _train(model: SAN, text: TextClassifier, source: _GoldenSource, count: int) 
     with (
         tempfile.TemporaryDirectory() as folder,
         torch.random.fork_rng(),
-        redirect_stderr(io.StringIO()),  # hides the progress bar
         suppress(_Enough),
     ):
         groups = san_parameter_groups(model)
         task = _GoldenTask(model, text)
-        Trainer(task, source, groups, config, folder, validate=stop, loggers=[figures]).run()
+        Trainer(task, source, groups, config, folder, validate=stop, loggers=[figures], progress=NoProgress()).run()
         raise KeyboardInterrupt  # `run` returns here only after a signal; the validation step raises _Enough otherwise
     return figures.steps

@@ -16,13 +16,14 @@ from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.devices import checked_device
 from opensan.distributed import is_main, on_main, process_group
 from opensan.errors import UserError
-from opensan.evaluate.evaluation import Predictor, dataset_predictor, validation
+from opensan.evaluation.evaluation import Predictor, dataset_predictor, validation
 from opensan.model import SAN, build_san
 from opensan.outputs import check_writable
 from opensan.outputs.panel import PanelRow, panel
 from opensan.recipe.config import DataConfig, RecipeConfig, StartConfig
 from opensan.recipe.files import RunFolderFiles
 from opensan.train.checkpoint import CheckpointFolder
+from opensan.train.log import TrainingProgress
 from opensan.train.loop import RunResult, load_parameters
 from opensan.train.optimizer import san_parameter_groups
 from opensan.train.san import train_san
@@ -38,10 +39,10 @@ class SavedModel:
     """The training step of its weights: the best validation's if there were any, else the last."""
 
 
-def run_recipe(recipe: RecipeConfig) -> tuple[RunResult, SavedModel | None]:
+def run_recipe(recipe: RecipeConfig, progress: TrainingProgress | None = None) -> tuple[RunResult, SavedModel | None]:
     """Train as `recipe` says, resuming an earlier run; under torchrun together with the other processes.
 
-    A finished run leaves a model folder, `recipe.out`/model.
+    A finished run leaves a model folder, `recipe.out`/model. `progress` reports the training; None: lines on stderr.
 
     Raises:
         ValueError: one line, before anything is trained: folders, lists, classes, sizes, weights or packages.
@@ -64,6 +65,7 @@ def run_recipe(recipe: RecipeConfig) -> tuple[RunResult, SavedModel | None]:
             validate=validate,
             loggers=[RunFolderFiles(recipe), *trackers],
             panel=pictures,
+            progress=progress,
         )
         saved = on_main(lambda: _save_model(model, recipe)) if result.finished else None
     return result, saved

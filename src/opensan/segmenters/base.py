@@ -5,7 +5,7 @@ Letters: H0 W0 the image.
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -61,8 +61,11 @@ class Segmenter:
         """Turn an image, [H0, W0, 3] uint8 RGB, into network input in the form that `encode_prepared` takes."""
         return InputImage(image, prepare_array(image, self.image_config))
 
-    def prepare_words(self, vocabulary: Vocabulary) -> None:
-        """Do the slow steps of the first use of words. Raises UserError for words that can't be used."""
+    def prepare_words(self, vocabulary: Vocabulary, progress: Callable[[int, int], None] | None = None) -> None:
+        """Do the slow steps of the first use of words. Raises UserError for words that can't be used.
+
+        `progress` is called with the number of prompts that are embedded, and of all that must be.
+        """
 
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> NDArray[np.int32]:
         """Return each pixel's word index, [H0, W0] int32, background words included, which come last."""

@@ -3,6 +3,7 @@
 Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the image.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,9 +50,9 @@ class ProposalSegmenter(Segmenter):
 
         return of_rows
 
-    def prepare_words(self, vocabulary: Vocabulary) -> None:
-        """Embed the words, with a progress bar on a terminal."""
-        self.text.classifier(vocabulary)
+    def prepare_words(self, vocabulary: Vocabulary, progress: Callable[[int, int], None] | None = None) -> None:
+        """Embed the words; see `Segmenter.prepare_words`."""
+        self.text.classifier(vocabulary, progress=progress)
 
     def check_encoding(self, encoding: Encoding) -> None:
         """Raise ValueError, one line, unless this model made the encoding and its arrays are mask proposals."""

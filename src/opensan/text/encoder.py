@@ -5,7 +5,7 @@ Letters: R text rows, P prompts, L tokens, D embedding.
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,11 +62,13 @@ class TextEncoder(TextRows):
         self._known = (self._signature(), identity)
         self._work = threading.Lock()
 
-    def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> TextClassifier:
+    def classifier(
+        self, vocabulary: Vocabulary, *, progress: Callable[[int, int], None] | None = None
+    ) -> TextClassifier:
         """Return the vocabulary as unit rows [R, D], float32, on the model's device.
 
         A row is the mean of its prompts' unit embeddings, normalised again (paper, section 4.1; ViLD's ensemble).
-        `progress` shows a bar on stderr: None means if that is a terminal and it takes more than a second.
+        `progress` is called with the number of prompts that are embedded, and of all that must be.
         Warns about words that consist of tokens the model was never trained on.
         Raises ValueError, one line naming the word, if a prompt has more tokens than the model reads.
         """
@@ -87,7 +89,9 @@ class TextEncoder(TextRows):
             tower = self._current_tower()
         return tower.identity, tower.unseen
 
-    def _build(self, vocabulary: Vocabulary, device: torch.device, progress: bool | None) -> TextClassifier:
+    def _build(
+        self, vocabulary: Vocabulary, device: torch.device, progress: Callable[[int, int], None] | None
+    ) -> TextClassifier:
         # The rows outlive the caller's mode: they must serve training after inference, and inference after training.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             rows = self.rows(vocabulary, progress=progress)

@@ -4,16 +4,13 @@ Letters: R text rows, P prompts, D embedding.
 """
 
 import hashlib
-import sys
 import threading
-import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -23,9 +20,6 @@ from opensan.text.cache import TextCache, default_folder
 from opensan.text.prompt_tree import prompt_trees
 from opensan.text.tokenizer import clip_tokenizer
 from opensan.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 ROWS_AT_ONCE = 256
 """Rows embedded and written to the disk cache together; an interruption can lose so many."""
@@ -111,7 +105,7 @@ class TextRows:
         """Tokens of the prompt trees that `_embed_tree` is given."""
         return NODES_ON_CPU
 
-    def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> Any:
+    def classifier(self, vocabulary: Vocabulary, *, progress: Callable[[int, int], None] | None = None) -> Any:
         """Return the vocabulary's text rows in the form that the model's image half takes, from memory if possible."""
         raise NotImplementedError
 
@@ -137,12 +131,12 @@ class TextRows:
         """Return the embeddings [P, D] float32, unit length, of `prompts`, each a sequence of token numbers."""
         raise NotImplementedError
 
-    def rows(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> np.ndarray:
+    def rows(self, vocabulary: Vocabulary, *, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Return the vocabulary as unit rows [R, D], float32; one thread at a time.
 
         A row is the mean of its prompts' unit embeddings, normalised again (paper, section 4.1; ViLD's ensemble).
         Rows that are equal up to rounding are equal in every bit.
-        `progress` shows a bar on stderr: None means if that is a terminal and it takes more than a second.
+        `progress` is called with the number of prompts that are embedded, and of all that must be.
         Warns about words that consist of tokens the model was never trained on.
         Raises ValueError, one line naming the word, if a prompt has more tokens than the model reads.
         """
@@ -157,14 +151,21 @@ class TextRows:
         missing = [index for index, key in enumerate(keys) if key not in embeddings]
         missing = list({keys[index]: index for index in missing}.values())
         self._refuse_long_prompts(rows, names, missing)
-        with _progress_bar(sum(len(rows[index]) for index in missing), progress) as advance:
-            for start in range(0, len(missing), ROWS_AT_ONCE):
-                part = missing[start : start + ROWS_AT_ONCE]
-                new = self._embed([rows[index] for index in part], [names[index] for index in part], advance)
-                fresh = dict(zip((keys[index] for index in part), new, strict=True))
-                if self._disk:
-                    self._disk.write(fresh)
-                embeddings.update(fresh)
+        total, done = sum(len(rows[index]) for index in missing), 0.0
+
+        def advance(count: float) -> None:
+            nonlocal done
+            done += count
+            if progress:
+                progress(round(done), total)
+
+        for start in range(0, len(missing), ROWS_AT_ONCE):
+            part = missing[start : start + ROWS_AT_ONCE]
+            new = self._embed([rows[index] for index in part], [names[index] for index in part], advance)
+            fresh = dict(zip((keys[index] for index in part), new, strict=True))
+            if self._disk:
+                self._disk.write(fresh)
+            embeddings.update(fresh)
         for key in keys:
             self._rows.put(key, embeddings[key], 1)
         self._warn_of_unseen_words(vocabulary, tower.unseen)
@@ -177,7 +178,7 @@ class TextRows:
             rows |= self._disk.read([key for key in keys if key not in rows])
         return rows
 
-    def _embed(self, rows: list[list[str]], names: list[str], advance) -> np.ndarray:
+    def _embed(self, rows: list[list[str]], names: list[str], advance: Callable[[float], None]) -> np.ndarray:
         """Return [len(rows), D] float32, unit length; equal prompts go through the tower once."""
         numbers: dict[tuple[int, ...], int] = {}
         members = [
@@ -185,7 +186,7 @@ class TextRows:
             for row, name in zip(rows, names, strict=True)
         ]
         prompts = sorted(numbers)
-        share = sum(map(len, rows)) / len(prompts)  # for the progress bar, which counts equal prompts too
+        share = sum(map(len, rows)) / len(prompts)  # `advance` counts equal prompts too
         parts = []
         if self.causal:
             for tree in prompt_trees(prompts, self.most_nodes):
@@ -269,38 +270,3 @@ class Recent(Generic[Value]):
             self._values[key] = (value, weight)
             while self._total > self._limit and len(self._values) > 1:
                 self._total -= self._values.popitem(last=False)[1][1]
-
-
-@contextmanager
-def _progress_bar(total: int, wanted: bool | None) -> Iterator:
-    """Yield a function that counts finished prompts; a bar appears on stderr once the work has taken a second."""
-    started = time.monotonic()
-    bar: Progress | None = None
-
-    done = 0.0
-
-    def advance(count: float) -> None:
-        nonlocal bar, done
-        done += count
-        if bar is None and (wanted or (wanted is None and sys.stderr.isatty() and time.monotonic() - started > 1)):
-            bar = _new_bar(total)
-        if bar is not None:
-            bar.update(bar.task_ids[0], completed=round(done))
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.stop()
-
-
-def _new_bar(total: int) -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console, transient=console.is_terminal)
-    bar.add_task("embedding prompts", total=total)
-    bar.start()
-    return bar

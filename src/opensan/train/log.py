@@ -1,20 +1,18 @@
-"""Log a run: a CSV row every few steps, and a progress bar."""
+"""Log a run: a CSV row every few steps, and lines about its progress."""
 
 import csv
 import io
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from PIL.Image import Image
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
 from opensan.files import naming, write_text
 
@@ -78,57 +76,41 @@ def _shown(value: float | str) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-class _BarAndFigures(Progress):
-    """A progress bar with a line of figures below it, because both do not fit on one line."""
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield from super().get_renderables()
-        for task in self.tasks:
-            yield Text(task.fields["figures"])
-
-
 class TrainingProgress:
-    """A progress bar on a terminal; otherwise a line from time to time."""
+    """Reports how a training goes, by lines on stderr. `opensan train` has one that draws a bar on a terminal."""
 
-    def __init__(self, steps: int, first_step: int, *, quiet: bool = False) -> None:
-        """`quiet`: show nothing, in processes other than the main one."""
-        self.console = Console(stderr=True, quiet=quiet)
-        self._bar = _BarAndFigures(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=quiet or not self.console.is_terminal,
-        )
-        self._steps = steps
-        self._task = self._bar.add_task("training", total=steps, completed=first_step, figures="")
-
-    def __enter__(self) -> "TrainingProgress":
-        self._bar.start()
+    def begin(self, steps: int, done: int) -> "TrainingProgress":
+        """Begin to report a run of `steps` steps, of which `done` are done; use it in a `with` block."""
+        self._steps, self._first, self._started = steps, done, time.monotonic()
         return self
 
-    def __exit__(self, *error) -> None:
-        self._bar.stop()
+    def __enter__(self) -> "TrainingProgress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the report, finished or not."""
 
     def advance(self, step: int) -> None:
-        """Show that `step` steps are done."""
-        self._bar.update(self._task, completed=step)
+        """Report that `step` steps are done."""
 
     def show(self, step: int, figures: Mapping[str, float]) -> None:
-        """Show the newest figures that fit on a line; the log has all."""
-        text = summary(figures)
-        self._bar.update(self._task, figures=text)
-        if not self.console.is_terminal:
-            remaining = self._bar.tasks[0].time_remaining
-            eta = "" if remaining is None else f", ETA {timedelta(seconds=round(remaining))}"
-            self.say(f"{step}/{self._steps}{eta}: {text}")
+        """Report the newest figures that fit on a line; the log has all."""
+        eta = ""
+        if step > self._first + 1:  # the first step takes longer than others
+            seconds = (time.monotonic() - self._started) / (step - self._first) * (self._steps - step)
+            eta = f", ETA {timedelta(seconds=round(seconds))}"
+        self.say(f"{step}/{self._steps}{eta}: {summary(figures)}")
 
     def say(self, message: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        """Report an event in a line."""
+        print(message, file=sys.stderr, flush=True)
+
+
+class NoProgress(TrainingProgress):
+    """Reports nothing: for comparisons, and for the processes of a training besides the main one."""
+
+    def say(self, message: str) -> None:
+        """Keep quiet."""
 
 
 def summary(figures: Mapping[str, float]) -> str:

@@ -26,7 +26,7 @@ from opensan.errors import UserError
 from opensan.files import hold, remove_temporaries, write_text
 from opensan.train.checkpoint import CheckpointFolder
 from opensan.train.config import HARMLESS, LoopConfig
-from opensan.train.log import CsvLog, RunLogger, TrainingProgress, peak_memory_mib
+from opensan.train.log import CsvLog, NoProgress, RunLogger, TrainingProgress, peak_memory_mib
 from opensan.train.optimizer import ParameterGroup, build_adamw, clip_gradients, poly_factor, set_learning_rates
 from opensan.train.parallel import (
     activations_checkpointed,
@@ -97,6 +97,7 @@ class Trainer:
         loggers: Sequence[RunLogger] = (),
         panel: Callable[[int], Mapping[str, Image]] | None = None,
         blocks: Sequence[nn.Module] = (),
+        progress: TrainingProgress | None = None,
     ) -> None:
         """Set a run up.
 
@@ -113,6 +114,7 @@ class Trainer:
             loggers: where figures and pictures go besides the CSV files.
             panel: pictures after step n for the loggers, by name, made at every validation in the main process.
             blocks: modules of `task`, each called as a whole, that activation checkpointing and FSDP take one by one.
+            progress: what reports the run's progress in the main process; None: lines on stderr.
         """
         self.task = task.to(device)
         self.source = source
@@ -124,6 +126,7 @@ class Trainer:
         self.best_by = best_by
         self.loggers = tuple(loggers) if is_main() else ()
         self.panel = panel
+        self.progress = (progress or TrainingProgress()) if is_main() else NoProgress()
         self._task_groups = list(groups)
         self._model, self.groups, self._blocks = spread(self.task, groups, blocks, config.parallel)
         self.optimizer = build_adamw(self.groups)
@@ -162,12 +165,12 @@ class Trainer:
     def _run(self) -> RunResult:
         on_main(self._open_folder)
         config = self.config
-        with TrainingProgress(config.steps, self.step, quiet=not is_main()) as progress, ExitStack() as at_the_end:
-            self._resume(progress)
+        self._resume(self.progress)
+        with self.progress.begin(config.steps, self.step) as progress, ExitStack() as at_the_end:
             self._open_logs()
             self._model.train()
             saved = self.step
-            since, seen = time.perf_counter(), self.step
+            since, seen, first = time.perf_counter(), self.step, self.step + 1
             for batches in at_the_end.enter_context(closing(self._timed_stream())):
                 figures, stop = self._take_step(batches, progress)
                 self.step += 1
@@ -177,6 +180,8 @@ class Trainer:
                     figures |= self._speed(now - since, self.step - seen)
                     since, seen = now, self.step
                     self._log_figures(figures, progress)
+                elif self.step == first:
+                    progress.show(self.step, figures)
                 pause = time.perf_counter()
                 self._maybe_validate(progress)
                 since += time.perf_counter() - pause  # throughput is the training's
@@ -387,7 +392,6 @@ class Trainer:
         self.broken = state["broken"]
         if self.best_by and (best := on_main(self._best_saved)) is not None:
             self.best = best  # of a validation after that step: it is not to be replaced by a worse one
-        progress.advance(self.step)
         progress.say(f"continuing {self.out} after step {self.step}")
 
     def _best_saved(self) -> float | None:

@@ -24,7 +24,7 @@ from opensan.structures import TextClassifier
 from opensan.text.encoder import TextEncoder
 from opensan.train.config import SanTrainingConfig
 from opensan.train.criterion import SetCriterion, mask_normalizer
-from opensan.train.log import RunLogger
+from opensan.train.log import RunLogger, TrainingProgress
 from opensan.train.loop import RunResult, Trainer
 from opensan.train.matcher import LayerOutput
 from opensan.train.optimizer import san_parameter_groups
@@ -123,6 +123,7 @@ def train_san(
     loggers: Sequence[RunLogger] = (),
     panel: Callable[[int], Mapping[str, Image]] | None = None,
     texts: Sequence[TextClassifier] | None = None,
+    progress: TrainingProgress | None = None,
 ) -> RunResult:
     """Train `model` (in place) on `dataset`; `out` is the run's folder (see `opensan.train.loop.Trainer`).
 
@@ -166,6 +167,7 @@ def train_san(
             loggers=loggers,
             panel=panel,
             blocks=task.blocks(),
+            progress=progress,
         )
         result = trainer.run()
     model.eval()

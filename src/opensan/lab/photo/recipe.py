@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opensan.checkpoints import save_folder
 from opensan.errors import UserError
-from opensan.evaluate.evaluation import Predictor, model_predictor
+from opensan.evaluation.evaluation import Predictor, model_predictor
 from opensan.lab.photo import masks
 from opensan.lab.photo.features import collect_all
 from opensan.lab.photo.report import measure, tests

@@ -14,7 +14,7 @@ import numpy as np
 from opensan.checkpoints import load_model
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.segmentation_folder import SegmentationFolder
-from opensan.evaluate.evaluation import Predictor, evaluate, model_predictor
+from opensan.evaluation.evaluation import Predictor, evaluate, model_predictor
 from opensan.files import write_text
 from opensan.lab.photo.sets import BACKGROUND, NOVEL, SETS, VOC_WORDS, PhotoSet
 from opensan.model import SAN

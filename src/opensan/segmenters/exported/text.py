@@ -5,7 +5,7 @@ Letters: R text rows, D embedding.
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,7 +90,7 @@ class ExportedText(TextRows):
         self._found: Recent[np.ndarray] = Recent(ROWS_IN_MEMORY)
         self._work = threading.Lock()
 
-    def classifier(self, vocabulary: Vocabulary, *, progress: bool | None = None) -> np.ndarray:
+    def classifier(self, vocabulary: Vocabulary, *, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Return `TextRows.rows`, from memory if possible; threads may call it together."""
         with self._work:
             rows = self._found.get(vocabulary)
@@ -114,7 +114,7 @@ class ExportedText(TextRows):
         rows = {key: self._embedded.rows[key] for key in keys if key in self._embedded.rows}
         return rows | super()._remembered([key for key in keys if key not in rows])
 
-    def _embed(self, rows: list[list[str]], names: list[str], advance) -> np.ndarray:
+    def _embed(self, rows: list[list[str]], names: list[str], advance: Callable[[float], None]) -> np.ndarray:
         if self._graph is None:
             raise UserError(self._unknown(names[0]))
         return super()._embed(rows, names, advance)

@@ -1,6 +1,6 @@
 """Evaluate a model on a labelled data set, one image after the other, as validation in training does.
 
-`opensan.evaluate.measure` does the same for whole benchmarks.
+`opensan.evaluation.measure` does the same for whole benchmarks.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from opensan.assemble.labels import label_map
 from opensan.assemble.scores import class_probabilities
 from opensan.data.dataset import SegmentationDataset
 from opensan.errors import UserError
-from opensan.evaluate.metrics import Confusion, Counts, SegmentationMetrics
+from opensan.evaluation.metrics import Confusion, Counts, SegmentationMetrics
 from opensan.images import prepare
 from opensan.model import SAN
 from opensan.segmenters.base import Segmenter

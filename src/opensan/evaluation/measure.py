@@ -21,11 +21,11 @@ import numpy as np
 from opensan.data.dataset import SegmentationDataset
 from opensan.distributed import barrier, gather_objects, on_main, rank, world_size
 from opensan.errors import UserError
-from opensan.evaluate import predictions
-from opensan.evaluate.evaluation import Evaluation, Photograph
-from opensan.evaluate.metrics import ImageCounts, count_image
-from opensan.evaluate.predictors import BatchPredictor
-from opensan.evaluate.progress import Progress, journal_path, open_progress, read_all, read_predictions
+from opensan.evaluation import predictions
+from opensan.evaluation.evaluation import Evaluation, Photograph
+from opensan.evaluation.metrics import ImageCounts, count_image
+from opensan.evaluation.predictors import BatchPredictor
+from opensan.evaluation.progress import Progress, journal_path, open_progress, read_all, read_predictions
 from opensan.files import hold, remove_temporaries
 
 SAVE_EVERY = 15.0

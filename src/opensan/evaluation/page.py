@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from opensan.data.dataset import SegmentationDataset
-from opensan.evaluate.evaluation import Evaluation, Photograph
-from opensan.evaluate.predictors import BatchPredictor
-from opensan.evaluate.report import FIGURES, percent
+from opensan.evaluation.evaluation import Evaluation, Photograph
+from opensan.evaluation.predictors import BatchPredictor
+from opensan.evaluation.report import FIGURES, percent
 from opensan.files import atomic_path, write_text
 from opensan.outputs.colours import palette
 from opensan.outputs.drawing import blend

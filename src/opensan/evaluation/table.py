@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensan.checkpoints.presets import PRESETS
-from opensan.evaluate.evaluation import Evaluation
-from opensan.evaluate.report import percent
+from opensan.evaluation.evaluation import Evaluation
+from opensan.evaluation.report import percent
 from opensan.files import write_text
 
 BENCHMARKS = {

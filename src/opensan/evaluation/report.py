@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from opensan.evaluate.evaluation import Evaluation
+from opensan.evaluation.evaluation import Evaluation
 from opensan.files import write_text
 
 FIGURES = {

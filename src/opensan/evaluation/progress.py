@@ -13,7 +13,7 @@ from types import TracebackType
 
 import numpy as np
 
-from opensan.evaluate.metrics import Counts, ImageCounts
+from opensan.evaluation.metrics import Counts, ImageCounts
 from opensan.journal import Journal, difference
 
 _PREDICTIONS = "predictions "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opensan.errors import UserError
-from opensan.evaluate.boundary import band_counts
+from opensan.evaluation.boundary import band_counts
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ClassMetrics:
     accuracy: float
     """Share of its pixels with the right label, in [0, 1]; nan for a class that does not occur."""
     boundary_iou: float
-    """IoU of its boundary bands (see `opensan.evaluate.boundary`); nan as for `iou`."""
+    """IoU of its boundary bands (see `opensan.evaluation.boundary`); nan as for `iou`."""
     pixels: int
     """Ground-truth pixels."""
     predicted_pixels: int

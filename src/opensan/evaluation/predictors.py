@@ -14,7 +14,7 @@ import torch
 
 from opensan.assemble.bands import best_words
 from opensan.config import ImageConfig
-from opensan.evaluate.predictions import SavedPredictions
+from opensan.evaluation.predictions import SavedPredictions
 from opensan.images import network_size, padded_size, prepare
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.results import Encoding, InputImage
