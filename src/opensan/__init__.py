@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "opensan.segmenters.load",
+    "label_folder": "opensan.jobs.runs",
+    "label_video": "opensan.jobs.runs",
+    "evaluate": "opensan.evaluation.run",
     "AnySegmenter": "opensan.segmenters.base",
     "Segmenter": "opensan.segmenters.base",
     "SanSegmenter": "opensan.segmenters.san",
@@ -31,11 +34,16 @@ __all__ = [
     "Segmenter",
     "Vocabulary",
     "__version__",
+    "evaluate",
+    "label_folder",
+    "label_video",
     "load",
 ]
 
 if TYPE_CHECKING:
     from opensan.config import ModelConfig
+    from opensan.evaluation.run import evaluate
+    from opensan.jobs.runs import label_folder, label_video
     from opensan.segmenters.base import AnySegmenter, Segmenter
     from opensan.segmenters.load import load
     from opensan.segmenters.results import Encoding, Segmentation

@@ -149,27 +149,27 @@ class _Run:
     @property
     def about(self) -> dict[str, str]:
         """Facts about the evaluation, for the heads of the files."""
+        from opensan.evaluation.run import facts
+
         if self.segmenter is None:
             return {"predictions": str(self.from_predictions)}
-        dtype = str(self.segmenter.dtype).removeprefix("torch.")
-        about = {"model": f"{self.model} ({self.segmenter.identity})", "speed": f"{self.segmenter.speed}, {dtype}"}
-        return about | ({"test-time augmentation": "6 scales, mirrored"} if self.tta else {})
+        return facts(self.model, self.segmenter, self.tta)
 
     def one(self, prepared: "PreparedSet") -> "Evaluation":
         """Evaluate a data set, write its folder, and print its metrics."""
         from opensan.distributed import is_main
-        from opensan.evaluation.measure import measure
-        from opensan.evaluation.page import write_page
-        from opensan.evaluation.report import FIGURES, percent, write_report
+        from opensan.evaluation.report import FIGURES, percent
+        from opensan.evaluation.run import evaluate_set
 
         folder = self.out / prepared.name
-        predictor = self._predictor(prepared)
         console, nothing = output_console(), lambda *_: None
+        predictor = self._predictor(prepared)
         with progress_of(console, "evaluating") as progress:
-            evaluation = measure(
-                prepared.dataset,
+            evaluation = evaluate_set(
+                prepared,
                 predictor,
                 folder,
+                about=self.about,
                 batch=self.batch,
                 workers=self.workers,
                 save_predictions=self.save_predictions,
@@ -178,10 +178,7 @@ class _Run:
             )
         if is_main():
             title = f"{prepared.name}, {prepared.dataset.split}"
-            about = self.about | {"data": str(prepared.dataset.root), "split": prepared.dataset.split}
-            write_report(evaluation, folder, title=title, about=about)
-            page = write_page(folder, prepared.dataset, predictor, evaluation, title=title, about=about)
-            console.print(f"{title}: {evaluation.images:,} images, {page}", soft_wrap=True)
+            console.print(f"{title}: {evaluation.images:,} images, {folder / 'index.html'}", soft_wrap=True)
             for name, value in evaluation.metrics.summary().items():
                 console.print(f"  {FIGURES[name]:<32}{percent(value):>7} %")
         return evaluation

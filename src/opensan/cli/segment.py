@@ -73,14 +73,12 @@ def segment(
         raise UsageError(f"--format: {error}") from None
     outputs.check_writable(out)
 
-    from opensan.images import list_images
-    from opensan.jobs.folder import FolderRun, absolute, plan, without_results
+    from opensan.jobs.folder import FolderRun
+    from opensan.jobs.runs import plan_folder
     from opensan.segmenters.load import load
 
     datasets = [kind for kind in kinds if kind in outputs.DATASETS]
-    if datasets and absolute(out) in map(absolute, images):
-        raise UsageError(f"--out: {datasets[0]} links to the images, so it can't be in their folder; choose another")
-    jobs = plan(without_results(list_images(images), images, out), images)
+    jobs = plan_folder(images, out, kinds)
     note(f"loading {model}")
     segmenter = load(model, device=device, speed=speed.value, dtype=dtype_name(dtype), max_pixels=max_pixels)
     embed_words(segmenter, vocabulary)

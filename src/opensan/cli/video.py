@@ -63,39 +63,31 @@ def segment_video(
     embed_words(segmenter, vocabulary)
     try:
         with VideoRun(segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch) as run:
-            _run(run, vocabulary.names)
+            _run(run)
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
             raise
         raise UserError(f"out of memory on {segmenter.device}: try a smaller --batch") from None
 
 
-def _run(run: "VideoRun", names: list[str]) -> None:
-    import numpy as np
-
+def _run(run: "VideoRun") -> None:
     while run.notes:
         complain(run.notes.pop(0))
     if run.finished:
         complain(f"going on at frame {run.finished}")
     console = output_console()
-    done = total = 0
-    pixels = np.zeros(len(names), dtype=np.int64)
     try:
         with (
             progress_bar(console, "segmenting", run.count, speed_of="frames") as advance,
             closing(run.results()) as results,
         ):
-            for frame in results:
-                done += 1
-                pixels += frame.pixels
-                total += frame.total
+            for _ in results:
                 advance(1)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{done} frames done; the same command goes on from there") from None
-    areas = {name: int(count) / total for name, count in zip(names, pixels, strict=True)}
-    console.print(word_table(areas, (total - int(pixels.sum())) / total))
+        raise KeyboardInterrupt(f"{run.done} frames done; the same command goes on from there") from None
+    console.print(word_table(run.areas, 1 - sum(run.areas.values())))
     for line in run.notes:
         complain(f"warning: {line}")
     overlay, labels, table = run.paths
-    for path, remark in ((overlay, ""), (labels, f" ({done} label frames)"), (table, "")):
+    for path, remark in ((overlay, ""), (labels, f" ({run.done} label frames)"), (table, "")):
         console.print(f"wrote {path}{remark}", soft_wrap=True)

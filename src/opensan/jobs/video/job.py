@@ -136,6 +136,16 @@ class VideoRun:
         """Number of frames whose labels exist from an earlier run, once this one is open: all with a lower number."""
         self.notes: list[str] = []
         """Messages for the user, once the run is open and once the results are complete; each one line."""
+        self.done = 0
+        """Number of frames that `results` has yielded."""
+        self._pixels = np.zeros(len(self._names) + 1, dtype=np.int64)
+        """Pixels of these frames: of each word, and of all."""
+
+    @property
+    def areas(self) -> dict[str, float]:
+        """Each word's share of all pixels of the frames that `results` has yielded, in [0, 1]."""
+        *pixels, total = self._pixels.tolist()
+        return {name: count / max(total, 1) for name, count in zip(self._names, pixels, strict=True)}
 
     @property
     def paths(self) -> tuple[Path, Path, Path]:
@@ -186,7 +196,10 @@ class VideoRun:
                 Film(self._part / "overlay.mp4", self._clip, self._names, background=self._has_background) as film,
                 (self._part / "frames.csv").open("w", encoding="utf-8", newline="") as file,
             ):
-                yield from self._frames(film, csv.writer(file))
+                for done in self._frames(film, csv.writer(file)):
+                    self.done += 1
+                    self._pixels += [*done.pixels, done.total]
+                    yield done
             self._publish()
         except (OSError, pyav().FFmpegError) as error:
             raise UserError(f"{self._out}: cannot write there ({reason(error)})") from None

@@ -1,0 +1,165 @@
+"""Label a whole folder or video in one call: `opensan.label_folder` and `opensan.label_video`."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from opensan import outputs
+from opensan.errors import UserError
+from opensan.images import list_images
+from opensan.jobs.folder import Broken, FolderRun, Job, Written, absolute, plan, without_results
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.load import load
+from opensan.vocabulary import Templates, Vocabulary
+
+Model: TypeAlias = "Segmenter | str | os.PathLike[str]"
+"""A segmenter that `opensan.load` returned, or what `opensan.load` takes."""
+
+
+@dataclass
+class FolderResults:
+    """Result of `label_folder`."""
+
+    out: Path
+    """The folder with the results."""
+    written: list[Written] = field(default_factory=list)
+    """The images of this call whose files are complete: `written[0].job.image`, `written[0].areas`."""
+    broken: list[Broken] = field(default_factory=list)
+    """The images that can't be read, or whose results can't be written, each with the reason."""
+    earlier: int = 0
+    """Number of images that an earlier call completed."""
+
+
+def plan_folder(images: Sequence[Path], out: Path, formats: Sequence[str]) -> list[Job]:
+    """List the images of files and folders, and plan their results' paths. Raises UserError, one line."""
+    datasets = [name for name in formats if name in outputs.DATASETS]
+    if datasets and absolute(out) in map(absolute, images):
+        raise UserError(
+            f"{out}: {datasets[0]} links to the images, so it can't be in their folder; choose another folder"
+        )
+    return plan(without_results(list_images(images), images, out), images)
+
+
+def label_folder(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    words: Any,
+    *,
+    model: Model = "san-vit-b16",
+    out: str | os.PathLike[str] = "out",
+    formats: Sequence[str] = ("png", "overlay", "json"),
+    background: Iterable[Any] = (),
+    templates: Templates | None = None,
+    batch: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> FolderResults:
+    """Label all images of a folder, in memory that does not grow with their number, as `opensan segment FOLDER` does.
+
+    Images that an earlier call completed with the same model and words are not labelled again.
+
+    Args:
+        images: a folder, which is searched with its sub-folders; an image; or a list of either.
+        words: as for `Segmenter.segment`; so are `background` and `templates`.
+        model: a segmenter that `opensan.load` returned, or what `opensan.load` takes.
+        out: the folder for the results.
+        formats: of "png", "overlay", "json"; and data sets of all images: "coco", "yolo", "voc", "labelstudio".
+        batch: images of one shape that go through the model together.
+        progress: called with the number of images that are done, and of all.
+
+    Raises:
+        ValueError: one line: unusable words, no images, or a folder that can't be written. A broken image stops
+            nothing: it is in the result's `broken`, and a warning counts them.
+    """
+    paths = [Path(path) for path in (images if isinstance(images, list | tuple) else [images])]  # type: ignore[arg-type]
+    vocabulary = Vocabulary.parse(words, background=background, templates=templates)
+    results = FolderResults(Path(out))
+    jobs = plan_folder(paths, results.out, formats)
+    segmenter = _segmenter(model)
+    segmenter.prepare_words(vocabulary)
+    with FolderRun(segmenter, vocabulary, jobs, results.out, formats, batch=batch) as run:
+        for note in run.notes:
+            warnings.warn(note, stacklevel=2)
+        results.earlier = len(jobs) - len(run.pending)
+        with closing(run.results()) as finished:
+            for done, result in enumerate(finished, results.earlier + 1):
+                if isinstance(result, Broken):
+                    results.broken.append(result)
+                else:
+                    results.written.append(result)
+                if progress:
+                    progress(done, len(jobs))
+    if results.broken:
+        first = results.broken[0].reason
+        warnings.warn(f"{len(results.broken)} of {len(jobs)} images are not done, the first: {first}", stacklevel=2)
+    return results
+
+
+@dataclass
+class VideoResults:
+    """Result of `label_video`."""
+
+    overlay: Path
+    """The video under its words' colours."""
+    labels: Path
+    """The folder with a label map for each frame."""
+    table: Path
+    """A CSV file with the time and each word's share of every frame."""
+    frames: int
+    """Number of labelled frames."""
+    areas: dict[str, float]
+    """Each word's share of all pixels of all frames, in [0, 1]."""
+
+
+def label_video(
+    video: str | os.PathLike[str],
+    words: Any,
+    *,
+    model: Model = "san-vit-b16",
+    out: str | os.PathLike[str] = "out",
+    background: Iterable[Any] = (),
+    templates: Templates | None = None,
+    every: int = 1,
+    steady: bool = True,
+    batch: int = 1,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> VideoResults:
+    """Label every frame of a video, in memory that does not grow with its length, as `opensan segment-video` does.
+
+    A call that was stopped is continued by the same call. Needs the extra `video`.
+
+    Args:
+        video: a file that FFmpeg reads.
+        words: as for `Segmenter.segment`; so are `background` and `templates`.
+        model: a segmenter that `opensan.load` returned, or what `opensan.load` takes.
+        out: the folder for the results.
+        every: label each `every`-th frame only.
+        steady: keep labels from flickering, by the frames before.
+        batch: frames that go through the model together.
+        progress: called with the number of frames that are done, and of all (None if the file does not tell).
+
+    Raises:
+        ValueError: one line: unusable words, a file that is no video, or a folder that can't be written.
+    """
+    from opensan.jobs.video import VideoRun
+
+    vocabulary = Vocabulary.parse(words, background=background, templates=templates)
+    segmenter = _segmenter(model)
+    segmenter.prepare_words(vocabulary)
+    with VideoRun(segmenter, vocabulary, Path(video), Path(out), every=every, steady=steady, batch=batch) as run:
+        for note in run.notes:
+            warnings.warn(note, stacklevel=2)
+        run.notes.clear()
+        with closing(run.results()) as frames:
+            for _ in frames:
+                if progress:
+                    progress(run.done, run.count)
+        for note in run.notes:
+            warnings.warn(note, stacklevel=2)
+        return VideoResults(*run.paths, run.done, run.areas)
+
+
+def _segmenter(model: Model) -> Segmenter:
+    return model if isinstance(model, Segmenter) else load(model)
