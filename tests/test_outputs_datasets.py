@@ -17,7 +17,7 @@ from opensan.data.prepare import READERS
 from opensan.data.prepare.engine import prepare
 from opensan.outputs.brush import brush_rle
 from opensan.outputs.datasets import DATASETS, SPECK, Labelled, Member, check_words
-from opensan.outputs.polygons import regions, regions_of_strips, signed_area, simplified, without_holes
+from opensan.outputs.polygons import regions, signed_area, simplified, without_holes
 
 NAMES = ["road", "café: old", "<sky> & sea", "never"]
 PLACES = ["a", "deep/images/b.c"]
@@ -64,18 +64,6 @@ def test_outlines_are_exact(seed):
         assert signed_area(region.outline) > 0 and all(signed_area(hole) < 0 for hole in region.holes)
         rebuilt[inside == 1] = region.label
     np.testing.assert_array_equal(rebuilt, labels)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_strips_have_the_regions_of_the_whole(seed):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(-1, 2, (30, 12)) if seed % 2 else blobs(seed, (90, 40))
-    cuts = np.sort(rng.choice(np.arange(1, len(labels)), 4, replace=False))
-
-    def plain(found):
-        return [(one.label, one.pixels, one.outline.tolist(), [hole.tolist() for hole in one.holes]) for one in found]
-
-    assert plain(regions_of_strips(np.split(labels, cuts))) == plain(regions(labels))
 
 
 def test_touching_corners_are_two_regions_and_one_background():

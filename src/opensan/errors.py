@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -23,10 +24,14 @@ def short(value: object, most: int = 60) -> str:
     if isinstance(value, str):
         return repr(value if len(value) <= most else f"{value[: most - 3]}...")
     try:
-        text = repr(value)
+        text = " ".join(_repr.repr(value).split())
     except (ValueError, RecursionError):  # Python writes no whole number of more than 4,300 digits
         return f"a very large {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+_repr = reprlib.Repr()  # limited, because nested lists that share elements have a repr of unbounded size
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 60, 60
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensan.errors import UserError
+from opensan.errors import UserError, short
 from opensan.files import ASSETS
-from opensan.word_lists import lines_of, listed_names, read_text, read_words, short, without_invisible, word_list
+from opensan.word_lists import lines_of, listed_names, read_text, read_words, without_invisible, word_list
 
 UNLABELLED = -1
 """The label of pixels without a word: those of absorbing (background) words."""

@@ -7,13 +7,12 @@ import ast
 import codecs
 import json
 import re
-import reprlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from opensan.errors import UserError
+from opensan.errors import UserError, short
 
 MAX_FILE_BYTES = 32 * 2**20
 """Longer word files are refused unread; 65,534 words take a megabyte or two."""
@@ -127,16 +126,6 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
 def without_invisible(text: str) -> str:
     """Remove invisible characters without meaning, such as zero-width spaces and soft hyphens."""
     return text if text.isascii() else _STRAY_JOINER.sub("", _INVISIBLE.sub("", text))
-
-
-def short(value: object) -> str:
-    """Return the repr on one line, cut to what fits in a message."""
-    text = repr(value[:80]) if isinstance(value, str) else " ".join(_repr.repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-_repr = reprlib.Repr()  # limited, because nested lists that share elements have a repr of unbounded size
-_repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 60, 60
 
 
 def _split(line: str, used: set[str]) -> list[str]:

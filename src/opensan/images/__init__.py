@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from opensan.config import ImageConfig
-from opensan.errors import UserError
+from opensan.errors import UserError, reason, short
 from opensan.images.pixels import deep_grey
 from opensan.structures import ImageSizes
 
@@ -81,7 +81,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarr
     `max_pixels` pixels (known from the header, before anything is decoded).
     """
     if isinstance(source, str) and _URL.match(source):
-        raise ImageError(f"{_shorten(source)}: URLs are not fetched; download it first")
+        raise ImageError(f"{short(source, 120)}: URLs are not fetched; download it first")
     if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
         return _read_file(source, lambda image, name: _decode(image, name, max_pixels))
     if isinstance(source, Image.Image):
@@ -182,7 +182,7 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     files: dict[str, Path] = {}
     for path in paths:
         if isinstance(path, str) and _URL.match(path):
-            raise ImageError(f"{_shorten(path)}: URLs are not fetched; download it first")
+            raise ImageError(f"{short(path, 120)}: URLs are not fetched; download it first")
         path = Path(path)
         for file in _images_below(path) if path.is_dir() else [path]:
             files.setdefault(os.path.normpath(file.absolute()), file)
@@ -267,7 +267,7 @@ def _read_file(source: str | os.PathLike[str] | bytes, read: Callable[[Image.Ima
     except ValueError as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{_shorten(repr(str(path)))}: not a file name") from None  # a NUL in it
+        raise ImageError(f"{short(str(path), 120)}: not a file name") from None  # a NUL in it
 
 
 def _read_open_file(file: IO[bytes], name: str, read: Callable[[Image.Image, str], T]) -> T:
@@ -360,11 +360,4 @@ def _from_array(array: np.ndarray, name: str, max_pixels: int) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ImageError):
-        return str(error)
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"damaged or unsupported image ({_shorten(text)})"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return str(error) if isinstance(error, ImageError) else f"damaged or unsupported image ({reason(error, 120)})"

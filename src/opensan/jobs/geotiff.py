@@ -21,7 +21,7 @@ from opensan.files import atomic_path
 from opensan.jobs.ground import Ground
 from opensan.jobs.strips import StripFile, label_dtype
 from opensan.outputs import UNLABELLED_COLOUR, palette
-from opensan.outputs.polygons import regions_of_strips
+from opensan.outputs.polygons import Region, region, signed_area
 
 if TYPE_CHECKING:
     from affine import Affine
@@ -58,9 +58,6 @@ LEAST_LEVELS = 16
 
 POLYGONS_AT_ONCE = 2000
 """Number of polygons that are transformed and written together."""
-
-STRIP_PIXELS = 2**22
-"""Number of labels that are read together while regions are outlined."""
 
 
 @contextmanager
@@ -459,7 +456,7 @@ def write_polygons(
     has no way to these, they are its own, and the file says so in a member `coordinate_system`. A region of which a
     part lies nowhere on the earth has no geometry.
 
-    Memory grows with the corners of all polygons, some 100 bytes each, and with the image's width, not its height.
+    GDAL outlines the regions from one row to the next; memory grows with their corners, not with the raster.
 
     Returns:
         How many features there are, and how many of them have no geometry.
@@ -473,7 +470,7 @@ def write_polygons(
         rasterio.open(labels) as file,
     ):
         ground = Ground(file.crs, file.transform, (file.height, file.width))
-        large = (region for region in regions_of_strips(_label_strips(file)) if region.pixels >= min_pixels)
+        large = (region for region in _regions(file) if region.pixels >= min_pixels)
         system = "" if ground.on_earth else f' "coordinate_system": {_json(ground.coordinates)},'
         out.write(f'{{"type": "FeatureCollection",{system} "features": [')
         while some := list(islice(large, POLYGONS_AT_ONCE)):
@@ -493,11 +490,20 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _label_strips(file: "DatasetReader") -> Iterator[np.ndarray]:
-    """Yield a label raster from the top, [rows, W] int32 with -1 for unlabelled."""
-    at_once = max(1, STRIP_PIXELS // file.width)
-    for top in range(0, file.height, at_once):
-        yield _label_rows(file, top, min(top + at_once, file.height))
+def _regions(file: "DatasetReader") -> Iterator[Region]:
+    """Yield the regions of a label raster in the order in which they end, from the top."""
+    import rasterio
+    from rasterio.features import shapes
+
+    to_pixels = np.array(~file.transform).reshape(3, 3)[:2]  # GDAL answers in the raster's own coordinates
+    for outlined, label in shapes(rasterio.band(file, 1), connectivity=4):
+        if label != file.nodata:
+            rings = [
+                np.rint(np.array(ring[:-1]) @ to_pixels[:, :2].T + to_pixels[:, 2]).astype(np.int64)
+                for ring in outlined["coordinates"]
+            ]
+            outer = [(signed_area(ring) > 0) == (number == 0) for number, ring in enumerate(rings)]
+            yield region(int(label), [ring if right else ring[::-1] for ring, right in zip(rings, outer, strict=True)])
 
 
 def _label_rows(file: "DatasetReader", top: int, bottom: int) -> np.ndarray:

@@ -7,11 +7,10 @@ heaviest dependency.
 Coordinates are (x, y) in pixels from the picture's upper left corner: pixel (0, 0) is the square from 0 to 1.
 """
 
-import dataclasses
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby, pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -44,25 +43,21 @@ class Region:
 
 def regions(labels: np.ndarray) -> Iterator[Region]:
     """Yield the regions of a label map [H, W] int (-1: unlabelled, no region), by label, then from the top."""
-    return regions_of_strips([labels])
-
-
-def regions_of_strips(strips: Iterable[np.ndarray]) -> Iterator[Region]:
-    """Yield the regions of a label map that is read in strips of rows, [rows, W] each, as `regions` does.
-
-    All strips are read before the first region is yielded. Memory grows with the number of corners, about 100 bytes
-    each, and of parts of regions in a strip, but not with the map: only one strip is held at a time.
-    """
-    corners, labels, pixels = _traced(strips)
-    rings, owners, ends = _rings(corners)
+    parts, part_labels = _parts(labels)
+    rings, owners, ends = _rings(_corners(labels, parts))
     begins = np.concatenate([[0], ends[:-1]])
     # A stable sort keeps a region's outline, which begins at its uppermost corner, before its holes.
-    in_order = np.lexsort([owners, labels[owners]])
+    in_order = np.lexsort([owners, part_labels[owners]])
     for owner, group in groupby(in_order.tolist(), key=lambda ring: int(owners[ring])):
-        simple = [part for ring in group for part in _simple(rings[begins[ring] : ends[ring]].astype(np.int64))]
-        # What is cut off where pixels touch by a corner may come before the outline.
-        simple.sort(key=lambda ring: signed_area(ring) < 0)
-        yield Region(int(labels[owner]), int(pixels[owner]), simple[0], tuple(simple[1:]))
+        yield region(int(part_labels[owner]), [rings[begins[ring] : ends[ring]].astype(np.int64) for ring in group])
+
+
+def region(label: int, rings: Iterable[np.ndarray]) -> Region:
+    """Make a region of its outline and holes [N, 2], which run as those of `Region` but may come to a point again."""
+    simple = [part for ring in rings for part in _simple(ring)]
+    # What is cut off where pixels touch by a corner may come before the outline.
+    simple.sort(key=lambda ring: signed_area(ring) < 0)
+    return Region(label, round(sum(map(signed_area, simple))), simple[0], tuple(simple[1:]))
 
 
 def _simple(ring: np.ndarray) -> list[np.ndarray]:
@@ -96,7 +91,7 @@ def signed_area(ring: np.ndarray) -> float:
 class _Corners:
     """Corners of outlines, C of them. A point where two of a region's pixels touch by a corner only has two."""
 
-    places: np.ndarray
+    points: np.ndarray
     """[C, 2] int32: x, y."""
     owners: np.ndarray
     """[C] int64: the region of each corner."""
@@ -104,39 +99,6 @@ class _Corners:
     """[C] int8: the direction of the side that ends here."""
     leaves: np.ndarray
     """[C] int8: the direction of the side that begins here."""
-
-    @classmethod
-    def joined(cls, parts: "list[_Corners]") -> "_Corners":
-        return cls(
-            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls))
-        )
-
-
-def _traced(strips: Iterable[np.ndarray]) -> tuple[_Corners, np.ndarray, np.ndarray]:
-    """Return all corners, by rows; and each region's label and number of pixels, [N] each."""
-    strips = iter(strips)
-    uppermost = next(strips)
-    nothing = np.full_like(uppermost[:1], -1)
-    above, above_parts = nothing, np.zeros(nothing.shape, dtype=np.int64)
-    corners, labels, pixels, joins = [], [], [], []
-    top = count = 0
-    for strip in chain([uppermost], strips, [nothing]):  # the empty row last closes the sides below the last row
-        parts, strip_labels = _parts(strip)
-        pixels.append(np.bincount(parts.ravel(), minlength=len(strip_labels)))
-        labels.append(strip_labels)
-        parts = parts + count
-        count += len(strip_labels)
-        joined = (above[0] == strip[0]) & (strip[0] >= 0)
-        joins.append(np.unique(np.stack([above_parts[0][joined], parts[0][joined]]), axis=1))
-        corners += _corners(np.concatenate([above, strip]), np.concatenate([above_parts, parts]), top)
-        above, above_parts = strip[-1:], parts[-1:]
-        top += len(strip)
-    region_of_part = _connected(np.concatenate(joins, axis=1), count)
-    all_corners = _Corners.joined(corners)
-    all_corners = dataclasses.replace(all_corners, owners=region_of_part[all_corners.owners])
-    region_labels = np.empty(region_of_part.max() + 1, dtype=np.int64)
-    region_labels[region_of_part] = np.concatenate(labels)
-    return all_corners, region_labels, np.bincount(region_of_part, weights=np.concatenate(pixels)).astype(np.int64)
 
 
 def _parts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -163,14 +125,14 @@ def _connected(pairs: np.ndarray, count: int) -> np.ndarray:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def _corners(labels: np.ndarray, parts: np.ndarray, top: int) -> list[_Corners]:
-    """Return the corners between any two of the rows [H + 1, W]; the first row lies above the map's row `top`.
+def _corners(labels: np.ndarray, parts: np.ndarray) -> _Corners:
+    """Return the corners of all parts of a label map [H, W], whose numbers are `parts` [H, W].
 
     Pixels side by side belong to one part if their labels are equal; pixels across a corner are never compared.
     """
     height, width = labels.shape
-    labels = np.pad(labels, ((0, 0), (1, 1)), constant_values=-1)
-    four = {(y, x): labels[y : height - 1 + y, x : width + 1 + x] for y in (0, 1) for x in (0, 1)}
+    labels = np.pad(labels, 1, constant_values=-1)
+    four = {(y, x): labels[y : height + 1 + y, x : width + 1 + x] for y in (0, 1) for x in (0, 1)}
     corners = []
     for table, convex in ((_CONVEX, True), (_CONCAVE, False)):
         for (y, x), arrive, leave in table:
@@ -182,27 +144,27 @@ def _corners(labels: np.ndarray, parts: np.ndarray, top: int) -> list[_Corners]:
                 is_corner = (across >= 0) & (odd != across) & (beside == across) & (below == across)
                 at = (1 - y, 1 - x)
             rows, columns = np.nonzero(is_corner)
-            places = np.stack([columns, rows + top], axis=1).astype(np.int32)
-            directions = (np.full(len(places), direction, dtype=np.int8) for direction in (arrive, leave))
-            corners.append(_Corners(places, parts[rows + at[0], columns + at[1] - 1], *directions))
-    return corners
+            points = np.stack([columns, rows], axis=1).astype(np.int32)
+            directions = [np.full(len(points), direction, dtype=np.int8) for direction in (arrive, leave)]
+            corners.append((points, parts[rows + at[0] - 1, columns + at[1] - 1], *directions))
+    return _Corners(*map(np.concatenate, zip(*corners, strict=True)))
 
 
 def _rings(corners: _Corners) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Order corners [C, 2] into closed outlines, from the top; return each outline's owner and end too, [R] each."""
-    places, count = corners.places, len(corners.places)
+    points, count = corners.points, len(corners.points)
     follower = np.empty(count, dtype=np.int64)
     for direction in range(4):
         # A side ends at the next corner of its row or column that has its direction; so, sorted by rows or columns, the
         # sides' beginnings and ends pair up one to one.
         along, across = (0, 1) if direction in (_RIGHT, _LEFT) else (1, 0)
         sides = (np.flatnonzero(which == direction) for which in (corners.leaves, corners.arrives))
-        begins, stops = (which[np.lexsort([places[which, along], places[which, across]])] for which in sides)
+        begins, stops = (which[np.lexsort([points[which, along], points[which, across]])] for which in sides)
         follower[begins] = stops
     following = array("q", follower.tobytes())
     seen = bytearray(count)
     ordered, closed = array("q"), array("q")
-    for first in np.lexsort(places.T).tolist():
+    for first in np.lexsort(points.T).tolist():
         if seen[first]:
             continue
         corner = first
@@ -212,7 +174,7 @@ def _rings(corners: _Corners) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             corner = following[corner]
         closed.append(len(ordered))
     order, ends = (np.frombuffer(numbers, dtype=np.int64) for numbers in (ordered, closed))
-    return places[order], corners.owners[order[ends - 1]] if count else order, ends
+    return points[order], corners.owners[order[ends - 1]] if count else order, ends
 
 
 def simplified(ring: np.ndarray, tolerance: float = TOLERANCE) -> np.ndarray:
