@@ -440,3 +440,12 @@ def test_words_as_json(run):
     every = json.loads(run("words", "--json")[1])
     assert list(every) == ready_sets() and all(names == Vocabulary.ready(one).names for one, names in every.items())
     assert json.loads(run("words", "ade20k_150", "--json")[1]) == {"ade20k_150": every["ade20k_150"]}
+
+
+def test_an_unknown_choice_is_named_with_the_known_ones(run):
+    code, _, errors = run("segment", "x.png", "--words", "car", "--speed", "slow")
+    assert code == 2
+    assert (
+        errors
+        == "error: Invalid value for '--speed': 'slow' is not one of 'exact', 'fast' (see opensan segment --help)\n"
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import embed_words
-from opensan.cli.options import Device, ImageDtype, Model, Out, Speed, SpeedChoice
+from opensan.cli.options import Device, ImageDtype, Model, Out, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_of
 from opensan.errors import UserError
 
@@ -44,7 +44,7 @@ def evaluate(
     ] = None,
     out: Out = Path("evaluation"),
     device: Device = "auto",
-    speed: SpeedChoice = Speed.exact,
+    speed: SpeedChoice = "exact",
     dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of one shape that are computed together.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read images and count pixels.")] = 4,
@@ -106,7 +106,7 @@ def evaluate(
         if from_predictions is None:
             if is_main():
                 note(f"loading {model}")
-            segmenter = load_san(model, device=group.device, speed=speed.value, dtype=dtype and dtype.value)
+            segmenter = load_san(model, device=group.device, speed=speed, dtype=dtype)
         run = _Run(
             out=out,
             model=model,

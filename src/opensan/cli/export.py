@@ -1,44 +1,27 @@
 """`opensan export`: write a model as files for other runtimes."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from opensan.choices import ExportDtype, ExportFormat
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
 from opensan.cli.terminal import complain, note, progress_of_steps
 from opensan.errors import UserError
 
 
-class Format(StrEnum):
-    """Format of the files."""
-
-    onnx = "onnx"
-    openvino = "openvino"
-    torch = "torch"
-
-
-class ExportDtype(StrEnum):
-    """Precision of the stored weights."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
-
-
 def export(
     model: Annotated[str, typer.Argument(help="As for `opensan segment --model`.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write; it must not exist.")],
-    format: Annotated[Format, typer.Option(help="torch: torch.export's .pt2 files.")] = Format.onnx,
+    format: Annotated[ExportFormat, typer.Option(help="torch: torch.export's .pt2 files.")] = "onnx",
     dtype: Annotated[
         ExportDtype,
         typer.Option(
             help="Of the weights. float16: half the size, computed with in float32. bfloat16 (openvino): half the "
             "size, and faster where the processor has bfloat16. int8: a quarter of the size, less exact."
         ),
-    ] = ExportDtype.float32,
+    ] = "float32",
     text: Annotated[
         bool, typer.Option("--text/--no-text", help="Whether to write the text tower, which reads any words.")
     ] = True,
@@ -70,9 +53,7 @@ def export(
 
     loaded = load_model(model) if random_weights is None else random_model(model, random_weights)
     with progress_of_steps() as progress:
-        folder, check = write(
-            loaded, out, format=format.value, dtype=dtype.value, text=text, words=known, progress=progress
-        )
+        folder, check = write(loaded, out, format=format, dtype=dtype, text=text, words=known, progress=progress)
     for tensor, difference in check.differences.items():
         print(f"{tensor:<20} differ by {difference:.1e} of the largest at most")
     print(f"{'labels':<20} agree at {100 * check.agreement:.3f}% of the pixels")

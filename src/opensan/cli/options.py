@@ -1,30 +1,11 @@
 """Options that several commands share: one spelling, one help."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-
-class Speed(StrEnum):
-    """Speed of the image half."""
-
-    exact = "exact"
-    fast = "fast"
-
-
-class Dtype(StrEnum):
-    """Precision of the image half's matrices."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-def dtype_name(dtype: Dtype | None) -> Literal["float32", "bfloat16"] | None:
-    """Return the choice as `opensan.load` takes it."""
-    return None if dtype is None else dtype.value
-
+from opensan.choices import Dtype, Speed
 
 MODEL, RESULTS = "Model", "Results"
 """Groups of options in the help."""

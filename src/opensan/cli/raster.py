@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import Device, ImageDtype, Model, Out, Speed, SpeedChoice
+from opensan.cli.options import Device, ImageDtype, Model, Out, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -73,7 +73,7 @@ def segment_raster(
     polygons: Annotated[bool, typer.Option(help="Also write the regions as GeoJSON.")] = True,
     min_pixels: Annotated[int, typer.Option(min=1, help="Regions smaller than this get no polygon.")] = 1,
     device: Device = "auto",
-    speed: SpeedChoice = Speed.exact,
+    speed: SpeedChoice = "exact",
     dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Tiles that go through the model together.")] = 1,
 ) -> None:
@@ -112,7 +112,7 @@ def segment_raster(
             from opensan.jobs.tiles import Tiling
             from opensan.segmenters.san import load_san
 
-            segmenter = load_san(model, device=device, speed=speed.value, dtype=dtype and dtype.value)
+            segmenter = load_san(model, device=device, speed=speed, dtype=dtype)
             embed_words(segmenter, vocabulary)
             tiling = Tiling.plan(raster.size, tile or segmenter.image_config.short_side, overlap)
             work = _work(raster, segmenter, vocabulary, tiling)

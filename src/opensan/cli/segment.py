@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import RESULTS, Device, ImageDtype, Model, Out, Speed, SpeedChoice, dtype_name
+from opensan.cli.options import RESULTS, Device, ImageDtype, Model, Out, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -46,7 +46,7 @@ def segment(
         ),
     ] = None,
     device: Device = "auto",
-    speed: SpeedChoice = Speed.exact,
+    speed: SpeedChoice = "exact",
     dtype: ImageDtype = None,
     batch: Annotated[
         int, typer.Option(min=1, help="Images computed together, if their shapes agree; more than 1 helps on a GPU.")
@@ -80,7 +80,7 @@ def segment(
     datasets = [kind for kind in kinds if kind in outputs.DATASETS]
     jobs = plan_folder(images, out, kinds)
     note(f"loading {model}")
-    segmenter = load(model, device=device, speed=speed.value, dtype=dtype_name(dtype), max_pixels=max_pixels)
+    segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels)
     embed_words(segmenter, vocabulary)
     try:
         if len(jobs) == 1 and not datasets:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opensan.cli.options import Device, Model, Speed, SpeedChoice
+from opensan.cli.options import Device, Model, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note
 from opensan.errors import UserError, install
 
@@ -20,7 +20,7 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8000,
     device: Device = "auto",
-    speed: SpeedChoice = Speed.exact,
+    speed: SpeedChoice = "exact",
     batch: Annotated[int, typer.Option(min=1, help="Images of one shape encoded together; more help a GPU.")] = 4,
     token: Annotated[
         str | None,
@@ -68,7 +68,7 @@ def serve(
     listener = bind(host, port)
     note(f"loading {model}")
     # Clients' words are cached in memory only, where their number is bounded.
-    segmenter = load(model, device=device, speed=speed.value, max_pixels=max_pixels, text_cache=False)
+    segmenter = load(model, device=device, speed=speed, max_pixels=max_pixels, text_cache=False)
     app = create_app(segmenter, limits=limits, token=token, batch=batch, hosts=allow_host or None)
     signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.identity} at {url}"))
     if signal_number == signal.SIGINT:

@@ -106,7 +106,8 @@ def reporting_errors() -> Iterator[None]:
                 error.add_note("This is a fault of opensan, not of yours: please report it with the lines above.")
                 raise
             command = getattr(getattr(error, "ctx", None), "command_path", "opensan")
-            complain(f"error: {error.format_message().rstrip('.')} (see {command} --help)")
+            message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's word for it
+            complain(f"error: {message} (see {command} --help)")
             sys.exit(getattr(error, "exit_code", 2))
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opensan.cli.options import Device, Model, Speed, SpeedChoice
+from opensan.cli.options import Device, Model, SpeedChoice
 from opensan.cli.serve import require_serve_extra
 from opensan.cli.terminal import note
 
@@ -19,7 +19,7 @@ def ui(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8321,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in your browser.")] = True,
     device: Device = "auto",
-    speed: SpeedChoice = Speed.exact,
+    speed: SpeedChoice = "exact",
 ) -> None:
     """Open a page where words act at once: an image is encoded once, and every keystroke updates the labels.
 
@@ -39,7 +39,7 @@ def ui(
     note(f"loading {model}")
     limits = ServiceLimits()
     # Every half-typed word is embedded, which would fill a disk cache.
-    segmenter = load(model, device=device, speed=speed.value, max_pixels=limits.pixels, text_cache=False)
+    segmenter = load(model, device=device, speed=speed, max_pixels=limits.pixels, text_cache=False)
     # A web page under another name that resolves to this machine must not reach the images.
     app = create_app(segmenter, limits=limits, page=True, hosts=[HOST, "localhost"])
     if run(app, listener, started) == signal.SIGINT:

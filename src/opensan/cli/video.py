@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import Device, ImageDtype, Model, Out, Speed, SpeedChoice, dtype_name
+from opensan.cli.options import Device, ImageDtype, Model, Out, SpeedChoice
 from opensan.cli.terminal import complain, note, output_console, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -36,7 +36,7 @@ def segment_video(
         ),
     ] = True,
     device: Device = "auto",
-    speed: SpeedChoice = Speed.exact,
+    speed: SpeedChoice = "exact",
     dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Frames that go through the model together.")] = 1,
     max_pixels: Annotated[
@@ -59,7 +59,7 @@ def segment_video(
     note(f"loading {model}")
     from opensan.segmenters.load import load
 
-    segmenter = load(model, device=device, speed=speed.value, dtype=dtype_name(dtype), max_pixels=max_pixels)
+    segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels)
     embed_words(segmenter, vocabulary)
     try:
         with VideoRun(segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch) as run:

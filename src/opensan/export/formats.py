@@ -2,17 +2,16 @@
 
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 from torch.export import ExportedProgram
 
+from opensan.choices import ExportDtype, ExportFormat
 from opensan.errors import UserError
 from opensan.export.traced import Graph
 from opensan.segmenters.exported.runtimes import library
-
-FORMATS = ("onnx", "openvino", "torch")
-DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 SMALL = 1024
 """Tensors of fewer numbers (norms, biases) keep float32, because they take little space."""
@@ -22,10 +21,10 @@ ANY_SIZE = 1 << 40
 
 def check(format: str, dtype: str) -> None:
     """Raise UserError if the format and dtype can't be exported or a library is missing."""
-    if format not in FORMATS:
-        raise UserError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if format not in get_args(ExportFormat):
+        raise UserError(f"format {format!r} is not one of {', '.join(get_args(ExportFormat))}")
+    if dtype not in get_args(ExportDtype):
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(get_args(ExportDtype))}")
     if format == "torch" and dtype != "float32":
         raise UserError("format torch is written with float32 weights only")
     if format == "onnx" and dtype == "bfloat16":

@@ -17,7 +17,6 @@ from opensan.model import SAN
 from opensan.model.transformer import Block
 from opensan.structures import Proposals
 
-SPEEDS = ("exact", "fast")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 MOST_GRAPHS = 16
@@ -40,7 +39,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 def prepare_image_half(model: SAN, device: torch.device, speed: str, dtype: torch.dtype) -> ImageHalf:
     """Prepare `model`, on `device` for inference only; its weights change in place.
 
-    `speed` is one of SPEEDS; `dtype` is that of the blocks' matrices, for "fast" that of `fastest_dtype`.
+    `speed` is "exact" or "fast"; `dtype` is that of the blocks' matrices, for "fast" that of `fastest_dtype`.
     """
     narrow_matrices(model, dtype)
     if device.type == "cuda" and speed == "fast":

@@ -5,8 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from opensan.choices import Dtype, Speed
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS
 from opensan.segmenters.base import Segmenter
@@ -20,8 +21,8 @@ def load(
     source: str | os.PathLike[str] = "san-vit-b16",
     *,
     device: "str | torch.device" = "auto",
-    speed: Literal["exact", "fast"] = "exact",
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    speed: Speed = "exact",
+    dtype: Dtype | None = None,
     random_weights: int | None = None,
     max_pixels: int = MAX_PIXELS,
     text_cache: bool = True,

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,12 +22,13 @@ from opensan.assemble.labels import label_map
 from opensan.assemble.resize import MaskBand, mask_bands
 from opensan.assemble.scores import band_scores, class_probabilities, label_scores
 from opensan.checkpoints import load_model, random_model
+from opensan.choices import Speed
 from opensan.devices import checked_device
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS, prepare
 from opensan.model import SAN
 from opensan.model.identity import model_identity
-from opensan.segmenters.image_half import DTYPES, SPEEDS, fastest_dtype, prepare_image_half
+from opensan.segmenters.image_half import DTYPES, fastest_dtype, prepare_image_half
 from opensan.segmenters.proposals import ProposalSegmenter
 from opensan.segmenters.results import Encoding, InputImage, Segmentation
 from opensan.structures import Proposals
@@ -68,8 +69,8 @@ class SanSegmenter(ProposalSegmenter):
         text_cache: bool = True,
     ) -> None:
         """Use `opensan.load`, which describes the arguments, to make one."""
-        if speed not in SPEEDS:
-            raise UserError(f"speed {speed!r} is not one of {', '.join(SPEEDS)}")
+        if speed not in get_args(Speed):
+            raise UserError(f"speed {speed!r} is not one of {', '.join(get_args(Speed))}")
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         self.device = checked_device(device)

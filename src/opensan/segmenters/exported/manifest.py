@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from opensan.choices import ExportDtype, ExportFormat
 from opensan.config import CONFIG_NAME, EXPORT_NAME, Config, ModelConfig, parse_config, read_config
 from opensan.errors import UserError
 
@@ -11,8 +12,8 @@ from opensan.errors import UserError
 class ExportManifest(Config):
     """Content of export.json."""
 
-    format: Literal["onnx", "openvino", "torch"]
-    dtype: Literal["float32", "float16", "bfloat16", "int8"]
+    format: ExportFormat
+    dtype: ExportDtype
     """Precision of the weights."""
     image: str
     """Identity of the image half: encodings of other models are refused."""

@@ -1,0 +1,15 @@
+"""The values that commands, functions and files let a user choose from, each listed here alone."""
+
+from typing import Literal
+
+Speed = Literal["exact", "fast"]
+"""Speed of the image half: as the benchmarks' protocol has it, or the device's fastest way with nearly its labels."""
+
+Dtype = Literal["float32", "bfloat16"]
+"""Precision of the image half's matrix products."""
+
+ExportFormat = Literal["onnx", "openvino", "torch"]
+"""Format of an exported model's graphs; "torch" is torch.export's .pt2 files."""
+
+ExportDtype = Literal["float32", "float16", "bfloat16", "int8"]
+"""Precision of an exported model's weights."""
