@@ -22,12 +22,23 @@ from opensan.data.segmentation_folder import SegmentationFolder
         ("7: car\n", ["car"], (7,)),
         ("3 wheeler\n", ["3 wheeler"], (0,)),
         ("3 wheeler\ncar\n", ["3 wheeler", "car"], (0, 1)),
+        ("class 0\nclass 1\n", ["class 0", "class 1"], (0, 1)),
+        ("0,road\n255,car\n", ["road", "car"], (0, 255)),
+        ('"road"\n"car"\n', ["road", "car"], (0, 1)),
+        ('0: "road"\n2: "car"\n', ["road", "car"], (0, 2)),
+        ('["road", "car"]\n', ["road", "car"], (0, 1)),
+        ('{"names": [\n"road",\n"car"\n]}\n', ["road", "car"], (0, 1)),
     ],
 )
 def test_lists_and_their_values(tmp_path, text, names, values):
     (tmp_path / "classes.txt").write_text(text)
     listed = read_class_list(tmp_path / "classes.txt")
     assert (listed.vocabulary.names, listed.values) == (names, values)
+
+
+def test_a_list_of_powershell(tmp_path):
+    (tmp_path / "classes.txt").write_bytes("road\r\ncar\r\n".encode("utf-16"))
+    assert read_class_list(tmp_path / "classes.txt").vocabulary.names == ["road", "car"]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +51,8 @@ def test_lists_and_their_values(tmp_path, text, names, values):
         ("0: road\ncar\n", "line 1 has a number before the class, line 2 has none"),
         ("1: road\n1: car\n", "two classes have the number 1"),
         ("1: road\n2: Road\n", "classes.txt: word 2 'Road' repeats word 1 'road'"),
+        ("road 1\ncar 0\n", r"every line has a number, .* put the number before each \(0: road\)"),
+        ("name,r,g,b\nroad,1,2,3\n", "classes.txt: line 2 'road,1,2,3' is of a table"),
     ],
 )
 def test_a_list_that_leaves_open_which_value_is_which_is_refused(tmp_path, text, message):
@@ -88,3 +101,26 @@ def test_a_numbered_list_prepares_the_values_it_says(tmp_path):
     assert not caught.value.code
     assert (tmp_path / "out" / "classes.txt").read_text() == "road\ncar\ntree\n"
     assert SegmentationFolder(tmp_path / "out", "val")[0][1].tolist() == [[0, 1, 2]]
+
+
+def outcome(root, *options: str) -> int:
+    out = root.parent / f"{root.name}-out"
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "prepare", "folder", *options, "--source", str(root), "--out", str(out)])
+    return caught.value.code or 0
+
+
+def test_a_class_may_have_the_number_255(tmp_path):
+    root = ready(tmp_path / "raw", "0: background\n255: lane\n", [0, 255, 255])
+    assert not outcome(root)
+    assert SegmentationFolder(tmp_path / "raw-out", "val")[0][1].tolist() == [[0, 1, 1]]
+    assert SegmentationFolder(root, "val")[0][1].tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize("classes", ["background\nlane\n", "lane\n"])
+def test_masks_of_0_and_255_are_not_taken_for_unlabelled_in_silence(tmp_path, capsys, classes):
+    root = ready(tmp_path / "raw", classes, [0, 255, 255])
+    assert outcome(root) == 1
+    assert 'number the classes in their list ("255: NAME"); if not, say first=0' in capsys.readouterr().err
+    assert not outcome(root, "first=0")
+    assert SegmentationFolder(tmp_path / "raw-out", "val")[0][1].tolist() == [[0, -1, -1]]

@@ -21,6 +21,7 @@ import opensan.segmenters.san
 from opensan.checkpoints import load_folder, load_model
 from opensan.checkpoints.official import to_official
 from opensan.checkpoints.presets import PRESETS
+from opensan.cli.asked_words import asked_vocabulary
 from opensan.devices import checked_device, chosen_device
 from opensan.errors import UserError
 from opensan.jobs.folder import Job, plan
@@ -191,6 +192,16 @@ def test_batch_size_changes_nothing(run, tmp_path, model_folder, batch):
     for index, image in enumerate(images):
         found = np.asarray(Image.open(tmp_path / "o" / f"{index}.labels.png"))
         assert (found == san.segment(image, WORDS).labels).mean() > 0.999
+
+
+@pytest.mark.parametrize("words", ["car / truck", "car • truck", "car|truck", "car and truck", "car - truck"])
+def test_words_without_commas_are_one_word_and_a_line_says_so(words, capsys):
+    asked_vocabulary([words], None, None, None, None)
+    assert "is all one word, which gets every pixel: separate words by commas" in capsys.readouterr().err
+    for other in ("traffic light", f"{words}, sky"):
+        asked_vocabulary([other], None, None, None, None)
+    asked_vocabulary([words], None, None, ["sky"], None)
+    assert not capsys.readouterr().err
 
 
 def test_words_from_file_and_from_set(run, tmp_path, model_folder):

@@ -12,11 +12,14 @@ from PIL import Image
 
 rasterio = pytest.importorskip("rasterio", reason="rasterio (the extra geo) is not installed")
 
+from rasterio.control import GroundControlPoint  # noqa: E402
 from rasterio.enums import ColorInterp  # noqa: E402
 from rasterio.transform import from_origin  # noqa: E402
 
 from opensan.cli import main  # noqa: E402
+from opensan.images import open_image  # noqa: E402
 from opensan.jobs import geotiff  # noqa: E402
+from opensan.jobs.ground import Ground  # noqa: E402
 from opensan.jobs.strips import StripFile  # noqa: E402
 from opensan.lab.scenes import make_scene  # noqa: E402
 from opensan.outputs.polygons import regions, signed_area  # noqa: E402
@@ -54,6 +57,78 @@ def test_8_bit_colours_are_read_as_they_are(tmp_path):
     pixels, valid = raster.read(10, 5, 20, 30)
     np.testing.assert_array_equal(pixels, bands[:, 10:30, 5:35].transpose(1, 2, 0))
     assert valid is None
+
+
+def test_bands_that_are_described_as_colours(tmp_path):
+    bands = noise(4, 20, 20)
+    path = write(tmp_path / "x.tif", bands, photometric="minisblack")
+    with rasterio.open(path, "r+") as file:
+        file.descriptions = ("Blue", "green", "RED", "nir")
+    raster = geotiff.GeoRaster(path)
+    assert raster.bands == (3, 2, 1) and "bands 3,2,1 are seen as red, green and blue" in raster.notes[0]
+    assert geotiff.GeoRaster(path, bands=(1, 2, 3)).notes == []
+
+
+@pytest.mark.parametrize(
+    "form", ["1.png", "2.png", "4.png", "palette.png", "1.tif", "2.tif", "4.tif", "8.tif", "white.tif"]
+)
+def test_pixels_mean_what_they_mean_in_other_images(tmp_path, form):
+    """Rasters are read by GDAL, other images by Pillow: both by the same rule."""
+    path, kind = tmp_path / form, form.partition(".")[0]
+    bits = int(kind) if kind.isdigit() else {"palette": 4, "white": 2}[kind]
+    values = noise(20, 24) >> (8 - bits)
+    if form.endswith("png"):
+        image = Image.fromarray(values, "P")
+        grey = [255 * level // (2**bits - 1) for level in range(2**bits)]
+        image.putpalette([255 - one if kind == "palette" and band == 1 else one for one in grey for band in range(3)])
+        image.save(path, bits=bits)
+    else:
+        white = {"photometric": "miniswhite"} if kind == "white" else {"photometric": "minisblack"}
+        write(path, values[None], nbits=bits, **white)
+    raster = geotiff.GeoRaster(path)
+    np.testing.assert_array_equal(raster.read(0, 0, 20, 24)[0], open_image(path))
+
+
+@pytest.mark.parametrize(
+    ("profile", "note"),
+    [
+        ({"crs": "EPSG:32632"}, "names a coordinate system, but no place in it"),
+        ({"crs": "EPSG:4326", "transform": from_origin(500_000, 5_600_000, 10, 10)}, "longitude 500125, latitude 5.5"),
+        ({"crs": "EPSG:4326", "transform": from_origin(50, 190, 0.1, 0.1)}, "the axes are swapped"),
+        ({"points": (0, 0)}, "is placed by ground control points alone"),
+    ],
+)
+def test_an_image_that_is_nowhere_gets_no_areas_and_a_note(tmp_path, profile, note):
+    points = profile.pop("points", None)
+    path = write(tmp_path / "x.tif", noise(3, 20, 24), **profile)
+    if points:
+        with rasterio.open(path, "r+") as file:
+            corners = [GroundControlPoint(row, column, column, row) for row in (0, 20) for column in (0, 24)]
+            file.gcps = corners, rasterio.crs.CRS.from_epsg(32632)
+    raster = geotiff.GeoRaster(path)
+    assert note in raster.notes[0] and raster.crs is None and not Ground(None, raster.transform, raster.size).has_areas
+
+
+@pytest.mark.parametrize(
+    ("value", "nodata", "told"), [(0, None, True), (255, None, True), (0, 0, False), (7, None, False)]
+)
+def test_a_margin_of_black_or_white_is_told(tmp_path, value, nodata, told):
+    bands = noise(3, 40, 40)
+    bands[:, :10] = value
+    raster = geotiff.GeoRaster(write(tmp_path / "x.tif", bands, **PLACE), nodata=nodata)
+    note = raster.contrast_note(raster.reduced(100))
+    assert (f"--nodata {value}" in note) if told else note is None
+
+
+def test_pages_and_turns_that_are_not_read_are_told(tmp_path):
+    pictures = [Image.fromarray(noise(20, 24, 3)) for _ in range(3)]
+    pictures[0].save(tmp_path / "x.tif", save_all=True, append_images=pictures[1:])
+    assert "holds 3 images; the first is labelled" in geotiff.GeoRaster(tmp_path / "x.tif").notes[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pictures[0].save(tmp_path / "x.jpg", exif=exif)
+    raster = geotiff.GeoRaster(tmp_path / "x.jpg")
+    assert raster.size == (20, 24) and "viewers turn it (EXIF orientation 6)" in raster.notes[0]
 
 
 def test_bands_are_chosen_by_number_or_by_their_colours(tmp_path):

@@ -603,3 +603,12 @@ def test_a_file_name_that_is_no_utf_8_and_one_that_is_too_long_cost_themselves_a
         code, lines = prepared(capsys, "folder", folder, tmp_path / "out")
         assert code == 1 and len([line for line in lines if line.startswith("left out: ")]) == 2
         assert read_manifest(tmp_path / "out").photographs == 2
+
+
+def test_suffixes_and_lists_in_capitals_and_utf_16(folder):
+    (folder / "labels" / "a.png").rename(folder / "labels" / "a.PNG")
+    (folder / "TRAIN.TXT").write_bytes("a\r\n".encode("utf-16"))
+    (folder / "val.txt").write_text("b.2\n")
+    source = open_folder(folder)
+    assert splits_of(source) == {"a": ("TRAIN",), "b.2": ("val",)}
+    assert labels_of(source)["a"] == [[0, 1, 1], [-1, 2, 0]]

@@ -10,8 +10,9 @@ import pytest
 from faster_coco_eval import mask as coco_mask
 from PIL import Image, ImageDraw
 
+from opensan.data.prepare.drawn_masks import mask_of
 from opensan.data.prepare.engine import prepare
-from opensan.data.prepare.own_coco import mask_of, open_instances, open_panoptic
+from opensan.data.prepare.own_coco import open_instances, open_panoptic
 from opensan.data.prepare.source import Labelled, Source
 from opensan.data.segmentation_folder import SegmentationFolder
 
@@ -280,7 +281,7 @@ IMAGE = {"id": 5, "file_name": "1.jpg", "width": 6, "height": 4}
             r"instances_val.json: its images are in none of .*/val/, ",
         ),
         ({"images": []}, r"instances_val.json: it lists no images"),
-        ({"images": [{**IMAGE, "width": "6"}]}, r"'width' must be a whole number, not '6'"),
+        ({"images": [{**IMAGE, "width": "six"}]}, r"'width' must be a whole number, not 'six'"),
         ({"categories": []}, r"instances_val.json: categories: the vocabulary is empty"),
         (
             {"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "A"}]},
@@ -322,7 +323,7 @@ def test_one_bad_object_costs_itself_alone_and_is_named(tmp_path):
         boxed(3, category_id=12),
         boxed(4, segmentation=[[0, 0, 1e9, 0, 5, 5]]),
         boxed(5, segmentation={"size": [9, 9], "counts": [81]}),
-        {"id": 6, "category_id": 7, "image_id": "5", "segmentation": []},
+        {"id": 6, "category_id": 7, "image_id": "five", "segmentation": []},
     ]
     write_instances(tmp_path / "raw", [boxed(1), *wrong, boxed(7, segmentation=[], bbox=[0, 0, 0, 0], area=0)])
     for _ in range(2):  # also when the folder is there already
@@ -426,3 +427,51 @@ def test_a_root_category_without_objects_is_no_class(tmp_path, categories, names
 def test_a_category_without_objects_that_is_no_root_stays_a_class(tmp_path):
     write_instances(tmp_path, [boxed(1)])
     assert open_instances(tmp_path).vocabulary.names == ["person", "tree-merged", "car"]
+
+
+@pytest.mark.parametrize(
+    ("image", "annotation", "file_name", "crowd"),
+    [("1", 1, "1.jpg", 0), (1, "1", "1.jpg", "0"), (1.0, 1.0, "images\\1.jpg", None)],
+)
+def test_numbers_as_text_and_paths_of_windows(tmp_path, image, annotation, file_name, crowd):
+    write_photograph(tmp_path / "images" / "1.jpg", 3, 2)
+    box = {"segmentation": [[0, 0, 2, 0, 2, 1, 0, 1]], "category_id": "7", "iscrowd": crowd}
+    write_json(
+        tmp_path / "instances_val.json",
+        images=[{"id": image, "file_name": file_name, "width": 3, "height": 2}],
+        annotations=[{"id": 1, "image_id": annotation, **box}],
+        categories=[{"id": 7, "name": "car"}],
+    )
+    source = open_instances(tmp_path)
+    assert labels_of(source) == {"1": [[0, 0, -1], [-1, -1, -1]]} and not source.notes
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[0, 0, 0.5, 0, 0.5, 1]], "its corners are shares of width and height, 0 to 1, not pixels"),
+        ("[[0, 0, 2, 0, 2, 2]]", "its segmentation is neither polygons nor run lengths"),
+    ],
+)
+def test_the_cause_is_named_if_no_object_can_be_used(tmp_path, segmentation, message):
+    write_photograph(tmp_path / "images" / "1.jpg", 30, 20)
+    write_json(
+        tmp_path / "instances_val.json",
+        images=[{"id": 1, "file_name": "1.jpg", "width": 30, "height": 20}],
+        annotations=[{"id": 1, "image_id": 1, "category_id": 7, "segmentation": segmentation}],
+        categories=[{"id": 7, "name": "car"}],
+    )
+    manifest = prepare(open_instances(tmp_path), "coco-instances", tmp_path / "out")
+    assert message in manifest.left_out["1"]
+
+
+def test_annotations_without_a_usable_image_are_the_cause_of_an_unlabelled_set(tmp_path):
+    write_photograph(tmp_path / "images" / "1.jpg", 3, 2)
+    write_json(
+        tmp_path / "instances_val.json",
+        images=[{"id": 1, "file_name": "1.jpg", "width": 3, "height": 2}],
+        annotations=[{"id": 1, "image_id": "one", "category_id": 7, "segmentation": [[0, 0, 2, 0, 2, 1]]}],
+        categories=[{"id": 7, "name": "car"}],
+    )
+    with pytest.raises(ValueError, match=r"no pixel of 1 images is labelled: .*annotation 1: its image_id is 'one'"):
+        prepare(open_instances(tmp_path), "coco-instances", tmp_path / "out")

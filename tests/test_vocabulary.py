@@ -169,7 +169,7 @@ def test_bad_words_get_one_line(spec, says):
         ("road\ncar\r\n\nsky\n", ["road", "car", "sky"]),
         ("road,\ncar,\nsky", ["road", "car", "sky"]),
         ('"road, route", car', ["road, route", "car"]),
-        ("“road”, ‘car’, 'sky'", ["road", "‘car’", "sky"]),
+        ("“road”, ‘car’, 'sky', `sea`", ["road", "car", "sky", "sea"]),
         ('"a, b"; c', ["a, b", "c"]),
         ("\ufeffroad, c\u00adar\u200b", ["road", "car"]),
         ("می\u200cخواهم", ["می\u200cخواهم"]),  # a joiner that Persian needs
@@ -209,6 +209,9 @@ def test_text_lists_words_as_people_write_them(text, names):
         ("road, \u200b, car", "word 2 is blank"),
         ("\u200b", "empty"),
         ("road;;car", "word 2 is blank"),
+        (r"road\nsky", "has a backslash: separate words by commas"),  # typed in a shell
+        ("road&amp;sky", "is text of a web page's source: write 'road&sky'"),
+        ('["road" "sky"]', "begins like a list and is none"),  # Python would join them
     ],
 )
 def test_text_that_is_no_clear_list_is_refused(text, says):
@@ -305,6 +308,11 @@ def test_yaml_files(tmp_path):
         ("words.txt", "road, car, sky\n", "has commas, which belong to a name: put each word on a line"),
         ("words.txt", "road\ncar; sky\n", "line 2 'car; sky' has ';'"),
         ("words.txt", "0: road\n1: car\n", "line 1 '0: road' has a number"),
+        ("words.txt", "0 road\n1 sky\n", "every line has a number, as line 1 '0 road'"),
+        ("words.txt", "# counts\nroad 120\nsky 33\n", "every line has a number, as line 2 'road 120'"),
+        ("words.txt", "road\t0\nsky\t1\n", "is of a table"),
+        ("words.txt", "name,r,g,b\nroad,128,64,128\n", "line 2 'road,128,64,128' is of a table"),
+        ("words.txt", "road,\nsky\n", "line 1 'road,' ends with a comma"),
         ("words.csv", "id,name\n0,road\n", "line 1 'id,name' is of a table"),
         ("words.csv", "name\nroad\n", "line 1 'name' is a heading"),
     ],
@@ -314,6 +322,12 @@ def test_word_files_that_are_no_clear_list_are_refused(tmp_path, name, text, say
     path.write_text(text)
     message = error_of(lambda: Vocabulary.from_file(path))
     assert says in message and message.startswith(str(path))
+
+
+def test_quotation_marks_around_a_line_are_left_out(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text('"road"\n\'sky; blue\'\n12" pipe\nclass 0\nclass 1\n')
+    assert Vocabulary.from_file(path).names == ["road", "sky; blue", '12" pipe', "class 0", "class 1"]
 
 
 def test_json_in_a_text_file(tmp_path):

@@ -5,8 +5,12 @@ Commands, Python, the service and files all read words here, so that one rule ho
 
 import ast
 import codecs
+import html
+import io
+import itertools
 import json
 import re
+import tokenize
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +26,8 @@ MAX_YAML_BYTES = 2**20
 
 _COMMAS = ",，、،﹐､"
 _SEMICOLONS = ";；؛"
-_QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»", "「": "」"}
+_QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»", "「": "」", "‘": "’", "`": "`"}
+_ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-f]+|[a-z][a-z0-9]*);", re.IGNORECASE)
 # Invisible characters, which words copied from a page or a chat may contain: they would make another word.
 _INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 # Joiners have a meaning only inside scripts and emoji that use them.
@@ -30,6 +35,9 @@ _STRAY_JOINER = re.compile("(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\
 _FILE = re.compile(r"^(?:[a-z]:[\\/]|~?/|\.{1,2}[\\/]|\\\\)|\.(?:txt|json|ya?ml|csv|tsv)$", re.IGNORECASE)
 _NUMBERED = re.compile(r"^\d+\s*(?:[:=]\s*|[.)]\s+)\D|^\D[^:=]*[:=]\s*\d+$")
 _BULLET = re.compile(r"[-*•]\s")
+_NUMBERS_REMEDY = "give the names alone; in a list of classes, put the number before each (0: road)"
+_BESIDE_NUMBER = re.compile(r"(?P<first>\d+\s+)?(?P<name>\S.*?)(?P<last>\s+\d+)?")
+"""A line of a word file, and a number that stands before or behind the word."""
 _HEADINGS = {"name", "names", "word", "words", "class", "classes", "label", "labels", "category", "categories"}
 
 
@@ -43,6 +51,8 @@ def word_list(text: str) -> Any:
         UserError: one line; the text is no list of words, or it is not clear which.
     """
     text = _INVISIBLE.sub("", text).strip()
+    if any(html.unescape(entity) != entity for entity in _ENTITY.findall(text)):
+        raise UserError(f"{short(text)} is text of a web page's source: write {short(html.unescape(text))}")
     if text[:1] in ("[", "{") or re.match(r"\(\s*['\"]", text):
         return _literal(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -80,16 +90,20 @@ def read_words(path: Path) -> tuple[Any, list[str] | None]:
         return _from_yaml(text), None
     if text.lstrip()[:1] in ("[", "{"):
         return _literal(text), None
-    lines = list(lines_of(text))
-    for number, line in lines:
-        _refuse_line(line, f"line {number}", table=suffix in (".csv", ".tsv"))
+    lines = [(number, line, without_quotes(line)) for number, line in lines_of(text)]
+    for number, line, word in lines:
+        if word != line:
+            _refuse_no_word(word, f"line {number}")
+        else:
+            _refuse_line(line, f"line {number}", table=suffix in (".csv", ".tsv"))
+    _refuse_numbers([(number, line) for number, line, _ in lines])
     if suffix in (".csv", ".tsv") and lines and lines[0][1].lower() in _HEADINGS:
         raise UserError(f"line {lines[0][0]} {short(lines[0][1])} is a heading: leave it out")
     if len(lines) == 1 and "," in lines[0][1]:
         raise UserError(
             f"its only line, {short(lines[0][1])}, has commas, which belong to a name: put each word on a line"
         )
-    return [line for _, line in lines], [f"line {number}" for number, _ in lines]
+    return [word for _, _, word in lines], [f"line {number}" for number, _, _ in lines]
 
 
 def read_text(path: Path) -> str:
@@ -121,6 +135,13 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
         content = _INVISIBLE.sub("", re.split(r"(?:^|\s)#", line, maxsplit=1)[0]).strip()
         if content:
             yield number, content
+
+
+def without_quotes(line: str) -> str:
+    """Return the word of a line that stands in one pair of quotation marks; other lines as they are."""
+    closing = "'" if line[:1] == "'" else _QUOTES.get(line[:1])
+    is_quoted = closing is not None and len(line) > 2 and line.find(closing, 1) == len(line) - 1
+    return line[1:-1].strip() if is_quoted else line
 
 
 def without_invisible(text: str) -> str:
@@ -164,15 +185,28 @@ def _refuse_no_word(text: str, source: str) -> None:
             f"{source} {short(text)} looks like a file: give it as --words-file, or in Python as a pathlib.Path"
         )
     if _NUMBERED.search(text):
-        raise UserError(f"{source} {short(text)} has a number: give the names alone; their order numbers them from 0")
+        raise UserError(f"{source} {short(text)} has a number: {_NUMBERS_REMEDY}")
+    if "\\" in text:
+        raise UserError(f"{source} {short(text)} has a backslash: separate words by commas, or put each on a line")
     if _BULLET.match(text):
         raise UserError(f"{source} {short(text)} begins with {text[0]!r}, as lists in notes do: leave it out")
 
 
+def _refuse_numbers(lines: list[tuple[int, str]]) -> None:
+    """Raise UserError if every line has a number before or behind its word; "class 0, class 1" are words."""
+    parts = [_BESIDE_NUMBER.fullmatch(line) for _, line in lines]
+    names = {part["name"] for part in parts if part}
+    every = len(parts) > 1 and any(all(part and part[place] for part in parts) for place in ("first", "last"))
+    if every and len(names) == len(parts):
+        raise UserError(f"every line has a number, as line {lines[0][0]} {short(lines[0][1])}: {_NUMBERS_REMEDY}")
+
+
 def _refuse_line(line: str, source: str, *, table: bool) -> None:
     """Raise UserError for a line of a word file that is not one word; commas belong to the name there."""
-    if table and re.search(r'[,;\t"]', line):
+    if "\t" in line or re.search(r"^\d+\s*,|,\s*\d+$", line) or (table and re.search(r'[,;"]', line)):
         raise UserError(f"{source} {short(line)} is of a table: give a text file with a word on each line, or JSON")
+    if line[-1] == ",":
+        raise UserError(f"{source} {short(line)} ends with a comma: leave it out")
     if mark := next((mark for mark in (*_SEMICOLONS, *_COMMAS[1:]) if mark in line), None):
         raise UserError(
             f'{source} {short(line)} has {mark!r}: put each word on a line of its own, or write JSON ({{"name": ...}}) '
@@ -187,12 +221,19 @@ def _literal(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         value = _python_literal(text)
-    if isinstance(value, list | tuple | dict):
+    if isinstance(value, list | tuple | dict) and not _has_strings_side_by_side(text):
         return list(value) if isinstance(value, tuple) else value
     raise UserError(
         f'{short(text)} begins like a list and is none: write JSON, ["road", "car"], or the words alone with commas '
         "between"
     )
+
+
+def _has_strings_side_by_side(text: str) -> bool:
+    """Return whether a comma is missing between two strings of a Python literal, which would join them."""
+    layout = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT)
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in layout]
+    return any(first == second == tokenize.STRING for first, second in itertools.pairwise(kinds))
 
 
 def _python_literal(text: str) -> Any:

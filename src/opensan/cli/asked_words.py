@@ -1,12 +1,13 @@
 """Options of commands for words."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from opensan.cli.terminal import UsageError, output_console, progress_of
+from opensan.cli.terminal import UsageError, complain, output_console, progress_of
 from opensan.vocabulary import Vocabulary
 from opensan.word_lists import word_list
 
@@ -53,6 +54,9 @@ Templates = Annotated[
     ),
 ]
 
+_SEPARATOR = re.compile(r"[/•·>+&]|\s-\s|\sand\s|\s{2}", re.IGNORECASE)
+"""What people also write between words."""
+
 T = TypeVar("T")
 
 
@@ -72,10 +76,16 @@ def asked_vocabulary(
         "templates": _single("--templates", templates),
     }
     if (file := _single("--words-file", words_file)) is not None:
-        return Vocabulary.from_file(file, **more)
-    if (ready := _single("--words-set", words_set)) is not None:
-        return Vocabulary.ready(ready, **more)
-    return Vocabulary.parse(_joined("--words", words), **more)
+        vocabulary = Vocabulary.from_file(file, **more)
+    elif (ready := _single("--words-set", words_set)) is not None:
+        vocabulary = Vocabulary.ready(ready, **more)
+    else:
+        vocabulary = Vocabulary.parse(_joined("--words", words), **more)
+    (*others, word) = vocabulary.words
+    if not others and (len(word.synonyms) > 1 or _SEPARATOR.search(word.name)):
+        said = "|".join(word.synonyms)
+        complain(f"warning: {said!r} is all one word, which gets every pixel: separate words by commas")
+    return vocabulary
 
 
 def embed_words(segmenter: "Segmenter", vocabulary: Vocabulary) -> None:

@@ -6,14 +6,16 @@ comment line before the last class, because nothing would say whether that line 
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
+from opensan.word_lists import read_text, without_quotes
 
-_NUMBERED = re.compile(r"(\d{1,5})\s*(?:[:=\t]|\s)\s*(\S.*)")
-_SURELY_NUMBERED = re.compile(r"\d{1,5}\s*[:=\t]\s*\S")
+_NUMBERED = re.compile(r"(\d{1,5})\s*(?:[:=\t,]|\s)\s*(\S.*)")
+_SURELY_NUMBERED = re.compile(r"\d{1,5}\s*[:=\t,]\s*\S")
 _COMMENT = re.compile(r"(?:^|\s)#")
 
 
@@ -42,6 +44,14 @@ def read_class_list(path: Path) -> ClassList:
     return ClassList(vocabulary, values)
 
 
+def means_unlabelled(value: int, classes: Collection[int]) -> bool:
+    """Return whether `value`, the largest that label files can hold, means unlabelled.
+
+    It does unless a list numbers it as a class. `classes` has the values of the classes.
+    """
+    return value not in classes or len(classes) > value  # so many classes need 16 bits, so that none is numbered so
+
+
 def read_class_names(path: Path) -> Vocabulary:
     """Read the names of classes and their order; numbers before them are dropped."""
     return _read(path)[0]
@@ -50,9 +60,13 @@ def read_class_names(path: Path) -> Vocabulary:
 def _read(path: Path) -> tuple[Vocabulary, tuple[int, ...], tuple[int, str] | None]:
     """Return the words, their values, and the first line that may or may not count: (line number, its kind)."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError):
-        lines = []  # the error is reported below
+        text = read_text(path)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if text.lstrip()[:1] in ("[", "{"):  # JSON, whose lines are not the classes
+        listed = Vocabulary.from_file(path)
+        return listed, tuple(range(len(listed.names))), None
+    lines = text.splitlines()
     contents = [_COMMENT.split(line, maxsplit=1)[0].strip() for line in lines]
     classes = [(number, content) for number, content in enumerate(contents, 1) if content]
     numbered = [match for _, content in classes if (match := _NUMBERED.fullmatch(content))]
@@ -60,7 +74,7 @@ def _read(path: Path) -> tuple[Vocabulary, tuple[int, ...], tuple[int, str] | No
         values = tuple(int(match[1]) for match in numbered)
         if len(set(values)) == len(values):
             try:
-                return Vocabulary.parse([match[2].strip() for match in numbered]), values, None
+                return Vocabulary.parse([without_quotes(match[2].strip()) for match in numbered]), values, None
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
         again = next(value for index, value in enumerate(values) if value in values[:index])

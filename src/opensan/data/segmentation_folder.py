@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opensan.data.class_list import read_class_list
+from opensan.data.class_list import means_unlabelled, read_class_list
 from opensan.errors import UserError
 from opensan.images import image_size, open_image
 from opensan.images.pixels import Pixels, one_reading, read_pixels
@@ -144,11 +144,13 @@ def _read_labels(path: Path, label_of_value: np.ndarray) -> np.ndarray:
 
 
 def _labels_of(values: np.ndarray, path: Path, label_of_value: np.ndarray) -> np.ndarray:
-    ignore = 255 if values.dtype == np.uint8 else 65_535
-    known = min(len(label_of_value), ignore)
-    table = np.full(ignore + 1, UNLABELLED, dtype=np.int16)
-    table[:known] = label_of_value[:known]
-    wrong = ((values >= known) & (values != ignore)) | (table[values] == _NO_CLASS)
+    ignore = int(np.iinfo(values.dtype).max)
+    table = np.full(ignore + 1, _NO_CLASS, dtype=np.int16)
+    known = label_of_value[: ignore + 1]
+    table[: len(known)] = known
+    if means_unlabelled(ignore, np.flatnonzero(label_of_value != _NO_CLASS).tolist()):
+        table[ignore] = UNLABELLED
+    wrong = table[values] == _NO_CLASS
     if wrong.any():
         classes = np.count_nonzero(label_of_value != _NO_CLASS)
         raise UserError(

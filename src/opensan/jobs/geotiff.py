@@ -18,6 +18,7 @@ import numpy as np
 
 from opensan.errors import UserError, install
 from opensan.files import atomic_path
+from opensan.images.pixels import stretched
 from opensan.jobs.ground import Ground
 from opensan.jobs.strips import StripFile, label_dtype
 from opensan.outputs import UNLABELLED_COLOUR, palette
@@ -56,6 +57,9 @@ WIDE_GAP = 0.9
 LEAST_LEVELS = 16
 """Brightness levels of 256: an image with fewer has hardly any contrast."""
 
+LEAST_MARGIN = 0.05
+"""Share of pixels of exactly black or white, from which they may be a margin without data."""
+
 POLYGONS_AT_ONCE = 2000
 """Number of polygons that are transformed and written together."""
 
@@ -81,8 +85,8 @@ def gdal() -> Iterator[None]:
 class GeoRaster:
     """An image file as a `tiles.Raster`: three of its bands as 8-bit RGB, read by window. Use within `gdal()`.
 
-    Bands are the red, green and blue ones if the file names them, else the first three, or the first for all three
-    colours. Other than 8-bit values are stretched between percentiles of each band.
+    Bands are the red, green and blue ones if the file describes or names them, else the first three, or the first for
+    all three colours. Other than 8-bit values are stretched between percentiles of each band.
     """
 
     def __init__(
@@ -118,10 +122,11 @@ class GeoRaster:
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise UserError(f"{self.path}: can't be read ({reason})") from None
         self.size = (self._file.height, self._file.width)
-        self.bands = self._chosen(bands)
         self.notes: list[str] = []
         """Messages for the user about how the image is read; each one line."""
+        self.bands = self._chosen(bands)
         self.nodata = nodata
+        self._has_place = self._look_at_place()
         self._empty = self._empty_values(nodata)
         self._alpha, self._has_mask = self._mask()
         self._colours = self._palette()
@@ -135,8 +140,8 @@ class GeoRaster:
 
     @property
     def crs(self) -> "CRS | None":
-        """The coordinate reference system; None without one."""
-        return self._file.crs
+        """The coordinate reference system; None without one, or without a place in it."""
+        return self._file.crs if self._has_place else None
 
     @property
     def transform(self) -> "Affine":
@@ -156,6 +161,33 @@ class GeoRaster:
     def reduced(self, longest_side: int) -> np.ndarray:
         """Read the whole image, uint8 RGB, reduced by skipping pixels: no side is longer than `longest_side`."""
         return self._to_rgb(self._sampled(longest_side)[0])
+
+    def _look_at_place(self) -> bool:
+        """Return whether the image has a place in its coordinate system; add notes about what is not used."""
+        unplaced = "polygons and labels get columns and rows"
+        is_placed = not self._file.transform.is_identity
+        if not is_placed and (self._file.gcps[0] or self._file.rpcs):
+            points = "ground control points" if self._file.gcps[0] else "rational polynomials"
+            self.notes.append(f"{self.path}: is placed by {points} alone, so {unplaced}; gdalwarp makes a placed image")
+        elif not is_placed and self._file.crs is not None:
+            self.notes.append(f"{self.path}: names a coordinate system, but no place in it, so {unplaced}")
+        elif self._file.crs is not None and self._file.crs.is_geographic:
+            rows, columns = self.size
+            longitude, latitude = self._file.xy(rows / 2, columns / 2)
+            if abs(latitude) > 90 or abs(longitude) > 540:
+                is_placed = False
+                self.notes.append(
+                    f"{self.path}: lies at longitude {longitude:g}, latitude {latitude:g}, which is nowhere (another "
+                    "coordinate system is meant, or the axes are swapped), so areas are not known"
+                )
+        if (turned := self._file.tags().get("EXIF_Orientation", "1")) not in ("0", "1"):
+            self.notes.append(
+                f"{self.path}: viewers turn it (EXIF orientation {turned}); it is labelled as it is stored. "
+                "`opensan segment` labels it turned"
+            )
+        if pages := len(self._file.subdatasets):
+            self.notes.append(f"{self.path}: holds {pages} images; the first is labelled")
+        return is_placed
 
     def _read(self, window: "Window | None" = None, shape: tuple[int, int] | None = None) -> tuple[np.ndarray, Any]:
         """Read a window's values as stored, [C, H, W], and which pixels have data, bool [H, W]; None if all do.
@@ -278,6 +310,15 @@ class GeoRaster:
                 listed = ",".join(map(str, bands))
                 raise UserError(f"{self.path}: bands {listed}: choose one or three, of 1 to {count}")
             return tuple(bands)
+        described = [(text or "").strip().lower() for text in self._file.descriptions]
+        if all(described.count(colour) == 1 for colour in ("red", "green", "blue")):
+            found = tuple(described.index(colour) + 1 for colour in ("red", "green", "blue"))
+            if found != (1, 2, 3):
+                self.notes.append(
+                    f"{self.path}: bands {','.join(map(str, found))} are seen as red, green and blue, as they are "
+                    "described; --bands chooses others"
+                )
+            return found
         named = self._file.colorinterp
         colours = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
         if all(colour in named for colour in colours):
@@ -297,7 +338,11 @@ class GeoRaster:
         return np.array([colours.get(value, (0, 0, 0))[:3] for value in range(256)], dtype=np.uint8)
 
     def _grey_levels(self) -> np.ndarray | None:
-        """Return brightness by value, [256] uint8, of images with fewer than 8 bits or 0 as white; None for others."""
+        """Return brightness by value, [256] uint8, of images with fewer than 8 bits or 0 as white; None for others.
+
+        By the rule of `images.pixels`, which reads whole files by Pillow; GDAL reads windows of files of any size, and
+        gives values as they are stored.
+        """
         band = self.bands[0]
         if self._colours is not None or {self._file.dtypes[each - 1] for each in self.bands} != {"uint8"}:
             return None
@@ -306,13 +351,24 @@ class GeoRaster:
         if bits >= 8 and not inverted:
             return None
         highest = 2 ** min(bits, 8) - 1
-        levels = (np.arange(256).clip(0, highest) * 255 + highest // 2) // highest
-        return (255 - levels if inverted else levels).astype(np.uint8)
+        levels = stretched(np.arange(256).clip(0, highest), min(bits, 8))
+        return 255 - levels if inverted else levels
 
     def contrast_note(self, sample: np.ndarray) -> str | None:
-        """Return a warning about 8-bit RGB of nearly one brightness; None if there is none, also if stretched."""
+        """Return a warning about 8-bit RGB of nearly one brightness, or with a margin of exactly black or white.
+
+        None if there is no reason for one, also if values are stretched.
+        """
         if self._ranges is not None or self._colours is not None:
             return None
+        has_mask = self._alpha is not None or self._has_mask or any(value is not None for value in self._empty)
+        for value in (0, 255) if not has_mask else ():
+            same = (sample == value).all(axis=-1)
+            if same[[0, 0, -1, -1], [0, -1, 0, -1]].any() and same.mean() > LEAST_MARGIN:
+                return (
+                    f"{self.path}: {same.mean():.0%} of the pixels, also in a corner, are {value} in all bands; "
+                    f"if they have no data, say so: --nodata {value}"
+                )
         low, high = np.percentile(sample, (1, 99))
         if high - low >= LEAST_LEVELS:
             return None

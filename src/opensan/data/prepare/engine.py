@@ -8,7 +8,7 @@ is written last, so it marks a complete folder.
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +96,8 @@ def prepare(
             records, failed = _prepare_all(photographs, out, len(request.classes), before, journal, workers, progress)
             if kept := len(_kept_aside(out)) - kept:
                 note(f"{kept} labels were changed since they were prepared: kept as *.changed")
-            _look_at_whole(source, out, records.values(), failed)
             left_out = _all_left_out(source, refused, failed, records.values())
+            _look_at_whole(source, out, records.values(), failed, left_out)
             _remove_stale(out, [*before.values(), *stale], records)
             manifest = _write_lists(out, request, source, photographs, records, left_out)
             journal.close()
@@ -132,14 +132,27 @@ def _prepare_all(
     return records, failed
 
 
-def _look_at_whole(source: Source, out: Path, records: Collection[PhotographRecord], failed: list[LeftOut]) -> None:
+def _look_at_whole(
+    source: Source,
+    out: Path,
+    records: Collection[PhotographRecord],
+    failed: list[LeftOut],
+    left_out: Mapping[str, str],
+) -> None:
     """Raise UserError for problems of the set as a whole; its folder stays unfinished."""
     values = Counter(item.value for item in failed if item.value is not None)
     if values and (problem := source.judge(values)):
         raise UserError(f"{out}: not finished: {problem}")
     if records and not any(record.classes for record in records):
         because = source.unlabelled_because or "all classes may be ignored, or all values be called unlabelled"
+        if left_out:  # more likely the cause
+            because = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
         raise UserError(f"{out}: not finished: no pixel of {len(records):,} images is labelled: {because}")
+    if source.first_alone:
+        labelled = sum(pixels for record in records for _, pixels in record.classes or ())
+        used = {label for record in records for label, _ in record.classes or ()}
+        if used == {0} and labelled < sum(record.width * record.height for record in records):
+            raise UserError(f"{out}: not finished: {source.first_alone}")
 
 
 def _all_left_out(

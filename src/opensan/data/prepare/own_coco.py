@@ -5,15 +5,17 @@ the folder, and sizes are compared with the image's before anything is allocated
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from opensan.data.prepare.drawn_masks import mask_of
 from opensan.data.prepare.own_labels import Layers, look_up, read_map, upright_as
 from opensan.data.prepare.own_photographs import (
     NO_SPLIT,
@@ -30,11 +32,7 @@ from opensan.data.prepare.own_photographs import (
 from opensan.data.prepare.source import Labelled, Reader, Source
 from opensan.errors import UserError, reason
 from opensan.images import stored_size
-from opensan.outputs.coco import decode_mask
 from opensan.vocabulary import UNLABELLED
-
-MAX_OUTLINE = 4_000_000
-"""Limit of pixels along a polygon, which decide its memory. Outlines of real objects have thousands."""
 
 _ROBOFLOW = "_annotations.coco.json"
 
@@ -97,7 +95,8 @@ def _open(folder: Path, kind: str, annotations: str, ignored: str, crowds: str, 
             except UserError as error:
                 left_out[source] = str(error).removeprefix(f"{source}: ")
                 continue
-            images_found[path] = Found(f"{file.split}/{PurePosixPath(name).with_suffix('')}", path, [file.split])
+            below_images = path.relative_to(images).with_suffix("").as_posix()
+            images_found[path] = Found(f"{file.split}/{below_images}", path, [file.split])
     if not images_found:
         raise UserError(f"{first}: none of its images can be used: {'; '.join(list(left_out.values())[:3])}")
     return Source(
@@ -128,9 +127,7 @@ def _class_names(files: Sequence[_File]) -> tuple[dict[int, str], list[str]]:
     Some tools put a category of the project's name before the others, which no object has: one that is the others'
     supercategory, or repeats the name of another, is left out.
     """
-    used = {
-        entry.get("category_id") for file in files for entry in file.objects if _is_hashable(entry.get("category_id"))
-    }
+    used = {_whole(entry.get("category_id")) for file in files for entry in file.objects}
     kept: list[dict[int, str]] = []
     notes: dict[str, None] = {}
     for file in files:
@@ -160,7 +157,7 @@ def _is_hashable(value: object) -> bool:
 
 
 def _is_crowd(record: Mapping[str, Any]) -> bool:
-    return bool(record.get("iscrowd"))
+    return record.get("iscrowd") not in (None, 0, "", "0", "false", "False")
 
 
 def _what_crowds_are(files: Sequence[_File], crowds: str) -> tuple[bool, list[str]]:
@@ -231,14 +228,16 @@ def _read(path: Path, folder: Path, kind: str) -> _File:
         raise UserError(f"{source}: it lists no images")
     by_image: dict[int, list[Mapping[str, Any]]] = {}
     kept: list[Mapping[str, Any]] = []
-    identities = Counter(number for number in (record.get("id") for record in images) if type(number) is int)
+    identities = Counter(_whole(record.get("id")) for record in images)
     for number, record in enumerate(images, 1):
-        name = f"{path.name}: image {number} in the file"
-        if identities[record["id"]] > 1 if type(record.get("id")) is int else True:
-            left_out[name] = f"its id is {record.get('id')!r:.40}: a whole number is needed that no other image has"
+        identity = _whole(record.get("id"))
+        if identity is None or identities[identity] > 1:
+            left_out[f"{path.name}: image {number} in the file"] = (
+                f"its id is {record.get('id')!r:.40}: a whole number is needed that no other image has"
+            )
             continue
-        by_image[record["id"]] = []
-        kept.append(record)
+        by_image[identity] = []
+        kept.append({**record, "id": identity})
     named: dict[int, Mapping[str, Any]] = {}
     for category in categories:
         _get(category, "name", str, f"{source}: a category")
@@ -246,9 +245,11 @@ def _read(path: Path, folder: Path, kind: str) -> _File:
             raise UserError(f"{source}: two categories have the same id")
     strays = 0
     for number, record in enumerate(annotations, 1):
-        owner = record.get("image_id")
-        if type(owner) is not int:
-            left_out[f"{path.name}: annotation {record.get('id', number)!r:.40}"] = f"its image_id is {owner!r:.40}"
+        owner = _whole(record.get("image_id"))
+        if owner is None:
+            left_out[f"{path.name}: annotation {record.get('id', number)!r:.40}"] = (
+                f"its image_id is {record.get('image_id')!r:.40}"
+            )
         elif owner in by_image:
             by_image[owner].append(record)
         else:
@@ -344,7 +345,10 @@ class _Instances:
             if segmentation == [] and not has_box:
                 continue  # some tools leave objects without a pixel
             try:
-                layers.add(mask_of(segmentation, *size), label)
+                mask = mask_of(segmentation, *size)
+                if isinstance(segmentation, list) and _are_shares(segmentation):
+                    raise UserError("its corners are shares of width and height, 0 to 1, not pixels")
+                layers.add(mask, label)
             except UserError as error:
                 left_out.append(f"{name}: {error}")
         if left_out and len(left_out) == len(self.objects) + len(self.left_out):
@@ -361,6 +365,12 @@ class _Instances:
                 f"{self.name}: has no width and height, and EXIF turns the image: which was drawn on is open"
             )
         return size
+
+
+def _are_shares(polygons: Sequence[Sequence[float]]) -> bool:
+    """Return whether all coordinates are fractions, as other tools write them."""
+    values = [value for polygon in polygons for value in polygon]
+    return all(0 <= value <= 1 for value in values) and any(value % 1 for value in values)
 
 
 def _instance_labels(
@@ -386,52 +396,22 @@ def _instance_labels(
     return _Instances(source, image, size, tuple(objects), tuple(left_out))
 
 
-def mask_of(segmentation: object, height: int, width: int) -> np.ndarray:
-    """Return the mask [height, width] bool of a COCO segmentation: polygons, or run lengths (compressed or not).
-
-    Polygons are drawn as COCO's own tools draw them. Raises ValueError, one line, on anything else, and on what would
-    take memory out of all proportion.
-    """
-    if isinstance(segmentation, Mapping):
-        return decode_mask(segmentation, height, width)
-    if not isinstance(segmentation, list) or not segmentation:
-        raise UserError("has only a box, no segmentation (polygons or run lengths)")
-    polygons = [_polygon(points, height, width) for points in segmentation]
-    polygons = [points.tolist() for points in polygons if len(points) >= 6]  # two points enclose nothing
-    if not polygons:
-        return np.zeros((height, width), dtype=bool)
-    from faster_coco_eval import mask as coco_mask  # slow to import
-
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))).astype(bool)
-
-
-def _polygon(points: object, height: int, width: int) -> np.ndarray:
-    """Check a polygon and return its coordinates x, y, x, y, ... [2 N] float64."""
-    # Checked against a double's range, because JSON numbers may have any number of digits.
-    if (
-        not isinstance(points, list)
-        or not all(type(value) in (int, float) and abs(value) < 1e300 for value in points)
-        or len(points) % 2
-    ):
-        raise UserError("a polygon is not a list of numbers x, y, x, y, ...")
-    flat = np.array(points, dtype=np.float64)
-    corners = flat.reshape(-1, 2)
-    size = np.array([width, height])
-    if (corners < -size).any() or (corners > 2 * size).any():
-        raise UserError(f"a polygon lies far outside the image of {width}x{height} (width x height)")
-    steps = np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1)
-    if steps.sum() > MAX_OUTLINE:
-        raise UserError(f"a polygon's outline is {steps.sum():,.0f} pixels long, more than {MAX_OUTLINE:,}")
-    return flat
-
-
 def _get(record: Mapping[str, Any], key: str, kind: type, source: str) -> Any:
     value = record.get(key)
-    if kind is int and type(value) is float and value.is_integer():
-        value = int(value)
+    if kind is int:
+        value = _whole(value) if _whole(value) is not None else value
     if type(value) is not kind:
         raise UserError(f"{source}: {key!r} must be {'text' if kind is str else 'a whole number'}, not {value!r:.40}")
     return value
+
+
+def _whole(value: object) -> int | None:
+    """Return a whole number, which programs also write as 1.0 or "1"; None for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,18}", value, re.ASCII):
+        return int(value)
+    if type(value) is float and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
 
 
 def _list(data: object, key: str, source: str) -> list[Mapping[str, Any]]:

@@ -54,6 +54,7 @@ def open_folder(folder: Path, *, ignored: str = "", unlabelled: str = "", first:
         unlabelled_because="all values are 255 (unlabelled) or of ignored classes",
         judge=values.judge,
         first_is_free=values.first_is_free,
+        first_alone=values.first_alone,
     )
 
 
@@ -70,7 +71,7 @@ def _parts(folder: Path) -> tuple[Path, Path, Path]:
         ]
         form = next((f"; {hint}" for hint in _other_forms(folder)), "")
         raise UserError(f"{folder}: has no {', no '.join(missing)}; it must hold {NEEDS}{form}")
-    if not any(labels.rglob("*.png")):
+    if not any(path.suffix.lower() == ".png" for path in labels.rglob("*")):
         hint = next(iter(_other_forms(folder)), "they must be PNG files of the images' names")
         raise UserError(f"{labels}: no label PNG; {hint}")
     return images, labels, classes
@@ -128,6 +129,8 @@ class _Labels:
 
     def __call__(self) -> np.ndarray:
         path = self.photograph.label or self.folder / f"{self.photograph.place}.png"
+        if not path.exists() and path.with_suffix(".PNG").exists():
+            path = path.with_suffix(".PNG")
         if not path.exists():
             others = sorted(other.name for other in path.parent.glob(f"{glob.escape(path.stem)}.*"))
             hint = f"there is {others[0]}, but labels must be PNG" if others else "give it one, or leave it out"

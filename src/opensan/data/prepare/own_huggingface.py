@@ -84,6 +84,7 @@ def open_table(
         unlabelled_because="all values are 255 (unlabelled) or of ignored classes",
         judge=values.judge,
         first_is_free=values.first_is_free,
+        first_alone=values.first_alone,
     )
 
 

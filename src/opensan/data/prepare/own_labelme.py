@@ -93,6 +93,8 @@ def _vocabulary(folder: Path, names: set[str]) -> Vocabulary:
     """Return the words of a list in the folder, which must have all, else the shapes' labels in alphabetical order."""
     path = next((folder / name for name in _CLASSES if (folder / name).exists()), None)
     if path is None:
+        if not names:
+            raise UserError(f"{folder}: no shape has a label")
         in_order = sorted(names, key=lambda name: (name.casefold(), name))
         return vocabulary_of(in_order, str(folder))
     words = [word for word in read_class_names(path).words if word.name not in _NO_LABELS]

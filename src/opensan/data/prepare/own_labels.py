@@ -10,6 +10,7 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from opensan.data.class_list import means_unlabelled
 from opensan.errors import UserError, reason
 from opensan.images.pixels import Pixels, one_reading, ranges, read_pixels
 from opensan.vocabulary import UNLABELLED
@@ -136,6 +137,7 @@ class Values:
 
     def _look_up(self, values: np.ndarray, name: str) -> np.ndarray:
         ignore = int(np.iinfo(values.dtype).max)
+        unlabelled = {ignore: UNLABELLED} if means_unlabelled(ignore, self.label_of_value) else {}
 
         def complaint(value: int, count: int) -> str:
             known = ranges([value for value in self.label_of_value if value != ignore])
@@ -146,7 +148,17 @@ class Values:
                 f"{name}: {count} pixels hold the value {value}; classes are {known}, {ignore} is unlabelled ({remedy})"
             )
 
-        return look_up(values, {**self.label_of_value, ignore: UNLABELLED}, complaint)
+        return look_up(values, {**self.label_of_value, **unlabelled}, complaint)
+
+    @property
+    def first_alone(self) -> str:
+        """Message if all labelled pixels are of the first of one or two classes, and others are unlabelled."""
+        if self.one_past not in (1, 2) or self.label_of_value.get(0) != 0:
+            return ""
+        return (
+            "its label files hold the values 0, the first class, and 255, which is unlabelled; masks of two values "
+            'often mean a class by 255: if so, number the classes in their list ("255: NAME"); if not, say first=0'
+        )
 
     @property
     def first_is_free(self) -> str:

@@ -13,6 +13,7 @@ from opensan.data.prepare.source import Photograph
 from opensan.errors import UserError
 from opensan.images import FOREIGN_SUFFIXES, known_suffixes
 from opensan.vocabulary import Vocabulary, Word
+from opensan.word_lists import read_text
 
 NO_SPLIT = "all"
 """The split of all images, if neither lists nor folders define splits."""
@@ -164,8 +165,8 @@ def _listed(root: Path, images: Path, found: Sequence[Found], lists: Path) -> li
         for name in {path_below, image.place, image.file.name, image.file.stem}:
             by_name[name].append(image)
     listed: dict[Path | str, Found] = {}
-    for path in sorted(lists.glob("*.txt")):
-        if path.name in NO_LISTS or path.name.startswith("."):
+    for path in sorted(path for path in lists.iterdir() if path.suffix.lower() == ".txt"):
+        if path.name.lower() in NO_LISTS or path.name.startswith("."):
             continue
         entries = [(number, _entry(line, images, by_name)) for number, line in enumerate(_lines(path), 1) if line]
         if not any(name in by_name for _, (name, _) in entries):
@@ -222,10 +223,9 @@ def _below_root_of(label: str, images: Path) -> str:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a list of images in UTF-8 text ({error})") from None
-    return [line.strip() for line in lines]
+        return [line.strip() for line in read_text(path).splitlines()]
+    except UserError as error:
+        raise UserError(f"{path}: not a list of images ({error})") from None
 
 
 def photographs(found: Iterable[Found], labels: Callable[[Found], Callable]) -> list[Photograph]:
@@ -254,6 +254,7 @@ def fail(problem: str) -> NoReturn:
 
 def below(folder: Path, name: str, source: str) -> Path:
     """Return `folder / name`. Raises UserError, beginning with `source`, if that would lead out of the folder."""
+    name = name.replace("\\", "/") if "/" not in name else name  # of Windows
     path = PurePosixPath(name)
     if not path.parts or Path(name).anchor or ".." in path.parts or "\\" in name or "\0" in name:
         raise UserError(f"{source}: {name[:80]!r} is no path below the folder")

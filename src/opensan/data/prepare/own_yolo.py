@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from opensan.data.class_list import read_class_list
-from opensan.data.prepare.own_coco import mask_of
+from opensan.data.prepare.drawn_masks import mask_of
 from opensan.data.prepare.own_labels import Layers
 from opensan.data.prepare.own_photographs import (
     Found,
@@ -60,7 +60,7 @@ def open_yolo(folder: Path, *, ignored: str = "") -> Source:
         evaluation_split=evaluation_split(split for item, _ in found.values() for split in item.splits),
         left_out=left_out,
         notes=(*notes, *background_notes(vocabulary)),
-        unlabelled_because="the label files hold boxes, not polygons",
+        unlabelled_because="the label files hold no polygon",
     )
 
 

@@ -67,6 +67,8 @@ class Source:
     """Message if no pixel of the whole set has a label."""
     first_is_free: str = ""
     """Message if the first class has no pixel and others have."""
+    first_alone: str = ""
+    """Message if all labelled pixels are of the first class, and others are unlabelled: it is not finished then."""
     judge: Callable[[Mapping[int, int]], str | None] = lambda images_by_value: None
     """Gets the number of label files by value that is not a class; returns why the set can't be right, or None."""
 
