@@ -1,4 +1,5 @@
 # The two main commands, `make demo` and `make test`, need nothing but Python: they set up .venv here and share it.
+# `make demo` installs only what opensan itself needs; `make test` and the others add what the tests need.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -9,17 +10,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_FOR_DEMO := $(VENV)/.ready-for-demo
 SCENE := src/opensan/assets/scenes/playground.png
 
 WORDS ?= night sky,brick,green heart,white heart,orange circle,orange cross,red square
 export WORDS
 
-.PHONY: help demo test lint docs bench
+.PHONY: help demo test lint docs bench release
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY) ## Segment a bundled scene with your words: make demo WORDS="brick,green heart"
+demo: $(READY_FOR_DEMO) ## Segment a bundled scene with your words: make demo WORDS="brick,green heart"
 	@mkdir -p out/demo
 	@$(BIN)/opensan segment $(SCENE) --model tiny --words "$$WORDS" --out out/demo
 
@@ -44,13 +46,34 @@ bench: $(READY) ## Time everything against the plain computation, into out/bench
 	@for what in label_map text training_step startup; do \
 		$(BIN)/python bench/$$what.py --json out/bench/$$what.json | tee out/bench/$$what.md; done
 
-# Made anew when the dependencies change. A setup cut short leaves no $(READY), so the next command goes on with it.
-$(READY): pyproject.toml
+MOST_BYTES_OF_WHEEL := 60000000
+
+# What remains to be done is to upload: twine upload out/release/*
+release: $(READY_FOR_DEMO) ## Build and check the files of a release, into out/release
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[release]"
+	@rm -rf out/release
+	@$(BIN)/python -m build --outdir out/release > /dev/null
+	@$(BIN)/python -m twine check --strict out/release/*
+	@for wheel in out/release/*.whl; do \
+		bytes=$$(wc -c < $$wheel); echo "$$wheel: $$bytes bytes"; \
+		(( bytes < $(MOST_BYTES_OF_WHEEL) )) || { echo "a wheel may have $(MOST_BYTES_OF_WHEEL) bytes" >&2; exit 1; }; done
+
+# $(1): the extras to install, in brackets, or nothing.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "opensan needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 			"Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Setting up $(VENV): the first time PyTorch is downloaded, which takes some minutes."
 	@[[ -x $(BIN)/python ]] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]" \
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".$(1)" \
 		| awk '/^(Collecting|Installing|Successfully)/ { print "  " substr($$0, 1, 100); fflush() }'
+endef
+
+# Made anew when the dependencies change. A setup cut short leaves no mark, so the next command goes on with it.
+$(READY_FOR_DEMO): pyproject.toml
+	$(call install)
 	@touch $@
+
+$(READY): pyproject.toml
+	$(call install,[dev])
+	@touch $(READY_FOR_DEMO) $@

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tasks
 from opensan.checkpoints import clip_weights, hub
 from opensan.checkpoints.official import to_official
 from opensan.checkpoints.presets import PRESETS
@@ -79,7 +80,7 @@ def street_photographs(desk: Path, _: object) -> None:
 def prepared_sets(desk: Path, _: object) -> None:
     street_photographs(desk, _)
     for name in ("street", "rooms"):
-        prepare(READERS["folder"].open(desk / "street-photographs"), "folder", desk / "sets" / name)
+        prepare(READERS["folder"].open(desk / "street-photographs"), "folder", desk / "prepared" / name)
 
 
 def benchmarks(desk: Path, _: object) -> None:
@@ -123,9 +124,9 @@ def own_forms(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scenes(desk: Path, _: object) -> None:
-    (desk / "photographs" / "scenes").mkdir(parents=True)
+    (desk / "photos" / "scenes").mkdir(parents=True)
     with Image.open(ROOT / "src" / "opensan" / "assets" / "scenes" / "court.png") as scene:
-        scene.resize((160, 120)).save(desk / "photographs" / "scenes" / "court.png")
+        scene.resize((160, 120)).save(desk / "photos" / "scenes" / "court.png")
 
 
 def rasters(desk: Path, _: object) -> None:
@@ -145,6 +146,11 @@ def clips(desk: Path, _: object) -> None:
     write_clip(desk / "street.mp4", sound="aac")
 
 
+def tasks_desk(desk: Path, _: object) -> None:
+    pytest.importorskip("av", reason="videos need PyAV (the extra `video`)")
+    tasks.lay_out(desk)
+
+
 MORE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], ...]] = {
     "docs/data.md": (benchmarks,),
     "docs/own-data.md": (own_forms,),
@@ -153,4 +159,5 @@ MORE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], ...]] = {
     "docs/folders.md": (scenes,),
     "docs/huge-images.md": (rasters,),
     "docs/video.md": (clips,),
+    "docs/tasks.md": (tasks_desk,),
 }

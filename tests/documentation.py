@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import io
 import json
 import os
 import re
@@ -29,6 +30,7 @@ PAGES = {
 NOT_RUN = {
     r"pip install .*": "changes the environment",
     r"make .*": "sets up an environment",
+    r"opensan --install-completion": "changes the shell's settings",
     r"docker .*": "needs Docker",
     r"pytest .*": "runs with the other tests",
     r"torchrun .*": "starts processes: tests/test_trainer_parallel.py and tests/test_evaluate.py have several",
@@ -49,6 +51,8 @@ SMALLER = {
     "validate_every: 1000": "validate_every: 1",
     "\nout: runs/": "\naugment: {short_sides: [64], crop: [64, 64]}\nout: runs/",
     "--size 640x640": "--size 64x64",
+    "steps: 20,": "steps: 1,",
+    " --show\n": "\n",  # opens a window
     " tests/goldens/train_tiny.npz": "",  # tests/test_training_golden.py has it
     "--max-time 300": "--max-time 10 --no-color",
 }
@@ -130,6 +134,10 @@ class Reader:
                 self._services.append(Service(words[1:]))
             elif words[:1] == ["opensan"]:
                 self._opensan(words[1:])
+            elif words[:1] == ["cat"] and words[2:4] == ["|", "opensan"]:
+                content = io.BytesIO(Path(words[1]).read_bytes())
+                self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
+                self._opensan(words[4:])
             elif words[:1] == ["schemathesis"]:
                 self._bash(line)
             else:
@@ -184,6 +192,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     match words:
         case ["pip", "install", *packages]:
             check_extras(packages)
+        case ["opensan", "--install-completion" as option]:
+            assert option in options_of(typer.main.get_command(app))
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
         case ["torchrun", "--nproc-per-node", _, "-m", "opensan", *arguments] | ["opensan", *arguments]:

@@ -18,7 +18,7 @@ from opensan.vocabulary import ready_sets
 from .desks import lay_out
 from .documentation import PAGES, ROOT, Reader, blocks, commands, find_command, options_of, read_page
 
-SLOW = {"docs/reliability.md", "docs/export.md"}
+SLOW = {"docs/reliability.md", "docs/export.md", "docs/tasks.md"}
 
 
 def after_first_photograph() -> None:
@@ -43,7 +43,7 @@ def after_folders() -> None:
 
 
 def after_data() -> None:
-    assert {path.name for path in Path("data").iterdir()} == {n for n, reader in READERS.items() if reader.expected}
+    assert {path.name for path in Path("prepared").iterdir()} == {n for n, reader in READERS.items() if reader.expected}
 
 
 def after_own_data() -> None:
@@ -76,6 +76,15 @@ def after_video() -> None:
         }
 
 
+def after_tasks() -> None:
+    for name in (
+        *("out/court.overlay.png", "out/again.labels.png", "annotated/coco/annotations/instances_all.json"),
+        *("trained/court.segments.json", "evaluation/mine/index.html", "answer.json", "light/court.labels.png"),
+        *("video/street.overlay.mp4", "exported/requirements.txt"),
+    ):
+        assert Path(name).stat().st_size, name
+
+
 def after_serving() -> None:
     for name in ("street.json", "point.json"):
         assert isinstance(json.loads(Path(name).read_text()), dict)
@@ -92,6 +101,7 @@ AFTER: dict[str, Callable[[], None]] = {
     "docs/huge-images.md": after_huge_images,
     "docs/video.md": after_video,
     "docs/serving.md": after_serving,
+    "docs/tasks.md": after_tasks,
 }
 """What must be true when a page has been followed, besides that everything on it worked."""
 
@@ -152,6 +162,46 @@ def test_links_lead_somewhere(page):
             assert place in map(anchor, headings), target
 
 
+def test_folders_have_the_same_names_on_all_pages():
+    """Prepared data lies in prepared/, trainings in runs/, images to label in photos."""
+    text = "\n".join(map(read_page, PAGES))
+    prepared = re.findall(r"opensan data prepare .*(?:--out|-o) (\S+)", text)
+    measured = re.findall(r"opensan eval --data (\S+)", text) + re.findall(r"\{folder: ([^,}]+)", text)
+    assert {name.partition("/")[0] for name in (*prepared, *measured)} == {"prepared"}
+    assert all(name.startswith("runs/") for name in re.findall(r"^out: (\S+)", text, re.MULTILINE))
+    assert set(re.findall(r"opensan segment (photo\S*) ", text)) == {"photos", "photo.jpg"}
+
+
+EXPLAINED = (
+    *("first-photograph", "tasks", "ui", "words", "recipes", "limits"),
+    *("folders", "video", "huge-images", "export", "training"),
+)
+"""Pages that explain the field's terms where they first stand on them."""
+
+TERMS = {
+    "CLIP": r"tells how well a text fits an|reads? (it|words)",
+    "SAN": r"Side Adapter Network|the method",
+    "mask proposals": r"regions",
+    "templates": r"sentences?",
+}
+"""A term of the field -> what must stand beside it where a page of the parts Start and Use names it first."""
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", *(f"docs/{name}.md" for name in EXPLAINED)])
+def test_terms_are_explained_where_they_first_stand(page):
+    paragraphs = re.sub(r"^```.*?^```$", "", read_page(page), flags=re.MULTILINE | re.DOTALL).split("\n\n")
+    for term, explanation in TERMS.items():
+        first = next((text for text in paragraphs if re.search(rf"\b{term}\b(?!-)", text)), None)
+        assert first is None or re.search(explanation, " ".join(first.split())), (term, first)
+
+
+def test_the_readme_is_one_screen():
+    text = read_page("README.md")
+    assert len(text.splitlines()) <= 70
+    assert text.count("\n```sh\n") == 2 and text.count("\n```python\n") == 1
+    assert len(re.findall(r"^\| (?!use|---)", text, re.MULTILINE)) == 5
+
+
 def test_the_page_about_own_data_tells_every_option():
     told = set(re.findall(r"\b([a-z]+)=[A-Z\d]", read_page("docs/own-data.md")))
     assert told == {option for reader in READERS.values() if not reader.classes for option in reader.options}
@@ -180,9 +230,9 @@ def test_the_site_builds_and_its_navigation_has_every_page(tmp_path):
         assert (tmp_path / "out" / "site" / place / "index.html").exists(), page
 
 
-def test_the_notebook_runs_and_shows_what_it_gives(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_what_it_gives(path, tmp_path, monkeypatch, capsys):
     """Made anew by `jupyter nbconvert --to notebook --execute --inplace`. Figures may differ by the machine."""
-    path = ROOT / "docs" / "notebooks" / "first-photograph.ipynb"
     assert path.stat().st_size < 300_000
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

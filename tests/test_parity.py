@@ -8,7 +8,7 @@ import pytest
 
 from opensan.model import side_adapter
 from opensan.parity.golden import golden_config, golden_model, read_golden
-from opensan.parity.inference import check_inference, run
+from opensan.parity.inference import check_inference
 
 from .conftest import GOLDENS, SHARED
 
@@ -30,10 +30,13 @@ def test_b16_golden():
     assert [row for row in check_inference(path) if not row.passed] == []
 
 
-def test_a_wrong_epsilon_is_noticed(monkeypatch, capsys):
+def test_a_wrong_epsilon_is_noticed(monkeypatch, run):
     monkeypatch.setattr(side_adapter, "SIDE_NORM_EPS", 1e-5)
-    assert not run([GOLDENS / "tiny_a.npz"])
-    assert "FAIL class_logits" in capsys.readouterr().out
+    code, stdout, _ = run("parity", GOLDENS / "tiny_a.npz")
+    assert code == 1 and "FAIL mask_logits" in stdout
+    code, stdout, _ = run("parity", GOLDENS / "tiny_a.npz", "--json")
+    (rows,) = json.loads(stdout).values()
+    assert code == 1 and "mask_logits" in {row["name"] for row in rows if not row["passed"]}
 
 
 def test_a_wrong_activation_is_noticed(tmp_path):

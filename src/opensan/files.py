@@ -2,6 +2,8 @@
 
 import errno
 import filecmp
+import json
+import math
 import os
 import re
 import secrets
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from opensan.errors import UserError
 
@@ -145,6 +148,19 @@ def link(source: Path, target: Path, *, symbolic: bool = True) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)  # renaming does nothing if both are hard links to one file
+
+
+def json_text(data: Any, *, indent: int | None = 1) -> str:
+    """Return plain data as JSON. A number that is not finite is null, because JSON has no nan."""
+    return json.dumps(_without_nan(data), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(target: str | os.PathLike, text: str) -> None:

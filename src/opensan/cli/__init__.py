@@ -30,7 +30,6 @@ from opensan.cli.words import words
 app = typer.Typer(
     name="opensan",
     cls=Commands,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from opensan.cli.options import starting_with
 from opensan.cli.terminal import UsageError, complain, output_console, progress_of
-from opensan.vocabulary import Vocabulary
+from opensan.vocabulary import Vocabulary, ready_sets
 from opensan.word_lists import word_list
 
 if TYPE_CHECKING:
@@ -35,7 +36,12 @@ WordsFile = Annotated[
 ]
 WordsSet = Annotated[
     list[str] | None,
-    typer.Option(help="A ready label set; `opensan words` lists them.", show_default=False, rich_help_panel=WORDS),
+    typer.Option(
+        help="A ready label set; `opensan words` lists them.",
+        show_default=False,
+        rich_help_panel=WORDS,
+        autocompletion=lambda incomplete: starting_with(incomplete, ready_sets()),
+    ),
 ]
 Background = Annotated[
     list[str] | None,

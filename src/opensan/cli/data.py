@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opensan.cli.terminal import Command, Commands, UsageError, complain, note, output_console, progress_bar
+from opensan.cli.options import AsJson, starting_with
+from opensan.cli.terminal import (
+    Command,
+    Commands,
+    UsageError,
+    complain,
+    note,
+    output_console,
+    print_json,
+    progress_bar,
+)
 from opensan.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,15 +42,29 @@ def _help(context: typer.Context) -> None:
         print(context.get_help())
 
 
+def _names_of_forms(incomplete: str) -> list[str]:
+    from opensan.data.prepare import READERS
+
+    return starting_with(incomplete, READERS)
+
+
 @data.command("list", cls=Command)
 def list_(
-    name: Annotated[str | None, typer.Argument(help="Describe one data set.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Describe one data set.", show_default=False, autocompletion=_names_of_forms)
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the data sets that can be prepared; for one: its files, source and options."""
     from opensan.data.prepare import READERS
 
+    chosen = [_reader(name)] if name is not None else list(READERS.values())
+    if as_json:
+        told = ("name", "description", "classes", "needs", "obtained", "terms", "expected", "options")
+        print_json([{key: getattr(reader, key) for key in told} for reader in chosen])
+        return
     if name is not None:
-        print("\n".join(_description(_reader(name))))
+        print("\n".join(_description(chosen[0])))
         return
     width = max(map(len, READERS))
     for reader in READERS.values():
@@ -79,7 +103,12 @@ REQUIRED: Any = ...
 
 @data.command(cls=Command)
 def prepare(
-    name: Annotated[str, typer.Argument(help="The kind of data: see `opensan data list`.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="The kind of data: see `opensan data list`.", show_default=False, autocompletion=_names_of_forms
+        ),
+    ],
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Its options: see `opensan data list NAME`.", show_default=False),
@@ -92,6 +121,7 @@ def prepare(
         list[str] | None, typer.Option(help="Only this split; may be given again.", show_default=False)
     ] = None,
     workers: Workers = CORES,
+    as_json: AsJson = False,
 ) -> None:
     """Convert a data set to the layout that training and evaluation read.
 
@@ -103,6 +133,7 @@ def prepare(
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; it must hold {reader.needs or 'the data'}")
 
+    from opensan.data.check import shortfalls
     from opensan.data.prepare.engine import prepare as write
 
     note(f"reading {source}")
@@ -120,7 +151,16 @@ def prepare(
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    if not _report(reader, manifest, out):
+    if as_json:
+        print_json(
+            {"folder": str(out), "images": manifest.photographs, "splits": manifest.splits, "pixels": manifest.pixels}
+            | {"classes": _class_rows(manifest.request.classes, manifest.counts), "left_out": manifest.left_out}
+            | {"notes": [*manifest.notes, *shortfalls(reader, manifest.splits, manifest.request.splits)]}
+        )
+        whole = not manifest.left_out
+    else:
+        whole = _report(reader, manifest, out)
+    if not whole:
         raise typer.Exit(1)
 
 
@@ -154,6 +194,15 @@ def _report(reader: "Reader", manifest: "DatasetManifest", out: Path) -> bool:
     if manifest.left_out:
         complain(f"{len(manifest.left_out):,} left out")
     return not manifest.left_out
+
+
+def _class_rows(lines: Sequence[str], counts: Sequence["ClassCount"]) -> list[dict[str, Any]]:
+    """Return each class with its images and pixels, as plain data; None where they were not counted."""
+    known: list[Any] = [(count.images, count.pixels) for count in counts] or [(None, None)] * len(lines)
+    return [
+        {"name": line.partition("|")[0], "images": images, "pixels": pixels}
+        for line, (images, pixels) in zip(lines, known, strict=True)
+    ]
 
 
 def _print_classes(lines: Sequence[str], counts: Sequence["ClassCount"], pixels: int) -> None:
@@ -213,6 +262,7 @@ def check(
         bool, typer.Option("--quick", help="Check only that files exist and have their size; read none.")
     ] = False,
     workers: Workers = CORES,
+    as_json: AsJson = False,
 ) -> None:
     """Check that a prepared folder is complete.
 
@@ -227,6 +277,14 @@ def check(
     check = FolderCheck(folder)
     with progress_bar(output_console(), f"checking {folder.name}", len(check)) as advance:
         check.look(quick=quick, workers=workers, progress=advance)
+    if as_json:
+        print_json(
+            {"folder": str(folder), "splits": check.splits, "pixels": check.pixels, "problems": list(check.problems)}
+            | {"classes": _class_rows(check.classes, check.counts)}
+        )
+        if check.problems:
+            raise typer.Exit(1)
+        return
     reader = None
     if check.manifest is not None:
         reader = READERS.get(check.manifest.request.source)

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opensan.cli.asked_words import embed_words
-from opensan.cli.options import Device, ImageDtype, Model, Out, SpeedChoice
-from opensan.cli.terminal import UsageError, complain, note, output_console, progress_of
+from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice
+from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_of
 from opensan.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="With --table: every prepared data set in this folder.", show_default=False),
     ] = None,
+    as_json: AsJson = False,
+    show: Show = False,
 ) -> None:
     """Evaluate a model on labelled images.
 
@@ -117,6 +119,7 @@ def evaluate(
             save_predictions=save_predictions,
             from_predictions=from_predictions,
             category_ids=category_ids,
+            quiet=as_json,
         )
         try:
             evaluations = [run.one(prepared) for prepared in sets]
@@ -127,6 +130,10 @@ def evaluate(
         if is_main():
             if table or len(sets) > 1:
                 run.table(sets, evaluations)
+            if as_json:
+                print_json([run.plain(*pair) for pair in zip(sets, evaluations, strict=True)])
+            for prepared in sets if show else ():
+                open_file(run.page(prepared))
             _complain_of_broken(sets, evaluations)
     if any(evaluation.broken for evaluation in evaluations):
         raise typer.Exit(1)
@@ -145,6 +152,23 @@ class _Run:
     save_predictions: bool
     from_predictions: Path | None
     category_ids: CategoryIds
+    quiet: bool
+    """Whether JSON takes the place of lines and tables on stdout."""
+
+    def page(self, prepared: "PreparedSet") -> Path:
+        """Return the path of a data set's page."""
+        return self.out / prepared.name / "index.html"
+
+    def plain(self, prepared: "PreparedSet", evaluation: "Evaluation") -> dict[str, Any]:
+        """Return the figures of a data set as plain data."""
+        return {
+            "data": prepared.name,
+            "split": prepared.dataset.split,
+            "images": evaluation.images,
+            "metrics": evaluation.metrics.summary(),
+            "broken": list(evaluation.broken),
+            "page": str(self.page(prepared)),
+        }
 
     @property
     def about(self) -> dict[str, str]:
@@ -176,9 +200,9 @@ class _Run:
                 note=complain if is_main() else nothing,
                 progress=progress if is_main() else nothing,
             )
-        if is_main():
+        if is_main() and not self.quiet:
             title = f"{prepared.name}, {prepared.dataset.split}"
-            console.print(f"{title}: {evaluation.images:,} images, {folder / 'index.html'}", soft_wrap=True)
+            console.print(f"{title}: {evaluation.images:,} images, {self.page(prepared)}", soft_wrap=True)
             for name, value in evaluation.metrics.summary().items():
                 console.print(f"  {FIGURES[name]:<32}{percent(value):>7} %")
         return evaluation
@@ -206,7 +230,8 @@ class _Run:
         ]
         rows = table(measured, self.segmenter.model.config.name if self.segmenter else "")
         write_table(rows, self.out, about=self.about)
-        print(as_markdown(rows), end="")
+        if not self.quiet:
+            print(as_markdown(rows), end="")
         if absent := missing(measured):
             complain(f"not found, so not measured: {', '.join(absent)} (`opensan data list` says how to prepare them)")
 

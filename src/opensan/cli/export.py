@@ -7,7 +7,8 @@ import typer
 
 from opensan.choices import ExportDtype, ExportFormat
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
-from opensan.cli.terminal import complain, note, progress_of_steps
+from opensan.cli.options import AsJson
+from opensan.cli.terminal import complain, note, print_json, progress_of_steps
 from opensan.errors import UserError
 
 
@@ -36,6 +37,7 @@ def export(
             metavar="SEED", help="Random weights without a download, to see sizes and speed.", show_default=False
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a model as ONNX, OpenVINO or torch.export files, for images of any size and any words.
 
@@ -54,6 +56,14 @@ def export(
     loaded = load_model(model) if random_weights is None else random_model(model, random_weights)
     with progress_of_steps() as progress:
         folder, check = write(loaded, out, format=format, dtype=dtype, text=text, words=known, progress=progress)
+    if as_json:
+        print_json(
+            {"folder": str(folder), "written": check.passed, "differences": check.differences}
+            | {"labels_agree": check.agreement}
+        )
+        if not check.passed:
+            raise typer.Exit(1)
+        return
     for tensor, difference in check.differences.items():
         print(f"{tensor:<20} differ by {difference:.1e} of the largest at most")
     print(f"{'labels':<20} agree at {100 * check.agreement:.3f}% of the pixels")

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from opensan.cli.terminal import note, output_console
+from opensan.cli.options import AsJson
+from opensan.cli.terminal import note, output_console, print_json
 from opensan.errors import UserError
 
 
-def models() -> None:
+def models(as_json: AsJson = False) -> None:
     """List the models that have names, and what was proved of each.
 
     A name labels images (--model NAME) or starts a training (start.model=NAME in a recipe). The kind says how
@@ -21,6 +22,9 @@ def models() -> None:
     rows = [("tiny", preset_config("tiny").clip.kind, "labels", "trained and tested here, on drawn scenes")]
     for name, preset in PRESETS.items():
         rows.append((name, preset.config.clip.kind, "labels" if preset.official else "trains", preset.proved))
+    if as_json:
+        print_json([dict(zip(("name", "kind", "use", "proved"), row, strict=True)) for row in rows])
+        return
     console = output_console()
     if console.is_terminal:
         from rich import box
@@ -67,6 +71,7 @@ def convert(
 
 def parity(
     goldens: Annotated[list[Path], typer.Argument(metavar="FILE.npz...", help="Recorded results.", show_default=False)],
+    as_json: AsJson = False,
 ) -> None:
     """Compare with the official code's results.
 
@@ -76,7 +81,17 @@ def parity(
     for path in goldens:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-    from opensan.parity.inference import run
+    from opensan.parity.inference import check_golden
 
-    if not run(goldens):
+    results = {}
+    for path in goldens:
+        results[str(path)] = rows = check_golden(path)
+        if not as_json:
+            print(path)
+            for row in rows:
+                print(f"  {'ok  ' if row.passed else 'FAIL'} {row.name:<42} {row.value:10.2e}  limit {row.limit:.0e}")
+    if as_json:
+        told = ("name", "value", "limit", "passed")
+        print_json({path: [{key: getattr(row, key) for key in told} for row in rows] for path, rows in results.items()})
+    if not all(row.passed for rows in results.values() for row in rows):
         raise typer.Exit(1)

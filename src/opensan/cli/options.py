@@ -1,11 +1,21 @@
 """Options that several commands share: one spelling, one help."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from opensan.choices import Dtype, Speed
+
+
+def starting_with(incomplete: str, names: Iterable[str]) -> list[str]:
+    """Return the names that the shell offers to complete a word."""
+    return [name for name in names if name.startswith(incomplete)]
+
+
+MODELS = ("tiny", "san-vit-b16", "san-vit-l14")
+"""The models that label images by name; typed here because the shell must not wait for torch."""
 
 MODEL, RESULTS = "Model", "Results"
 """Groups of options in the help."""
@@ -15,6 +25,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
+        autocompletion=lambda incomplete: starting_with(incomplete, MODELS),
         help="san-vit-b16, san-vit-l14 (official weights, downloaded once), tiny (comes along, works offline, knows "
         "drawn scenes only), a folder, a .safetensors, an official .pth, or a hub id owner/name.",
         rich_help_panel=MODEL,
@@ -41,4 +52,5 @@ ImageDtype = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", metavar="DIR", help="The folder for the results.", rich_help_panel=RESULTS)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=RESULTS)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=RESULTS)]
+Show = Annotated[bool, typer.Option("--show", help="Open the result when it is done.", rich_help_panel=RESULTS)]

@@ -1,13 +1,12 @@
 """`opensan profile`: measure the size and the cost of a model."""
 
-import json
 import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from opensan.cli.options import AsJson, Device
-from opensan.cli.terminal import UsageError, note, output_console
+from opensan.cli.terminal import UsageError, note, output_console, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +34,7 @@ def profile(
     note(f"profiling {model}")
     result = make_profile(model, size=(int(given[1]), int(given[2])), words=words, device=device)
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
+        print_json(result.to_dict())
         return
     console = output_console()
     console.print(_parameters(result))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import Device, ImageDtype, Model, Out, SpeedChoice
-from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
+from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice
+from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opensan.segmenters.san import SanSegmenter
     from opensan.vocabulary import Vocabulary
 
-LABELS = ".labels.tif"
+LABELS, PREVIEW = ".labels.tif", ".preview.png"
 
 PREVIEW_SIDE = 2048
 """Pixels of the preview's longer side."""
@@ -76,6 +76,8 @@ def segment_raster(
     speed: SpeedChoice = "exact",
     dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Tiles that go through the model together.")] = 1,
+    as_json: AsJson = False,
+    show: Show = False,
 ) -> None:
     """Label an image of any size, by overlapping tiles, in little memory.
 
@@ -120,8 +122,10 @@ def segment_raster(
             part = out / f".{result.name}.labels.part"
             with StripFile(part, work, tiling.strips, raster.size[1]) as strips:
                 _label(segmenter, raster, vocabulary, tiling, strips, batch)
-                _write(raster, strips, vocabulary.names, out, result, polygons, min_pixels)
+                _write(raster, strips, vocabulary.names, out, result, polygons, min_pixels, as_json)
                 strips.remove()
+            if show:
+                open_file(out / f"{result.name}{PREVIEW}")
         except UserError:  # a HubError is an OSError too
             raise
         except OSError as error:  # a full disk, or a name that is too long
@@ -207,13 +211,14 @@ def _write(
     result: "SingleResult",
     polygons: bool,
     min_pixels: int,
+    as_json: bool,
 ) -> None:
     from opensan import outputs
     from opensan.files import atomic_path
     from opensan.jobs import geotiff
 
     console = output_console()
-    label_path, preview = out / f"{result.name}{LABELS}", out / f"{result.name}.preview.png"
+    label_path, preview = out / f"{result.name}{LABELS}", out / f"{result.name}{PREVIEW}"
     outlines = [out / f"{result.name}.polygons.geojson"] if polygons else []
     for line in result.replace([label_path, preview, *outlines]):
         complain(line)
@@ -237,6 +242,10 @@ def _write(
     result.add([label_path, preview, *outlines])
     metres = geotiff.word_square_metres(label_path, len(names))
     hectares = {} if metres is None else dict(zip(names, metres / 10_000, strict=True))
+    if as_json:
+        paths = [str(path) for path in (label_path, preview, *outlines)]
+        print_json({"image": str(raster.path), "areas": areas, "hectares": hectares or None, "files": paths})
+        return
     table = word_table(
         areas,
         (total - int(pixels.sum())) / total,

@@ -1,18 +1,21 @@
 """`opensan segment`: label images and write label maps, overlays and records."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import RESULTS, Device, ImageDtype, Model, Out, SpeedChoice
-from opensan.cli.terminal import UsageError, complain, note, output_console, progress_bar
+from opensan.cli.options import RESULTS, AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice
+from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
+
+STDIN = Path("-")
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +28,11 @@ if TYPE_CHECKING:
 def segment(
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Images, or folders of images.", show_default=False),
+        typer.Argument(
+            metavar="IMAGE_OR_FOLDER...",
+            help="Images, or folders of images; - is an image on stdin.",
+            show_default=False,
+        ),
     ],
     words: Words = None,
     words_file: WordsFile = None,
@@ -54,6 +61,8 @@ def segment(
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Larger images are refused before they are decoded.")
     ] = 100_000_000,
+    as_json: AsJson = False,
+    show: Show = False,
 ) -> None:
     """Label every pixel of images with words.
 
@@ -73,39 +82,64 @@ def segment(
         raise UsageError(f"--format: {error}") from None
     outputs.check_writable(out)
 
-    from opensan.jobs.folder import FolderRun
+    from opensan.jobs.folder import FolderRun, Job
     from opensan.jobs.runs import plan_folder
     from opensan.segmenters.load import load
 
     datasets = [kind for kind in kinds if kind in outputs.DATASETS]
-    jobs = plan_folder(images, out, kinds)
+    stdin = STDIN in images
+    if stdin and (len(images) > 1 or datasets):
+        raise UsageError("- (an image on stdin) stands alone, and is part of no data set")
+    jobs = [Job(STDIN, "stdin")] if stdin else plan_folder(images, out, kinds)
+    single = len(jobs) == 1 and not datasets
+    if show and not (single and "overlay" in kinds):
+        raise UsageError("--show opens the overlay of a single image: give one image, and overlay among --format")
     note(f"loading {model}")
     segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels)
     embed_words(segmenter, vocabulary)
     try:
-        if len(jobs) == 1 and not datasets:
-            _one(segmenter, vocabulary, jobs[0], out, kinds)
+        if single:
+            paths = _one(segmenter, vocabulary, jobs[0], out, kinds, as_json)
+            if show:
+                open_file(paths["overlay"])
         else:
-            _many(FolderRun(segmenter, vocabulary, jobs, out, kinds, batch=batch), len(jobs), out)
+            _many(FolderRun(segmenter, vocabulary, jobs, out, kinds, batch=batch), len(jobs), out, as_json)
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
             raise
         raise UserError(f"out of memory on {segmenter.device}: try a smaller --batch, or smaller images") from None
 
 
-def _one(segmenter: "Segmenter", vocabulary: Vocabulary, job: "Job", out: Path, formats: Sequence[str]) -> None:
-    """Segment a single image, and print its words as a table."""
-    segmentation = segmenter.segment(job.image, vocabulary)
+def _one(
+    segmenter: "Segmenter", vocabulary: Vocabulary, job: "Job", out: Path, formats: Sequence[str], as_json: bool
+) -> dict[str, Path]:
+    """Segment a single image, print its words as a table, and return its files."""
+    image = sys.stdin.buffer.read() if job.image == STDIN else job.image
+    segmentation = segmenter.segment(image, vocabulary)
     place = out / job.place
     paths = segmentation.save(place.parent, place.name, formats)
+    if as_json:
+        unlabelled = float((segmentation.labels < 0).mean())
+        files = [str(path) for path in paths.values()]
+        print_json(_plain(job.image, segmentation.areas, unlabelled, files), indent=None)
+        return paths
     console = output_console()
     console.print(_table(segmentation))
     for path in paths.values():
         console.print(f"wrote {path}", soft_wrap=True)
+    return paths
 
 
-def _many(run: "FolderRun", count: int, out: Path) -> None:
-    """Segment many images. Exits with 1 if an image was broken, with 130 on Ctrl-C; written files stay."""
+def _plain(image: Path, areas: dict[str, float], unlabelled: float, files: Sequence[str]) -> dict[str, Any]:
+    """Return an image's line of JSON."""
+    return {"image": str(image), "areas": areas, "unlabelled": unlabelled, "files": list(files)}
+
+
+def _many(run: "FolderRun", count: int, out: Path, as_json: bool) -> None:
+    """Segment many images, with a line an image on stdout, of JSON if wanted.
+
+    Exits with 1 if an image was broken, with 130 on Ctrl-C; written files stay.
+    """
     from opensan.jobs.folder import Broken
 
     console = output_console()
@@ -122,14 +156,19 @@ def _many(run: "FolderRun", count: int, out: Path) -> None:
                         broken.append(result.reason)
                     else:
                         done += 1
-                        console.print(f"{result.job.image}: {_summary(result)}", soft_wrap=True)
+                        if as_json:
+                            files = [str(out / path) for path in result.record.files]
+                            print_json(_plain(result.job.image, result.areas, result.unlabelled, files), indent=None)
+                        else:
+                            console.print(f"{result.job.image}: {_summary(result)}", soft_wrap=True)
                     advance(1)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{done} of {count} images done, their files are complete in {out}; the same command goes on"
             ) from None
     before = f", {earlier} of them earlier" if earlier else ""
-    console.print(f"{done} of {count} images done{before}, results in {out}", soft_wrap=True)
+    if not as_json:
+        console.print(f"{done} of {count} images done{before}, results in {out}", soft_wrap=True)
     for reason in broken:
         complain(f"error: {reason}")
     if broken:

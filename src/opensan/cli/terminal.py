@@ -6,12 +6,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from opensan.errors import UserError
+from opensan.files import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,6 +111,17 @@ def reporting_errors() -> Iterator[None]:
             message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's word for it
             complain(f"error: {message} (see {command} --help)")
             sys.exit(getattr(error, "exit_code", 2))
+
+
+def print_json(data: Any, *, indent: int | None = 1) -> None:
+    """Print plain data as JSON; a number that does not exist (nan) is null, as JSON has none."""
+    print(json_text(data, indent=indent), flush=True)
+
+
+def open_file(path: Path) -> None:
+    """Open a result with the program that the system has for it; without one, say where the file is."""
+    if typer.launch(str(path)) != 0:
+        complain(f"warning: no program here opens {path}: look at it where you have one")
 
 
 def complain(message: str) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import Device, ImageDtype, Model, Out, SpeedChoice
-from opensan.cli.terminal import complain, note, output_console, progress_bar
+from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice
+from opensan.cli.terminal import complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
 
@@ -42,6 +42,8 @@ def segment_video(
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Videos with larger frames are refused before they are decoded.")
     ] = 100_000_000,
+    as_json: AsJson = False,
+    show: Show = False,
 ) -> None:
     """Label every pixel of a video with words, in memory that does not grow with its length.
 
@@ -63,14 +65,16 @@ def segment_video(
     embed_words(segmenter, vocabulary)
     try:
         with VideoRun(segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch) as run:
-            _run(run)
+            _run(run, as_json)
+        if show:
+            open_file(run.paths[0])
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
             raise
         raise UserError(f"out of memory on {segmenter.device}: try a smaller --batch") from None
 
 
-def _run(run: "VideoRun") -> None:
+def _run(run: "VideoRun", as_json: bool) -> None:
     while run.notes:
         complain(run.notes.pop(0))
     if run.finished:
@@ -85,9 +89,13 @@ def _run(run: "VideoRun") -> None:
                 advance(1)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{run.done} frames done; the same command goes on from there") from None
-    console.print(word_table(run.areas, 1 - sum(run.areas.values())))
     for line in run.notes:
         complain(f"warning: {line}")
     overlay, labels, table = run.paths
+    if as_json:
+        files = {"overlay": str(overlay), "labels": str(labels), "table": str(table)}
+        print_json({"video": str(run.path), "frames": run.done, "areas": run.areas, "files": files})
+        return
+    console.print(word_table(run.areas, 1 - sum(run.areas.values())))
     for path, remark in ((overlay, ""), (labels, f" ({run.done} label frames)"), (table, "")):
         console.print(f"wrote {path}{remark}", soft_wrap=True)

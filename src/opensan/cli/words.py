@@ -1,16 +1,23 @@
 """`opensan words`: list the label sets of the package."""
 
-import json
 from typing import Annotated
 
 import typer
 
-from opensan.cli.options import AsJson
+from opensan.cli.options import AsJson, starting_with
+from opensan.cli.terminal import print_json
 from opensan.vocabulary import Vocabulary, ready_sets
 
 
 def words(
-    name: Annotated[str | None, typer.Argument(help="A set: print its words, one a line.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="A set: print its words, one a line.",
+            show_default=False,
+            autocompletion=lambda incomplete: starting_with(incomplete, ready_sets()),
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the ready label sets, or the words of one.
@@ -19,7 +26,7 @@ def words(
     """
     if as_json:
         found = {known: Vocabulary.ready(known).names for known in ([name] if name is not None else ready_sets())}
-        print(json.dumps(found, ensure_ascii=False, indent=1))
+        print_json(found)
         return
     if name is not None:
         print("\n".join(Vocabulary.ready(name).names))

@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from opensan.evaluation.evaluation import Evaluation
-from opensan.files import write_text
+from opensan.files import json_text, write_text
 
 FIGURES = {
     "miou": "mIoU (ground truth)",
@@ -41,9 +40,7 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, abou
         "classes": classes,
         "confusions": confusions,
     }
-    # JSON has no nan: a metric that does not exist is null.
-    text = json.dumps(_without_nan(plain), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(folder / "metrics.json", text + "\n")
+    write_text(folder / "metrics.json", json_text(plain, indent=2) + "\n")
     _write_table(folder / "classes.csv", classes)
     _write_table(folder / "confusions.csv", confusions)
     _write_table(folder / "photographs.csv", [asdict(image) for image in evaluation.photographs])
@@ -58,7 +55,7 @@ def _write_table(path: Path, rows: Sequence[Mapping]) -> None:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_without_nan(list(rows)))
+    writer.writerows([{key: None if value != value else value for key, value in row.items()} for row in rows])
     write_text(path, buffer.getvalue())
 
 
@@ -94,11 +91,3 @@ def _row(cells) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensan.data.canonical import MANIFEST, read_manifest
+from opensan.data.prepare.own_photographs import NO_SPLIT
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.errors import UserError
 from opensan.vocabulary import ready_source_ids
@@ -33,13 +34,15 @@ class PreparedSet:
 def open_set(root: Path, split: str | None = None) -> PreparedSet:
     """Open `split` of a prepared folder; by default the one its manifest names for evaluation, or else `val`.
 
+    A set that was prepared without lists has the list `all` alone, which is taken then.
+
     Raises UserError, one line, naming the lists that exist.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; a data set is prepared by `opensan data prepare`")
     manifest = read_manifest(root)
-    split = split or (manifest and manifest.evaluation_split) or "val"
     lists = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
+    split = split or (manifest and manifest.evaluation_split) or (NO_SPLIT if lists == [NO_SPLIT] else "val")
     if split not in lists:
         if not lists:
             raise UserError(f"{root}: not a data set, it has no lists; one is made by `opensan data prepare`")

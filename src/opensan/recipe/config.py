@@ -93,8 +93,8 @@ class RecipeConfig(SanTrainingConfig, _Sources):
 def _coco_stuff(model: str) -> RecipeConfig:
     return RecipeConfig(
         start=StartConfig(model=model),
-        data=(TrainingDataConfig(folder=Path("data/coco_stuff_171")),),
-        validation=ValidationConfig(folder=Path("data/coco_stuff_171")),
+        data=(TrainingDataConfig(folder=Path("prepared/coco_stuff_171")),),
+        validation=ValidationConfig(folder=Path("prepared/coco_stuff_171")),
         loop=LoopConfig(validate_every=5_000, workers=8),
         out=Path("runs") / model,
     )

@@ -12,6 +12,7 @@ from opensan.checkpoints import load_model, preset_config, save_folder
 from opensan.checkpoints.clip_weights import san_around_clip
 from opensan.config import CONFIG_NAME, ModelConfig, read_config
 from opensan.data.dataset import SegmentationDataset
+from opensan.data.prepare.own_photographs import NO_SPLIT
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.devices import checked_device
 from opensan.distributed import is_main, on_main, process_group
@@ -20,7 +21,7 @@ from opensan.evaluation.evaluation import Predictor, dataset_predictor, validati
 from opensan.model import SAN, build_san
 from opensan.outputs import check_writable
 from opensan.outputs.panel import PanelRow, panel
-from opensan.recipe.config import DataConfig, RecipeConfig, StartConfig
+from opensan.recipe.config import DataConfig, RecipeConfig, StartConfig, TrainingDataConfig
 from opensan.recipe.files import RunFolderFiles
 from opensan.train.checkpoint import CheckpointFolder
 from opensan.train.log import TrainingProgress
@@ -50,7 +51,7 @@ def run_recipe(recipe: RecipeConfig, progress: TrainingProgress | None = None) -
         Diverged: see `opensan.train.loop.Trainer.run`.
     """
     with process_group(_device(recipe.device)) as group:
-        data = [(open_data(source), source.weight) for source in recipe.data]
+        data = [(open_data(_with_a_list(source)), source.weight) for source in recipe.data]
         held_out = open_data(recipe.validation) if recipe.validation else None
         trackers = make_trackers(recipe.loggers, recipe.out, recipe.project, recipe.model_dump(mode="json"))
         on_main(lambda: check_writable(recipe.out))
@@ -76,6 +77,15 @@ def _device(name: str) -> torch.device:
     if device.type == "mps":
         raise UserError("device mps: torch has neither float64 nor the gradient of grid_sample there; train on cuda")
     return device
+
+
+def _with_a_list(config: TrainingDataConfig) -> TrainingDataConfig:
+    """Return the training set with the list `all` where that is its only list, as in sets prepared without lists."""
+    folder = config.folder.expanduser()
+    if (folder / f"{config.split}.txt").exists() or not (folder / f"{NO_SPLIT}.txt").exists():
+        return config
+    warnings.warn(f"{folder}: has no list {config.split}.txt: training on all images, {NO_SPLIT}.txt", stacklevel=2)
+    return config.model_copy(update={"split": NO_SPLIT})
 
 
 def open_data(config: DataConfig) -> SegmentationFolder:

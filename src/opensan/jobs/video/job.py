@@ -123,7 +123,8 @@ class VideoRun:
         self._segmenter = segmenter
         self._vocabulary = vocabulary
         self._names = vocabulary.names
-        self._path = path
+        self.path = path
+        """The clip."""
         self._out = out
         self._every = every
         self._steadier = Steadier.of(segmenter) if steady else None
@@ -161,10 +162,10 @@ class VideoRun:
 
     def __enter__(self) -> "VideoRun":
         with ExitStack() as stack:
-            self._clip = stack.enter_context(VideoReader(self._path, max_pixels=self._segmenter.max_pixels))
+            self._clip = stack.enter_context(VideoReader(self.path, max_pixels=self._segmenter.max_pixels))
             outputs.check_writable(self._out)
             work = self._work()
-            self._result = SingleResult(self._out, self._path, self._clip.stat, TABLE, work)
+            self._result = SingleResult(self._out, self.path, self._clip.stat, TABLE, work)
             self._name = self._result.name
             self._part = self._out / f".{self._name}.part"
             self._labels = self._part / "labels"
@@ -205,11 +206,9 @@ class VideoRun:
             raise UserError(f"{self._out}: cannot write there ({reason(error)})") from None
         self.notes += film.notes
         if self._clip.damaged:
-            self.notes.append(
-                f"{self._path}: damaged in {self._clip.damaged} places; what can't be decoded is left out"
-            )
+            self.notes.append(f"{self.path}: damaged in {self._clip.damaged} places; what can't be decoded is left out")
         if self._clip.ends_early:
-            self.notes.append(f"{self._path}: {self._clip.ends_early}")
+            self.notes.append(f"{self.path}: {self._clip.ends_early}")
 
     @property
     def _has_background(self) -> bool:
@@ -313,7 +312,7 @@ class VideoRun:
         stat = self._clip.stat
         return {
             **settings_of(self._segmenter, self._vocabulary),
-            "video": [str(self._path.absolute()), stat.st_size, stat.st_mtime_ns],
+            "video": [str(self.path.absolute()), stat.st_size, stat.st_mtime_ns],
             "every": self._every,
             "steady": self._steadier is not None,
         }
