@@ -8,6 +8,7 @@
 import argparse
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -79,20 +80,20 @@ class Newcomer:
         self.services: list[subprocess.Popen] = []
         self.address = ""
 
-    def follow(self, blocks: list[tuple[str, str, str]]) -> tuple[int, float]:
-        """Return the number of commands and their seconds."""
-        commands, seconds = 0, 0.0
+    def follow(self, blocks: list[tuple[str, str, str]]) -> tuple[int, float, float]:
+        """Return the number of commands, their seconds, and the processor seconds of all they started."""
+        commands, start, busy = 0, time.monotonic(), processor_seconds()
         for language, file, text in blocks:
             if file:
                 (self.desk / file).write_text(text, encoding="utf-8")
             elif language in ("sh", "python"):
                 lines = [text] if language == "python" else text.replace("\\\n", "").splitlines()
                 for line in lines:
-                    start = time.monotonic()
                     self.run(language, line)
-                    seconds += time.monotonic() - start
                     commands += 1
-        return commands, seconds
+        seconds = time.monotonic() - start
+        self.stop()
+        return commands, seconds, processor_seconds() - busy
 
     def run(self, language: str, text: str) -> None:
         """Run a command to its end, or a service until it says its address."""
@@ -121,9 +122,18 @@ class Newcomer:
 
     def stop(self) -> None:
         """End the services."""
-        for service in self.services:
+        while self.services:
+            service = self.services.pop()
             service.terminate()
             service.wait(60)
+            if service.stdout:
+                service.stdout.close()
+
+
+def processor_seconds() -> float:
+    """Return the processor time of all processes that were started here and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @contextmanager
@@ -147,14 +157,14 @@ def main() -> None:
     parser.add_argument("--desk", type=Path, help="the folder to work in; it is kept")
     arguments = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    lines = ["| task | commands | seconds |", "|---|---|---|"]
+    lines = ["| task | commands | seconds | of a processor |", "|---|---|---|---|"]
     with folder(arguments.desk) as desk:
         lay_out(desk)
         newcomer = Newcomer(desk)
         try:
             for title, blocks in tasks(page):
-                commands, seconds = newcomer.follow(blocks)
-                lines.append(f"| [{title}](#{anchor(title)}) | {commands} | {seconds:.1f} |")
+                commands, seconds, busy = newcomer.follow(blocks)
+                lines.append(f"| [{title}](#{anchor(title)}) | {commands} | {seconds:.1f} | {busy:.1f} |")
                 print(lines[-1], flush=True)
         finally:
             newcomer.stop()
