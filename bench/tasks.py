@@ -70,6 +70,16 @@ def tasks(page: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
         yield title, re.findall(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", body, re.MULTILINE | re.DOTALL)
 
 
+def commands(of_task: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """Return the commands among a task's blocks, each with its language; lines of Python are one command."""
+    texts = [(language, text) for language, file, text in of_task if not file and language in ("sh", "python")]
+    return [
+        (language, line)
+        for language, text in texts
+        for line in ([text] if language == "python" else text.replace("\\\n", "").splitlines())
+    ]
+
+
 class Newcomer:
     """Does what a task's blocks say, in a folder; counts commands and the seconds until each has answered."""
 
@@ -82,18 +92,16 @@ class Newcomer:
 
     def follow(self, blocks: list[tuple[str, str, str]]) -> tuple[int, float, float]:
         """Return the number of commands, their seconds, and the processor seconds of all they started."""
-        commands, start, busy = 0, time.monotonic(), processor_seconds()
-        for language, file, text in blocks:
+        for _, file, text in blocks:
             if file:
                 (self.desk / file).write_text(text, encoding="utf-8")
-            elif language in ("sh", "python"):
-                lines = [text] if language == "python" else text.replace("\\\n", "").splitlines()
-                for line in lines:
-                    self.run(language, line)
-                    commands += 1
+        start, busy = time.monotonic(), processor_seconds()
+        lines = commands(blocks)
+        for language, line in lines:
+            self.run(language, line)
         seconds = time.monotonic() - start
         self.stop()
-        return commands, seconds, processor_seconds() - busy
+        return len(lines), seconds, processor_seconds() - busy
 
     def run(self, language: str, text: str) -> None:
         """Run a command to its end, or a service until it says its address."""
@@ -163,8 +171,8 @@ def main() -> None:
         newcomer = Newcomer(desk)
         try:
             for title, blocks in tasks(page):
-                commands, seconds, busy = newcomer.follow(blocks)
-                lines.append(f"| [{title}](#{anchor(title)}) | {commands} | {seconds:.1f} | {busy:.1f} |")
+                count, seconds, busy = newcomer.follow(blocks)
+                lines.append(f"| [{title}](#{anchor(title)}) | {count} | {seconds:.1f} | {busy:.1f} |")
                 print(lines[-1], flush=True)
         finally:
             newcomer.stop()

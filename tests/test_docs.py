@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import tasks
 from opensan.data.prepare import READERS
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.vocabulary import ready_sets
@@ -83,6 +84,13 @@ def after_tasks() -> None:
         *("video/street.overlay.mp4", "exported/requirements.txt"),
     ):
         assert Path(name).stat().st_size, name
+
+
+def test_the_table_of_tasks_counts_their_commands():
+    page = read_page("docs/tasks.md")
+    table = re.findall(r"^\| \[([^\]]+)\]\(#\S+\) \| (\d+) \|", page, re.MULTILINE)
+    counted = [(title, len(tasks.commands(of_task))) for title, of_task in tasks.tasks(page)]
+    assert [(title, int(count)) for title, count in table] == counted and len(table) == 12
 
 
 def after_serving() -> None:
