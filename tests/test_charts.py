@@ -7,7 +7,7 @@ import pytest
 
 from opensan.outputs.charts import HEIGHT, WIDTH, Series, charts
 from opensan.outputs.colours import palette
-from opensan.outputs.drawing import OPACITY
+from opensan.outputs.drawing import OPACITY, muted
 from opensan.outputs.panel import GAP, LINE, TILE, PanelRow, panel
 from opensan.train.log import summary
 
@@ -44,13 +44,17 @@ def test_charts_stand_in_a_grid():
     assert charts({str(number): one for number in range(3)}).size == (2 * WIDTH, 2 * HEIGHT)
 
 
-def test_a_panel_shows_photograph_truth_and_prediction_side_by_side():
+def test_a_panel_shows_image_truth_prediction_and_mistakes_side_by_side():
     image = np.full((30, 60, 3), 100, dtype=np.uint8)
     truth, predicted = np.zeros((30, 60), dtype=np.int16), np.ones((30, 60), dtype=np.int32)
     picture = np.asarray(panel([PanelRow("street", image, truth, predicted)], ["road", "sky"]))
     middle = LINE + TILE // 4
-    shown = [picture[middle, GAP + column * (TILE + GAP) + TILE // 2].astype(float) for column in range(3)]
-    mixed = [100 * (1 - OPACITY) + palette(2)[index] * OPACITY for index in range(2)]
+    shown = [picture[middle, GAP + column * (TILE + GAP) + TILE // 2].astype(float) for column in range(4)]
+    grey, dim = (muted(np.full((1, 1, 3), value, np.uint8))[0, 0] for value in (100, muted(image)[0, 0]))
+    behind = [grey, grey, dim]  # mistakes lie on the image that is muted twice
+    mixed = [
+        under * (1 - OPACITY) + palette(2)[index] * OPACITY for under, index in zip(behind, (0, 1, 1), strict=True)
+    ]
     for found, expected in zip(shown, [np.full(3, 100.0), *mixed], strict=True):
         assert np.abs(found - expected).max() < 4
     for colour in palette(2):  # both words are in the legend

@@ -14,8 +14,9 @@ from PIL import Image, ImageFont
 from opensan import outputs
 from opensan.outputs import fonts
 from opensan.outputs.coco import decode_mask, run_lengths
-from opensan.outputs.colours import UNLABELLED_COLOUR
-from opensan.outputs.drawing import OPACITY, blend
+from opensan.outputs.colours import PALETTES, UNLABELLED_COLOUR
+from opensan.outputs.drawing import OPACITY, blend, muted
+from opensan.outputs.regions import name_places, without_crowds
 
 NAMES = ["road", "café", "树 tree", "sky", "absent"]
 
@@ -51,6 +52,15 @@ def test_palette_is_distinct_and_stable():
     assert not (colours == UNLABELLED_COLOUR).all(axis=1).any()
     first = colours[:20].astype(int)
     apart = np.abs(first[:, None] - first[None]).sum(-1) + 1000 * np.eye(20, dtype=int)
+    assert apart.min() >= 60
+
+
+def test_every_palette_is_distinct_and_another():
+    safe, vivid = (outputs.palette(600, name) for name in PALETTES)
+    assert len(np.unique(vivid, axis=0)) == 600
+    np.testing.assert_array_equal(safe, outputs.palette(600))
+    assert not (safe[:8] == vivid[:8]).all(axis=1).any()
+    apart = np.abs(vivid[:20, None].astype(int) - vivid[None, :20]).sum(-1) + 1000 * np.eye(20, dtype=int)
     assert apart.min() >= 60
 
 
@@ -176,7 +186,8 @@ def test_hostile_masks_are_refused_without_being_unpacked(size, counts, message)
 def test_overlay_without_photograph_lies_on_grey(tmp_path, labels):
     path = outputs.save(tmp_path, "x", ["overlay"], **{**arguments(labels), "image": None})["overlay"]
     shown = np.asarray(Image.open(path))[:37, :53]
-    np.testing.assert_array_equal(shown, blend(np.full((37, 53, 3), 160, np.uint8), labels, outputs.palette(5)))
+    expected = blend(np.full((37, 53, 3), 160, np.uint8), labels, outputs.palette(5))
+    np.testing.assert_array_equal(shown, expected)  # no region has room for a name
 
 
 def test_legend_of_many_words_keeps_the_largest_and_the_unlabelled(monkeypatch):
@@ -209,14 +220,15 @@ def test_overlay_shows_the_photograph_beside_its_legend(labels):
     picture = np.asarray(outputs.overlay(image, big, NAMES, given["areas"]))
     height, width = big.shape
     assert picture.shape[1] == width and picture.shape[0] > height
-    np.testing.assert_array_equal(picture[:height], blend(image, big, outputs.palette(5)))
+    as_blended = (picture[:height] == blend(image, big, outputs.palette(5))).all(axis=-1)
+    assert 0.5 < as_blended.mean() < 1, "names stand on some regions"
     legend = picture[height:].reshape(-1, 3)
     for index, name in enumerate(NAMES):
         swatch = (legend == outputs.palette(5)[index]).all(axis=1).sum()
         assert (swatch > 50) == (name != "absent"), name
 
 
-def test_blend_colours_regions_and_darkens_borders():
+def test_blend_colours_regions_and_outlines_them():
     labels = np.zeros((40, 60), dtype=np.int32)
     labels[:, 30:] = 1
     labels[30:] = -1
@@ -224,11 +236,42 @@ def test_blend_colours_regions_and_darkens_borders():
     colours = outputs.palette(2)
     picture = blend(image, labels, colours).astype(int)
     for column, index in ((10, 0), (50, 1)):
-        expected = 100 * (1 - OPACITY) + colours[index] * OPACITY
+        expected = muted(image)[10, column] * (1 - OPACITY) + colours[index] * OPACITY
         assert np.abs(picture[10, column] - expected).max() <= 2
     assert (picture[35, 10] == 100).all()
     assert picture[10, 30].max() < 0.5 * picture[10, 32].max()
     assert (picture[30] < 60).all()
+
+
+def test_specks_have_no_outlines():
+    """Where a model is unsure, labels alternate from pixel to pixel, and outlines would hide the colours."""
+    labels = np.random.default_rng(6).integers(0, 2, (60, 90)).astype(np.int32)
+    labels[:, 45:] = 1
+    image = np.full((60, 90, 3), 100, dtype=np.uint8)
+    picture = blend(image, labels, outputs.palette(2))
+    inside = picture[10:50, 8:36].reshape(-1, 3)
+    assert len(np.unique(inside, axis=0)) == 2, "the two colours, and nothing darker"
+    outlines = np.zeros((40, 40), dtype=bool)
+    outlines[:, 20] = True
+    np.testing.assert_array_equal(without_crowds(outlines), outlines)
+
+
+def test_names_stand_where_regions_are_widest():
+    labels = np.full((600, 900), -1, dtype=np.int32)
+    rows, columns = np.mgrid[:600, :900]
+    labels[(rows - 200) ** 2 + (columns - 300) ** 2 < 120**2] = 0
+    labels[400:, 500:] = 1
+    labels[10:14, 880:] = 0  # too small for a name
+    disc, corner = sorted(name_places(labels), key=lambda place: place.label)
+    assert (disc.label, corner.label) == (0, 1)
+    assert abs(disc.x - 300) <= 8 and abs(disc.y - 200) <= 8 and abs(disc.radius - 120) <= 8
+    assert 95 <= corner.radius <= 105 and 590 <= corner.x <= 810 and abs(corner.y - 500) <= 8
+    picture = np.asarray(outputs.overlay(None, labels, ["sky", "sea"], {"sky": 0.1, "sea": 0.1}))
+    colours = outputs.palette(2)
+    for place in (disc, corner):  # a name lies on its region's colour, undiluted
+        around = picture[round(place.y) - 14 : round(place.y) + 14, round(place.x) - 25 : round(place.x) + 25]
+        assert (around == colours[place.label]).all(axis=-1).sum() > 100
+    assert name_places(np.zeros((1, 1), dtype=np.int32)) == []
 
 
 def test_blend_in_strips_equals_blend_at_once(monkeypatch, labels):

@@ -155,16 +155,16 @@ def save_label_map(path: str | os.PathLike, labels: np.ndarray, count: int) -> N
         picture.save(temporary)
 
 
-def label_map_picture(labels: np.ndarray, count: int) -> Image.Image:
+def label_map_picture(labels: np.ndarray, count: int, colours: np.ndarray | None = None) -> Image.Image:
     """Return labels [H, W] (0..count-1, or -1) as a picture: 8-bit with a palette up to 255 words, else 16-bit grey.
 
-    Unlabelled pixels get the highest value, 255 or 65,535.
+    Unlabelled pixels get the highest value, 255 or 65,535. `colours`: [count, 3] uint8, instead of those of `palette`.
     """
     assert count <= 65_535, count
     if count <= 255:
         picture = Image.fromarray(labels.astype(np.uint8))  # -1 becomes 255
-        colours = np.concatenate([palette(255), [UNLABELLED_COLOUR]]).astype(np.uint8)
-        picture.putpalette(colours.tobytes())
+        own = palette(255) if colours is None else np.concatenate([colours, palette(255)[count:]])
+        picture.putpalette(np.concatenate([own, [UNLABELLED_COLOUR]]).astype(np.uint8).tobytes())
     else:
         picture = Image.fromarray(labels.astype(np.uint16))
     return picture

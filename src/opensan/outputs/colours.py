@@ -17,6 +17,22 @@ _FIRST = [
     (240, 228, 66),
 ]
 
+# Pure hues, far apart for normal vision.
+_FIRST_VIVID = [
+    (230, 25, 75),
+    (0, 130, 245),
+    (60, 180, 75),
+    (255, 200, 0),
+    (145, 30, 220),
+    (255, 120, 20),
+    (0, 200, 200),
+    (240, 50, 230),
+]
+
+SAFE, VIVID = "colour-blind safe", "vivid"
+PALETTES = (SAFE, VIVID)
+"""Names of palettes, the default first."""
+
 _SPREAD = 256
 """Colours chosen one by one to be far from all earlier ones; colours beyond are only all different."""
 
@@ -33,9 +49,12 @@ def rgb(colour: np.ndarray) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def palette(count: int) -> np.ndarray:
-    """Return colours [count, 3] uint8 RGB, all different up to 200,000. A class's colour does not depend on `count`."""
-    colours = _spread_colours()
+def palette(count: int, name: str = SAFE) -> np.ndarray:
+    """Return colours [count, 3] uint8 RGB, all different up to 200,000. A class's colour does not depend on `count`.
+
+    `name`: one of PALETTES.
+    """
+    colours = _spread_colours(name)
     if count <= len(colours):
         return colours[:count]
     # An odd multiplier makes a permutation of 18 bits; the golden ratio's keeps neighbours far apart. Each channel
@@ -46,15 +65,16 @@ def palette(count: int) -> np.ndarray:
 
 
 @functools.cache
-def _spread_colours() -> np.ndarray:
-    """Return [256, 3] uint8: Okabe and Ito's colours, then always the candidate farthest from all chosen before."""
+def _spread_colours(name: str) -> np.ndarray:
+    """Return [256, 3] uint8: a palette's first colours, then always the candidate farthest from all chosen before."""
+    first, views = (_FIRST, _views) if name == SAFE else (_FIRST_VIVID, _normal_view)
     levels = np.arange(0, 256, 15)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     # Not so dark that a colour looks like a border, nor so pale or grey that it looks like the image.
     lightness, a, b = _lab(_linear(candidates)).T
     candidates = candidates[(lightness > 35) & (lightness < 88) & (np.hypot(a, b) > 40)]
-    colours = [np.array(colour) for colour in _FIRST]
-    seen, candidate_views = _views(np.array(colours)), _views(candidates)
+    colours = [np.array(colour) for colour in first]
+    seen, candidate_views = views(np.array(colours)), views(candidates)
     distance = np.min([_distance(candidate_views, seen[:, i]) for i in range(len(colours))], axis=0)
     while len(colours) < _SPREAD:
         farthest = int(distance.argmax())
@@ -64,7 +84,7 @@ def _spread_colours() -> np.ndarray:
 
 
 def _distance(views: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return the distance of colours [3, n, 3] from `reference` [3, 3]: mostly for normal vision, partly the worst."""
+    """Return the distance of colours [V, n, 3] from `reference` [V, 3]: half normal vision's, half the worst."""
     each = np.linalg.norm(views - reference[:, None], axis=-1)
     return 0.5 * each[0] + 0.5 * each.min(axis=0)
 
@@ -73,6 +93,11 @@ def _views(colours: np.ndarray) -> np.ndarray:
     """Return CIELAB of colours [n, 3] as seen with normal, protanope and deuteranope vision, [3, n, 3]."""
     linear = _linear(colours)
     return np.stack([_lab(linear), *(_lab((linear @ np.array(m).T).clip(0, 1)) for m in _BLINDNESS)])
+
+
+def _normal_view(colours: np.ndarray) -> np.ndarray:
+    """Return CIELAB of colours [n, 3] as seen with normal vision, [1, n, 3]."""
+    return _lab(_linear(colours))[None]
 
 
 def _linear(colours: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Draw label maps for people: colours over the image, and a legend beside it that never covers it."""
+"""Draw label maps for people: colours and names over the image, and a legend beside it that never covers it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,21 @@ from PIL import Image, ImageDraw
 
 from opensan.outputs.colours import palette, rgb
 from opensan.outputs.fonts import font_for, readable, shortened, text_width
+from opensan.outputs.regions import CROWD_REACH, name_places, without_crowds
 
-OPACITY = 0.55
+OPACITY = 0.6
 """Opacity of the colours over the image."""
 
-BORDER_BRIGHTNESS = 0.35
-"""Brightness of the pixels on the border between two regions."""
+OUTLINE_BRIGHTNESS = 0.35
+"""Brightness of the pixels on the outline between two regions."""
 
-NO_PHOTOGRAPH = 160
+NAME_LETTERS = 0.022
+"""Height of the names' letters, of the root of the picture's area."""
+
+MOST_NAMES = 30
+"""Names on a picture."""
+
+NO_IMAGE = 160
 """The grey in place of an image that was not kept."""
 
 TEXT_COLOUR = (32, 32, 32)
@@ -27,24 +34,29 @@ _STRIP_PIXELS = 1 << 20
 
 
 def overlay(
-    image: np.ndarray | None, labels: np.ndarray, names: Sequence[str], areas: Mapping[str, float]
+    image: np.ndarray | None,
+    labels: np.ndarray,
+    names: Sequence[str],
+    areas: Mapping[str, float],
+    colours: np.ndarray | None = None,
 ) -> Image.Image:
-    """Draw the image under its regions' colours, with a legend below it or, for narrow and upright ones, to the right.
+    """Draw the image under its regions' colours and names, with a legend below it or, beside narrow ones, to the right.
 
     Args:
         image: [H, W, 3] uint8 RGB, or None for plain grey.
         labels: [H, W] int, index into `names`; negative where unlabelled, and the image shows untinted there.
         names: K words.
         areas: each word's share of the pixels, in [0, 1].
+        colours: [K, 3] uint8 RGB; None for the colours of `palette`.
 
     Returns:
         An RGB image whose top left H x W pixels are the input's. The legend lists the words that occur, largest
         first, and unlabelled pixels last; words that do not fit are counted in a line of their own.
     """
     if image is None:
-        image = np.broadcast_to(np.uint8(NO_PHOTOGRAPH), (*labels.shape, 3))
+        image = np.broadcast_to(np.uint8(NO_IMAGE), (*labels.shape, 3))
     assert image.shape == (*labels.shape, 3) and image.dtype == np.uint8, (image.shape, image.dtype, labels.shape)
-    colours = palette(len(names))
+    colours = palette(len(names)) if colours is None else colours
     entries = [
         Entry(name, format_share(areas[name]), rgb(colours[i]), areas[name])
         for i, name in enumerate(names)
@@ -53,16 +65,58 @@ def overlay(
     entries.sort(key=lambda entry: -entry.area)
     unlabelled = float((labels < 0).mean())
     rest = [Entry("unlabelled", format_share(unlabelled), None, unlabelled)] if unlabelled > 0 else []
-    return with_legend(Image.fromarray(blend(image, labels, colours)), entries, rest)
+    picture = Image.fromarray(blend(image, labels, colours))
+    write_names(picture, labels, names, colours)
+    return with_legend(picture, entries, rest)
+
+
+def muted(image: np.ndarray) -> np.ndarray:
+    """Return the image as [H, W] uint8: light grey of little contrast, over which colours stay what they are."""
+    red, green, blue = (image[..., channel].astype(np.uint16) for channel in range(3))
+    return _MUTED[(77 * red + 150 * green + 29 * blue) >> 8]
+
+
+_MUTED = (0.61 * np.arange(256) + 95).astype(np.uint8)
+
+
+def write_names(picture: Image.Image, labels: np.ndarray, names: Sequence[str], colours: np.ndarray) -> None:
+    """Write the names of large regions onto them, largest first, none over another; changes the picture."""
+    draw = ImageDraw.Draw(picture)
+    letters = min(max(12, round(NAME_LETTERS * math.sqrt(picture.width * picture.height))), 120)
+    taken: list[tuple[float, float, float, float]] = []
+    for place in name_places(labels):
+        name = readable(names[place.label])
+        half, up = text_width(name, letters) / 2 + 0.5 * letters, 0.75 * letters
+        if len(taken) == MOST_NAMES or place.radius < up or half > 2.5 * place.radius:
+            continue
+        x, y = _within(place.x, half, picture.width), _within(place.y, up, picture.height)
+        box = (x - half, y - up, x + half, y + up)
+        if any(box[0] < b[2] and box[2] > b[0] and box[1] < b[3] and box[3] > b[1] for b in taken):
+            continue
+        taken.append(box)
+        colour = rgb(colours[place.label])
+        draw.rounded_rectangle(box, 0.35 * letters, fill=colour, outline=TEXT_COLOUR)
+        draw.text((x, y), name, _ink(colour), font_for(name, letters), anchor="mm")
+
+
+def _within(middle: float, half: float, end: float) -> float:
+    """Return the middle of something of twice the length `half` that stays between 0 and `end`, near `middle`."""
+    return max(half, min(end - half, middle))
+
+
+def _ink(colour: tuple[int, int, int]) -> str:
+    """Return black or white, whichever is easier to read on `colour`: WCAG's contrast is at least 4.5."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (part / 255 for part in colour)]
+    return "black" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179 else "white"
 
 
 def blend(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Blend colours [K, 3] over the image, with thin dark borders between regions; [H, W, 3] uint8."""
-    # Unlabelled pixels index row -1, which leaves the image as it is.
+    """Blend colours [K, 3] over the muted image, with thin outlines between regions; [H, W, 3] uint8.
+
+    Unlabelled pixels, which are negative, show the image as it is.
+    """
     weight = round(OPACITY * 256)
-    keep = np.full(len(colours) + 1, 256 - weight, dtype=np.uint16)
-    keep[-1] = 256
-    add = np.zeros((len(colours) + 1, 3), dtype=np.uint16)
+    add = np.zeros((len(colours) + 1, 3), dtype=np.uint16)  # unlabelled pixels index row -1
     add[:-1] = colours.astype(np.uint16) * weight
     height, width = labels.shape
     thickness = max(1, round(math.sqrt(height * width) / 700))
@@ -71,15 +125,29 @@ def blend(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndar
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         strip = labels[top:bottom]
-        mixed = (image[top:bottom] * keep[strip][..., None] + add[strip]) >> 8
-        first = max(0, top - thickness)  # a border in the rows above reaches into this strip
-        border = _borders(labels[first:bottom], thickness)[top - first :]
-        mixed[border] = (mixed[border] * BORDER_BRIGHTNESS).astype(np.uint16)
+        mixed = (muted(image[top:bottom]) * np.uint16(256 - weight))[..., None] + add[strip] >> 8
+        bare = strip < 0
+        mixed[bare] = image[top:bottom][bare]
+        # Outlines reach into this strip from the rows above, and are counted in the rows on both sides.
+        first, last = max(0, top - thickness - CROWD_REACH), min(height, bottom + CROWD_REACH)
+        outline = without_crowds(_outlines(labels[first:last], thickness))[top - first : bottom - first]
+        mixed[outline] = (mixed[outline] * OUTLINE_BRIGHTNESS).astype(np.uint16)
         blended[top:bottom] = mixed
     return blended
 
 
-def _borders(labels: np.ndarray, thickness: int) -> np.ndarray:
+def mistakes(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Draw wrong pixels in the colours of their predictions over the pale image, [H, W, 3] uint8.
+
+    Pixels without ground truth (negative) are not wrong; wrong pixels without a prediction are dark.
+    """
+    wrong = (truth >= 0) & (truth != predicted)
+    labels = np.where(wrong, np.where(predicted < 0, len(colours), predicted), -1)
+    pale = np.repeat(muted(image)[..., None], 3, axis=2)
+    return blend(pale, labels, np.concatenate([colours, [TEXT_COLOUR]]).astype(np.uint8))
+
+
+def _outlines(labels: np.ndarray, thickness: int) -> np.ndarray:
     """Return bool [H, W]: the `thickness` pixels to the right of and below every change of label."""
     across = np.zeros(labels.shape, dtype=bool)
     down = np.zeros(labels.shape, dtype=bool)

@@ -1,4 +1,4 @@
-"""Draw images, ground truth and predictions side by side, for validations in training."""
+"""Draw images, ground truth, predictions and mistakes side by side, for validations in training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from opensan.outputs.colours import palette, rgb
-from opensan.outputs.drawing import TEXT_COLOUR, Entry, blend, with_legend
+from opensan.outputs.drawing import TEXT_COLOUR, Entry, blend, mistakes, with_legend
 from opensan.outputs.fonts import font_for, readable, shortened
+
+TITLES = ("image", "ground truth", "prediction", "mistakes")
 
 TILE = 380
 """Largest width and height of an image in the panel, in pixels."""
@@ -42,10 +44,10 @@ def panel(rows: Sequence[PanelRow], names: Sequence[str]) -> Image.Image:
     tiles = [_tiles(row, colours) for row in rows]
     width = max(row[0].width for row in tiles)
     height = LINE + sum(row[0].height + LINE + GAP for row in tiles)
-    canvas = Image.new("RGB", (3 * width + 4 * GAP, height), "white")
+    canvas = Image.new("RGB", (len(TITLES) * (width + GAP) + GAP, height), "white")
     draw = ImageDraw.Draw(canvas)
-    lefts = [GAP + column * (width + GAP) for column in range(3)]
-    for left, title in zip(lefts, ("photograph", "ground truth", "prediction"), strict=True):
+    lefts = [GAP + column * (width + GAP) for column in range(len(TITLES))]
+    for left, title in zip(lefts, TITLES, strict=True):
         draw.text((left, LINE // 2), title, TEXT_COLOUR, font_for(title, LETTERS), anchor="lm")
     top = LINE
     for row, pictures in zip(rows, tiles, strict=True):
@@ -64,14 +66,17 @@ def _tiles(row: PanelRow, colours: np.ndarray) -> list[Image.Image]:
     height, width = row.truth.shape
     factor = TILE / max(height, width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    photograph = Image.fromarray(row.image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
-    pixels = np.asarray(photograph)
+    image = Image.fromarray(row.image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
+    pixels = np.asarray(image)
     y = ((np.arange(size[1]) + 0.5) * height / size[1]).astype(int)[:, None]
     x = ((np.arange(size[0]) + 0.5) * width / size[0]).astype(int)
-    return [
-        photograph,
-        *(Image.fromarray(blend(pixels, labels[y, x], colours)) for labels in (row.truth, row.predicted)),
-    ]
+    truth, predicted = row.truth[y, x], row.predicted[y, x]
+    drawn = (
+        blend(pixels, truth, colours),
+        blend(pixels, predicted, colours),
+        mistakes(pixels, truth, predicted, colours),
+    )
+    return [image, *map(Image.fromarray, drawn)]
 
 
 def _entries(rows: Sequence[PanelRow], names: Sequence[str], colours: np.ndarray) -> list[Entry]:
