@@ -1,8 +1,11 @@
 """Evaluation at full scale: the same figures whatever the batches, threads, processes and interruptions."""
 
+import base64
 import copy
+import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -10,6 +13,7 @@ import signal
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,7 @@ from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.distributed import process_group
 from opensan.evaluation import measure as measure_module
 from opensan.evaluation import predictions
-from opensan.evaluation.evaluation import Evaluation, Photograph, evaluate, segmenter_predictor
+from opensan.evaluation.evaluation import Evaluation, ImageMetrics, evaluate, segmenter_predictor
 from opensan.evaluation.measure import measure
 from opensan.evaluation.page import best_and_worst, write_page
 from opensan.evaluation.predictions import SavedPredictions
@@ -34,7 +38,7 @@ from opensan.evaluation.table import Measured, as_markdown, missing, table
 from opensan.files import hold
 from opensan.images import prepare
 from opensan.journal import Journal
-from opensan.outputs import save_label_map
+from opensan.outputs import palette, save_label_map
 from opensan.segmenters.results import InputImage
 from opensan.segmenters.san import SanSegmenter
 from opensan.vocabulary import Vocabulary
@@ -97,7 +101,7 @@ def test_batches_and_threads_change_nothing(folder, tmp_path):
         found = measure(dataset, predictor, tmp_path / f"{batch}", batch=batch, workers=workers)
         assert same(found.metrics, plain.metrics)
         assert (found.images, found.confusions) == (plain.images, plain.confusions)
-        assert [one.name for one in found.photographs] == [dataset.name(index) for index in range(len(dataset))]
+        assert [one.name for one in found.of_images] == [dataset.name(index) for index in range(len(dataset))]
         assert all(len(shapes) == 1 for shapes in predictor.batches)
     assert len(predictor.batches) == len(set(SIZES))
 
@@ -219,10 +223,8 @@ def test_what_is_no_count_is_measured_again(folder, tmp_path, column):
 
 
 def test_what_a_killed_evaluation_left_half_written_is_removed(folder, tmp_path):
-    left = [".metrics.abcd0123.part.json", "pictures/.001.abcd0123.part.png"]
-    for name in left:
-        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "out" / name).write_text("half")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".metrics.abcd0123.part.json").write_text("half")
     measure(SegmentationFolder(folder, "val"), ByColour(), tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.part*"))
 
@@ -386,19 +388,36 @@ def test_the_page_stands_alone(folder, tmp_path):
     text = page.read_text()
     assert "<script" not in text and "http" not in text
     assert "Shore &amp; sea" in text and "&lt;none&gt;" in text and "<b>tree" not in text
-    links = re.findall(r"(?:src|href)=[\"']([^\"']+)", text)
-    assert len([link for link in links if link.endswith(".jpg")]) == 4 * 7
-    for link in links:
-        assert (page.parent / link).is_file(), link
-    with Image.open(page.parent / "pictures" / "000000-2.jpg") as picture:
+    assert "<link" not in text and "url(" not in text
+    sources = re.findall(r"(?:src|href)=[\"']([^\"']+)", text)
+    assert len(sources) == 4 * 7 and {source.partition(",")[0] for source in sources} == {"data:image/jpeg;base64"}
+    with Image.open(io.BytesIO(base64.b64decode(sources[2].partition(",")[2]))) as picture:
         assert picture.size == (80, 60)
+    order = [text.index(f"<h2>{heading}") for heading in ("Classes by IoU", "Confusions", "Worst", "Best")]
+    assert order == sorted(order)
 
 
-def test_best_and_worst_share_no_photograph():
-    photographs = [Photograph(index, str(index), miou, 0.5) for index, miou in enumerate([0.5, 0.1, np.nan, 0.9])]
-    best, worst = best_and_worst(photographs)
+def test_the_page_has_a_bar_of_each_class_and_confusion(folder, tmp_path):
+    dataset, predictor = SegmentationFolder(folder, "val"), ByColour()
+    evaluation = measure(dataset, predictor, tmp_path / "out")
+    page = write_page(tmp_path / "out", dataset, predictor, evaluation, title="Shore", about={})
+    text = page.read_text()
+    classes = [figures for figures in evaluation.metrics.classes if not math.isnan(figures.iou)]
+    classes.sort(key=lambda figures: -figures.iou)
+    bars = re.findall(r'class="bar"><div><i style="width:([\d.]+)%', text)
+    expected = [figures.iou for figures in classes] + [pair.share for pair in evaluation.confusions]
+    assert bars == [f"{100 * share:.2f}" for share in expected] and len(classes) > 1 and evaluation.confusions
+    # One colour for a class everywhere: in its row, in confusions and in legends.
+    for index, name in enumerate(dataset.vocabulary.names):
+        colours = set(re.findall(rf'background:(#\w+)"></i>{re.escape(escape(name))}[ <]', text))
+        assert colours == {f"#{bytes(palette(index + 1)[index]).hex()}"}, name
+
+
+def test_best_and_worst_share_no_image():
+    images = [ImageMetrics(index, str(index), miou, 0.5) for index, miou in enumerate([0.5, 0.1, np.nan, 0.9])]
+    best, worst = best_and_worst(images)
     assert ([one.index for one in best], [one.index for one in worst]) == ([3, 0], [1])
-    best, worst = best_and_worst([Photograph(index, "", index / 100, 0.5) for index in range(40)])
+    best, worst = best_and_worst([ImageMetrics(index, "", index / 100, 0.5) for index in range(40)])
     assert [one.index for one in best] == list(range(39, 31, -1)) and [one.index for one in worst] == list(range(8))
 
 
@@ -410,7 +429,7 @@ def test_the_table_has_measured_and_official_figures(folder, tmp_path):
     evaluation = an_evaluation(folder, tmp_path / "out")
     measured = [Measured("ade", "ade20k_150", evaluation), Measured("camvid", None, evaluation)]
     rows = table(measured, "san-vit-b16")
-    assert list(rows["photographs"]) == ["COCO-Stuff", "VOC-20", "PC-59", "ADE-150", "PC-459", "ADE-847", "camvid"]
+    assert list(rows["images"]) == ["COCO-Stuff", "VOC-20", "PC-59", "ADE-150", "PC-459", "ADE-847", "camvid"]
     miou = 100 * evaluation.metrics.miou
     assert list(rows["mIoU (ground truth)"].values()) == [None, None, None, miou, None, None, miou]
     assert list(rows["official SAN B/16"].values()) == [41.93, 93.95, 54.07, 27.56, 16.71, 10.21, None]
@@ -427,7 +446,7 @@ def test_every_measured_set_has_a_column_of_its_own(folder, tmp_path):
     measured = [Measured("ade", "ade20k_150", whole), Measured("part", "ade20k_150", half)]
     measured += [Measured("pascal_voc_20", None, half), Measured("PC-59", None, half)]
     rows = table(measured, "san-vit-b16")
-    found = {title: count for title, count in rows["photographs"].items() if count is not None}
+    found = {title: count for title, count in rows["images"].items() if count is not None}
     assert found == {"ADE-150": whole.images, "part": 2, "pascal_voc_20": 2, "PC-59 (own)": 2}
     assert rows["official SAN B/16"]["pascal_voc_20"] is rows["official SAN B/16"]["part"] is None
 
@@ -450,8 +469,8 @@ def test_eval_writes_everything_and_resumes(command, folder, model_folder):
     results = Path("evaluation/shore")
     written = {path.name for path in results.iterdir()}
     assert written == {
-        *("metrics.json", "metrics.md", "classes.csv", "confusions.csv", "photographs.csv", "index.html"),
-        *("pictures", "progress", "sem_seg_predictions.json"),
+        *("metrics.json", "metrics.md", "classes.csv", "confusions.csv", "images.csv", "index.html"),
+        *("progress", "sem_seg_predictions.json"),
     }
     metrics = json.loads((results / "metrics.json").read_text())
     code, again, err = command("--data", folder, "--model", model_folder, "--save-predictions")
@@ -484,7 +503,7 @@ def test_eval_table_of_a_root(command, folder, model_folder, tmp_path):
     (folder / "images" / "a3.png").write_bytes(b"")
     code, out, err = command("--table", "--root", tmp_path, "--model", model_folder, "--out", "results", "--tta")
     rows = json.loads(Path("results/table.json").read_text())["rows"]
-    assert rows["photographs"]["VOC-20"] == 6 and rows["official SAN L/14-336"]["VOC-20"] == 95.18
+    assert rows["images"]["VOC-20"] == 6 and rows["official SAN L/14-336"]["VOC-20"] == 95.18
     assert out.endswith(as_markdown(rows))
     assert "not found, so not measured: COCO-Stuff, PC-59, ADE-150, PC-459, ADE-847" in err
     assert code == 1 and "error: shore: a3:" in err

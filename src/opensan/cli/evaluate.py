@@ -77,7 +77,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model on labelled images.
 
-    Writes for each data set a folder with metrics.json, metrics.md, classes.csv, confusions.csv, photographs.csv and
+    Writes for each data set a folder with metrics.json, metrics.md, classes.csv, confusions.csv, images.csv and
     index.html, a page of the best and worst images. The same command continues after an interruption.
     Several devices: torchrun --nproc-per-node N -m opensan eval ...
     """

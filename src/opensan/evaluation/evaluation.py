@@ -27,7 +27,7 @@ Predictor = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Photograph:
+class ImageMetrics:
     """Metrics of one image."""
 
     index: int
@@ -50,7 +50,7 @@ class Evaluation:
     """Errors of images that could not be read."""
     confusions: tuple[Confusion, ...] = ()
     """The pairs of classes with the most wrong pixels, most first."""
-    photographs: tuple[Photograph, ...] = ()
+    of_images: tuple[ImageMetrics, ...] = ()
     """Metrics of each image, in the data set's order; empty if they were not kept."""
 
 

@@ -22,7 +22,7 @@ from opensan.data.dataset import SegmentationDataset
 from opensan.distributed import barrier, gather_objects, on_main, rank, world_size
 from opensan.errors import UserError
 from opensan.evaluation import predictions
-from opensan.evaluation.evaluation import Evaluation, Photograph
+from opensan.evaluation.evaluation import Evaluation, ImageMetrics
 from opensan.evaluation.metrics import ImageCounts, count_image
 from opensan.evaluation.predictors import BatchPredictor
 from opensan.evaluation.progress import Progress, journal_path, open_progress, read_all, read_predictions
@@ -115,8 +115,7 @@ def _take(held: ExitStack, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"{folder}: another evaluation is writing there; wait for it, or choose another --out"
     held.enter_context(hold(folder / ".lock", busy))
-    for directory in (folder, folder / "pictures"):
-        remove_temporaries(directory)
+    remove_temporaries(folder)
 
 
 def _measure(request: _Request) -> Evaluation:
@@ -143,7 +142,7 @@ def _whole(request: _Request, broken: Mapping[int, str]) -> Evaluation:
     if request.save_predictions:
         predictions.write_list(read_predictions(request.state), request.folder / predictions.FILE_NAME)
     name = request.dataset.name
-    images = [Photograph(index, name(index), *whole.figures[index]) for index in sorted(whole.figures)]
+    images = [ImageMetrics(index, name(index), *whole.figures[index]) for index in sorted(whole.figures)]
     return Evaluation(
         whole.counts.metrics(request.names),
         len(images),

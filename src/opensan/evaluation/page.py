@@ -1,8 +1,10 @@
-"""Write an HTML page with the metrics, and the best and worst images beside ground truth and prediction.
+"""Write an evaluation as one HTML file: bars of the classes and the confusions, then the worst and the best images.
 
-The folder can be moved or zipped: `index.html` and its pictures, no scripts, nothing loaded from elsewhere.
+The pictures are in the file itself; it has no scripts and loads nothing, so it can be sent to somebody as it is.
 """
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -12,35 +14,49 @@ import numpy as np
 from PIL import Image
 
 from opensan.data.dataset import SegmentationDataset
-from opensan.evaluation.evaluation import Evaluation, Photograph
+from opensan.evaluation.evaluation import Evaluation, ImageMetrics
+from opensan.evaluation.metrics import ClassMetrics
 from opensan.evaluation.predictors import BatchPredictor
 from opensan.evaluation.report import FIGURES, percent
-from opensan.files import atomic_path, write_text
+from opensan.files import write_text
 from opensan.outputs.colours import palette
-from opensan.outputs.drawing import blend
+from opensan.outputs.drawing import blend, mistakes
 
 SHOWN = 8
 """Images of each kind, best and worst."""
 
+BARS = 30
+"""Classes that are shown at once; the others are folded away."""
+
 LONG_SIDE = 480
 """Longest side of the pictures, in pixels."""
 
-_MISTAKE = (213, 35, 35)
-_PICTURES = ("photograph", "ground truth", "prediction", "mistakes")
+_PICTURES = ("image", "ground truth", "prediction", "mistakes, as predicted")
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #202020; margin: 2rem auto; max-width: 2000px; padding: 0 1.5rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
+:root { color-scheme: light }
+body { font: 15px/1.45 system-ui, sans-serif; color: #202020; background: #fff; margin: 2rem auto; max-width: 1700px;
+  padding: 0 1.5rem }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem }
 h3 { font-size: 1rem; margin: 0 0 .4rem; overflow-wrap: anywhere }
-table { border-collapse: collapse } td, th { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
+.about { color: #595959; margin: 0; overflow-wrap: anywhere }
+.totals { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0 0; padding: 0; list-style: none }
+.totals li { border: 1px solid #d8d8d8; border-radius: 8px; padding: .5rem 1rem }
+.totals b { display: block; font-size: 1.4rem; font-variant-numeric: tabular-nums }
+.summary { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); gap: 0 3rem }
+table { border-collapse: collapse; width: 100% }
+th { font-weight: 600; text-align: left } td, th { padding: .2rem .8rem .2rem 0; overflow-wrap: break-word }
+td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+.label { display: flex; align-items: baseline }
+td.bar { width: 32%; min-width: 5rem } td.bar div { height: .9em; background: #efefef }
+td.bar i { display: block; height: 100% }
+.swatch { flex: none; width: .8em; height: .8em; margin-right: .5em; border: 1px solid #404040 }
+summary { padding: .4rem 0; cursor: pointer }
 section { border-top: 1px solid #d8d8d8; padding: 1rem 0 }
 .pictures { display: grid; grid-template-columns: repeat(4, 1fr); gap: .6rem }
-figure { margin: 0 } figure img { width: 100%; height: auto; display: block } figcaption { color: #707070 }
+figure { margin: 0 } figure img { width: 100%; height: auto; display: block } figcaption { color: #595959 }
 .legend { margin: .5rem 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none }
-.legend i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; border: 1px solid #404040;
-  vertical-align: -.1em }
-.figures { color: #606060; font-weight: normal }
+.figures { color: #595959; font-weight: normal }
 @media (max-width: 900px) { .pictures { grid-template-columns: repeat(2, 1fr) } }
 """
 
@@ -54,81 +70,130 @@ def write_page(
     title: str,
     about: Mapping[str, str],
 ) -> Path:
-    """Write `folder`/index.html and `folder`/pictures/, predicting the shown images once more. Returns the page."""
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    best, worst = best_and_worst(evaluation.photographs)
-    parts = []
+    """Write `folder`/index.html, predicting the shown images once more. Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = dataset.vocabulary.names
+    colours = palette(len(names))
+    parts = [_head(evaluation, title, about), '<div class="summary">', _bars(evaluation, colours)]
+    parts += [_confusions(evaluation, dict(zip(names, colours, strict=True))), "</div>"]
+    best, worst = best_and_worst(evaluation.of_images)
     for heading, chosen in (("Worst images", worst), ("Best images", best)):
         if chosen:
             parts.append(f"<h2>{heading}</h2>")
-            parts += [_photograph(folder, dataset, predictor, photograph) for photograph in chosen]
-    body = "\n".join([f"<h1>{escape(title)}</h1>", _figures(evaluation, about), *parts])
+            parts += [_image(dataset, predictor, image, colours) for image in chosen]
+    body = "\n".join(parts)
     write_text(
         folder / "index.html",
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n{body}\n</html>\n",
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n<main>\n{body}\n</main>\n</html>\n",
     )
     return folder / "index.html"
 
 
-def best_and_worst(photographs: Sequence[Photograph]) -> tuple[list[Photograph], list[Photograph]]:
+def best_and_worst(images: Sequence[ImageMetrics]) -> tuple[list[ImageMetrics], list[ImageMetrics]]:
     """Return the images with the highest and with the lowest mIoU, extremes first; none is in both."""
-    ranked = sorted((image for image in photographs if not math.isnan(image.miou)), key=lambda it: (it.miou, it.index))
+    ranked = sorted((image for image in images if not math.isnan(image.miou)), key=lambda it: (it.miou, it.index))
     count = min(SHOWN, len(ranked) // 2)
     return ranked[::-1][: min(SHOWN, len(ranked) - count)], ranked[:count]
 
 
-def _figures(evaluation: Evaluation, about: Mapping[str, str]) -> str:
-    """Return the metrics over all classes and the worst confusions as HTML."""
-    facts = {**about, "photographs": f"{evaluation.images:,}"}
+def _head(evaluation: Evaluation, title: str, about: Mapping[str, str]) -> str:
+    """Return the title, facts about the evaluation, and the metrics over all classes."""
+    facts = {**about, "images": f"{evaluation.images:,}"}
     if evaluation.broken:
         facts["not readable"] = f"{len(evaluation.broken):,} images (metrics.json names them)"
-    rows = [f"<tr><th>{escape(key)}<td>{escape(str(value))}" for key, value in facts.items()]
-    for name, value in evaluation.metrics.summary().items():
-        rows.append(f"<tr><th>{FIGURES[name]}<td>{percent(value)} %")
-    confusions = [
-        f"<tr><td>{escape(pair.truth)}<td>{escape(pair.predicted)}"
-        f'<td class="number">{pair.pixels:,}<td class="number">{percent(pair.share)} %'
-        for pair in evaluation.confusions
-    ]
-    heading = "<tr><th>pixels of<th>taken for<th>pixels<th>share of the class"
+    lines = "<br>".join(f"{escape(key)}: {escape(str(value))}" for key, value in facts.items())
+    totals = "".join(
+        f"<li><b>{percent(value)} %</b>{escape(FIGURES[name])}</li>"
+        for name, value in evaluation.metrics.summary().items()
+    )
+    return f'<h1>{escape(title)}</h1>\n<p class="about">{lines}</p>\n<ul class="totals">{totals}</ul>'
+
+
+def _bars(evaluation: Evaluation, colours: np.ndarray) -> str:
+    """Return the classes that occur, with a bar of the IoU's length, highest first; most of many are folded away."""
+    classes = evaluation.metrics.classes
+    pixels = max(sum(figures.pixels for figures in classes), 1)
+    occurring = [(figures, colours[index]) for index, figures in enumerate(classes) if not math.isnan(figures.iou)]
+    occurring.sort(key=lambda pair: -pair[0].iou)
+    rows = [_class_row(figures, colour, figures.pixels / pixels) for figures, colour in occurring]
+    parts = ["<div><h2>Classes by IoU</h2>", _class_table(rows[:BARS])]
+    if rows[BARS:]:
+        parts.append(f"<details><summary>{len(rows) - BARS} more</summary>{_class_table(rows[BARS:])}</details>")
+    if absent := len(classes) - len(rows):
+        parts.append(f'<p class="figures">{absent:,} classes neither occur nor are predicted.</p>')
+    return "".join([*parts, "</div>"])
+
+
+def _class_table(rows: Sequence[str]) -> str:
+    columns = '<th>class<th>IoU<th class="number"><th class="number">accuracy<th class="number">share of pixels'
+    return f"<table><tr>{columns}{''.join(rows)}</table>"
+
+
+def _class_row(figures: ClassMetrics, colour: np.ndarray, share: float) -> str:
     return (
-        f"<table>{''.join(rows)}</table>\n<p>Tables: <a href='metrics.md'>metrics.md</a>, "
-        "<a href='classes.csv'>classes.csv</a>, <a href='photographs.csv'>photographs.csv</a></p>\n"
-        f"<details><summary>Most frequent mistakes</summary><table>{heading}{''.join(confusions)}</table></details>"
+        f"<tr><td>{_label(figures.name, colour)}{_bar(figures.iou, colour)}"
+        f'<td class="number">{percent(figures.iou)} %<td class="number">{percent(figures.accuracy)} %'
+        f'<td class="number">{percent(share)} %'
     )
 
 
-def _photograph(folder: Path, dataset: SegmentationDataset, predictor: BatchPredictor, result: Photograph) -> str:
-    """Write one image's pictures and return its section."""
+def _confusions(evaluation: Evaluation, colours: Mapping[str, np.ndarray]) -> str:
+    """Return the most frequent confusions, with a bar of each one's share of the true class."""
+    rows = [
+        f"<tr><td>{_label(pair.truth, colours[pair.truth])}<td>{_label(pair.predicted, colours.get(pair.predicted))}"
+        f"{_bar(pair.share, colours.get(pair.predicted))}"
+        f'<td class="number">{percent(pair.share)} %<td class="number">{pair.pixels:,}'
+        for pair in evaluation.confusions
+    ]
+    if not rows:
+        return "<div><h2>Confusions</h2><p>None: every labelled pixel is right.</p></div>"
+    columns = '<th>pixels of<th>taken for<th>share of the class<th class="number"><th class="number">pixels'
+    return f"<div><h2>Confusions by pixels</h2><table><tr>{columns}{''.join(rows)}</table></div>"
+
+
+def _bar(share: float, colour: np.ndarray | None) -> str:
+    return f'<td class="bar"><div><i style="width:{100 * share:.2f}%;background:{_css(colour)}"></i></div>'
+
+
+def _label(name: str, colour: np.ndarray | None, note: str = "") -> str:
+    return f'<span class="label"><i class="swatch" style="background:{_css(colour)}"></i>{escape(name)}{note}</span>'
+
+
+def _css(colour: np.ndarray | None) -> str:
+    """Return a colour as CSS writes it; None is the dark one of pixels without a class."""
+    return "#202020" if colour is None else f"#{bytes(colour).hex()}"
+
+
+def _image(dataset: SegmentationDataset, predictor: BatchPredictor, result: ImageMetrics, colours: np.ndarray) -> str:
+    """Return the section of an image, with its pictures."""
     image, truth = dataset[result.index]
     (labels,) = predictor.predict([predictor.prepare(result.name, image)])
-    names = dataset.vocabulary.names
     image, truth, labels = _smaller(image, truth, labels)
-    colours = palette(len(names))
-    grey = np.repeat(image.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
-    wrong = np.where((truth >= 0) & (truth != labels), 0, -1)
-    pictures = (
+    drawn = (
         image,
         blend(image, truth, colours),
         blend(image, labels, colours),
-        blend(grey, wrong, np.array([_MISTAKE], dtype=np.uint8)),
+        mistakes(image, truth, labels, colours),
     )
-    figures = []
-    for number, (kind, pixels) in enumerate(zip(_PICTURES, pictures, strict=True)):
-        # The image's name may hold any character, so files are named by its number.
-        path = f"pictures/{result.index:06d}-{number}.jpg"
-        with atomic_path(folder / path) as temporary:
-            Image.fromarray(pixels).save(temporary, quality=88)
-        figures.append(
-            f'<figure><img src="{path}" alt="{kind}" width="{pixels.shape[1]}" height="{pixels.shape[0]}" '
-            f'loading="lazy"><figcaption>{kind}</figcaption></figure>'
-        )
-    figures_line = f"mIoU {percent(result.miou)} %, pixel accuracy {percent(result.pixel_accuracy)} %"
+    figures = "".join(
+        f'<figure><img src="{_data_url(pixels)}" alt="{kind}" width="{pixels.shape[1]}" height="{pixels.shape[0]}">'
+        f"<figcaption>{kind}</figcaption></figure>"
+        for kind, pixels in zip(_PICTURES, drawn, strict=True)
+    )
+    line = f"mIoU {percent(result.miou)} %, pixel accuracy {percent(result.pixel_accuracy)} %"
     return (
-        f'<section><h3>{escape(result.name)} <span class="figures">{figures_line}</span></h3>\n'
-        f'<div class="pictures">{"".join(figures)}</div>\n{_legend(names, colours, truth, labels)}</section>'
+        f'<section><h3>{escape(result.name)} <span class="figures">{line}</span></h3>\n'
+        f'<div class="pictures">{figures}</div>\n{_legend(dataset.vocabulary.names, colours, truth, labels)}</section>'
     )
+
+
+def _data_url(pixels: np.ndarray) -> str:
+    """Return a picture [H, W, 3] as a URL that holds it, as JPEG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
 def _legend(names: Sequence[str], colours: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> str:
@@ -138,9 +203,8 @@ def _legend(names: Sequence[str], colours: np.ndarray, truth: np.ndarray, labels
     entries = []
     for label in np.lexsort((-predicted, -counts)):
         if counts[label] or predicted[label]:
-            colour = "#{:02x}{:02x}{:02x}".format(*colours[label])
-            only = "" if counts[label] else ' <span class="figures">(not there)</span>'
-            entries.append(f'<li><i style="background:{colour}"></i>{escape(names[label])}{only}</li>')
+            only = "" if counts[label] else ' <span class="figures">&nbsp;(predicted only)</span>'
+            entries.append(f"<li>{_label(names[label], colours[label], only)}</li>")
     return f'<ul class="legend">{"".join(entries)}</ul>'
 
 

@@ -22,7 +22,7 @@ FIGURES = {
 
 
 def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, about: Mapping[str, str]) -> None:
-    """Write `metrics.json`, `metrics.md`, and tables `classes.csv`, `confusions.csv`, `photographs.csv` to `folder`.
+    """Write `metrics.json`, `metrics.md`, and tables `classes.csv`, `confusions.csv`, `images.csv` to `folder`.
 
     `about`: facts about the evaluation for readers (model, data set, command).
     """
@@ -43,7 +43,7 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, abou
     write_text(folder / "metrics.json", json_text(plain, indent=2) + "\n")
     _write_table(folder / "classes.csv", classes)
     _write_table(folder / "confusions.csv", confusions)
-    _write_table(folder / "photographs.csv", [asdict(image) for image in evaluation.photographs])
+    _write_table(folder / "images.csv", [asdict(image) for image in evaluation.of_images])
     write_text(folder / "metrics.md", markdown(evaluation, title=title, about=about))
 
 
@@ -64,7 +64,7 @@ def markdown(evaluation: Evaluation, *, title: str, about: Mapping[str, str]) ->
     metrics = evaluation.metrics
     summary = metrics.summary()
     lines = [f"## {title}", "", *(f"- {key}: {value}" for key, value in about.items())]
-    lines += [f"- photographs: {evaluation.images}"]
+    lines += [f"- images: {evaluation.images}"]
     lines += [f"- not readable: {reason}" for reason in evaluation.broken]
     lines += ["", _row(FIGURES[name] for name in summary), _row(["---"] * len(summary))]
     lines += [_row(map(percent, summary.values()))]

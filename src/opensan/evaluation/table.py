@@ -41,7 +41,7 @@ class Measured:
 
 
 def table(measured: list[Measured], model: str) -> dict[str, Mapping[str, float | int | None]]:
-    """Return row -> column -> figure in percent (row "photographs": their number), None where there is none.
+    """Return row -> column -> figure in percent (row "images": their number), None where there is none.
 
     The columns are the benchmarks, measured or not, then the other data sets by the names of their folders, among them
     a second one of a benchmark's classes. `model`: its configuration's name; the official rows are those of the same
@@ -65,7 +65,7 @@ def table(measured: list[Measured], model: str) -> dict[str, Mapping[str, float 
 
     preset = PRESETS.get(model)
     official = (preset.official.title,) if preset and preset.official else tuple(_OFFICIAL)
-    add("photographs", lambda _, data: data and data.evaluation.images)
+    add("images", lambda _, data: data and data.evaluation.images)
     measured_row("mIoU (ground truth)", "miou")
     for name in official:
         add(f"official {name}", lambda key, _, name=name: _OFFICIAL[name].get(key))
