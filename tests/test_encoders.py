@@ -10,132 +10,22 @@ from safetensors.torch import save_file
 from opensan.checkpoints import build_empty, load_folder, save_folder
 from opensan.checkpoints.clip_weights import san_around_clip
 from opensan.checkpoints.presets import PRESETS
-from opensan.config import (
-    AlignConfig,
-    AlignTextConfig,
-    AlignVisionConfig,
-    ClipResNetConfig,
-    ConvNetConfig,
-    ConvNetVisionConfig,
-    ImageConfig,
-    ModelConfig,
-    PooledVitConfig,
-    PooledVitVisionConfig,
-    ResNetVisionConfig,
-    SideAdapterConfig,
-    SiglipTextConfig,
-    TextConfig,
-)
+from opensan.config import ModelConfig
 from opensan.errors import UserError
 from opensan.evaluation.cost import profile
-from opensan.model import SAN, build_san
+from opensan.model import SAN
 from opensan.model.backbones import build_backbone
+from opensan.model.backbones.eva_clip import EvaClip
 from opensan.segmenters.san import SanSegmenter
 from opensan.vocabulary import Vocabulary
 
-pytest.importorskip("open_clip")
-pytest.importorskip("timm")
-pytest.importorskip("transformers")
-
-SIDE = SideAdapterConfig(
-    width=48,
-    depth=4,
-    heads=3,
-    image_size=96,
-    queries=10,
-    fusion={0: 1, 1: 2, 2: 3},
-    supervised_blocks=(3, 4),
-    mask_channels=20,
-    mlp_channels=28,
-)
-TEXT = TextConfig(width=16, layers=2, heads=2, context_length=32)
-
-CLIPS = {
-    "clip_resnet": ClipResNetConfig(
-        kind="clip_resnet",
-        embed_dim=24,
-        quick_gelu=True,
-        vision=ResNetVisionConfig(layers=(1, 2, 1, 1), width=8, image_size=64),
-        text=TEXT,
-    ),
-    "siglip": PooledVitConfig(
-        kind="vit_pooled",
-        embed_dim=64,
-        vision=PooledVitVisionConfig(model="test_vit", layers=6, projection=False),
-        text=SiglipTextConfig(kind="siglip_text", width=16, layers=2, heads=2, context_length=32, vocab_size=49_408),
-    ),
-    "perception encoder": PooledVitConfig(
-        kind="vit_pooled",
-        embed_dim=24,
-        vision=PooledVitVisionConfig(model="vit_pe_core_tiny_patch16_384", layers=12, projection=True),
-        text=TEXT,
-    ),
-    "convnext": ConvNetConfig(
-        kind="convnet",
-        embed_dim=24,
-        vision=ConvNetVisionConfig(model="test_convnext", layers=4, head="linear"),
-        text=TEXT,
-    ),
-    "convnext mlp": ConvNetConfig(
-        kind="convnet",
-        embed_dim=24,
-        vision=ConvNetVisionConfig(model="test_convnext", layers=4, head="mlp"),
-        text=TEXT,
-    ),
-    "align": AlignConfig(
-        kind="align",
-        embed_dim=80,
-        vision=AlignVisionConfig(width_coefficient=0.25, depth_coefficient=0.5, image_size=64),
-        text=AlignTextConfig(
-            width=16, layers=2, heads=2, mlp_channels=20, positions=32, context_length=32, vocab_size=49_408
-        ),
-    ),
-}
-
-
-def layers_of(clip) -> int:
-    return 4 if clip.kind == "clip_resnet" else clip.vision.layers
-
-
-def lively(module: torch.nn.Module) -> torch.nn.Module:
-    """`module` with seeded weights and running statistics, of which none is zero."""
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in module.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-        elif tensor.is_floating_point() and tensor.ndim:
-            scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1
-            base = 1.0 if tensor.ndim == 1 and name.endswith("weight") else 0.0
-            tensor.copy_(base + scale * torch.randn(tensor.shape, generator=generator))
-    return module.eval()
+from .encoders import CLIPS, SIDE, layers_of, lively, small_san, small_tokenizer
 
 
 @pytest.fixture(scope="module", params=list(CLIPS))
 def family(request) -> SAN:
     """A small SAN of each family. Not to be changed."""
-    clip = CLIPS[request.param]
-    config = ModelConfig(
-        name=request.param,
-        clip=clip,
-        side_adapter=SIDE,
-        recognition_layer=layers_of(clip),
-        clip_scale=1.0,
-        image=ImageConfig(short_side=96, long_side=384),
-    )
-    model = lively(build_san(config))
-    if clip.text.own_tokenizer:
-        model.tokenizer = small_tokenizer()
-    return model
-
-
-def small_tokenizer() -> bytes:
-    """A tokenizer.json of a few words, whose prompts end with 1."""
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"[UNK]": 0, "</s>": 1, "a": 2, "photo": 3, "of": 4, "sky": 5, "grass": 6, "road": 7, "the": 8}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return tokenizer.to_str().encode()
+    return small_san(request.param)
 
 
 def pixels(*shape: int) -> torch.Tensor:
@@ -144,14 +34,20 @@ def pixels(*shape: int) -> torch.Tensor:
 
 def recognised(ours, images: torch.Tensor, bias: float = 0.0) -> torch.Tensor:
     """What a bias that is equal everywhere recognises, [B, 3, D]."""
-    features = ours.shallow_features(images, max(ours.layer_widths), ())
+    layers = max(ours.layer_widths) - isinstance(ours, EvaClip)
+    features = ours.shallow_features(images, layers, ())
     return ours.recognise(features, torch.full((len(images), ours.attention_heads, 3, 8, 8), bias))
 
 
 def check(ours, images, expected_images, tokens, expected_texts) -> None:
+    """Compare unit embeddings of images and texts; pytest -rP shows the largest differences (docs/encoders.md)."""
     expected_images = F.normalize(expected_images, dim=-1).unsqueeze(1).expand(-1, 3, -1)
-    torch.testing.assert_close(recognised(ours, images), expected_images, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours.embed_prompts(tokens), F.normalize(expected_texts, dim=-1), atol=1e-5, rtol=0)
+    expected_texts = F.normalize(expected_texts, dim=-1)
+    images, texts = recognised(ours, images), ours.embed_prompts(tokens)
+    differences = [float((a - b).abs().max()) for a, b in ((images, expected_images), (texts, expected_texts))]
+    print("largest differences: images {:.1e}, texts {:.1e}".format(*differences))
+    torch.testing.assert_close(images, expected_images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(texts, expected_texts, atol=1e-5, rtol=0)
 
 
 PROMPTS = torch.tensor([[49406, 320, 1125, 49407, 0], [49406, 320, 49407, 0, 0]])
@@ -199,6 +95,23 @@ def test_a_perception_encoder_is_open_clips():
     theirs.load_state_dict(ours.state_dict(), strict=True)
     images = pixels(1, 3, 384, 384)
     check(ours, images, theirs.encode_image(images), PROMPTS, theirs.encode_text(PADDED))
+
+
+@torch.inference_mode()
+def test_an_eva_clip_is_open_clips():
+    """Wherever its blocks are cut in shallow ones and those that recognise."""
+    model = pytest.importorskip("open_clip.model")
+    ours = lively(build_backbone(CLIPS["eva"]))
+    vision = {"image_size": 64, "timm_model_name": "eva02_small_clip_of_tests", "timm_pool": "token", "timm_proj": None}
+    theirs = model.CustomTextCLIP(24, vision, CLIP_TEXT).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = pixels(2, 3, 64, 64)
+    check(ours, images, theirs.encode_image(images), PROMPTS, theirs.encode_text(PADDED))
+    expected = F.normalize(theirs.encode_image(images), dim=-1).unsqueeze(1).expand(-1, 3, -1)
+    for layers in (1, 2, 3):
+        features = ours.shallow_features(images, layers, ())
+        found = ours.recognise(features, torch.zeros(2, 3, 3, 8, 8))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()
@@ -284,12 +197,12 @@ def test_a_profile_counts_each_tower_as_its_own(family, tmp_path):
     clip = family.clip
     if family.config.name == "align":
         text = [clip.model.text_model, clip.model.text_projection]
-    elif family.config.clip.kind == "vit_pooled":
+    elif family.config.clip.kind in ("vit_pooled", "eva_clip"):
         text = [clip.text]
     else:
         text = [clip.token_embedding, clip.transformer, clip.ln_final]
     expected = sum(parameter.numel() for module in text for parameter in module.parameters())
-    if family.config.clip.kind in ("clip_resnet", "convnet"):
+    if family.config.clip.kind in ("clip_resnet", "convnet", "efficientnet_lite"):
         expected += clip.positional_embedding.numel() + clip.text_projection.numel()
     costs = profile(str(save_folder(family, tmp_path / "model")), size=(96, 128), words=5)
     parameters = costs.parameters
@@ -302,10 +215,7 @@ def test_a_profile_counts_each_tower_as_its_own(family, tmp_path):
     assert costs.speed.images_per_second > 0
 
 
-FILES = {"clip_resnet": "open_clip", "siglip": "open_clip", "convnext": "open_clip", "align": "transformers"}
-
-
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["clip_resnet", "siglip", "eva", "convnext", "align"])
 def test_weights_are_read_from_the_librarys_files_strictly_by_name(name, tmp_path):
     """A missing, surplus or misshapen key stops with its name; the tokenizer comes along."""
     clip = CLIPS[name]
@@ -348,6 +258,7 @@ OPEN_CLIP_NAMES = {
     "siglip-vit-b16": "ViT-B-16-SigLIP",
     "siglip2-vit-b16": "ViT-B-16-SigLIP2",
     "pe-core-b16": "PE-Core-B-16",
+    "eva02-clip-b16": "EVA02-B-16",
     "laion-convnext-b": "convnext_base_w",
     "laion-convnext-l": "convnext_large_d",
 }

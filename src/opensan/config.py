@@ -167,6 +167,31 @@ class PooledVitConfig(Config):
             raise UserError(f"clip.text: width {self.text.width} is not a multiple of heads {self.text.heads}")
 
 
+class EvaVisionConfig(Config):
+    """The image tower of the family "eva_clip"."""
+
+    model: TimmName
+    """Name of a timm model, which defines the shape: eva02_base_patch16_clip_224, ..."""
+    layers: LayerCount
+    """Blocks of that model."""
+
+
+class EvaClipConfig(Config):
+    """The family "eva_clip": EVA-CLIP, a ViT of timm's that is read at its class token, as open_clip builds it."""
+
+    kind: Literal["eva_clip"]
+    embed_dim: Count
+    vision: EvaVisionConfig
+    text: TextConfig
+
+    def check_layers(self, recognition_layer: int) -> None:
+        """Raise UserError if the tower can't be cut after `recognition_layer`, or the text's width does not fit."""
+        if not 0 < recognition_layer < self.vision.layers:
+            raise UserError(f"recognition_layer {recognition_layer} is not between 1 and {self.vision.layers - 1}")
+        if self.text.width % self.text.heads:
+            raise UserError(f"clip.text: width {self.text.width} is not a multiple of heads {self.text.heads}")
+
+
 class ConvNetVisionConfig(Config):
     """The image tower of the family "convnet"."""
 
@@ -268,6 +293,7 @@ AnyClipConfig = Annotated[
     Annotated[ClipConfig, Tag("clip_vit")]
     | Annotated[ClipResNetConfig, Tag("clip_resnet")]
     | Annotated[PooledVitConfig, Tag("vit_pooled")]
+    | Annotated[EvaClipConfig, Tag("eva_clip")]
     | Annotated[ConvNetConfig, Tag("convnet")]
     | Annotated[AlignConfig, Tag("align")]
     | Annotated[EfficientNetLiteConfig, Tag("efficientnet_lite")],

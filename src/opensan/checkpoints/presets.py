@@ -11,6 +11,8 @@ from opensan.config import (
     ClipResNetConfig,
     ConvNetConfig,
     ConvNetVisionConfig,
+    EvaClipConfig,
+    EvaVisionConfig,
     ImageConfig,
     ModelConfig,
     PooledVitConfig,
@@ -99,6 +101,13 @@ def _pooled(name: str, embed_dim: int, model: str, layers: int, text: TextConfig
     return _san(name, clip, fusion, layers, 0.5, ImageConfig(mean=HALF, std=HALF))
 
 
+def _eva(name: str, embed_dim: int, model: str, layers: int, text: TextConfig) -> ModelConfig:
+    vision = EvaVisionConfig(model=model, layers=layers)
+    clip = EvaClipConfig(kind="eva_clip", embed_dim=embed_dim, vision=vision, text=text)
+    fusion = {block: block * layers // 4 for block in range(4)}
+    return _san(name, clip, fusion, layers * 3 // 4, 0.5)
+
+
 def _convnext(
     name: str, embed_dim: int, model: str, text: TextConfig, head: Literal["linear", "mlp"] = "linear"
 ) -> ModelConfig:
@@ -153,6 +162,10 @@ _PRESETS = (
     Preset(_pooled("siglip-vit-b16", 768, "vit_base_patch16_siglip_224", 12, _SIGLIP_TEXT), "timm/ViT-B-16-SigLIP"),
     Preset(_pooled("siglip2-vit-b16", 768, "vit_base_patch16_siglip_224", 12, _SIGLIP2_TEXT), "timm/ViT-B-16-SigLIP2"),
     Preset(_pooled("pe-core-b16", 1024, "vit_pe_core_base_patch16_224", 12, _PE_TEXT), "timm/PE-Core-B-16"),
+    Preset(
+        _eva("eva02-clip-b16", 512, "eva02_base_patch16_clip_224", 12, _TEXT_512),
+        "timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k",
+    ),
     Preset(
         _convnext("laion-convnext-b", 640, "convnext_base", TextConfig(width=640, layers=12, heads=10)),
         "laion/CLIP-convnext_base_w-laion2B-s13B-b82K",

@@ -13,6 +13,7 @@ FAMILIES = {
     "clip_vit": "ClipModel",
     "clip_resnet": "ClipResNet",
     "vit_pooled": "PooledVit",
+    "eva_clip": "EvaClip",
     "convnet": "ConvNetClip",
     "align": "Align",
     "efficientnet_lite": "EfficientNetLiteModel",
