@@ -234,6 +234,12 @@ def test_sound_and_picture_stay_together_when_both_start_late(small, tmp_path):
         assert 0.4 < film_.duration / 1_000_000 < 0.7
 
 
+def test_sound_that_ends_before_the_first_picture_is_told(small, tmp_path):
+    path = write_clip(tmp_path / "clip.ts", times=[one + 7_000 for one in TIMES], sound="aac", sound_seconds=4)
+    _, video = run(small, path, tmp_path / "out", every=4, steady=False)
+    assert video.notes == ["all of the sound is before the first picture: the overlay video is silent"]
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
 @pytest.mark.parametrize("first", [0, 7_000])
 def test_sound_that_is_longer_is_no_early_end(tmp_path, suffix, first):

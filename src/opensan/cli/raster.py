@@ -118,18 +118,17 @@ def segment_raster(
             embed_words(segmenter, vocabulary)
             tiling = Tiling.plan(raster.size, tile or segmenter.image_config.short_side, overlap)
             work = _work(raster, segmenter, vocabulary, tiling)
-            result = SingleResult(out, image, raster.stat, LABELS, work)
-            part = out / f".{result.name}.labels.part"
-            with StripFile(part, work, tiling.strips, raster.size[1]) as strips:
-                _label(segmenter, raster, vocabulary, tiling, strips, batch)
-                _write(raster, strips, vocabulary.names, out, result, polygons, min_pixels, as_json)
-                strips.remove()
+            try:  # the image's own errors are UserErrors
+                result = SingleResult(out, image, raster.stat, LABELS, work)
+                part = out / f".{result.name}.labels.part"
+                with StripFile(part, work, tiling.strips, raster.size[1]) as strips:
+                    _label(segmenter, raster, vocabulary, tiling, strips, batch)
+                    _write(raster, strips, vocabulary.names, out, result, polygons, min_pixels, as_json)
+                    strips.remove()
+            except OSError as error:  # a full disk, or a name that is too long
+                raise UserError(f"{error.filename or out}: cannot write there ({error.strerror or error})") from None
             if show:
                 open_file(out / f"{result.name}{PREVIEW}")
-        except UserError:  # a HubError is an OSError too
-            raise
-        except OSError as error:  # a full disk, or a name that is too long
-            raise UserError(f"{error.filename or out}: cannot write there ({error.strerror or error})") from None
         finally:
             raster.close()
 

@@ -260,14 +260,13 @@ def _read_file(source: str | os.PathLike[str] | bytes, read: Callable[[Image.Ima
         return _read_open_file(io.BytesIO(source), "image bytes", read)
     path = Path(source)
     try:
-        with path.open("rb") as file:
-            return _read_open_file(file, str(path), read)
+        file = path.open("rb")
     except OSError as error:
         raise ImageError(f"{path}: can't be read ({error.strerror or error})") from None
-    except ValueError as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"{short(str(path), 120)}: not a file name") from None  # a NUL in it
+    except ValueError:  # a NUL in it
+        raise ImageError(f"{short(str(path), 120)}: not a file name") from None
+    with file:
+        return _read_open_file(file, str(path), read)
 
 
 def _read_open_file(file: IO[bytes], name: str, read: Callable[[Image.Image, str], T]) -> T:
@@ -293,7 +292,9 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
         upright = _UPRIGHT.get(_orientation(image))
         image = _to_rgb(image)
         return np.array(image if upright is None else image.transpose(upright))
-    except Exception as error:  # as above; "truncated" arrives here
+    except MemoryError:  # which says nothing about the image
+        raise
+    except Exception as error:  # decoders raise any kind of error, and so do conversions of rare modes
         raise ImageError(f"{name}: {_reason(error)}") from None
 
 

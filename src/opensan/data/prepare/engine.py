@@ -103,7 +103,7 @@ def prepare(
             journal.close()
             journal.path.unlink()
             return manifest
-    except OSError as error:  # errors in reading an image are caught before
+    except OSError as error:  # of any file in the folder; those in reading an image and its labels are caught before
         raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
 
 

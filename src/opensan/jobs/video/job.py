@@ -248,7 +248,10 @@ class VideoRun:
         frames = self._clip.frames(self._every)
 
         def read(_: int) -> _Read | None:
-            frame = next(frames, None)
+            try:
+                frame = next(frames, None)
+            except (OSError, pyav().FFmpegError) as error:  # named here, as others are of what is written
+                raise UserError(f"{self._path}: can't be read ({reason(error)})") from None
             if frame is None:
                 return None
             return _Read(frame, None if frame.number < self.finished else self._segmenter.read(frame.image))

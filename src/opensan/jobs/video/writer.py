@@ -54,6 +54,8 @@ class Film:
         try:
             if kind is None and self._video is not None:
                 self._mux_sound(self._clip.sound_after)
+                if self._sound is not None and not self._sound_ends:
+                    self.notes.append("all of the sound is before the first picture: the overlay video is silent")
                 self._container.mux(self._video.encode())
         finally:
             self._container.close()
