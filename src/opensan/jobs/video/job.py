@@ -251,7 +251,7 @@ class VideoRun:
             try:
                 frame = next(frames, None)
             except (OSError, pyav().FFmpegError) as error:  # named here, as others are of what is written
-                raise UserError(f"{self._path}: can't be read ({reason(error)})") from None
+                raise UserError(f"{self.path}: can't be read ({reason(error)})") from None
             if frame is None:
                 return None
             return _Read(frame, None if frame.number < self.finished else self._segmenter.read(frame.image))
