@@ -11,9 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_FOR_DEMO := $(VENV)/.ready-for-demo
-SCENE := src/opensan/assets/scenes/playground.png
 
-WORDS ?= night sky,brick,green heart,white heart,orange circle,orange cross,red square
+WORDS ?= sky, road, tree, bicycle
 export WORDS
 
 .PHONY: help demo test lint docs bench release
@@ -21,9 +20,8 @@ export WORDS
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY_FOR_DEMO) ## Segment a bundled scene with your words: make demo WORDS="brick,green heart"
-	@mkdir -p out/demo
-	@$(BIN)/opensan segment $(SCENE) --model tiny --words "$$WORDS" --out out/demo
+demo: $(READY_FOR_DEMO) ## Label a bundled photograph with your words: make demo WORDS="sky, road"
+	@$(BIN)/opensan demo --words "$$WORDS"
 
 test: lint ## Run every check and test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -359,11 +359,12 @@ def test_models_lists_every_name_with_its_kind_and_proof(run, monkeypatch):
     code, stdout, stderr = run("models")
     assert (code, stderr) == (0, "")
     lines = stdout.splitlines()
-    assert lines[0].split()[:3] == ["tiny", "clip_vit", "labels"]
-    for line, (name, preset) in zip(lines[1:-2], PRESETS.items(), strict=True):
+    assert lines[0].split()[:3] == ["photo", "efficientnet_lite", "labels"]
+    assert lines[1].split()[:3] == ["tiny", "clip_vit", "labels"]
+    for line, (name, preset) in zip(lines[2:-2], PRESETS.items(), strict=True):
         use = "labels" if preset.official else "trains"
         assert line.split(maxsplit=3) == [name, preset.config.clip.kind, use, preset.proved]
-    assert lines[-1] == "only tiny was tested with its real weights here; all others are untested with theirs"
+    assert lines[-1].startswith("only photo and tiny were tested with their real weights here; all others")
     monkeypatch.setenv("FORCE_COLOR", "1")
     table = run("models")[1]
     assert all(name in table for name in PRESETS) and "proved" in table and "untested with theirs" in table

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import opensan
-from opensan.checkpoints.hub import TINY_FOLDER
+from opensan.checkpoints.hub import BUNDLED
 from opensan.evaluation.evaluation import evaluate, segmenter_predictor
 from opensan.lab.san_training import SceneDataset, base_and_novel
 from opensan.lab.scenes import BASE_NAMES, NOVEL_NAMES, SEGMENTATION_NAMES
@@ -22,7 +22,7 @@ def tiny():
 
 
 def test_it_is_small():
-    assert sum(file.stat().st_size for file in TINY_FOLDER.iterdir()) <= 12_000_000
+    assert sum(file.stat().st_size for file in BUNDLED["tiny"].iterdir()) <= 12_000_000
 
 
 def test_base_and_novel_words_on_unseen_scenes(tiny):

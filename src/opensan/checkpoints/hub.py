@@ -15,7 +15,8 @@ from opensan.files import ASSETS, check_regular
 from opensan.model import SAN, build_san
 
 OFFICIAL_REPOSITORY = "Mendel192/san"
-TINY_FOLDER = ASSETS / "models" / "tiny"
+BUNDLED = {name: ASSETS / "models" / name for name in ("photo", "tiny")}
+"""Models that come with the package, by name."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -24,8 +25,8 @@ def load_model(source: str | os.PathLike) -> SAN:
     """Load a model in float32 on the CPU, in evaluation mode.
 
     Args:
-        source: "san-vit-b16", "san-vit-l14", "tiny"; a checkpoint folder; a .safetensors beside its config.json;
-            an official .pth; or a hub id "owner/name".
+        source: "san-vit-b16", "san-vit-l14", "photo", "tiny"; a checkpoint folder; a .safetensors beside its
+            config.json; an official .pth; or a hub id "owner/name".
 
     Raises:
         UserError: one line with the fault of the file, or the possible values of `source`.
@@ -35,8 +36,8 @@ def load_model(source: str | os.PathLike) -> SAN:
     if path.exists():
         return _load_path(path)
     name = os.fspath(source)
-    if name == "tiny":
-        return load_folder(TINY_FOLDER)
+    if name in BUNDLED:
+        return load_folder(BUNDLED[name])
     if preset := PRESETS.get(name):
         if preset.official is None:
             raise UserError(
@@ -47,7 +48,7 @@ def load_model(source: str | os.PathLike) -> SAN:
     if HUB_ID.fullmatch(name) and not name.endswith((".pth", ".safetensors")):
         config = download(name, name, CONFIG_NAME)
         return load_folder(config.parent, download(name, name, WEIGHTS_NAME))
-    known = ["tiny", *(name for name, preset in PRESETS.items() if preset.official)]
+    known = [*BUNDLED, *(name for name, preset in PRESETS.items() if preset.official)]
     raise UserError(
         f"no model {name!r}: it is no file or folder here; known names are {', '.join(known)}, or a hub id like "
         f"owner/name{did_you_mean(name, known)}"
@@ -56,10 +57,10 @@ def load_model(source: str | os.PathLike) -> SAN:
 
 def preset_config(name: str) -> ModelConfig:
     """Return the configuration of a preset. Raises UserError naming the known ones."""
-    if name == "tiny":
-        return read_config(TINY_FOLDER / CONFIG_NAME)
+    if name in BUNDLED:
+        return read_config(BUNDLED[name] / CONFIG_NAME)
     if name not in PRESETS:
-        raise UserError(f"no preset {name!r}: known are tiny, {', '.join(PRESETS)}")
+        raise UserError(f"no preset {name!r}: known are {', '.join([*BUNDLED, *PRESETS])}")
     return PRESETS[name].config
 
 
@@ -84,7 +85,7 @@ def _load_path(path: Path) -> SAN:
 
 INSTEAD_OF_A_MODEL = (
     "download the file elsewhere and give its path as the model (--model PATH), "
-    "or use --model tiny, which needs no network"
+    "or use --model photo or --model tiny, which need no network"
 )
 
 

@@ -178,4 +178,4 @@ _PRESETS = (
 )
 
 PRESETS = {preset.config.name: preset for preset in _PRESETS}
-"""By name. `tiny` is not here: its configuration lies beside its weights in the package."""
+"""By name. `photo` and `tiny` are not here: their configurations lie beside their weights in the package."""

@@ -14,6 +14,7 @@ import typer
 from opensan import __version__
 from opensan.cli.cache import cache
 from opensan.cli.data import data
+from opensan.cli.demo import demo
 from opensan.cli.evaluate import evaluate
 from opensan.cli.export import export
 from opensan.cli.models import convert, models, parity
@@ -34,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(cls=Command)(demo)
 app.command(cls=Command)(segment)
 app.command(cls=Command)(segment_raster)
 app.command(cls=Command)(segment_video)

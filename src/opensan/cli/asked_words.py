@@ -61,7 +61,7 @@ Templates = Annotated[
 ]
 
 _SEPARATOR = re.compile(r"[/•·>+&]|\s-\s|\sand\s|\s{2}", re.IGNORECASE)
-"""What people also write between words."""
+"""The characters that people also write between words."""
 
 T = TypeVar("T")
 

@@ -19,7 +19,10 @@ def models(as_json: AsJson = False) -> None:
     from opensan.checkpoints import preset_config
     from opensan.checkpoints.presets import PRESETS
 
-    rows = [("tiny", preset_config("tiny").clip.kind, "labels", "trained and tested here, on drawn scenes")]
+    rows = [
+        (name, preset_config(name).clip.kind, "labels", f"trained and tested here, on {pictures}")
+        for name, pictures in (("photo", "photographs"), ("tiny", "drawn scenes"))
+    ]
     for name, preset in PRESETS.items():
         rows.append((name, preset.config.clip.kind, "labels" if preset.official else "trains", preset.proved))
     if as_json:
@@ -39,7 +42,7 @@ def models(as_json: AsJson = False) -> None:
             print(f"{name:<22} {kind:<12} {use:<7} {proved}")
     for line in (
         "labels: give the name to --model; trains: no SAN around the encoder was released; start a training from it",
-        "only tiny was tested with its real weights here; all others are untested with theirs",
+        "only photo and tiny were tested with their real weights here; all others are untested with theirs",
     ):
         console.print(line, soft_wrap=True)
 

@@ -14,7 +14,7 @@ def starting_with(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-MODELS = ("tiny", "san-vit-b16", "san-vit-l14")
+MODELS = ("photo", "tiny", "san-vit-b16", "san-vit-l14")
 """The models that label images by name; typed here because the shell must not wait for torch."""
 
 MODEL, RESULTS = "Model", "Results"
@@ -26,8 +26,8 @@ Model = Annotated[
         "--model",
         "-m",
         autocompletion=lambda incomplete: starting_with(incomplete, MODELS),
-        help="san-vit-b16, san-vit-l14 (official weights, downloaded once), tiny (comes along, works offline, knows "
-        "drawn scenes only), a folder, a .safetensors, an official .pth, or a hub id owner/name.",
+        help="san-vit-b16, san-vit-l14 (official weights, downloaded once), photo, tiny (come along, work offline; "
+        "tiny knows drawn scenes only), a folder, a .safetensors, an official .pth, or a hub id owner/name.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -97,19 +97,20 @@ class SAN(nn.Module):
         memo |= {id(buffer): buffer.detach() for buffer in self.buffers()}
         return copy.deepcopy(self, memo).eval()
 
-    def propose(self, pixels: Tensor, *, supervise: bool = False) -> Proposals:
+    def propose(self, pixels: Tensor, *, supervise: bool = False, features: ShallowFeatures | None = None) -> Proposals:
         """Encode images.
 
         Args:
             pixels: [B, 3, H, W] float RGB, normalised with the config's mean and std and zero-padded,
                 H and W multiples of `image.size_divisor` (see `opensan.images.prepare`).
             supervise: also return those of earlier supervised side blocks (`Proposals.auxiliary`), for training.
+            features: what `shallow_features` answers for `pixels`, if that is known already.
 
         Returns:
             Proposals: mask logits [B, Q, h, w], unit mask embeddings [B, Q, D], attention bias [B, N, Q, h, w].
         """
         config = self.config
-        features = self.shallow_features(pixels)
+        features = features or self.shallow_features(pixels)
         blocks = config.side_adapter.supervised_blocks if supervise else config.side_adapter.supervised_blocks[-1:]
         masks, biases = zip(*self.side_adapter(pixels, features.maps, blocks), strict=True)
         # Queries do not attend to each other in recognition, so those of all supervised blocks share one pass.

@@ -20,7 +20,7 @@ class StartConfig(Config):
     """The model and weights that training starts from."""
 
     model: str = "san-vit-b16"
-    """san-vit-b16, san-vit-l14, tiny, a model folder; with `weights: model` also an official .pth or a hub id."""
+    """san-vit-b16, san-vit-l14, photo, tiny, a folder; with `weights: model` also an official .pth or a hub id."""
     weights: Literal["clip", "model", "random"] = "clip"
     """clip: CLIP's weights and a new side adapter (the recipe); model: all of the model's; random: for tests."""
     clip: str = "openai"

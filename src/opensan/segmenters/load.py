@@ -31,7 +31,7 @@ def load(
     """Load a model, ready to segment.
 
     Args:
-        source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "tiny" (ships with the package);
+        source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "photo", "tiny" (in the package);
             a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name"; or an exported model:
             its folder, or a graph in it ("exported/image.onnx"). An exported model needs no torch.
         device: "auto" ("cuda" where torch finds a GPU, else "cpu"), "cpu", "cuda", "cuda:1", "mps". An exported

@@ -158,7 +158,7 @@ def load_san(
     """Load a model, ready to segment.
 
     Args:
-        source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "tiny" (ships with the package);
+        source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "photo", "tiny" (in the package);
             a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name".
         device: "auto" ("cuda" where torch finds a GPU, else "cpu"), "cpu", "cuda", "cuda:1", "mps".
         speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same

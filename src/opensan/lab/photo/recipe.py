@@ -1,5 +1,6 @@
 """All steps of the recipe, each of which leaves a file and is not done again: `python -m opensan.lab.photo all`."""
 
+import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor
 from opensan.checkpoints import save_folder
 from opensan.errors import UserError
 from opensan.evaluation.evaluation import Predictor, model_predictor
+from opensan.files import write_text
 from opensan.lab.photo import masks
+from opensan.lab.photo.baselines import activation_map, pixel_head, pixel_predictor
 from opensan.lab.photo.features import collect_all
 from opensan.lab.photo.report import measure, tests
 from opensan.lab.photo.sets import BACKGROUND, NOVEL, PhotoSet
@@ -31,7 +34,7 @@ from opensan.lab.photo.words import (
     tags_of,
 )
 from opensan.model import SAN
-from opensan.model.backbones.efficientnet_lite import EfficientNetLite, from_library
+from opensan.model.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteModel, from_library
 from opensan.vocabulary import Vocabulary
 
 
@@ -111,6 +114,27 @@ def masks_step(sources: Sources, points: WordPoints, out: Path) -> SAN | None:
 
     finished = masks.train(model, points, sources.data, out / "masks", validate=validate).finished
     return model if finished else None
+
+
+def baselines(sources: Sources, points: WordPoints, out: Path) -> None:
+    """Measure what the same frozen features give without a side adapter, and write `out`/baselines.json."""
+    tower = Tower.read(sources.tower)
+    model = masks.build(tower.state, points)
+    assert isinstance(model.clip, EfficientNetLiteModel)
+    head = pixel_head(model, sources.data, masks.SHARES, out / "pixel-head")
+    ways = {
+        "activation map": activation_map(model.clip.visual, tower.weight, tower.bias, points.lexicon),
+        "pixel head": pixel_predictor(head, model),
+    }
+    listed = tests(sources.data)
+    figures = {way: {name: measure(ways[way], listed[name]()) for name in BASELINE_TESTS} for way in ways}
+    for way, measured in figures.items():
+        shown = ", ".join(f"{name} {100 * figures['miou']:.1f}" for name, figures in measured.items())
+        print(f"{way}: {shown}", flush=True)
+    write_text(out / "baselines.json", json.dumps(figures, indent=1) + "\n")
+
+
+BASELINE_TESTS = ("voc", "coco", "pets")
 
 
 def text_step(points: WordPoints, out: Path) -> Mapping[str, Tensor] | None:

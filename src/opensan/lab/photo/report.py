@@ -144,6 +144,7 @@ def model_words(model: SAN) -> Callable[[Vocabulary, int], Predictor]:
 
 def report(model: str, root: Path, out: Path) -> None:
     """Measure `model` (as `opensan.load` takes it) on every test, and write `out`/figures.json as they come."""
+    out.mkdir(parents=True, exist_ok=True)
     predictor = model_words(load_model(model))
     figures = {}
     for name, listed in tests(root).items():

@@ -33,6 +33,10 @@ BACKGROUND = (
 """Words that take up what no word of COCO names, in tests where the background counts."""
 
 
+HIDDEN = -3
+"""The label of NOVEL words' pixels in training: unlabelled, and nothing is said of what they are not either."""
+
+
 @dataclass(frozen=True)
 class SetSpec:
     """How a folder's classes are renamed and its photographs divided."""
@@ -180,6 +184,8 @@ class PhotoSet:
         place = {word: index for index, word in enumerate(words)}
         rest = len(words) if background else UNLABELLED
         values = [rest if word is None else place.get(word, rest) for word in renamed]
+        if not masks_of_novel:
+            values = [HIDDEN if word in NOVEL else value for word, value in zip(renamed, values, strict=True)]
         self._label_of_value = np.array(values, dtype=np.int16)
 
     def __len__(self) -> int:

@@ -27,7 +27,6 @@ LOOP = LoopConfig(
     learning_rate=2e-3,
     warmup=50,
     clip_norm=1.0,
-    precision="bfloat16",
     save_every=100,
     log_every=50,
 )

@@ -1,0 +1,170 @@
+"""The recipe of the packaged model for photographs: crops, cut-outs, and queries that have a place."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opensan.config import EfficientNetLiteConfig, ImageConfig, ModelConfig, SideAdapterConfig, TextConfig
+from opensan.data.augment import AugmentConfig
+from opensan.lab.photo.anchors import AnchoredTask, alike_is_together, anchored_start, mask_losses, segments_of_queries
+from opensan.lab.photo.crops import Crops
+from opensan.lab.photo.paste import CutOuts
+from opensan.lab.photo.sets import HIDDEN, PhotoSet
+from opensan.model import SAN, build_san
+from opensan.structures import TextClassifier
+from opensan.train.matcher import LossWeights
+
+CLASSES = ("background", "person", "bus", "dog")
+AUGMENT = AugmentConfig(short_sides=(64,), crop=(64, 64))
+
+
+def made() -> SAN:
+    """A small SAN with 16 queries, started on a grid."""
+    config = ModelConfig(
+        name="small",
+        clip=EfficientNetLiteConfig(
+            kind="efficientnet_lite", variant="lite0", embed_dim=32, text=TextConfig(width=16, layers=1, heads=2)
+        ),
+        side_adapter=SideAdapterConfig(
+            width=160,
+            depth=3,
+            heads=4,
+            patch_size=8,
+            image_size=64,
+            queries=16,
+            fusion={0: 3, 1: 2, 2: 1},
+            supervised_blocks=(2, 3),
+            mask_channels=32,
+            mlp_channels=32,
+        ),
+        recognition_layer=3,
+        clip_scale=1.0,
+        image=ImageConfig(short_side=64, mean=(127.0,) * 3, std=(128.0,) * 3),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_san(config)
+        anchored_start(model.side_adapter, 4)
+    return model
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Twelve photographs of 64x64: a red person and a green bus on grey, a blue dog on every second."""
+    for kind in ("images", "labels"):
+        (tmp_path / "coco_small" / kind).mkdir(parents=True)
+    (tmp_path / "coco_stuff_few" / "images").mkdir(parents=True)
+    (tmp_path / "coco_small" / "classes.txt").write_text("\n".join(CLASSES))
+    for number in range(12):
+        image, labels = np.full((64, 64, 3), 128, np.uint8), np.zeros((64, 64), np.uint8)
+        for value, colour, where in (
+            (1, 0, np.s_[8:40, 4:28]),
+            (2, 1, np.s_[36:60, 34:60]),
+            (3, 2, np.s_[4:20, 40:60]),
+        ):
+            if value < 3 or number % 2:
+                image[where], labels[where] = np.eye(3, dtype=np.uint8)[colour] * 255, value
+        Image.fromarray(image).save(tmp_path / "coco_small" / "images" / f"{number}.jpg", quality=95)
+        Image.fromarray(labels).save(tmp_path / "coco_small" / "labels" / f"{number}.png")
+    return tmp_path
+
+
+def photographs(root: Path) -> PhotoSet:
+    return PhotoSet(root, "coco_small", "train", masks_of_novel=False)
+
+
+def test_pixels_of_novel_words_are_hidden_in_training(root: Path):
+    train = photographs(root)
+    assert "bus" not in train.vocabulary.names and "dog" in train.vocabulary.names
+    labels = train[0][1]
+    assert (labels[40:56, 40:56] == HIDDEN).all() and labels[0, 0] == -1
+    whole = PhotoSet(root, "coco_small", "test")
+    assert whole.vocabulary.names[whole[0][1][50, 50]] == "bus"
+
+
+def test_each_query_gets_the_segment_under_it_and_small_segments_the_nearest_query():
+    labels = torch.full((1, 16, 16), -1)
+    labels[0, :8] = 5
+    labels[0, 12:13, 12:13] = 7  # no cell's middle (2, 6, 10, 14) lies in it
+    wanted = segments_of_queries(labels, 4).view(4, 4)
+    assert (wanted[:2] == 5).all()
+    assert wanted[3, 3] == 7
+    assert (wanted[2] == -1).all() and (wanted[3, :3] == -1).all()
+
+
+def test_mask_losses_are_small_for_the_segment_alone():
+    labels = torch.full((1, 16, 16), -1)
+    labels[0, :, :8], labels[0, 8:, 8:] = 0, 1
+    left = torch.where(torch.arange(16) < 8, 20.0, -20.0).expand(16, 16)
+    logits = torch.stack([left, -left, left, -left])[None]
+    entropy, dice, outside = mask_losses(logits, labels, torch.tensor([[0, 0, -1, -1]]))
+    assert dice[0, 0] < 0.01 and dice[0, 1] > 0.9
+    assert entropy[0, 0] < 0.01 < 5 < entropy[0, 1]
+    # The third covers 128 labelled pixels of 192, the fourth 64, at 20 each; half of the queries are such.
+    torch.testing.assert_close(outside, torch.tensor(0.5 * 192 * 20 / 384), rtol=1e-3, atol=1e-3)
+
+
+def test_queries_start_at_their_cells(root: Path):
+    model = made()
+    source = Crops(photographs(root), model, AUGMENT, 1, 0)
+    batch = source.collate([source.load(index, np.random.default_rng(0)) for index in range(4)])
+    alike_is_together(model, batch)
+    noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        masks = model.propose(noise).mask_logits
+    best = masks.flatten(2).argmax(2)
+    rows, columns = best // 8, best % 8
+    cells = torch.arange(16)
+    near = ((rows - (cells // 4) * 2 - 0.5).abs() <= 1.5) & ((columns - (cells % 4) * 2 - 0.5).abs() <= 1.5)
+    assert near.float().mean() > 0.8
+
+
+def test_a_crop_depends_on_its_number_alone(root: Path):
+    model = made()
+    first, second = (Crops(photographs(root), model, AUGMENT, 3, 0) for _ in range(2))
+    generators = np.random.default_rng(1), np.random.default_rng(1)
+    for index in (0, 3, 0):
+        one, other = (source.load(index, random) for source, random in zip((first, second), generators, strict=True))
+        assert torch.equal(one.image, other.image) and torch.equal(one.labels, other.labels)
+        torch.testing.assert_close(one.features.tokens, other.features.tokens)
+    assert first.load(0, np.random.default_rng(2)) is first.load(0, np.random.default_rng(2))
+
+
+def test_cut_outs_bring_their_labels_and_no_novel_words(root: Path):
+    cut_outs = CutOuts([photographs(root)])
+    assert set(cut_outs.things) == {"person", "dog"}
+    image, labels = np.full((64, 64, 3), 128, np.uint8), np.full((64, 64), -1, np.int16)
+    generator = np.random.default_rng(0)
+    pasted, new = cut_outs.paste(image, labels, ["road", "dog"], generator)
+    assert set(np.unique(new)) == {-1, 1} and (labels == -1).all()
+    there = new == 1
+    assert (np.abs(pasted[there].astype(int) - [0, 0, 255]).max(1) < 90).mean() > 0.9
+    assert (pasted[~there] == 128).all()
+    assert cut_outs.paste(image, labels, ["road"], generator)[1] is labels
+
+
+def test_training_finds_the_segments_and_leaves_the_tower_alone(root: Path):
+    model = made()
+    dataset = photographs(root)
+    source = Crops(dataset, model, AUGMENT, 1, 0)
+    batch = source.collate([source.load(index, np.random.default_rng(0)) for index in range(6)])
+    alike_is_together(model, batch)
+    words = len(dataset.vocabulary.names)
+    rows = torch.nn.functional.normalize(torch.randn(words, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    others = torch.arange(words + 1) == words
+    task = AnchoredTask(model, [TextClassifier(rows, torch.arange(words), words)], [others], LossWeights())
+    before = {name: tensor.clone() for name, tensor in model.clip.state_dict().items()}
+    optimizer = torch.optim.AdamW([one.parameter for one in model.trained()], lr=2e-3)
+    dice = []
+    for _ in range(25):
+        losses = task(batch, None)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        dice.append(losses["loss_dice"].item())
+    assert set(losses) == {f"loss_{kind}{end}" for kind in ("ce", "mask", "dice") for end in ("", "_0")}
+    assert dice[-1] < 0.5 * dice[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.clip.state_dict().items())

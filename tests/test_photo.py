@@ -1,0 +1,47 @@
+"""The model of photographs that comes with the package, and the photographs to try it on."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import opensan
+from opensan.checkpoints.hub import BUNDLED
+from opensan.cli.demo import PHOTOGRAPHS, WORDS
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return opensan.load("photo", text_cache=False)
+
+
+def test_it_is_small_and_its_licence_comes_along():
+    assert sum(file.stat().st_size for file in BUNDLED["photo"].iterdir()) <= 32_000_000
+    assert "Apache License" in (BUNDLED["photo"] / "LICENSE-APACHE.txt").read_text()
+    told = (PHOTOGRAPHS / "ATTRIBUTION.md").read_text()
+    for name in WORDS:
+        assert f"{name}.jpg" in told
+        assert Image.open(PHOTOGRAPHS / f"{name}.jpg").size <= (640, 640)
+
+
+def test_it_finds_the_sky_the_road_and_the_cyclist(photo):
+    labels = photo.segment(PHOTOGRAPHS / "street.jpg", "sky, road, bicycle").labels
+    height, width = labels.shape
+    assert (labels[: height // 4, width // 3 : width // 2] == 0).mean() > 0.95
+    assert (labels[-height // 8 :, : width // 3] == 1).mean() > 0.95
+    rows, columns = np.nonzero(labels == 2)
+    assert 0.5 < columns.mean() / width < 0.85 and 0.45 < rows.mean() / height < 0.95
+
+
+def test_other_words_are_asked_of_the_same_image(photo):
+    segmentation = photo.segment(PHOTOGRAPHS / "animal.jpg", "ocean, horse")
+    assert 0.03 < segmentation.mask("horse").mean() < 0.2
+    again = segmentation.relabel("sand, water, horse")
+    np.testing.assert_array_equal(again.labels, photo.segment(PHOTOGRAPHS / "animal.jpg", "sand, water, horse").labels)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_demo_needs_no_network(run, tmp_path, name):
+    code, stdout, stderr = run("demo", name, "--out", tmp_path)
+    assert code == 0 and not stderr
+    assert str(tmp_path / f"{name}.overlay.png") in stdout.replace("\n", "")
+    assert (tmp_path / f"{name}.overlay.png").stat().st_size > 10_000
