@@ -174,3 +174,13 @@ def test_pictures_on_standard_input_must_be_pictures(tmp_path, model_folder, run
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))
     code, _, stderr = run("segment", "-", "-w", WORDS, "-m", model_folder, "-o", tmp_path)
     assert code == 1 and stderr.startswith("error: ") and stderr.count("\n") == 1
+
+
+def test_tiny_says_what_it_knows(monkeypatch):
+    said = []
+    monkeypatch.setattr(shared, "note", said.append)
+    shared.say_what_tiny_knows("tiny", [shared.DRAWN_SCENES / "court.png"])
+    shared.say_what_tiny_knows("photo", [Path("kitchen.jpg")])
+    assert not said
+    shared.say_what_tiny_knows("tiny", [shared.DRAWN_SCENES / "court.png", Path("kitchen.jpg")])
+    assert len(said) == 1 and "drawn scenes only" in said[0]

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from opensan.choices import Dtype, Speed
+from opensan.cli.terminal import note
+from opensan.files import ASSETS
 
 
 def starting_with(incomplete: str, names: Iterable[str]) -> list[str]:
@@ -16,6 +18,15 @@ def starting_with(incomplete: str, names: Iterable[str]) -> list[str]:
 
 MODELS = ("photo", "tiny", "san-vit-b16", "san-vit-l14")
 """The models that label images by name; typed here because the shell must not wait for torch."""
+
+DRAWN_SCENES = ASSETS / "scenes"
+
+
+def say_what_tiny_knows(model: str, images: Iterable[Path]) -> None:
+    """Say on a terminal that `tiny` knows drawn scenes only, unless all of `images` are the package's scenes."""
+    if model == "tiny" and any(image.absolute().parent != DRAWN_SCENES for image in images):
+        note("tiny knows drawn scenes only: for photographs, give --model photo or --model san-vit-b16")
+
 
 MODEL, RESULTS = "Model", "Results"
 """Groups of options in the help."""

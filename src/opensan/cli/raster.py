@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice
+from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice, say_what_tiny_knows
 from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -109,6 +109,7 @@ def segment_raster(
                     f"image's own coordinates ({raster.crs.to_wkt()[:60]}...)"
                 )
             note(f"loading {model}")
+            say_what_tiny_knows(model, [image])
             from opensan.jobs.ledger import SingleResult
             from opensan.jobs.strips import StripFile
             from opensan.jobs.tiles import Tiling

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import RESULTS, AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice
+from opensan.cli.options import RESULTS, AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice, say_what_tiny_knows
 from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -95,6 +95,7 @@ def segment(
     if show and not (single and "overlay" in kinds):
         raise UsageError("--show opens the overlay of a single image: give one image, and overlay among --format")
     note(f"loading {model}")
+    say_what_tiny_knows(model, [job.image for job in jobs])
     segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels)
     embed_words(segmenter, vocabulary)
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice
+from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice, say_what_tiny_knows
 from opensan.cli.terminal import complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -59,6 +59,7 @@ def segment_video(
 
     VideoReader(video, max_pixels=max_pixels).close()  # before the model, which takes longer to load
     note(f"loading {model}")
+    say_what_tiny_knows(model, [video])
     from opensan.segmenters.load import load
 
     segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels)
