@@ -148,7 +148,7 @@ def options(words: Iterable[str]) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(words)))
 
 
-ELSEWHERE = {"--pairs", "--no-flickr", "--build"}
+ELSEWHERE = {"--pairs", "--no-flickr", "--build", "--kills", "--minutes", "--jobs"}
 """Options of scripts in bench/ and of other programs that texts name."""
 
 
@@ -203,7 +203,7 @@ def test_terms_are_explained_where_they_first_stand(page):
             (
                 text
                 for text in paragraphs
-                if text[0] != "#" and re.search(rf"(?<![\w-]){term}\b(?!-)", text, re.IGNORECASE)
+                if text.strip()[:1] not in ("", "#") and re.search(rf"(?<![\w-]){term}\b(?!-)", text, re.IGNORECASE)
             ),
             None,
         )
