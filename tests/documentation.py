@@ -49,6 +49,7 @@ SMALLER = {
     "steps: 20000": "steps: 1",
     "batch_size: 8": "batch_size: 1",
     "validate_every: 1000": "validate_every: 1",
+    "\naugment: {short_sides: [240], crop: [192, 192]}": "",
     "\nout: runs/": "\naugment: {short_sides: [64], crop: [64, 64]}\nout: runs/",
     "--size 640x640": "--size 64x64",
     "steps: 20,": "steps: 1,",

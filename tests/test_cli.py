@@ -241,7 +241,11 @@ def test_words_from_file_and_from_set(run, tmp_path, model_folder):
         (["segment", "x.png", "--words-file", "none.txt"], 1, "none.txt"),
         (["segment", "none.png", "--words", "a"], 1, "none.png: does not exist"),
         (["segment", "empty", "--words", "a"], 1, "no images in this folder"),
-        (["segment", "x.png", "--words", "a", "--model", "no-such-model"], 1, "known names are tiny, san-vit-b16"),
+        (
+            ["segment", "x.png", "--words", "a", "--model", "no-such-model"],
+            1,
+            "known names are photo, tiny, san-vit",
+        ),
         (["segment", "x.png", "--words", "a", "--model", "empty"], 1, "config.json"),
         (["segment", "x.png", "--words", "a", "--out", "x.png/out"], 1, "cannot write there"),
         (["segment", "x.png", "--words", "a", "--device", "abacus", "--model", "MODEL"], 1, "'abacus'"),

@@ -18,7 +18,7 @@ def steps(target, venv):
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_the_demo_installs_no_test_tools(tmp_path):
     demo, test = steps("demo", tmp_path / "venv"), steps("test", tmp_path / "venv")
-    assert '-e "."' in demo and "[dev]" not in demo and "opensan segment" in demo
+    assert '-e "."' in demo and "[dev]" not in demo and "opensan demo" in demo
     assert '-e ".[dev]"' in test and "pytest" in test
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / ".ready-for-demo").touch()

@@ -8,6 +8,7 @@ Letters: B batch, Q queries, N attention heads, L tokens, C channels, D channels
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple, cast
 
 import torch
@@ -145,12 +146,18 @@ def _multiplied_by_onednn(x: Tensor) -> bool:
     """Return whether to call oneDNN directly, for inference on a CPU: torch uses MKL for float32, 10 % slower."""
     return (
         x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _has_narrow_products()))
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")  # oneDNN's call ignores autocast's number formats
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
     )
+
+
+@cache
+def _has_narrow_products() -> bool:
+    """Return whether oneDNN multiplies bfloat16 on this processor; with AVX2 alone it refuses, and torch does not."""
+    return torch.cpu._is_avx512_supported()
 
 
 class ClipBlock(Block):

@@ -12,7 +12,7 @@ COMMON = (
     "faster-coco-eval>=1.6",
     "platformdirs>=4.0",
     "rich>=13.7",
-    "typer>=0.15",
+    "typer>=0.19",
     "ftfy>=6.1",
     "regex>=2024.5",
 )
