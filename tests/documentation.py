@@ -40,10 +40,7 @@ NOT_RUN = {
 }
 """Commands that a test cannot run, and why. They are checked instead: programs, files and options exist."""
 
-NOT_FOLLOWED = {
-    "docs/results.md": "reports what took minutes to hours, on data that is not in the repository",
-    "docs/tasks.md": "takes minutes: `python bench/tasks.py` follows it",
-}
+NOT_FOLLOWED = {"docs/results.md": "reports what took minutes to hours, on data that is not in the repository"}
 """Pages of which every command is only checked."""
 
 SMALLER = {
