@@ -146,7 +146,7 @@ def test_plan_never_gives_two_images_one_name(tmp_path):
     for arguments in ([tmp_path], images, [tmp_path / "d", *images[:3], tmp_path / "e"]):
         jobs = plan(images, arguments)
         assert [job.image for job in jobs] == images
-        assert len({job.place for job in jobs}) == len(images)
+        assert len({job.stem for job in jobs}) == len(images)
     assert plan([images[4]], [images[4]]) == [Job(images[4], "x")]
 
 

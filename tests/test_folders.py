@@ -65,7 +65,7 @@ def run_folder(segmenter, folder: Path, out: Path, formats=("png",), words=WORDS
     jobs = plan(list_images([folder]), [folder])
     with FolderRun(segmenter, Vocabulary.parse(words), jobs, out, formats, batch=batch) as run:
         results = list(run.results())
-    written = [result.job.place for result in results if isinstance(result, Written)]
+    written = [result.job.stem for result in results if isinstance(result, Written)]
     return written, [result.reason for result in results if isinstance(result, Broken)], run.notes
 
 

@@ -80,7 +80,7 @@ def label_folder(root, content: bytes, classes: int = 3, colours: str = ""):
 
 
 def labels(root, **options: str) -> list[int]:
-    return open_folder(root, **options).photographs[0].labels()[0].tolist()
+    return open_folder(root, **options).images[0].labels()[0].tolist()
 
 
 def test_a_palette_of_greys_is_read_in_the_only_way_that_fits(tmp_path):
@@ -152,7 +152,7 @@ def test_benchmarks_and_prepared_folders_read_pixels_by_the_same_rule(tmp_path):
     Image.new("RGB", (4, 1)).save(root / "images" / "validation" / "a.jpg")
     (root / "annotations" / "validation" / "a.png").write_bytes(png(2, 3, b"\x1b", chunks=greys))
     with pytest.raises(ValueError, match=r"a.png: stored with a palette of greys: .* as its authors distribute it"):
-        READERS["ade20k_150"].open(root).photographs[0].labels()
+        READERS["ade20k_150"].open(root).images[0].labels()
     folder = label_folder(tmp_path / "ready", png(2, 3, b"\x1b", chunks=greys), classes=20)
     (folder / "val.txt").write_text("a\n")
     with pytest.raises(ValueError, match=r"a.png: stored with a palette of greys: .* save it as 8 or 16-bit grey"):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from opensan.data.canonical import read_manifest
 from opensan.data.check import FolderCheck
-from opensan.data.prepare import Photograph, Source
+from opensan.data.prepare import Source, SourceImage
 from opensan.data.prepare.engine import JOURNAL, LOCK, prepare
 from opensan.data.prepare.source import Labelled
 from opensan.data.segmentation_folder import SegmentationFolder
@@ -35,12 +35,12 @@ def constant(value: np.ndarray) -> np.ndarray:
 
 def photo(
     folder: Path, name: str, splits: tuple[str, ...] = ("train",), labels: np.ndarray | None = None
-) -> Photograph:
+) -> SourceImage:
     """A photograph of 3x2 (width x height) in `folder`, with these labels."""
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (3, 2), (len(name), 20, 30)).save(folder / f"{name}.png")
     labels = np.array([[0, 1, -1], [2, 2, 0]]) if labels is None else labels
-    return Photograph(name, splits, folder / f"{name}.png", functools.partial(constant, labels))
+    return SourceImage(name, splits, folder / f"{name}.png", functools.partial(constant, labels))
 
 
 WORDS = Vocabulary.parse("road, car|automobile, sky")
@@ -97,8 +97,8 @@ def test_photographs_that_are_no_files_are_written(tmp_path):
     labels = functools.partial(constant, np.zeros((2, 3), int))
     pixels = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
     photographs = [
-        Photograph("pixels", ("all",), functools.partial(constant, pixels), labels),
-        Photograph("bytes", ("all",), functools.partial(jpeg_bytes, tmp_path / "red.jpg"), labels),
+        SourceImage("pixels", ("all",), functools.partial(constant, pixels), labels),
+        SourceImage("bytes", ("all",), functools.partial(jpeg_bytes, tmp_path / "red.jpg"), labels),
     ]
     prepare(Source(WORDS, photographs), "mine", tmp_path / "out")
     images = tmp_path / "out" / "images"
@@ -135,7 +135,7 @@ def test_a_broken_photograph_is_left_out_and_tried_again(tmp_path):
     (raw / "cut.png").write_bytes((raw / "good.png").read_bytes()[:40])
     photographs[2] = photo(raw, "small", ("val",), np.zeros((2, 2), int))
     photographs[3] = photo(raw, "high", ("val",), np.full((2, 3), 3))
-    photographs[4] = Photograph("torn", ("val",), raw / "torn.png", functools.partial(fail, "torn.mat: torn"))
+    photographs[4] = SourceImage("torn", ("val",), raw / "torn.png", functools.partial(fail, "torn.mat: torn"))
     manifest = prepare(Source(WORDS, photographs), "mine", tmp_path / "out")
     assert list(manifest.left_out) == ["cut", "high", "small", "torn"]
     assert "cut.png: not an image in a known format, or damaged" in manifest.left_out["cut"]
@@ -158,13 +158,13 @@ def test_a_broken_photograph_is_left_out_and_tried_again(tmp_path):
 def test_a_name_that_is_no_file_name_costs_its_image_alone(tmp_path, name):
     labels = functools.partial(constant, np.zeros((2, 3), int))
     whole = photo(tmp_path / "raw", "whole", ("all",))
-    source = Source(WORDS, [Photograph(name, ("all",), tmp_path / "a.png", labels), whole])
+    source = Source(WORDS, [SourceImage(name, ("all",), tmp_path / "a.png", labels), whole])
     for _ in range(2):  # and so it stays in later runs
         manifest = prepare(source, "mine", tmp_path / "there")
         assert manifest.photographs == 1 and list(manifest.left_out) == [name]
         assert "is no plain file name" in manifest.left_out[name]
     with pytest.raises(ValueError, match="is no plain file name"):
-        prepare(Source(WORDS, [Photograph("a", (name,), tmp_path / "a.png", labels)]), "mine", tmp_path / "out")
+        prepare(Source(WORDS, [SourceImage("a", (name,), tmp_path / "a.png", labels)]), "mine", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -194,7 +194,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
         ({"name": "yours"}, "other source"),
         ({"options": {"a": "b"}}, "other source, other options"),
         ({"splits": ["val"]}, "other options, other splits"),
-        ({"source": Source(Vocabulary.parse("road, car, sky"), source.photographs)}, "other splits, other classes"),
+        ({"source": Source(Vocabulary.parse("road, car, sky"), source.images)}, "other splits, other classes"),
     ]:
         notes = []
         asked = {"source": source, "name": "mine"} | other
@@ -296,7 +296,7 @@ def test_what_is_finished_and_whole_is_not_done_again(tmp_path):
     photographs = []
     for name in "abcd":
         read = functools.partial(counted, tmp_path / f"{name}.log", labels)
-        photographs.append(Photograph(name, ("all",), photo(tmp_path / "raw", name).image, read))
+        photographs.append(SourceImage(name, ("all",), photo(tmp_path / "raw", name).image, read))
     source, out = Source(WORDS, photographs), tmp_path / "out"
     prepare(source, "mine", out)
     whole = contents(out)
@@ -314,7 +314,7 @@ def test_what_is_finished_and_whole_is_not_done_again(tmp_path):
     # A photograph that the source no longer has goes, and one that became another file is that file.
     (out / "images" / "b.png").unlink()
     Image.new("RGB", (3, 2)).save(tmp_path / "raw" / "b.bmp")
-    photographs[1] = Photograph("b", ("all",), tmp_path / "raw" / "b.bmp", photographs[1].labels)
+    photographs[1] = SourceImage("b", ("all",), tmp_path / "raw" / "b.bmp", photographs[1].labels)
     prepare(Source(WORDS, photographs[1:]), "mine", out)
     assert sorted(path.name for path in (out / "labels").iterdir()) == ["b.png", "c.png", "d.png"]
     assert sorted(path.name for path in (out / "images").iterdir()) == ["b.bmp", "c.png", "d.png"]
@@ -335,7 +335,7 @@ def many(raw: Path, count: int = 120) -> Source:
             Image.new("RGB", (3, 2), (number, 0, 0)).save(raw / f"{name}.png")
     labels = (functools.partial(slowly, number) for number in range(count))
     return Source(
-        WORDS, [Photograph(n, ("all",), raw / f"{n}.png", read) for n, read in zip(names, labels, strict=True)]
+        WORDS, [SourceImage(n, ("all",), raw / f"{n}.png", read) for n, read in zip(names, labels, strict=True)]
     )
 
 
@@ -658,7 +658,7 @@ def test_what_is_left_out_of_an_image_is_named_in_every_run_until_it_is_mended(t
 def test_a_name_that_is_no_utf_8_is_named_and_left_out(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     labels = functools.partial(constant, np.zeros((2, 3), int))
-    photographs = [Photograph(name, ("all",), tmp_path / "no.png", labels), photo(tmp_path / "raw", "a", ("all",))]
+    photographs = [SourceImage(name, ("all",), tmp_path / "no.png", labels), photo(tmp_path / "raw", "a", ("all",))]
     manifest = prepare(Source(WORDS, photographs), "mine", tmp_path / "out")
     assert list(manifest.left_out) == ["caf\\udce9"] and manifest.photographs == 1
 

@@ -83,7 +83,7 @@ def test_coco_stuff_finds_the_folders_that_people_make(tmp_path):
     photograph(tmp_path / "images" / "val2017" / "a.jpg")
     label_png(tmp_path / "annotations" / "val2017" / "a.png", [[0, 1, 2], [3, 4, 5]])
     source = READERS["coco_stuff_171"].open(tmp_path)
-    assert [(photo.name, photo.splits) for photo in source.photographs] == [("a", ("val",))]
+    assert [(photo.name, photo.splits) for photo in source.images] == [("a", ("val",))]
     photograph(tmp_path / "images" / "train2017" / "b.jpg")
     # Labels come for both splits in one file, so that one may be there without its images.
     source = READERS["coco_stuff_171"].open(tmp_path)
@@ -179,7 +179,7 @@ def test_pascal_context_takes_split_lists_as_text(context, tmp_path):
     with pytest.raises(ValueError, match=r"there are no split lists; .*trainval_merged.json, or train.txt and val.txt"):
         READERS["pascal_context_59"].open(tmp_path)
     text(context / "pascalcontext_val.txt", "2008_000003")
-    (only,) = READERS["pascal_context_59"].open(tmp_path).photographs
+    (only,) = READERS["pascal_context_59"].open(tmp_path).images
     assert (only.name, only.splits) == ("2008_000003", ("val",))
 
 

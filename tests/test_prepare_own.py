@@ -36,11 +36,11 @@ def write_map(path: Path, values, kind=np.uint8) -> None:
 
 def labels_of(source: Source) -> dict[str, list]:
     """Every photograph's labels, through a pickle as in another process."""
-    return {one.name: pickle.loads(pickle.dumps(one.labels))().tolist() for one in source.photographs}
+    return {one.name: pickle.loads(pickle.dumps(one.labels))().tolist() for one in source.images}
 
 
 def splits_of(source: Source) -> dict[str, tuple[str, ...]]:
-    return {one.name: one.splits for one in source.photographs}
+    return {one.name: one.splits for one in source.images}
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_two_photographs_of_one_stem_are_left_out_without_a_choice(folder, tmp_p
     assert list(manifest.left_out) == ["a.jpg", "a.png"] and manifest.photographs == 1
     assert "a.jpg and a.png have the same stem, so labels could be either's" in manifest.left_out["a.png"]
     (folder / "train.txt").write_text("a.png\nb.2\n")
-    assert [one.image.name for one in open_folder(folder).photographs] == ["a.png", "b.2.jpg"]
+    assert [image.image.name for image in open_folder(folder).images] == ["a.png", "b.2.jpg"]
 
 
 def test_what_a_folder_lacks_is_named(folder, tmp_path):

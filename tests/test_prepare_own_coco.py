@@ -32,7 +32,7 @@ def write_json(path: Path, **data) -> None:
 
 
 def labels_of(source: Source) -> dict[str, list]:
-    read = {one.name: pickle.loads(pickle.dumps(one.labels))() for one in source.photographs}
+    read = {one.name: pickle.loads(pickle.dumps(one.labels))() for one in source.images}
     assert not any(isinstance(labels, Labelled) and labels.left_out for labels in read.values())
     return {name: getattr(labels, "labels", labels).tolist() for name, labels in read.items()}
 
@@ -245,7 +245,7 @@ def test_exports_with_a_folder_per_split(tmp_path):
             categories=CATEGORIES,
         )
     source = open_instances(tmp_path)
-    assert [(one.name, one.splits) for one in source.photographs] == [
+    assert [(one.name, one.splits) for one in source.images] == [
         ("train_1", ("train",)),
         ("valid_1", ("valid",)),
     ]

@@ -67,7 +67,7 @@ def folder(tmp_path):
 
 
 def labels_of(source: Source) -> dict[str, list]:
-    return {one.name: pickle.loads(pickle.dumps(one.labels))().tolist() for one in source.photographs}
+    return {one.name: pickle.loads(pickle.dumps(one.labels))().tolist() for one in source.images}
 
 
 def test_parquet(folder, tmp_path):
@@ -126,7 +126,7 @@ def test_splits_are_told_by_names(tmp_path, name, split):
     write_parquet(tmp_path / f"{name}.parquet", rows(1))
     (tmp_path / "classes.txt").write_text("".join(f"class {number}\n" for number in range(35)))
     source = open_table(tmp_path)
-    assert [one.splits for one in source.photographs] == [(split,)]
+    assert [one.splits for one in source.images] == [(split,)]
     assert labels_of(source)[f"{split}_000000"] == [[0, 1, 34], [-1, 1, 0]]
 
 
@@ -191,7 +191,7 @@ def test_rows_that_can_not_be_used_are_named(tmp_path, mask, message):
     write_parquet(tmp_path / "raw" / "train.parquet", columns)
     (tmp_path / "raw" / "id2label.json").write_text(json.dumps(NAMES))
     with pytest.raises(ValueError, match=message):
-        open_table(tmp_path / "raw").photographs[0].labels()
+        open_table(tmp_path / "raw").images[0].labels()
     manifest = prepare(open_table(tmp_path / "raw"), "huggingface", tmp_path / "out")
     assert list(manifest.left_out) == ["train_000000"] and manifest.splits == {"train": 1}
 
@@ -223,7 +223,7 @@ def test_download(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     (tmp_path / "new").mkdir()
-    assert len(open_table(tmp_path / "new", repo="owner/streets").photographs) == 4
+    assert len(open_table(tmp_path / "new", repo="owner/streets").images) == 4
     assert asked == [("owner/streets", "dataset", "main"), ("owner/streets", "dataset", "refs/convert/parquet")]
 
 

@@ -25,7 +25,7 @@ def write_photograph(path: Path, width: int = 8, height: int = 4, orientation: i
 
 
 def labels_of(source: Source) -> dict[str, np.ndarray]:
-    read = {one.name: pickle.loads(pickle.dumps(one.labels))() for one in source.photographs}
+    read = {one.name: pickle.loads(pickle.dumps(one.labels))() for one in source.images}
     assert not any(isinstance(labels, Labelled) and labels.left_out for labels in read.values())
     return {name: labels.labels for name, labels in read.items()}
 
@@ -59,7 +59,7 @@ def test_labelme_shapes_with_their_outline_the_later_on_top(tmp_path):
         [1, 1, 1, 1, 1, 1, 1, -1],
         *[[1, 0, 0, 0, 1, 1, 1, 1]] * 3,
     ]
-    assert [one.splits for one in source.photographs] == [("all",)]
+    assert [one.splits for one in source.images] == [("all",)]
 
 
 def test_labelme_circles_and_masks(tmp_path):
@@ -158,7 +158,7 @@ def test_yolo_folders_splits_and_lists(tmp_path):
     ):
         (tmp_path / form / "classes.txt").write_text("car\ntree\n")
         source = open_yolo(tmp_path / form)
-        assert {one.name: one.splits for one in source.photographs} == expected
+        assert {one.name: one.splits for one in source.images} == expected
         assert prepare(source, "yolo-seg", tmp_path / f"out-{form}").left_out == {}
 
 

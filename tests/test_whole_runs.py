@@ -38,7 +38,7 @@ def test_a_folder_is_labelled_as_the_command_does_it(tmp_path, model_folder, run
             progress=lambda *report: reports.append(report),
         )
     assert reports == [(1, 3), (2, 3), (3, 3)]
-    assert [item.job.place for item in results.written] == ["a", "deep/b"] and len(results.broken) == 1
+    assert [item.job.stem for item in results.written] == ["a", "deep/b"] and len(results.broken) == 1
     assert results.written[0].areas.keys() == {"road", "car", "sky"}
     code, _, _ = run(*("segment", tmp_path / "photos", "-w", WORDS, "-m", model_folder, "-o", tmp_path / "command"))
     assert code == 1  # the broken one

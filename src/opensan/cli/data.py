@@ -143,7 +143,7 @@ def prepare(
         raise
     except OSError as error:
         raise UserError(f"{error.filename or source}: can't be read ({error.strerror or error})") from None
-    wanted = [photograph for photograph in opened.photographs if not split or set(photograph.splits) & set(split)]
+    wanted = [image for image in opened.images if not split or set(image.splits) & set(split)]
     try:
         with progress_bar(output_console(), f"preparing {name}", len(wanted)) as advance:
             manifest = write(

@@ -117,8 +117,8 @@ def _one(
     """Segment a single image, print its words as a table, and return its files."""
     image = sys.stdin.buffer.read() if job.image == STDIN else job.image
     segmentation = segmenter.segment(image, vocabulary)
-    place = out / job.place
-    paths = segmentation.save(place.parent, place.name, formats)
+    base = out / job.stem
+    paths = segmentation.save(base.parent, base.name, formats)
     if as_json:
         unlabelled = float((segmentation.labels < 0).mean())
         files = [str(path) for path in paths.values()]

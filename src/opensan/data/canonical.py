@@ -87,7 +87,7 @@ class FileRecord(Config):
     sha256: Sha256
 
 
-class PhotographRecord(Config):
+class ImageRecord(Config):
     """A line of files.jsonl."""
 
     name: PlainName
@@ -114,7 +114,7 @@ def class_pixels(values: np.ndarray, classes: int) -> tuple[tuple[int, int], ...
     return tuple((int(label), int(counts[label])) for label in np.flatnonzero(counts))
 
 
-def class_counts(records: Iterable[PhotographRecord], classes: int) -> tuple[ClassCount, ...]:
+def class_counts(records: Iterable[ImageRecord], classes: int) -> tuple[ClassCount, ...]:
     """Count images and pixels of each class over `records`."""
     images, pixels = [0] * classes, [0] * classes
     for record in records:
@@ -142,23 +142,23 @@ def write_manifest(root: Path, manifest: DatasetManifest) -> None:
     write_text(root / MANIFEST, text + "\n")
 
 
-def parse_record(line: str, source: str) -> PhotographRecord:
+def parse_record(line: str, source: str) -> ImageRecord:
     """Parse a line of files.jsonl. Raises UserError, beginning with `source`, if it is not one."""
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON ({error})") from None
-    return parse_config(PhotographRecord, data, source)
+    return parse_config(ImageRecord, data, source)
 
 
-def read_records(path: Path) -> Iterator[PhotographRecord]:
+def read_records(path: Path) -> Iterator[ImageRecord]:
     """Read the records of a files.jsonl."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             yield parse_record(line, f"{path}: line {number}")
 
 
-def write_records(path: Path, records: Iterable[PhotographRecord]) -> None:
+def write_records(path: Path, records: Iterable[ImageRecord]) -> None:
     """Write a files.jsonl, all or nothing."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(record.model_dump_json() + "\n" for record in records)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from opensan.data import canonical
-from opensan.data.canonical import ClassCount, DatasetManifest, FileRecord, PhotographRecord
+from opensan.data.canonical import ClassCount, DatasetManifest, FileRecord, ImageRecord
 from opensan.data.class_list import read_class_list
 from opensan.data.pool import run_all
 from opensan.data.prepare import READERS, Reader
@@ -39,7 +39,7 @@ class FolderCheck:
         """Counts of each class; without a manifest, known after the labels were checked."""
         self.pixels = self.manifest.pixels if self.manifest else 0
         """Pixels of all images, unlabelled ones included."""
-        self._records: dict[str, PhotographRecord] | None = None
+        self._records: dict[str, ImageRecord] | None = None
         if self.manifest is not None:
             self.problems += _compared(root, self.manifest, self._vocabulary, self.splits)
             self._records = {record.image.file: record for record in _records(root)}
@@ -139,7 +139,7 @@ def _compared(root: Path, manifest: DatasetManifest, vocabulary: Vocabulary, cou
         yield f"{name}: was left out when it was prepared: {reason}"
 
 
-def _records(root: Path) -> Iterator[PhotographRecord]:
+def _records(root: Path) -> Iterator[ImageRecord]:
     return canonical.read_records(root / canonical.FILES) if (root / canonical.FILES).is_file() else iter(())
 
 
@@ -164,7 +164,7 @@ class _Task:
     image: Path
     values: np.ndarray
     words: int
-    record: PhotographRecord | None
+    record: ImageRecord | None
     recorded: bool
     """Whether the folder has records, so that this image must have one."""
     quick: bool

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensan.data.canonical import MANIFEST, read_manifest
-from opensan.data.prepare.own_photographs import NO_SPLIT
+from opensan.data.prepare.own_images import NO_SPLIT
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.errors import UserError
 from opensan.vocabulary import ready_source_ids

@@ -44,7 +44,7 @@ class Job:
     """An image, and the path of its results."""
 
     image: Path
-    place: str
+    stem: str
     """The beginning of its results' paths, below the folder for all results: "deep/er/street"."""
 
 
@@ -68,9 +68,9 @@ class Question:
         paths: list[str] = []
         for name in self.formats:
             if name in DATASETS:
-                paths += DATASETS[name].paths(job.place, job.image.suffix)
+                paths += DATASETS[name].paths(job.stem, job.image.suffix)
             else:
-                paths.append(f"{job.place}{outputs.FORMATS[name]}")
+                paths.append(f"{job.stem}{outputs.FORMATS[name]}")
         return paths
 
 
@@ -112,11 +112,11 @@ def plan(images: Sequence[Path], arguments: Sequence[Path]) -> list[Job]:
     """
     tops = {absolute(path if path.is_dir() else path.parent) for path in arguments}
     top = os.path.commonpath(tops)
-    places = [(absolute(image).parent.relative_to(top), image) for image in images]
-    stems = Counter((folder, image.stem) for folder, image in places)
-    names = [(folder, image.stem if stems[folder, image.stem] == 1 else image.name) for folder, image in places]
+    folders = [(absolute(image).parent.relative_to(top), image) for image in images]
+    stems = Counter((folder, image.stem) for folder, image in folders)
+    names = [(folder, image.stem if stems[folder, image.stem] == 1 else image.name) for folder, image in folders]
     if len(set(names)) < len(names):  # "x.jpg", "x.png" and "x.jpg.png"
-        names = [(folder, image.name) for folder, image in places]
+        names = [(folder, image.name) for folder, image in folders]
     return [Job(image, (folder / name).as_posix()) for image, (folder, name) in zip(images, names, strict=True)]
 
 
@@ -176,8 +176,8 @@ def label_one(segmenter: "Segmenter", question: Question, job: Job) -> Written |
 
 
 def complete_data_sets(question: Question, jobs: Sequence[Job], done: Container[str]) -> None:
-    """Write the data sets' files about all images: of those `jobs` whose places are `done`, in order."""
-    members = [Member(job.place, job.image.suffix) for job in jobs if job.place in done]
+    """Write the data sets' files about all images: of those `jobs` whose stems are `done`, in order."""
+    members = [Member(job.stem, job.image.suffix) for job in jobs if job.stem in done]
     for dataset in question.datasets if members else ():
         try:
             dataset.complete(question.out, members, question.vocabulary.names)
@@ -186,7 +186,7 @@ def complete_data_sets(question: Question, jobs: Sequence[Job], done: Container[
 
 
 def _read(segmenter: "Segmenter", question: Question, job: Job) -> _Read | Broken:
-    if question.datasets and not _is_text(f"{job.place}{job.image.suffix}"):
+    if question.datasets and not _is_text(f"{job.stem}{job.image.suffix}"):
         return Broken(job, f"{job.image}: its name is not UTF-8, so that data sets can't list it; rename it")
     try:
         source = Stamp.of(job.image)  # taken before reading, so that the next run notices a replacement
@@ -207,14 +207,14 @@ def _is_text(name: str) -> bool:
 
 def _write(question: Question, job: Job, source: Stamp, segmentation: "Segmentation") -> Written | Broken:
     """Write all of an image's files."""
-    base = question.out / job.place
+    base = question.out / job.stem
     own = [name for name in question.formats if name in outputs.FORMATS]
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         if own:
             segmentation.save(base.parent, base.name, own)
         labelled = Labelled(
-            job.place,
+            job.stem,
             job.image,
             segmentation.labels,
             segmentation.names,
@@ -235,7 +235,7 @@ def _write(question: Question, job: Job, source: Stamp, segmentation: "Segmentat
         return Broken(job, f"{job.image}: its results can't be written to {base.parent} ({reason})")
     unlabelled = float((segmentation.labels < 0).mean())
     key = settings_key(settings_of(cast("Segmenter", segmentation.segmenter), question.vocabulary))
-    return Written(job, segmentation.areas, unlabelled, Record(job.place, str(job.image), source, key, files))
+    return Written(job, segmentation.areas, unlabelled, Record(job.stem, str(job.image), source, key, files))
 
 
 class FolderRun:
@@ -280,9 +280,9 @@ class FolderRun:
             stack.enter_context(self._ledger)
             for dataset in question.datasets:
                 self._ledger.remove_left_over(f"{dataset.folder}/{path}" for path in dataset.finished)
-            wanted = {job.place: (job.image, question.paths(job)) for job in self._jobs}
+            wanted = {job.stem: (job.image, question.paths(job)) for job in self._jobs}
             pending = set(self._ledger.begin(settings_of(self._segmenter, question.vocabulary), wanted))
-            self.pending = [job for job in self._jobs if job.place in pending]
+            self.pending = [job for job in self._jobs if job.stem in pending]
             self._stack = stack.pop_all()
         return self
 

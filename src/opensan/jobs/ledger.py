@@ -80,7 +80,7 @@ def _checksum(path: Path) -> int:
 class Record:
     """The results of an image."""
 
-    place: str
+    stem: str
     """The beginning of its results' paths, relative to the folder for all results."""
     image: str
     source: Stamp
@@ -94,7 +94,7 @@ class Record:
         """Plain data for JSON."""
         files = {path: stamp.plain for path, stamp in self.files.items()}
         return {
-            "place": self.place,
+            "place": self.stem,
             "image": self.image,
             "source": self.source.plain,
             "settings": self.settings,
@@ -161,7 +161,7 @@ class Ledger:
         self._out = out
         self._wait = wait
         self.records: dict[str, Record] = {}
-        """Records by place."""
+        """Records by stem."""
         self._settings: dict[str, Any] = {}
         self.notes: list[str] = []
         """Messages for the user about it; each one line."""
@@ -179,7 +179,7 @@ class Ledger:
                 if key.startswith(_SETTINGS):
                     self._settings[key.removeprefix(_SETTINGS)] = value
                 elif record := Record.parse(value):
-                    self.records[record.place] = record
+                    self.records[record.stem] = record
             self._stack = stack.pop_all()
         return self
 
@@ -198,7 +198,7 @@ class Ledger:
             except ValueError:
                 continue  # the half line of a killed run
             if record := Record.parse(data):
-                rows.append((_IMAGE + record.place, record.plain, b""))
+                rows.append((_IMAGE + record.stem, record.plain, b""))
             elif isinstance(data, dict) and "settings_key" in data:
                 rows.append((_SETTINGS + str(data.pop("settings_key")), data, b""))
         self._journal.put_all(rows)
@@ -206,9 +206,9 @@ class Ledger:
         self.notes.append(f"{old}: of an earlier version; what it says of {len(rows)} results is now in {NAME}")
 
     def begin(self, settings: Mapping[str, Any], wanted: Mapping[str, tuple[Path, list[str]]]) -> list[str]:
-        """Return the places, in order, whose files are not complete, and so remain to be done.
+        """Return the stems, in order, whose files are not complete, and so remain to be done.
 
-        `wanted` has the image and its files' paths of each place. Of the places that are to be done, what the ledger
+        `wanted` has the image and its files' paths of each stem. Of the stems that are to be done, what the ledger
         says is forgotten, and what somebody has changed is kept aside; `notes` tell how many.
         """
         settings = as_json(settings)
@@ -218,20 +218,20 @@ class Ledger:
         stale: list[str] = []
         others: Counter[str] = Counter()
         kept = 0
-        for place, (image, files) in wanted.items():
-            record = self.records.get(place)
+        for stem, (image, files) in wanted.items():
+            record = self.records.get(stem)
             if record is None:
-                pending.append(place)
+                pending.append(stem)
                 continue
             if record.settings != key:
                 others[difference(self._settings.get(record.settings), settings)] += 1
             elif record.is_complete(image, self._out, files):
                 continue
-            pending.append(place)
-            stale.append(place)
+            pending.append(stem)
+            stale.append(stem)
             kept += record.keep_changed(self._out)
-            del self.records[place]  # its files are about to be replaced
-        self._journal.forget(_IMAGE + place for place in stale)
+            del self.records[stem]  # its files are about to be replaced
+        self._journal.forget(_IMAGE + stem for stem in stale)
         used = {record.settings for record in self.records.values()}
         self._journal.forget(_SETTINGS + old for old in self._settings.keys() - used)
         self._journal.put(_SETTINGS + key, settings)
@@ -253,8 +253,8 @@ class Ledger:
 
     def add(self, record: Record) -> None:
         """Record that an image's files are complete. Threads may call it."""
-        self._journal.put(_IMAGE + record.place, record.plain)
-        self.records[record.place] = record
+        self._journal.put(_IMAGE + record.stem, record.plain)
+        self.records[record.stem] = record
 
 
 class SingleResult:

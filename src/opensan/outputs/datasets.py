@@ -32,7 +32,7 @@ VOC_WORDS = 254
 class Labelled:
     """An image with its labels."""
 
-    place: str
+    stem: str
     """Its name in the data set, without suffix: "0001", or "deep/er/0001"."""
     photograph: Path
     labels: np.ndarray
@@ -51,7 +51,7 @@ class Dataset:
     photographs: str
     """The sub-folder with links to the images."""
     pattern: str
-    """The path of an image's own file, given its {place}."""
+    """The path of an image's own file, given its {stem}."""
     write: Callable[[Path, Labelled], None]
     """Writes an image's own file."""
     finish: Callable[[Path, Sequence["Member"], Sequence[str]], None]
@@ -59,19 +59,19 @@ class Dataset:
     finished: tuple[str, ...]
     """The files that `finish` writes."""
     rename: Callable[[str], str] = str
-    """Converts an image's place to the name that this kind of data set needs."""
+    """Converts an image's stem to the name that this kind of data set needs."""
 
-    def paths(self, place: str, suffix: str) -> tuple[str, str]:
+    def paths(self, stem: str, suffix: str) -> tuple[str, str]:
         """Return the image's link and its own file, relative to the results."""
-        place = self.rename(place)
+        stem = self.rename(stem)
         return (
-            f"{self.folder}/{self.photographs}/{place}{suffix}",
-            f"{self.folder}/{self.pattern.format(place=place)}",
+            f"{self.folder}/{self.photographs}/{stem}{suffix}",
+            f"{self.folder}/{self.pattern.format(stem=stem)}",
         )
 
     def add(self, out: Path, labelled: Labelled) -> None:
         """Write one image's own files into the results folder `out`."""
-        photograph, own = (out / path for path in self.paths(labelled.place, labelled.photograph.suffix))
+        photograph, own = (out / path for path in self.paths(labelled.stem, labelled.photograph.suffix))
         for path in (photograph, own):
             path.parent.mkdir(parents=True, exist_ok=True)
         link(labelled.photograph, photograph, symbolic=False)
@@ -86,7 +86,7 @@ class Dataset:
 class Member:
     """An image of a data set."""
 
-    place: str
+    stem: str
     suffix: str
     """Suffix of its file, with the dot."""
 
@@ -114,7 +114,7 @@ def _finish_coco(folder: Path, members: Sequence[Member], names: Sequence[str]) 
     def images() -> Iterator[str]:
         for number, (member, part) in enumerate(zip(members, _parts(folder, members), strict=True), 1):
             size = {"width": part["width"], "height": part["height"]}
-            yield _json({"id": number, "file_name": f"{member.place}{member.suffix}", **size})
+            yield _json({"id": number, "file_name": f"{member.stem}{member.suffix}", **size})
 
     def annotations() -> Iterator[str]:
         count = 0
@@ -147,15 +147,15 @@ def _write_yolo(path: Path, labelled: Labelled) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def _yolo_place(place: str) -> str:
+def _yolo_stem(stem: str) -> str:
     """Rename folders called "images": training tools replace the last "images" in an image's path by "labels"."""
-    return "/".join(f"{part}_" if part == "images" else part for part in place.split("/"))
+    return "/".join(f"{part}_" if part == "images" else part for part in stem.split("/"))
 
 
 def _finish_yolo(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
     import yaml
 
-    photographs = (f"./images/{_yolo_place(member.place)}{member.suffix}\n" for member in members)
+    photographs = (f"./images/{_yolo_stem(member.stem)}{member.suffix}\n" for member in members)
     write_text(folder / "all.txt", "".join(photographs))
     data = {"path": str(folder.absolute()), "train": "all.txt", "val": "all.txt", "names": dict(enumerate(names))}
     write_text(folder / "data.yaml", yaml.safe_dump(data, allow_unicode=True, sort_keys=False))
@@ -171,7 +171,7 @@ def _write_voc(path: Path, labelled: Labelled) -> None:
 def _finish_voc(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
     lists = folder / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True, exist_ok=True)
-    write_text(lists / "all.txt", "".join(f"{member.place}\n" for member in members))
+    write_text(lists / "all.txt", "".join(f"{member.stem}\n" for member in members))
     lines = ["# label:color_rgb:parts:actions"]
     for name, colour in zip(["background", *_voc_names(names)], voc_palette()[: len(names) + 1].tolist(), strict=True):
         lines.append(f"{name}:{','.join(map(str, colour))}::")
@@ -221,7 +221,7 @@ def _write_label_studio(path: Path, labelled: Labelled) -> None:
     prediction = {"model_version": labelled.model, "result": result}
     if result:
         prediction["score"] = round(sum(part["score"] for part in result) / len(result), 6)
-    photograph = quote(f"images/{labelled.place}{labelled.photograph.suffix}")
+    photograph = quote(f"images/{labelled.stem}{labelled.photograph.suffix}")
     task = {"data": {"image": f"/data/local-files/?d={photograph}"}, "predictions": [prediction]}
     write_text(path, _json([task]) + "\n")
 
@@ -247,7 +247,7 @@ def _finish_label_studio(folder: Path, members: Sequence[Member], names: Sequenc
 def _parts(folder: Path, members: Iterable[Member]) -> Iterator[Any]:
     """Yield the images' own JSON files, one after the other."""
     for member in members:
-        yield json.loads((folder / "parts" / f"{member.place}.json").read_bytes())
+        yield json.loads((folder / "parts" / f"{member.stem}.json").read_bytes())
 
 
 def _json(value: object) -> str:
@@ -261,19 +261,19 @@ def _write_separated(write: Callable[[str], object], records: Iterable[str]) -> 
 
 DATASETS: Mapping[str, Dataset] = {
     "coco": Dataset(
-        "coco", "images", "parts/{place}.json", _write_coco, _finish_coco, ("annotations/instances_all.json",)
+        "coco", "images", "parts/{stem}.json", _write_coco, _finish_coco, ("annotations/instances_all.json",)
     ),
     "yolo": Dataset(
-        *("yolo", "images", "labels/{place}.txt", _write_yolo, _finish_yolo),
+        *("yolo", "images", "labels/{stem}.txt", _write_yolo, _finish_yolo),
         ("all.txt", "data.yaml"),
-        rename=_yolo_place,
+        rename=_yolo_stem,
     ),
     "voc": Dataset(
-        *("voc", "JPEGImages", "SegmentationClass/{place}.png", _write_voc, _finish_voc),
+        *("voc", "JPEGImages", "SegmentationClass/{stem}.png", _write_voc, _finish_voc),
         ("ImageSets/Segmentation/all.txt", "labelmap.txt"),
     ),
     "labelstudio": Dataset(
-        *("labelstudio", "images", "parts/{place}.json", _write_label_studio, _finish_label_studio),
+        *("labelstudio", "images", "parts/{stem}.json", _write_label_studio, _finish_label_studio),
         ("tasks.json", "config.xml"),
     ),
 }

@@ -84,17 +84,17 @@ def write_names(picture: Image.Image, labels: np.ndarray, names: Sequence[str], 
     draw = ImageDraw.Draw(picture)
     letters = min(max(12, round(NAME_LETTERS * math.sqrt(picture.width * picture.height))), 120)
     taken: list[tuple[float, float, float, float]] = []
-    for place in name_places(labels):
-        name = readable(names[place.label])
+    for position in name_places(labels):
+        name = readable(names[position.label])
         half, up = text_width(name, letters) / 2 + 0.5 * letters, 0.75 * letters
-        if len(taken) == MOST_NAMES or place.radius < up or half > 2.5 * place.radius:
+        if len(taken) == MOST_NAMES or position.radius < up or half > 2.5 * position.radius:
             continue
-        x, y = _within(place.x, half, picture.width), _within(place.y, up, picture.height)
+        x, y = _within(position.x, half, picture.width), _within(position.y, up, picture.height)
         box = (x - half, y - up, x + half, y + up)
         if any(box[0] < b[2] and box[2] > b[0] and box[1] < b[3] and box[3] > b[1] for b in taken):
             continue
         taken.append(box)
-        colour = rgb(colours[place.label])
+        colour = rgb(colours[position.label])
         draw.rounded_rectangle(box, 0.35 * letters, fill=colour, outline=TEXT_COLOUR)
         draw.text((x, y), name, _ink(colour), font_for(name, letters), anchor="mm")
 

@@ -12,7 +12,7 @@ from opensan.checkpoints import load_model, preset_config, save_folder
 from opensan.checkpoints.clip_weights import san_around_clip
 from opensan.config import CONFIG_NAME, ModelConfig, read_config
 from opensan.data.dataset import SegmentationDataset
-from opensan.data.prepare.own_photographs import NO_SPLIT
+from opensan.data.prepare.own_images import NO_SPLIT
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.devices import checked_device
 from opensan.distributed import is_main, on_main, process_group

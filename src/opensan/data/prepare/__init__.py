@@ -9,9 +9,9 @@ from opensan.data.prepare import (
     own_word_masks,
     own_yolo,
 )
-from opensan.data.prepare.source import Photograph, Reader, Source
+from opensan.data.prepare.source import Reader, Source, SourceImage
 
-__all__ = ["READERS", "Photograph", "Reader", "Source"]
+__all__ = ["READERS", "Reader", "Source", "SourceImage"]
 
 READERS: dict[str, Reader] = {
     reader.name: reader

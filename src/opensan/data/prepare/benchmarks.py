@@ -15,24 +15,24 @@ from typing import Any
 import numpy as np
 
 from opensan.data.prepare import full_ade, raw
-from opensan.data.prepare.source import Photograph, Reader, Source
+from opensan.data.prepare.source import Reader, Source, SourceImage
 from opensan.errors import UserError, reason
 from opensan.vocabulary import Vocabulary
 
 
 def _source(
     label_set: str,
-    photographs: Iterable[Photograph],
+    source_images: Iterable[SourceImage],
     folder: Path,
     needs: str,
     incomplete: Mapping[str, str] = MappingProxyType({}),
 ) -> Source:
-    photographs = list(photographs)
-    if not photographs:
+    source_images = list(source_images)
+    if not source_images:
         missing = "; ".join(incomplete.values())
         raise _incomplete(folder, needs, *([missing] if missing else []))
     return Source(
-        Vocabulary.ready(label_set), photographs, evaluation_split="val", label_set=label_set, incomplete=incomplete
+        Vocabulary.ready(label_set), source_images, evaluation_split="val", label_set=label_set, incomplete=incomplete
     )
 
 
@@ -40,10 +40,10 @@ def _incomplete(folder: Path, needs: str, missing: str = "no images with labels"
     return UserError(f"{folder}: {missing}; {needs}")
 
 
-def _two_folders(images: Path, labels: Path, split: str, label_set: str) -> Iterator[Photograph]:
+def _two_folders(images: Path, labels: Path, split: str, label_set: str) -> Iterator[SourceImage]:
     """Yield images X.jpg with labels X.png; if one of the two is missing, the engine reports it."""
     for stem in sorted(raw.stems(images, ".jpg") | raw.stems(labels, ".png")):
-        yield Photograph(
+        yield SourceImage(
             stem, (split,), images / f"{stem}.jpg", partial(raw.index_labels, labels / f"{stem}.png", label_set)
         )
 
@@ -60,7 +60,7 @@ COCO_NEEDS = (
 def open_coco_stuff(folder: Path) -> Source:
     """Open COCO-Stuff 164k."""
 
-    def photographs() -> Iterator[Photograph]:
+    def source_images() -> Iterator[SourceImage]:
         for split, part in (("train", "train2017"), ("val", "val2017")):
             images = raw.find(folder, f"images/{part}", part)
             places = ("stuffthingmaps", "stuffthingmaps_trainval2017", "annotations")
@@ -72,7 +72,7 @@ def open_coco_stuff(folder: Path) -> Source:
                 incomplete[split] = f"there is {there}/ without its {'labels' if images else 'images'}"
 
     incomplete: dict[str, str] = {}
-    return _source("coco_stuff_171", photographs(), folder, COCO_NEEDS, incomplete)
+    return _source("coco_stuff_171", source_images(), folder, COCO_NEEDS, incomplete)
 
 
 # Pascal VOC 2012
@@ -89,14 +89,14 @@ def open_voc(folder: Path) -> Source:
         if not (root / part).exists():
             raise _incomplete(root, VOC_NEEDS, f"there is no {part}")
 
-    def photographs() -> Iterator[Photograph]:
+    def source_images() -> Iterator[SourceImage]:
         for split in ("train", "val"):
             if (listed := root / f"ImageSets/Segmentation/{split}.txt").exists():
                 for name in raw.read_list(listed):
                     labels = partial(raw.index_labels, root / f"SegmentationClass/{name}.png", "pascal_voc_20")
-                    yield Photograph(name, (split,), root / f"JPEGImages/{name}.jpg", labels)
+                    yield SourceImage(name, (split,), root / f"JPEGImages/{name}.jpg", labels)
 
-    return _source("pascal_voc_20", photographs(), root, VOC_NEEDS)
+    return _source("pascal_voc_20", source_images(), root, VOC_NEEDS)
 
 
 # Pascal Context
@@ -114,13 +114,13 @@ def open_context(label_set: str, folder: Path) -> Source:
     if labels is None or not (root / "JPEGImages").is_dir():
         raise _incomplete(root, CONTEXT_NEEDS, f"there is no {'JPEGImages' if labels else 'trainval'}")
 
-    def photographs() -> Iterator[Photograph]:
+    def source_images() -> Iterator[SourceImage]:
         for split, names in _context_splits(root, folder).items():
             for name in names:
                 values = partial(_label_map, labels / f"{name}.mat", label_set)
-                yield Photograph(name, (split,), root / f"JPEGImages/{name}.jpg", values)
+                yield SourceImage(name, (split,), root / f"JPEGImages/{name}.jpg", values)
 
-    return _source(label_set, photographs(), root, CONTEXT_NEEDS)
+    return _source(label_set, source_images(), root, CONTEXT_NEEDS)
 
 
 def _context_splits(*folders: Path) -> dict[str, list[str]]:
@@ -189,7 +189,7 @@ def open_ade(folder: Path) -> Source:
     """Open ADE20K's scene parsing challenge."""
     root = raw.find(folder, "ADEChallengeData2016") or folder
 
-    def photographs() -> Iterator[Photograph]:
+    def source_images() -> Iterator[SourceImage]:
         for split, part in (("train", "training"), ("val", "validation")):
             images, labels = root / "images" / part, root / "annotations" / part
             if images.is_dir() and labels.is_dir():
@@ -198,7 +198,7 @@ def open_ade(folder: Path) -> Source:
                 incomplete[split] = f"of images/{part}/ and annotations/{part}/ one is missing"
 
     incomplete: dict[str, str] = {}
-    return _source("ade20k_150", photographs(), root, ADE_NEEDS, incomplete)
+    return _source("ade20k_150", source_images(), root, ADE_NEEDS, incomplete)
 
 
 _CONTEXT: dict[str, Any] = dict(

@@ -18,9 +18,9 @@ from PIL import Image
 
 from opensan.config import parse_config
 from opensan.data import canonical
-from opensan.data.canonical import DatasetManifest, PhotographRecord, Request
+from opensan.data.canonical import DatasetManifest, ImageRecord, Request
 from opensan.data.pool import run_all
-from opensan.data.prepare.source import ImageFile, Labelled, Photograph, Source
+from opensan.data.prepare.source import ImageFile, Labelled, Source, SourceImage
 from opensan.errors import UserError
 from opensan.files import atomic_path, hold, keep_aside, link, remove_temporaries, write_text
 from opensan.images import known_suffixes, open_image
@@ -79,7 +79,7 @@ def prepare(
             writable, another run there, a worker process that died, labels that can't be right, or no labelled pixel
             in the whole set.
     """
-    photographs, refused = _wanted(source, splits)
+    source_images, refused = _wanted(source, splits)
     request = Request(
         source=name,
         options=options or {},
@@ -93,13 +93,13 @@ def prepare(
         with hold(out / LOCK, busy), _journal_of(out) as journal:
             before, stale = _open_folder(out, journal, request, note)
             kept = len(_kept_aside(out))
-            records, failed = _prepare_all(photographs, out, len(request.classes), before, journal, workers, progress)
+            records, failed = _prepare_all(source_images, out, len(request.classes), before, journal, workers, progress)
             if kept := len(_kept_aside(out)) - kept:
                 note(f"{kept} labels were changed since they were prepared: kept as *.changed")
             left_out = _all_left_out(source, refused, failed, records.values())
             _look_at_whole(source, out, records.values(), failed, left_out)
             _remove_stale(out, [*before.values(), *stale], records)
-            manifest = _write_lists(out, request, source, photographs, records, left_out)
+            manifest = _write_lists(out, request, source, source_images, records, left_out)
             journal.close()
             journal.path.unlink()
             return manifest
@@ -108,17 +108,17 @@ def prepare(
 
 
 def _prepare_all(
-    photographs: Sequence[Photograph],
+    source_images: Sequence[SourceImage],
     out: Path,
     classes: int,
-    before: dict[str, PhotographRecord],
+    before: dict[str, ImageRecord],
     journal: Journal,
     workers: int,
     progress: Callable[[int], None],
-) -> tuple[dict[str, PhotographRecord], list[LeftOut]]:
+) -> tuple[dict[str, ImageRecord], list[LeftOut]]:
     """Make the images' records, added to the journal one by one, and return them with the images left out."""
-    tasks = [_Task(photograph, out, classes, before.get(photograph.name)) for photograph in photographs]
-    records: dict[str, PhotographRecord] = {}
+    tasks = [_Task(source_image, out, classes, before.get(source_image.name)) for source_image in source_images]
+    records: dict[str, ImageRecord] = {}
     failed: list[LeftOut] = []
     with closing(run_all(tasks, workers)) as results:
         for result in results:
@@ -135,7 +135,7 @@ def _prepare_all(
 def _look_at_whole(
     source: Source,
     out: Path,
-    records: Collection[PhotographRecord],
+    records: Collection[ImageRecord],
     failed: list[LeftOut],
     left_out: Mapping[str, str],
 ) -> None:
@@ -156,7 +156,7 @@ def _look_at_whole(
 
 
 def _all_left_out(
-    source: Source, refused: dict[str, str], failed: Iterable[LeftOut], records: Iterable[PhotographRecord]
+    source: Source, refused: dict[str, str], failed: Iterable[LeftOut], records: Iterable[ImageRecord]
 ) -> dict[str, str]:
     """Return all that was left out: name of an image, file or record -> reason."""
     left_out = {**source.left_out, **refused, **{item.name: item.reason for item in failed}}
@@ -187,10 +187,10 @@ def class_lines(vocabulary: Vocabulary) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _wanted(source: Source, splits: Sequence[str] | None) -> tuple[list[Photograph], dict[str, str]]:
+def _wanted(source: Source, splits: Sequence[str] | None) -> tuple[list[SourceImage], dict[str, str]]:
     """Return the images of `splits` whose names can be written, and the reasons for the others."""
-    photographs = list(source.photographs)
-    known = {split for photograph in photographs for split in photograph.splits}
+    source_images = list(source.images)
+    known = {split for source_image in source_images for split in source_image.splits}
     _check_complete(source, known, splits)
     for split in known:
         if canonical.check_name(split) == "classes":
@@ -198,10 +198,10 @@ def _wanted(source: Source, splits: Sequence[str] | None) -> tuple[list[Photogra
     if unknown := [split for split in splits or () if split not in known]:
         raise UserError(f"there is no split {unknown[0]!r}: choose from {', '.join(sorted(known))}")
     if splits is not None:
-        photographs = [photograph for photograph in photographs if set(photograph.splits) & set(splits)]
-    if not photographs:
+        source_images = [source_image for source_image in source_images if set(source_image.splits) & set(splits)]
+    if not source_images:
         raise UserError("the source has no images")
-    counts = Counter(photograph.name for photograph in photographs)
+    counts = Counter(source_image.name for source_image in source_images)
     refused = {}
     for name, count in counts.items():
         try:
@@ -210,7 +210,7 @@ def _wanted(source: Source, splits: Sequence[str] | None) -> tuple[list[Photogra
             refused[name] = str(error)
         if count > 1:
             refused[name] = f"{count} images have this name, so labels could be either's; rename all but one"
-    return [photograph for photograph in photographs if photograph.name not in refused], refused
+    return [source_image for source_image in source_images if source_image.name not in refused], refused
 
 
 def _check_complete(source: Source, known: set[str], splits: Sequence[str] | None) -> None:
@@ -245,7 +245,7 @@ def _journal_of(out: Path) -> Journal:
 
 def _open_folder(
     out: Path, journal: Journal, request: Request, note: Callable[[str], None]
-) -> tuple[dict[str, PhotographRecord], list[PhotographRecord]]:
+) -> tuple[dict[str, ImageRecord], list[ImageRecord]]:
     """Make `out` ready to be written.
 
     Returns what an earlier run of the same request finished there, by name, and what another request did, which is to
@@ -277,10 +277,10 @@ def _open_folder(
     return {record.name: record for record in (*listed, *noted)}, stale
 
 
-def _record(value: object) -> PhotographRecord | None:
+def _record(value: object) -> ImageRecord | None:
     """Return the record in a row of the journal; None if it holds none."""
     try:
-        return parse_config(PhotographRecord, value, JOURNAL)
+        return parse_config(ImageRecord, value, JOURNAL)
     except UserError:
         return None
 
@@ -289,7 +289,7 @@ def _kept_aside(out: Path) -> list[Path]:
     return list((out / "labels").glob("*.changed*"))
 
 
-def _keep_changed(out: Path, record: PhotographRecord) -> None:
+def _keep_changed(out: Path, record: ImageRecord) -> None:
     """Keep a label file aside that is not as it was written: somebody has corrected it."""
     label = out / "labels" / record.label.file
     if label.is_file() and canonical.file_record(label) != record.label:
@@ -300,33 +300,33 @@ def _keep_changed(out: Path, record: PhotographRecord) -> None:
 class _Task:
     """Prepare one image, unless its files are as `before` records them."""
 
-    photograph: Photograph
+    source_image: SourceImage
     out: Path
     classes: int
-    before: PhotographRecord | None
+    before: ImageRecord | None
 
-    def __call__(self) -> PhotographRecord | LeftOut:
+    def __call__(self) -> ImageRecord | LeftOut:
         if self.before is not None and _is_complete(self.before) and _is_whole(self.out, self.before):
             return self.before
         try:
-            image = self.photograph.image() if callable(self.photograph.image) else self.photograph.image
+            image = self.source_image.image() if callable(self.source_image.image) else self.source_image.image
             pixels = open_image(image)
-            read = self.photograph.labels()
+            read = self.source_image.labels()
             labelled = read if isinstance(read, Labelled) else Labelled(read, ())
             values = _label_values(labelled.labels, pixels.shape[:2], self.classes)
         except (UserError, OSError) as error:
             said = " ".join(str(error).split())
-            return LeftOut(self.photograph.name, said, getattr(error, "unknown_value", None))
+            return LeftOut(self.source_image.name, said, getattr(error, "unknown_value", None))
         return self._write(image, values, labelled.left_out)
 
-    def _write(self, image: ImageFile, values: np.ndarray, left_out: tuple[str, ...]) -> PhotographRecord:
+    def _write(self, image: ImageFile, values: np.ndarray, left_out: tuple[str, ...]) -> ImageRecord:
         if self.before is not None:
             _keep_changed(self.out, self.before)
         # Names may hold dots, so that with_suffix would cut them.
-        label_file = self.out / "labels" / f"{self.photograph.name}.png"
+        label_file = self.out / "labels" / f"{self.source_image.name}.png"
         with atomic_path(label_file) as temporary:
             Image.fromarray(values).save(temporary)
-        image_file = self.out / "images" / f"{self.photograph.name}{_suffix(image)}"
+        image_file = self.out / "images" / f"{self.source_image.name}{_suffix(image)}"
         if isinstance(image, Path):
             link(image, image_file)
         else:
@@ -335,8 +335,8 @@ class _Task:
                     temporary.write_bytes(image)
                 else:
                     Image.fromarray(image).save(temporary)
-        return PhotographRecord(
-            name=self.photograph.name,
+        return ImageRecord(
+            name=self.source_image.name,
             width=values.shape[1],
             height=values.shape[0],
             image=canonical.file_record(image_file),
@@ -346,12 +346,12 @@ class _Task:
         )
 
 
-def _is_complete(record: PhotographRecord) -> bool:
+def _is_complete(record: ImageRecord) -> bool:
     """Return whether no record of the image was left out (it may be corrected now), and its pixels are counted."""
     return record.classes is not None and not record.left_out
 
 
-def _is_whole(out: Path, record: PhotographRecord) -> bool:
+def _is_whole(out: Path, record: ImageRecord) -> bool:
     """Return whether the label has the recorded checksum, and the image (perhaps by a link) the recorded size."""
     label, image = out / "labels" / record.label.file, out / "images" / record.image.file
     return (
@@ -384,7 +384,7 @@ def _suffix(image: ImageFile) -> str:
         return {"JPEG": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
 
 
-def _remove_stale(out: Path, before: Iterable[PhotographRecord], records: dict[str, PhotographRecord]) -> None:
+def _remove_stale(out: Path, before: Iterable[ImageRecord], records: dict[str, ImageRecord]) -> None:
     """Remove an earlier run's files of images that are gone or can no longer be used."""
     kept = {record.image.file for record in records.values()}
     for record in before:
@@ -398,16 +398,16 @@ def _write_lists(
     out: Path,
     request: Request,
     source: Source,
-    photographs: Sequence[Photograph],
-    records: dict[str, PhotographRecord],
+    source_images: Sequence[SourceImage],
+    records: dict[str, ImageRecord],
     left_out: dict[str, str],
 ) -> DatasetManifest:
     write_text(out / "classes.txt", "\n".join(request.classes) + "\n")
-    splits = request.splits or sorted({split for photograph in photographs for split in photograph.splits})
+    splits = request.splits or sorted({split for source_image in source_images for split in source_image.splits})
     counts = {}
     for split in splits:
         # With the suffix, a listed name means one file, even if names have dots.
-        members = (photograph for photograph in photographs if split in photograph.splits)
+        members = (source_image for source_image in source_images if split in source_image.splits)
         files = [records[member.name].image.file for member in members if member.name in records]
         write_text(out / f"{split}.txt", "".join(f"{file}\n" for file in files))
         counts[split] = len(files)

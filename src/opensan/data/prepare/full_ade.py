@@ -10,7 +10,7 @@ from PIL import Image
 
 from opensan.data.prepare import raw
 from opensan.data.prepare.pickle_data import read_pickle_data
-from opensan.data.prepare.source import Photograph, Source
+from opensan.data.prepare.source import Source, SourceImage
 from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
 
@@ -33,13 +33,13 @@ def open_full_ade(folder: Path) -> Source:
     if len(folders) != len(names):
         raise UserError(f"{index}: lists {len(folders)} folders and {len(names)} file names")
 
-    def photographs() -> Iterator[Photograph]:
+    def source_images() -> Iterator[SourceImage]:
         for entry_folder, name in zip(folders, names, strict=True):
             file = _below(index.parent, entry_folder, name)
             split = "val" if "_val_" in name else "train"
-            yield Photograph(file.stem, (split,), partial(_at_most_512, file), partial(_coded_classes, file))
+            yield SourceImage(file.stem, (split,), partial(_at_most_512, file), partial(_coded_classes, file))
 
-    return Source(Vocabulary.ready("ade20k_847"), list(photographs()), evaluation_split="val", label_set="ade20k_847")
+    return Source(Vocabulary.ready("ade20k_847"), list(source_images()), evaluation_split="val", label_set="ade20k_847")
 
 
 def _below(root: Path, folder: str, name: str) -> Path:

@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 
 from opensan.data.prepare.drawn_masks import mask_of
-from opensan.data.prepare.own_labels import Layers, look_up, read_map, upright_as
-from opensan.data.prepare.own_photographs import (
+from opensan.data.prepare.own_images import (
     NO_SPLIT,
-    Found,
+    FolderImage,
     background_notes,
     below,
     evaluation_split,
     fail,
     is_image,
-    photographs,
+    source_images,
     vocabulary_of,
     without,
 )
+from opensan.data.prepare.own_labels import Layers, look_up, read_map, upright_as
 from opensan.data.prepare.source import Labelled, Reader, Source
 from opensan.errors import UserError, reason
 from opensan.images import stored_size
@@ -78,7 +78,7 @@ def _open(folder: Path, kind: str, annotations: str, ignored: str, crowds: str, 
     vocabulary, labels = without(vocabulary_of(list(names.values()), f"{first}: categories"), ignored, str(first))
     crowds_are_objects, said = _what_crowds_are(files, crowds)
     label_of_category = _Labels(dict(zip(names, labels, strict=True)), crowds_are_objects)
-    images_found: dict[Path, Found] = {}
+    images_found: dict[Path, FolderImage] = {}
     readers: dict[Path, Callable[[], np.ndarray | Labelled]] = {}
     left_out: dict[str, str] = {}
     for file in files:
@@ -96,12 +96,12 @@ def _open(folder: Path, kind: str, annotations: str, ignored: str, crowds: str, 
                 left_out[source] = str(error).removeprefix(f"{source}: ")
                 continue
             below_images = path.relative_to(images).with_suffix("").as_posix()
-            images_found[path] = Found(f"{file.split}/{below_images}", path, [file.split])
+            images_found[path] = FolderImage(f"{file.split}/{below_images}", path, [file.split])
     if not images_found:
         raise UserError(f"{first}: none of its images can be used: {'; '.join(list(left_out.values())[:3])}")
     return Source(
         vocabulary=vocabulary,
-        photographs=photographs(images_found.values(), lambda image_file: readers[image_file.file]),
+        images=source_images(images_found.values(), lambda image_file: readers[image_file.file]),
         evaluation_split=evaluation_split(file.split for file in files),
         left_out=left_out,
         notes=(*notes, *said, *_not_listed(images_found), *background_notes(vocabulary)),

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from opensan.data.class_list import ClassList, read_class_list
-from opensan.data.prepare.own_labels import PIXELS_REMEDY, VALUE_OPTIONS, Values, class_values, look_up, read_map
-from opensan.data.prepare.own_photographs import (
-    Found,
+from opensan.data.prepare.own_images import (
+    FolderImage,
     background_notes,
     evaluation_split,
-    find_photographs,
-    photographs,
+    find_images,
+    source_images,
     unused_labels,
     without,
 )
+from opensan.data.prepare.own_labels import PIXELS_REMEDY, VALUE_OPTIONS, Values, class_values, look_up, read_map
 from opensan.data.prepare.source import Reader, Source
 from opensan.errors import UserError
 from opensan.images.pixels import Pixels, one_reading
@@ -44,12 +44,12 @@ def open_folder(folder: Path, *, ignored: str = "", unlabelled: str = "", first:
     }
     colour_list = "labelmap.txt" if colours_of and not (folder / "colours.txt").exists() else "colours.txt"
     lists = folder / "ImageSets" / "Segmentation"
-    image_set = find_photographs(folder, images, lists=lists if lists.is_dir() else None)
+    image_set = find_images(folder, images, lists=lists if lists.is_dir() else None)
     return Source(
         vocabulary=vocabulary,
-        photographs=photographs(image_set.found, lambda image: _Labels(image, labels, values, colours, colour_list)),
-        evaluation_split=evaluation_split(split for image in image_set.found for split in image.splits),
-        left_out=image_set.left_out | unused_labels(folder, labels, (".png",), image_set.places),
+        images=source_images(image_set.images, lambda image: _Labels(image, labels, values, colours, colour_list)),
+        evaluation_split=evaluation_split(split for image in image_set.images for split in image.splits),
+        left_out=image_set.left_out | unused_labels(folder, labels, (".png",), image_set.stems),
         notes=(*image_set.notes, *background_notes(vocabulary)),
         unlabelled_because="all values are 255 (unlabelled) or of ignored classes",
         judge=values.judge,
@@ -120,7 +120,7 @@ def _class_list(path: Path) -> tuple[ClassList, dict[int, str]]:
 class _Labels:
     """Reads the labels of one image."""
 
-    photograph: Found
+    source_image: FolderImage
     folder: Path
     values: Values
     label_of_colour: Mapping[int, int]
@@ -128,14 +128,14 @@ class _Labels:
     """Name of the table of colours for messages."""
 
     def __call__(self) -> np.ndarray:
-        path = self.photograph.label or self.folder / f"{self.photograph.place}.png"
+        path = self.source_image.label or self.folder / f"{self.source_image.stem}.png"
         if not path.exists() and path.with_suffix(".PNG").exists():
             path = path.with_suffix(".PNG")
         if not path.exists():
             others = sorted(other.name for other in path.parent.glob(f"{glob.escape(path.stem)}.*"))
             hint = f"there is {others[0]}, but labels must be PNG" if others else "give it one, or leave it out"
             raise UserError(f"{path}: missing; every image needs a label PNG of its name ({hint})")
-        pixels = read_map(path, str(path), self.photograph.file)
+        pixels = read_map(path, str(path), self.source_image.file)
         if not self.label_of_colour:
             return self.values.labels(pixels, str(path), "; save those numbers, or list its colours in colours.txt")
         return one_reading(pixels, str(path), self._readings(pixels, str(path)), PIXELS_REMEDY)

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opensan.data.class_list import read_class_list
-from opensan.data.prepare.own_labels import VALUE_OPTIONS, Values, class_values, read_map
-from opensan.data.prepare.own_photographs import (
+from opensan.data.prepare.own_images import (
     NO_SPLIT,
     background_notes,
     below,
@@ -25,7 +24,8 @@ from opensan.data.prepare.own_photographs import (
     vocabulary_of,
     without,
 )
-from opensan.data.prepare.source import Photograph, Reader, Source
+from opensan.data.prepare.own_labels import VALUE_OPTIONS, Values, class_values, read_map
+from opensan.data.prepare.source import Reader, Source, SourceImage
 from opensan.errors import HubError, UserError, install, reason
 from opensan.vocabulary import Vocabulary, Word
 
@@ -68,17 +68,17 @@ def open_table(
     label_of_value = dict(zip(names, labels, strict=True))
     values = class_values(label_of_value, first=first, unlabelled=unlabelled, pixels=pixels)
     counts: Counter[str] = Counter()
-    photographs = []
+    source_images = []
     for file in files:
         split = _split(file, folder)
         for group, number in _row_numbers(file):
             row = _Row(file, group, number, image, mask, values)
             name = f"{split}_{counts[split]:06d}"
-            photographs.append(Photograph(name=name, splits=(split,), image=row.photograph, labels=row.labels))
+            source_images.append(SourceImage(name=name, splits=(split,), image=row.source_image, labels=row.labels))
             counts[split] += 1
     return Source(
         vocabulary,
-        photographs,
+        source_images,
         evaluation_split(counts),
         notes=background_notes(vocabulary),
         unlabelled_because="all values are 255 (unlabelled) or of ignored classes",
@@ -106,13 +106,13 @@ class _Row:
     mask_column: str
     values: Values
 
-    def photograph(self) -> bytes:
+    def source_image(self) -> bytes:
         """Return the content of the image file."""
         return self._picture(self.image_column)
 
     def labels(self) -> np.ndarray:
         name = self._name(self.mask_column)
-        pixels = read_map(self._picture(self.mask_column), name, self.photograph(), _MASK_FORMATS)
+        pixels = read_map(self._picture(self.mask_column), name, self.source_image(), _MASK_FORMATS)
         return self.values.labels(pixels, name)
 
     def _picture(self, column: str) -> bytes:

@@ -19,17 +19,17 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from opensan.data.class_list import read_class_names
-from opensan.data.prepare.own_labels import upright_as
-from opensan.data.prepare.own_photographs import (
+from opensan.data.prepare.own_images import (
     NO_SPLIT,
-    Found,
+    FolderImage,
     background_notes,
     evaluation_split,
     is_image,
-    photographs,
+    source_images,
     vocabulary_of,
     without,
 )
+from opensan.data.prepare.own_labels import upright_as
 from opensan.data.prepare.source import Labelled, Reader, Source
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS, stored_size
@@ -61,17 +61,18 @@ def open_labelme(folder: Path, *, ignored: str = "") -> Source:
         text: label for word, label in zip(full.words, labels, strict=True) for text in (word.name, *word.synonyms)
     } | dict.fromkeys(_NO_LABELS, UNLABELLED)
     usable = [
-        Found(path.relative_to(folder).with_suffix("").as_posix(), path, [_split(path, folder)]) for path, _ in files
+        FolderImage(path.relative_to(folder).with_suffix("").as_posix(), path, [_split(path, folder)])
+        for path, _ in files
     ]
-    images = {image.place: _LabelmeImage(folder, image.file) for image in usable}
-    used = {images[image.place].beside() for image in usable}
+    images = {image.stem: _LabelmeImage(folder, image.file) for image in usable}
+    used = {images[image.stem].beside() for image in usable}
     unlabelled = [file for file in sorted(folder.rglob("*")) if is_image(file) and file not in used]
     return Source(
         vocabulary=vocabulary,
-        photographs=[
-            replace(photograph, image=images[image.place])
-            for photograph, image in zip(
-                photographs(usable, lambda image: _Shapes(images[image.place], label_of)), usable, strict=True
+        images=[
+            replace(source_image, image=images[image.stem])
+            for source_image, image in zip(
+                source_images(usable, lambda image: _Shapes(images[image.stem], label_of)), usable, strict=True
             )
         ],
         evaluation_split=evaluation_split(split for image in usable for split in image.splits),

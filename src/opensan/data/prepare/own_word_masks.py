@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from opensan.data.class_list import read_class_names
-from opensan.data.prepare.own_labels import Layers, read_map
-from opensan.data.prepare.own_photographs import (
-    Found,
+from opensan.data.prepare.own_images import (
+    FolderImage,
     evaluation_split,
-    find_photographs,
+    find_images,
     is_image,
-    photographs,
+    source_images,
     vocabulary_of,
     without,
 )
+from opensan.data.prepare.own_labels import Layers, read_map
 from opensan.data.prepare.source import Reader, Source
 from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
@@ -31,24 +31,23 @@ def open_word_masks(folder: Path, *, ignored: str = "") -> Source:
     """Open images/NAME.jpg with masks/NAME/WORD.png, or masks/WORD/NAME.png; without these folders, all in `folder`."""
     images = folder / "images" if (folder / "images").is_dir() else folder
     masks = folder / "masks" if (folder / "masks").is_dir() else folder
-    found_set = find_photographs(folder, images, nested=images != folder)
-    found = found_set.found
-    by_place = {one.place: one for one in found if not one.problem}
-    if any((masks / place).is_dir() for place in by_place):
-        found_masks = list(_by_photograph(masks, by_place))
+    image_set = find_images(folder, images, nested=images != folder)
+    by_stem = {image.stem: image for image in image_set.images if not image.problem}
+    if any((masks / stem).is_dir() for stem in by_stem):
+        mask_files = list(_by_image(masks, by_stem))
     else:
-        found_masks = list(_by_word(masks, by_place, images))
-    photographs_of = {one.file for one in found}
+        mask_files = list(_by_word(masks, by_stem, images))
+    image_files = {image.file for image in image_set.images}
     files: dict[str, list[tuple[str, Path]]] = defaultdict(list)
-    for place, word, file in found_masks:
-        if file not in photographs_of:  # with everything in one folder, images lie among the masks
-            files[place].append((word, file))
+    for stem, word, file in mask_files:
+        if file not in image_files:  # with everything in one folder, images lie among the masks
+            files[stem].append((word, file))
     if not files:
         raise UserError(f"{masks}: no mask of an image; they are masks/NAME/WORD.png or masks/WORD/NAME.png")
-    for place, one in by_place.items():
-        if place not in files:
-            one.problem = (
-                f"{masks}: no mask of {one.file.name}; leave it out of the folder or the lists, or give it one"
+    for stem, image in by_stem.items():
+        if stem not in files:
+            image.problem = (
+                f"{masks}: no mask of {image.file.name}; leave it out of the folder or the lists, or give it one"
             )
     vocabulary = _vocabulary(folder / "classes.txt", masks, [word for masks in files.values() for word, _ in masks])
     kept, labels = without(vocabulary, ignored, str(masks))
@@ -60,36 +59,36 @@ def open_word_masks(folder: Path, *, ignored: str = "") -> Source:
     used = {file for entries in files.values() for _, file in entries}
     return Source(
         vocabulary=kept,
-        left_out=found_set.left_out | _unused(folder, masks, images, used, found_set.places),
-        notes=found_set.notes,
+        left_out=image_set.left_out | _unused(folder, masks, images, used, image_set.stems),
+        notes=image_set.notes,
         unlabelled_because="no mask has a white pixel",
-        photographs=photographs(
-            found,
-            lambda one: _Masks(one.file, tuple((label_of_word[word], file) for word, file in files[one.place])),
+        images=source_images(
+            image_set.images,
+            lambda image: _Masks(image.file, tuple((label_of_word[word], file) for word, file in files[image.stem])),
         ),
-        evaluation_split=evaluation_split(split for one in found for split in one.splits),
+        evaluation_split=evaluation_split(split for image in image_set.images for split in image.splits),
     )
 
 
-def _by_photograph(masks: Path, by_place: dict[str, Found]) -> Iterator[tuple[str, str, Path]]:
+def _by_image(masks: Path, by_stem: dict[str, FolderImage]) -> Iterator[tuple[str, str, Path]]:
     """Yield (image, word, mask) of masks/NAME/WORD.png."""
-    for place in by_place:
-        for file in _files(masks / place):
-            yield place, _word(file.stem), file
+    for stem in by_stem:
+        for file in _files(masks / stem):
+            yield stem, _word(file.stem), file
 
 
-def _by_word(masks: Path, by_place: dict[str, Found], images: Path) -> Iterator[tuple[str, str, Path]]:
+def _by_word(masks: Path, by_stem: dict[str, FolderImage], images: Path) -> Iterator[tuple[str, str, Path]]:
     """Yield (image, word, mask) of masks/WORD/NAME.png; NAME may have a split's folder before it."""
     for folder in sorted(path for path in masks.iterdir() if path.is_dir() and not path.name.startswith(".")):
         if folder == images:
             continue
         for file in sorted(folder.rglob("*")):
-            place = file.relative_to(folder).with_suffix("").as_posix()
-            if place in by_place and is_image(file):
-                yield place, _word(folder.name), file
+            stem = file.relative_to(folder).with_suffix("").as_posix()
+            if stem in by_stem and is_image(file):
+                yield stem, _word(folder.name), file
 
 
-def _unused(folder: Path, masks: Path, images: Path, used: Collection[Path], places: Collection[str]) -> dict[str, str]:
+def _unused(folder: Path, masks: Path, images: Path, used: Collection[Path], stems: Collection[str]) -> dict[str, str]:
     """Return masks in a folder of their own that belong to no image: path -> reason."""
     if masks in (folder, images):
         return {}
@@ -97,8 +96,8 @@ def _unused(folder: Path, masks: Path, images: Path, used: Collection[Path], pla
     unused = {}
     for file in files:
         below = file.relative_to(masks).with_suffix("")
-        of_photographs = (below.parent.as_posix(), below.relative_to(below.parts[0]).as_posix())
-        if file not in used and not any(place in places for place in of_photographs):
+        of_images = (below.parent.as_posix(), below.relative_to(below.parts[0]).as_posix())
+        if file not in used and not any(stem in stems for stem in of_images):
             unused[file.relative_to(folder).as_posix()] = "no image has the name of this mask"
     return unused
 

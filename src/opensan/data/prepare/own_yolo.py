@@ -14,18 +14,18 @@ import yaml
 
 from opensan.data.class_list import read_class_list
 from opensan.data.prepare.drawn_masks import mask_of
-from opensan.data.prepare.own_labels import Layers
-from opensan.data.prepare.own_photographs import (
-    Found,
-    FoundSet,
+from opensan.data.prepare.own_images import (
+    FolderImage,
+    FolderImages,
     background_notes,
     evaluation_split,
-    find_photographs,
-    photographs,
+    find_images,
+    source_images,
     unused_labels,
     vocabulary_of,
     without,
 )
+from opensan.data.prepare.own_labels import Layers
 from opensan.data.prepare.source import Labelled, Reader, Source
 from opensan.errors import UserError
 from opensan.images import image_size
@@ -40,24 +40,25 @@ def open_yolo(folder: Path, *, ignored: str = "") -> Source:
     vocabulary, labels = without(vocabulary_of(list(names.values()), source), ignored, source)
     label_of_class = dict(zip(names, labels, strict=True))
     pairs = _pairs(folder)
-    found: dict[int, tuple[Found, Path]] = {}
+    texts_of: dict[int, tuple[FolderImage, Path]] = {}
     left_out: dict[str, str] = {}
     notes: list[str] = []
     for split, images, texts in pairs:
-        part = _found(folder, images, split)
-        left_out |= part.left_out | unused_labels(folder, texts, (".txt",), part.places | {"classes"})
+        part = _part(folder, images, split)
+        left_out |= part.left_out | unused_labels(folder, texts, (".txt",), part.stems | {"classes"})
         notes += part.notes
-        for item in part.found:
-            text = texts / f"{item.place}.txt"
+        for item in part.images:
+            text = texts / f"{item.stem}.txt"
             if split:
-                item.place = f"{split}/{item.place}"
-            found[id(item)] = (item, text)
+                item.stem = f"{split}/{item.stem}"
+            texts_of[id(item)] = (item, text)
     return Source(
         vocabulary=vocabulary,
-        photographs=photographs(
-            [item for item, _ in found.values()], lambda item: _Polygons(item.file, found[id(item)][1], label_of_class)
+        images=source_images(
+            [item for item, _ in texts_of.values()],
+            lambda item: _Polygons(item.file, texts_of[id(item)][1], label_of_class),
         ),
-        evaluation_split=evaluation_split(split for item, _ in found.values() for split in item.splits),
+        evaluation_split=evaluation_split(split for item, _ in texts_of.values() for split in item.splits),
         left_out=left_out,
         notes=(*notes, *background_notes(vocabulary)),
         unlabelled_because="the label files hold no polygon",
@@ -74,12 +75,12 @@ def _pairs(folder: Path) -> list[tuple[str, Path, Path]]:
     return [(path.name, path / "images", path / "labels") for path in parts]
 
 
-def _found(folder: Path, images: Path, split: str) -> FoundSet:
-    found = find_photographs(folder if not split else images.parent, images)
+def _part(folder: Path, images: Path, split: str) -> FolderImages:
+    image_set = find_images(folder if not split else images.parent, images)
     if split:
-        for image in found.found:
+        for image in image_set.images:
             image.splits = [split]
-    return found
+    return image_set
 
 
 def _names(folder: Path) -> tuple[dict[int, str | Word], str]:

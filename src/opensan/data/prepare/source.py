@@ -22,13 +22,13 @@ class Labelled:
     """The labels of an image, and those of its records that could not be used."""
 
     labels: np.ndarray
-    """Labels as `Photograph.labels` returns them."""
+    """Labels as `SourceImage.labels` returns them."""
     left_out: tuple[str, ...]
     """One line for each record that was left out, with the reason ("annotation 3: has only a box")."""
 
 
 @dataclass(frozen=True)
-class Photograph:
+class SourceImage:
     """One labelled image.
 
     The callables must be picklable (a function of a module with functools.partial, or a frozen dataclass with
@@ -51,7 +51,7 @@ class Source:
 
     vocabulary: Vocabulary
     """The classes that labels are indices into."""
-    photographs: Sequence[Photograph]
+    images: Sequence[SourceImage]
     """Images of all splits, in the order of the lists."""
     evaluation_split: str | None = None
     """The list for evaluation, of published figures if there are any."""

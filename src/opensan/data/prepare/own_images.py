@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from opensan.data.prepare.source import Photograph
+from opensan.data.prepare.source import SourceImage
 from opensan.errors import UserError
 from opensan.images import FOREIGN_SUFFIXES, known_suffixes
 from opensan.vocabulary import Vocabulary, Word
@@ -31,10 +31,10 @@ _NO_IMAGES = frozenset(
 
 
 @dataclass
-class Found:
+class FolderImage:
     """An image in a folder."""
 
-    place: str
+    stem: str
     """Path below the folder of images, without suffix: "0001", or "train/0001"."""
     file: Path
     splits: list[str] = field(default_factory=list)
@@ -45,19 +45,19 @@ class Found:
 
 
 @dataclass(frozen=True)
-class FoundSet:
+class FolderImages:
     """The images of a folder, and other files in it."""
 
-    found: list[Found]
+    images: list[FolderImage]
     """Images that lists name, or all."""
-    places: frozenset[str]
-    """Places of all files in the folder of images, also of those that can't be read or that no list names."""
+    stems: frozenset[str]
+    """Stems of all files in the folder of images, also of those that can't be read or that no list names."""
     left_out: dict[str, str]
     """Files that look like images and can't be read: path below the data set's folder -> reason."""
     notes: tuple[str, ...] = ()
 
 
-def find_photographs(root: Path, images: Path, *, nested: bool = True, lists: Path | None = None) -> FoundSet:
+def find_images(root: Path, images: Path, *, nested: bool = True, lists: Path | None = None) -> FolderImages:
     """Find the images in `images`, with their splits by lists in `root` or by sub-folders of `images`.
 
     If a `.txt` in `root` (or in `lists`) names images, such files are the splits. Else, if `nested`, sub-folders
@@ -72,32 +72,32 @@ def find_photographs(root: Path, images: Path, *, nested: bool = True, lists: Pa
     if not files:
         first = f"; {next(iter(left_out.items()))}" if left_out else ""
         raise UserError(f"{images}: no images (.jpg, .png and the like){first}")
-    found = [Found(_place(file, images), file) for file in files]
-    places = frozenset(_place(file, images) for file in (*files, *foreign))
-    listed = _listed(root, images, found, lists or root)
+    all_images = [FolderImage(_stem(file, images), file) for file in files]
+    stems = frozenset(_stem(file, images) for file in (*files, *foreign))
+    listed = _listed(root, images, all_images, lists or root)
     notes: tuple[str, ...] = ()
     if not listed:
-        _split_by_folder(images, found)
-        listed = found
-    elif unused := len(found) - len({image.file for image in listed if not image.problem}):
+        _split_by_folder(images, all_images)
+        listed = all_images
+    elif unused := len(all_images) - len({image.file for image in listed if not image.problem}):
         notes = (f"{unused} images stand in no list, and are not used",)
     _refuse_equal_stems(images, listed)
-    return FoundSet(listed, places, left_out, notes)
+    return FolderImages(listed, stems, left_out, notes)
 
 
-def _refuse_equal_stems(images: Path, listed: Sequence[Found]) -> None:
-    by_place = defaultdict(list)
+def _refuse_equal_stems(images: Path, listed: Sequence[FolderImage]) -> None:
+    by_stem = defaultdict(list)
     for image in listed:
         if not image.problem:
-            by_place[image.place].append(image)
-    for same in by_place.values():
+            by_stem[image.stem].append(image)
+    for same in by_stem.values():
         names = " and ".join(image.file.name for image in same)
         for image in same if len(same) > 1 else ():
             image.problem = f"{images}: {names} have the same stem, so labels could be either's; rename one"
-            image.place += image.file.suffix
+            image.stem += image.file.suffix
 
 
-def unused_labels(root: Path, labels: Path, suffixes: Collection[str], places: Collection[str]) -> dict[str, str]:
+def unused_labels(root: Path, labels: Path, suffixes: Collection[str], stems: Collection[str]) -> dict[str, str]:
     """Return label files in `labels` that belong to no image: path below `root` -> reason."""
     if not labels.is_dir():
         return {}
@@ -105,7 +105,7 @@ def unused_labels(root: Path, labels: Path, suffixes: Collection[str], places: C
     return {
         _below_root(file, root): "no image has this name"
         for file in files
-        if not file.name.startswith(".") and _place(file, labels) not in places
+        if not file.name.startswith(".") and _stem(file, labels) not in stems
     }
 
 
@@ -113,7 +113,7 @@ def _below_root(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix()
 
 
-def _place(file: Path, folder: Path) -> str:
+def _stem(file: Path, folder: Path) -> str:
     return file.relative_to(folder).with_suffix("").as_posix()
 
 
@@ -145,26 +145,26 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in known_suffixes()
 
 
-def _split_by_folder(images: Path, found: Sequence[Found]) -> None:
-    flat = [image for image in found if "/" not in image.place]
-    if flat and len(flat) < len(found):
-        other = next(image for image in found if "/" in image.place)
+def _split_by_folder(images: Path, all_images: Sequence[FolderImage]) -> None:
+    flat = [image for image in all_images if "/" not in image.stem]
+    if flat and len(flat) < len(all_images):
+        other = next(image for image in all_images if "/" in image.stem)
         raise UserError(
-            f"{images}: images lie both in it ({flat[0].file.name}) and in sub-folders ({other.place}): "
+            f"{images}: images lie both in it ({flat[0].file.name}) and in sub-folders ({other.stem}): "
             "sub-folders are splits, so put all into them, or none"
         )
-    for image in found:
-        image.splits = [PurePosixPath(image.place).parts[0] if not flat else NO_SPLIT]
+    for image in all_images:
+        image.splits = [PurePosixPath(image.stem).parts[0] if not flat else NO_SPLIT]
 
 
-def _listed(root: Path, images: Path, found: Sequence[Found], lists: Path) -> list[Found]:
+def _listed(root: Path, images: Path, all_images: Sequence[FolderImage], lists: Path) -> list[FolderImage]:
     """Return the images of the lists; empty if there are no lists."""
-    by_name: dict[str, list[Found]] = defaultdict(list)
-    for image in found:
+    by_name: dict[str, list[FolderImage]] = defaultdict(list)
+    for image in all_images:
         path_below = image.file.relative_to(images).as_posix()
-        for name in {path_below, image.place, image.file.name, image.file.stem}:
+        for name in {path_below, image.stem, image.file.name, image.file.stem}:
             by_name[name].append(image)
-    listed: dict[Path | str, Found] = {}
+    listed: dict[Path | str, FolderImage] = {}
     for path in sorted(path for path in lists.iterdir() if path.suffix.lower() == ".txt"):
         if path.name.lower() in NO_LISTS or path.name.startswith("."):
             continue
@@ -176,11 +176,11 @@ def _listed(root: Path, images: Path, found: Sequence[Found], lists: Path) -> li
             matches = by_name.get(line)
             if matches is None:
                 problem = f"{path}: line {number}: there is no image {line!r} in {images}"
-                matches = [listed.get(line) or Found(line, images / line, problem=problem)]
+                matches = [listed.get(line) or FolderImage(line, images / line, problem=problem)]
             for image in matches:
                 if label:
                     image.label = below(root, label, f"{path}: line {number}")
-                listed.setdefault(image.place if image.problem else image.file, image)
+                listed.setdefault(image.stem if image.problem else image.file, image)
                 if path.stem not in image.splits:
                     image.splits.append(path.stem)
     return list(listed.values())
@@ -198,7 +198,7 @@ def _refuse_list(path: Path, images: Path, entries: Sequence[tuple[int, tuple[st
     )
 
 
-def _entry(line: str, images: Path, by_name: Mapping[str, Sequence[Found]]) -> tuple[str, str]:
+def _entry(line: str, images: Path, by_name: Mapping[str, Sequence[FolderImage]]) -> tuple[str, str]:
     """Return the image that a line names, as in `by_name`, and the label file of a pair ("" if it is no pair)."""
     for separator in (None, "\t", ",", " "):
         image, label = (line, "") if separator is None else map(str.strip, line.partition(separator)[::2])
@@ -228,22 +228,22 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"{path}: not a list of images ({error})") from None
 
 
-def photographs(found: Iterable[Found], labels: Callable[[Found], Callable]) -> list[Photograph]:
-    """Return `found` in the engine's form; `labels` returns the function that reads an image's labels.
+def source_images(images: Iterable[FolderImage], labels: Callable[[FolderImage], Callable]) -> list[SourceImage]:
+    """Return `images` in the engine's form; `labels` returns the function that reads an image's labels.
 
     An image's name is its stem, or, where stems repeat in sub-folders, its path below the folder ("train_0001").
     """
-    found = list(found)
-    stems = Counter(PurePosixPath(image.place).name for image in found)
+    images = list(images)
+    stems = Counter(PurePosixPath(image.stem).name for image in images)
     return [
-        Photograph(
-            name=stem if stems[stem] == 1 else image.place.replace("/", "_"),
+        SourceImage(
+            name=stem if stems[stem] == 1 else image.stem.replace("/", "_"),
             splits=tuple(image.splits),
             image=partial(fail, image.problem) if image.problem else image.file,
             labels=labels(image),
         )
-        for image in found
-        for stem in [PurePosixPath(image.place).name]
+        for image in images
+        for stem in [PurePosixPath(image.stem).name]
     ]
 
 
