@@ -390,6 +390,19 @@ def test_check_writable_proves_it(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="only Linux has files without a name")
+def test_check_writable_leaves_nothing_if_killed(tmp_path):
+    killed = """
+import os, sys, tempfile
+from opensan.outputs import check_writable
+make = tempfile.TemporaryFile
+tempfile.TemporaryFile = lambda **options: (make(**options).write(b"x"), os._exit(9))
+check_writable(sys.argv[1])
+"""
+    assert subprocess.run([sys.executable, "-c", killed, str(tmp_path)]).returncode == 9
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_check_writable_in_a_read_only_folder(tmp_path):
     tmp_path.chmod(0o555)

@@ -18,8 +18,6 @@ from opensan.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 """The folder of the models, class lists, tokens and scenes that come with the package."""
-TRIAL = "opensan"
-"""Name of the temporary file that tests whether a folder can be written to."""
 SHORT_NAME = 64
 """Bytes of a file name that every file system can hold; a temporary name may have so many."""
 

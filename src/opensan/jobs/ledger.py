@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensan.errors import UserError
-from opensan.files import TRIAL, hold, keep_aside, remove_temporaries
+from opensan.files import hold, keep_aside, remove_temporaries
 from opensan.journal import Journal, as_json, difference
 from opensan.vocabulary import Vocabulary
 
@@ -243,11 +243,10 @@ class Ledger:
         return pending
 
     def remove_left_over(self, paths: Iterable[str]) -> None:
-        """Remove temporary files that a killed run left beside `paths` (below the results), and its trials."""
+        """Remove temporary files that a killed run left beside `paths` (below the results)."""
         targets: dict[Path, set[str]] = defaultdict(set)
-        targets[self._out].add(TRIAL)
         for path in paths:
-            targets[(self._out / path).parent].update((Path(path).name, TRIAL))
+            targets[(self._out / path).parent].add(Path(path).name)
         for folder, names in targets.items():
             remove_temporaries(folder, names)
 

@@ -5,6 +5,7 @@ Nothing here needs torch, and every file is written all or nothing.
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from opensan.errors import UserError
-from opensan.files import TRIAL, atomic_path, write_text
+from opensan.files import atomic_path, write_text
 from opensan.outputs.coco import mean_confidence, record
 from opensan.outputs.colours import UNLABELLED_COLOUR, palette
 from opensan.outputs.datasets import DATASETS, check_words
@@ -76,19 +77,13 @@ def check_writable(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / TRIAL) as temporary:
-            temporary.write_bytes(b"opensan")
-            raise _EnoughProof
-    except _EnoughProof:
-        return folder
+        with tempfile.TemporaryFile(dir=folder) as trial:  # without a name, so that nothing is left if killed here
+            trial.write(b"opensan")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "a file is in the way" if in_the_way else getattr(error, "strerror", None) or error
         raise UserError(f"{folder}: cannot write there ({reason})") from error
-
-
-class _EnoughProof(Exception):
-    """Raised inside atomic_path after the write, so that it removes the file instead of renaming it."""
+    return folder
 
 
 def output_paths(folder: str | os.PathLike, stem: str, formats: Sequence[str]) -> dict[str, Path]:
