@@ -17,6 +17,7 @@ from opensan.cli import main
 from opensan.config import parse_config
 from opensan.errors import UserError
 from opensan.recipe.config import RECIPES, RecipeConfig, override, read_recipe
+from opensan.recipe.files import RunFolderFiles
 from opensan.recipe.show import to_yaml
 from opensan.train.criterion import SetCriterion
 
@@ -207,6 +208,15 @@ def test_what_is_missing_is_told_before_anything_is_trained(tmp_path, recipe_fil
 def rows(path) -> list[list[str]]:
     with path.open(newline="") as file:
         return list(csv.reader(file))
+
+
+@pytest.mark.parametrize("written", ["", "step,lo", "step,loss\n", "step,loss\n1,2.5\n2,2.", "step,loss\n1,2.5\n2"])
+def test_a_log_that_a_full_disk_cut_off_hides_no_error(tmp_path, recipe_file, written):
+    files = RunFolderFiles(read_recipe(str(recipe_file)).model_copy(update={"out": tmp_path}))
+    files.start(0)
+    (tmp_path / "log.csv").write_text(written)
+    files.close()
+    assert Image.open(tmp_path / "curves.png").width > 500
 
 
 def test_a_run_leaves_its_log_pictures_and_a_model_and_goes_on_by_the_same_command(

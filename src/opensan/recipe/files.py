@@ -1,6 +1,7 @@
 """Write a run's files for people: the configuration, validation pictures, and charts of the curves."""
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,10 +58,11 @@ class RunFolderFiles:
 
 
 def _columns(path: Path) -> dict[str, list[float]]:
+    """Return the columns of the whole rows: a full disk may have cut off the last one, or all of the file."""
     if not path.exists():
         return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        names, *rows = csv.reader(file)
+    text = path.read_text(encoding="utf-8")
+    names, *rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1])) if "\n" in text else [[]]
     return {
         name: [float(value) for value in values] for name, values in zip(names, zip(*rows, strict=True), strict=False)
     }
