@@ -45,7 +45,7 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     between two renames, the last file is missing (or kept, where its content does not change), so a reader never takes
     a mixture of old and new files for one result.
 
-    An OSError that names no file, as that of a full disk, is given the target's name.
+    An OSError that names no file, as that of a full disk, is given the first target's name.
     """
     paths = [Path(target) for target in targets]
     temporaries: list[Path] = []
@@ -71,10 +71,11 @@ def atomic_paths(*targets: str | os.PathLike) -> Iterator[list[Path]]:
     except BaseException as error:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename in (None, *map(str, temporaries)):
-            error.filename, error.filename2 = str(paths[-1]), None
+        names = {str(temporary): str(path) for temporary, path in zip(temporaries, paths, strict=False)}
+        if isinstance(error, OSError) and error.errno and error.filename in (None, *names):
+            error.filename, error.filename2 = names.get(error.filename, str(paths[0])), None
         elif not isinstance(error, OSError) and (number := _ERROR_OF_RUST.search(str(error))):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(paths[-1])) from error
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(paths[0])) from error
         raise
 
 

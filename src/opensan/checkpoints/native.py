@@ -92,7 +92,7 @@ def save_folder(model: SAN, folder: str | os.PathLike, dtype: torch.dtype = torc
 
     An existing model is replaced when the new one is on disk. If the process is killed meanwhile, there may remain
     a folder without configuration, but never one model's weights with another's configuration.
-    Raises OSError, one line, when a file cannot be written; the old ones are then still there.
+    Raises OSError with the file's name when it cannot be written; the old ones are then still there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,9 +104,6 @@ def save_folder(model: SAN, folder: str | os.PathLike, dtype: torch.dtype = torc
         with atomic_path(folder / TOKENIZER_NAME) as path:
             path.write_bytes(model.tokenizer)
     with atomic_paths(folder / WEIGHTS_NAME, folder / CONFIG_NAME) as (weights, config):
-        try:
-            save_file(state, weights)
-        except SafetensorError as error:
-            raise OSError(f"{folder / WEIGHTS_NAME}: cannot be written ({error})") from None
+        save_file(state, weights)
         config.write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return folder
