@@ -116,8 +116,6 @@ AFTER: dict[str, Callable[[], None]] = {
 
 @pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES])
 def test_page_can_be_followed(page, tmp_path, small_model, capsys, monkeypatch):
-    if page == "docs/tasks.md":
-        pytest.skip("takes minutes: `python bench/tasks.py` follows it")
     lay_out(page, tmp_path, small_model, monkeypatch)
     reader = Reader(capsys, monkeypatch)
     try:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 import opensan
+from opensan.cli import main
 from opensan.errors import UserError
 from opensan.images import list_images
 from opensan.jobs.folder import (
@@ -474,3 +475,49 @@ def test_images_that_are_called_like_results_are_named_when_they_are_passed_over
         assert without_results(everything, [tmp_path], tmp_path / "out") == images[:1]
     # Named themselves, they are images like others.
     assert without_results(everything[:1], everything[:1], tmp_path / "out") == everything[:1]
+
+
+def label_into(out: Path, image: Path) -> object:
+    """Label one image by the command; return its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main(["segment", str(image), "--model", "tiny", "--words", "sand, grass", "--out", str(out), "--format", "png"])
+    return ended.value.code or 0
+
+
+def test_single_images_of_one_stem_keep_their_results(tmp_path, capsys):
+    folder, out = photographs(tmp_path / "in", 2), tmp_path / "out"
+    first, second = sorted(folder.rglob("*.png"))
+    names = [tmp_path / name for name in ("a.png", "a.bmp", "b/a.png", "b/a.bmp", "moved/a.png")]
+    for name in names:
+        name.parent.mkdir(exist_ok=True)
+        with Image.open(second if name.parent.name == "b" else first) as image:
+            image.rotate(90 * (name.suffix == ".bmp"), expand=True).save(name)
+    assert label_into(out, names[0]) == 0
+    assert label_into(out, names[1]) == 0  # another suffix: its whole name
+    labels = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    assert labels.keys() == {"a.labels.png", "a.bmp.labels.png"}
+    for other in names[2:4]:  # another folder, the same name
+        assert label_into(out, other) == 1
+        assert f"{out}: holds the results of {names[names.index(other) - 2]}" in capsys.readouterr().err
+    shutil.copy(names[0], names[4])  # the same image, moved
+    assert label_into(out, names[4]) == 0
+    assert label_into(out, names[0]) == 0  # again, and edited
+    with Image.open(second) as image:
+        image.save(names[0])
+    assert label_into(out, names[0]) == 0
+    now = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    assert now.keys() == labels.keys() and now["a.bmp.labels.png"] == labels["a.bmp.labels.png"]
+    assert now["a.labels.png"] != labels["a.labels.png"]
+
+
+def test_folders_of_equal_names_do_not_replace_each_other(segmenter, tmp_path):
+    one, other, out = photographs(tmp_path / "one", 2), photographs(tmp_path / "other", 3), tmp_path / "out"
+    for number, path in enumerate(sorted(other.rglob("*.png"))):
+        Image.fromarray(np.full((40, 60 + number, 3), 90, np.uint8)).save(path)
+    run_folder(segmenter, one, out)
+    before = {path.name: path.read_bytes() for path in out.rglob("*.png")}
+    with pytest.raises(UserError, match=rf"{out}: holds the results of {one}.*choose another folder"):
+        run_folder(segmenter, other, out)
+    assert {path.name: path.read_bytes() for path in out.rglob("*.png")} == before
+    moved = one.rename(tmp_path / "elsewhere")
+    assert run_folder(segmenter, moved, out)[0] == []  # known by their content

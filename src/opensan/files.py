@@ -114,6 +114,11 @@ def remove_temporaries(folder: Path, targets: Iterable[str] | None = None) -> No
                     Path(entry.path).unlink()
 
 
+def absolute(path: Path) -> Path:
+    """Make a path absolute, without "." and ".."; links are kept, so a linked image has its link's name."""
+    return Path(os.path.normpath(path.absolute()))
+
+
 def flush_folder(folder: Path) -> None:
     """Flush the names in `folder` to disk, if the system can: only then does a rename survive a loss of power."""
     if os.name != "posix":

@@ -13,14 +13,13 @@ from opensan.cli.options import RESULTS, AsJson, Device, ImageDtype, Model, Out,
 from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
-from opensan.vocabulary import Vocabulary
 
 STDIN = Path("-")
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from opensan.jobs.folder import FolderRun, Job, Written
+    from opensan.jobs.folder import FolderRun, Job, Question, Written
     from opensan.segmenters.base import Segmenter
     from opensan.segmenters.results import Segmentation
 
@@ -68,8 +67,8 @@ def segment(
 
     Writes for each image STEM.labels.png (the label map), STEM.overlay.png (with a legend) and STEM.segments.json
     (areas, confidences, COCO masks). Folders keep their structure under --out. A broken image does not stop the
-    others; it is listed at the end, and the exit code is 1. Several images are noted in manifest.sqlite: a stopped run
-    goes on with the same command, and what is done is not done again.
+    others; it is listed at the end, and the exit code is 1. Results are noted in manifest.sqlite: a stopped run of
+    several images goes on with the same command, and what is done is not done again.
     """
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
     from opensan import outputs  # imported here, like all that --help does not need
@@ -82,7 +81,7 @@ def segment(
         raise UsageError(f"--format: {error}") from None
     outputs.check_writable(out)
 
-    from opensan.jobs.folder import FolderRun, Job
+    from opensan.jobs.folder import FolderRun, Job, Question
     from opensan.jobs.runs import plan_folder
     from opensan.segmenters.load import load
 
@@ -100,7 +99,7 @@ def segment(
     embed_words(segmenter, vocabulary)
     try:
         if single:
-            paths = _one(segmenter, vocabulary, jobs[0], out, kinds, as_json)
+            paths = _one(segmenter, Question(vocabulary, out, tuple(dict.fromkeys(kinds))), jobs[0], as_json)
             if show:
                 open_file(paths["overlay"])
         else:
@@ -111,14 +110,20 @@ def segment(
         raise UserError(f"out of memory on {segmenter.device}: try a smaller --batch, or smaller images") from None
 
 
-def _one(
-    segmenter: "Segmenter", vocabulary: Vocabulary, job: "Job", out: Path, formats: Sequence[str], as_json: bool
-) -> dict[str, Path]:
+def _one(segmenter: "Segmenter", question: "Question", job: "Job", as_json: bool) -> dict[str, Path]:
     """Segment a single image, print its words as a table, and return its files."""
-    image = sys.stdin.buffer.read() if job.image == STDIN else job.image
-    segmentation = segmenter.segment(image, vocabulary)
-    base = out / job.stem
-    paths = segmentation.save(base.parent, base.name, formats)
+    from opensan.jobs.folder import label_single
+    from opensan.outputs import output_paths
+
+    if job.image.is_file():
+        segmentation, written = label_single(segmenter, question, job, complain)
+        base = question.out / written.job.stem
+        paths = output_paths(base.parent, base.name, question.formats)
+    else:  # stdin or a pipe, which can be read only once
+        image = sys.stdin.buffer.read() if job.image == STDIN else job.image
+        segmentation = segmenter.segment(image, question.vocabulary)
+        base = question.out / job.stem
+        paths = segmentation.save(base.parent, base.name, question.formats)
     if as_json:
         unlabelled = float((segmentation.labels < 0).mean())
         files = [str(path) for path in paths.values()]

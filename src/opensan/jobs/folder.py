@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from opensan import outputs
 from opensan.errors import UserError
+from opensan.files import absolute
 from opensan.images import ImageError
-from opensan.jobs.ledger import Ledger, Record, Stamp, settings_key, settings_of
+from opensan.jobs.ledger import LONGEST_WAIT, Ledger, Record, Stamp, settings_key, settings_of
 from opensan.outputs.datasets import DATASETS, Dataset, Labelled, Member
 from opensan.vocabulary import Vocabulary
 
@@ -157,11 +158,6 @@ def _warn_of_names_alone(passed_over: Sequence[Path], kept: Sequence[Path]) -> N
         )
 
 
-def absolute(path: Path) -> Path:
-    """Make a path absolute, without "." and ".."; links are kept, so a linked image has its link's name."""
-    return Path(os.path.normpath(path.absolute()))
-
-
 def label_one(segmenter: "Segmenter", question: Question, job: Job) -> Written | Broken:
     """Label one image and write its files: a run's work without its ledger, for other schedulers.
 
@@ -173,6 +169,55 @@ def label_one(segmenter: "Segmenter", question: Question, job: Job) -> Written |
         return read
     (encoding,) = segmenter.encode_read([read.image])
     return _write(question, job, read.source, segmenter.segment(encoding, question.vocabulary))
+
+
+def label_single(
+    segmenter: "Segmenter", question: Question, job: Job, note: Callable[[str], None]
+) -> tuple["Segmentation", Written]:
+    """Label one image anew, and write its files and their entry in the ledger, which is locked only briefly.
+
+    `note` gets messages about earlier results. Raises UserError, one line, if the image can't be read, or its results
+    can't be written.
+    """
+    read = _read(segmenter, question, job)
+    if isinstance(read, Broken):
+        raise UserError(read.reason)
+    (encoding,) = segmenter.encode_read([read.image])
+    segmentation = segmenter.segment(encoding, question.vocabulary)
+    with Ledger(question.out, wait=LONGEST_WAIT) as ledger:
+        (job,) = _own_stems([job], ledger)
+        settings = settings_of(segmenter, question.vocabulary)
+        ledger.begin(settings, {job.stem: (job.image, question.paths(job))}, again=True)
+        for line in ledger.notes:
+            note(line)
+        written = _write(question, job, read.source, segmentation)
+        if isinstance(written, Broken):
+            raise UserError(written.reason)
+        ledger.add(written.record)
+    return segmentation, written
+
+
+def _own_stems(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
+    """Return the jobs, those by their image's whole name whose stem has results of another image of that stem.
+
+    Raises UserError if results of another image have the whole name too, or the same name.
+    """
+    taken = {job.stem for job in jobs}
+    own = []
+    for job in jobs:
+        other = ledger.of_another(job.stem, job.image)
+        stem = f"{job.stem.removesuffix(job.image.stem)}{job.image.name}"
+        if other is not None and Path(other).name != job.image.name and stem not in taken:
+            own.append(Job(job.image, stem))
+            other = ledger.of_another(stem, job.image)
+        else:
+            own.append(job)
+        if other is not None:
+            raise UserError(
+                f"{ledger.out}: holds the results of {other}, which have the names of {job.image}'s; "
+                "choose another folder, or remove them"
+            )
+    return own
 
 
 def complete_data_sets(question: Question, jobs: Sequence[Job], done: Container[str]) -> None:
@@ -235,7 +280,7 @@ def _write(question: Question, job: Job, source: Stamp, segmentation: "Segmentat
         return Broken(job, f"{job.image}: its results can't be written to {base.parent} ({reason})")
     unlabelled = float((segmentation.labels < 0).mean())
     key = settings_key(settings_of(cast("Segmenter", segmentation.segmenter), question.vocabulary))
-    return Written(job, segmentation.areas, unlabelled, Record(job.stem, str(job.image), source, key, files))
+    return Written(job, segmentation.areas, unlabelled, Record(job.stem, str(absolute(job.image)), source, key, files))
 
 
 class FolderRun:
@@ -280,6 +325,7 @@ class FolderRun:
             stack.enter_context(self._ledger)
             for dataset in question.datasets:
                 self._ledger.remove_left_over(f"{dataset.folder}/{path}" for path in dataset.finished)
+            self._jobs = _own_stems(self._jobs, self._ledger)
             wanted = {job.stem: (job.image, question.paths(job)) for job in self._jobs}
             pending = set(self._ledger.begin(settings_of(self._segmenter, question.vocabulary), wanted))
             self.pending = [job for job in self._jobs if job.stem in pending]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensan.errors import UserError
-from opensan.files import hold, keep_aside, remove_temporaries
+from opensan.files import absolute, hold, keep_aside, remove_temporaries
 from opensan.journal import Journal, as_json, difference
 from opensan.vocabulary import Vocabulary
 
@@ -158,7 +158,7 @@ class Ledger:
 
     def __init__(self, out: Path, *, wait: float = 0) -> None:
         """`out` is an existing folder; `wait` is the time in seconds to wait for another run there."""
-        self._out = out
+        self.out = out
         self._wait = wait
         self.records: dict[str, Record] = {}
         """Records by stem."""
@@ -168,12 +168,12 @@ class Ledger:
 
     def __enter__(self) -> "Ledger":
         """Raise UserError if another run holds it."""
-        busy = f"{self._out}: another run is writing there; wait for it, or choose another --out"
+        busy = f"{self.out}: another run is writing there; wait for it, or choose another --out"
         with ExitStack() as stack:
-            stack.enter_context(hold(self._out / LOCK, busy, wait=self._wait))
-            self._journal = stack.enter_context(Journal(self._out / NAME))
+            stack.enter_context(hold(self.out / LOCK, busy, wait=self._wait))
+            self._journal = stack.enter_context(Journal(self.out / NAME))
             if self._journal.damaged:
-                self.notes.append(f"{self._out / NAME}: was damaged, kept as {self._journal.damaged.name}")
+                self.notes.append(f"{self.out / NAME}: was damaged, kept as {self._journal.damaged.name}")
             self._take_over()
             for key, value in self._journal.items():
                 if key.startswith(_SETTINGS):
@@ -188,7 +188,7 @@ class Ledger:
 
     def _take_over(self) -> None:
         """Read the ledger of an earlier version, if there is one."""
-        old = self._out / BEFORE
+        old = self.out / BEFORE
         if not old.is_file():
             return
         rows = []
@@ -205,8 +205,17 @@ class Ledger:
         old.unlink()
         self.notes.append(f"{old}: of an earlier version; what it says of {len(rows)} results is now in {NAME}")
 
-    def begin(self, settings: Mapping[str, Any], wanted: Mapping[str, tuple[Path, list[str]]]) -> list[str]:
-        """Return the stems, in order, whose files are not complete, and so remain to be done.
+    def of_another(self, stem: str, image: Path) -> str | None:
+        """Return the image whose results have this stem, if it is another one: of another path and content."""
+        record = self.records.get(stem)
+        if record is None or absolute(Path(record.image)) == absolute(image) or record.source.still_holds(image):
+            return None
+        return record.image
+
+    def begin(
+        self, settings: Mapping[str, Any], wanted: Mapping[str, tuple[Path, list[str]]], *, again: bool = False
+    ) -> list[str]:
+        """Return the stems, in order, whose files are not complete, and so remain to be done; with `again`, all.
 
         `wanted` has the image and its files' paths of each stem. Of the stems that are to be done, what the ledger
         says is forgotten, and what somebody has changed is kept aside; `notes` tell how many.
@@ -223,13 +232,15 @@ class Ledger:
             if record is None:
                 pending.append(stem)
                 continue
-            if record.settings != key:
+            if again:
+                pass
+            elif record.settings != key:
                 others[difference(self._settings.get(record.settings), settings)] += 1
-            elif record.is_complete(image, self._out, files):
+            elif record.is_complete(image, self.out, files):
                 continue
             pending.append(stem)
             stale.append(stem)
-            kept += record.keep_changed(self._out)
+            kept += record.keep_changed(self.out)
             del self.records[stem]  # its files are about to be replaced
         self._journal.forget(_IMAGE + stem for stem in stale)
         used = {record.settings for record in self.records.values()}
@@ -246,7 +257,7 @@ class Ledger:
         """Remove temporary files that a killed run left beside `paths` (below the results)."""
         targets: dict[Path, set[str]] = defaultdict(set)
         for path in paths:
-            targets[(self._out / path).parent].add(Path(path).name)
+            targets[(self.out / path).parent].add(Path(path).name)
         for folder, names in targets.items():
             remove_temporaries(folder, names)
 

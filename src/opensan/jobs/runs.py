@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 from opensan import outputs
 from opensan.errors import UserError
+from opensan.files import absolute
 from opensan.images import list_images
-from opensan.jobs.folder import Broken, FolderRun, Job, Written, absolute, plan, without_results
+from opensan.jobs.folder import Broken, FolderRun, Job, Written, plan, without_results
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.load import load
 from opensan.vocabulary import Templates, Vocabulary
