@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from opensan.evaluation.evaluation import Evaluation
     from opensan.evaluation.predictors import BatchPredictor
     from opensan.evaluation.sets import PreparedSet
-    from opensan.segmenters.san import SanSegmenter
+    from opensan.segmenters.base import Segmenter
 
 SHOWN = 10
 """Most broken images that are named; metrics.json has all."""
@@ -95,7 +95,7 @@ def evaluate(
     from opensan.devices import chosen_device
     from opensan.distributed import is_main, process_group
     from opensan.evaluation.sets import find_sets, open_set
-    from opensan.segmenters.san import load_san
+    from opensan.segmenters.load import load_with_torch
 
     with process_group("cpu" if from_predictions else chosen_device(device)) as group:
         if not is_main():
@@ -108,7 +108,7 @@ def evaluate(
         if from_predictions is None:
             if is_main():
                 note(f"loading {model}")
-            segmenter = load_san(model, device=group.device, speed=speed, dtype=dtype)
+            segmenter = load_with_torch(model, device=group.device, speed=speed, dtype=dtype)
         run = _Run(
             out=out,
             model=model,
@@ -145,7 +145,7 @@ class _Run:
 
     out: Path
     model: str
-    segmenter: "SanSegmenter | None"
+    segmenter: "Segmenter | None"
     tta: bool
     batch: int
     workers: int
@@ -228,7 +228,7 @@ class _Run:
             Measured(prepared.name, prepared.label_set, evaluation)
             for prepared, evaluation in zip(sets, evaluations, strict=True)
         ]
-        rows = table(measured, self.segmenter.model.config.name if self.segmenter else "")
+        rows = table(measured, self.segmenter.identity.name if self.segmenter else "")
         write_table(rows, self.out, about=self.about)
         if not self.quiet:
             print(as_markdown(rows), end="")

@@ -38,7 +38,8 @@ Model = Annotated[
         "-m",
         autocompletion=lambda incomplete: starting_with(incomplete, MODELS),
         help="san-vit-b16, san-vit-l14 (official weights, downloaded once), photo, tiny (come along, work offline; "
-        "tiny knows drawn scenes only), a folder, a .safetensors, an official .pth, or a hub id owner/name.",
+        "tiny knows drawn scenes only), a folder, a .safetensors, an official .pth, or a hub id owner/name. "
+        "maskclip:MODEL, two-stage:MODEL, mask-tokens:MODEL: other methods on its weights.",
         rich_help_panel=MODEL,
     ),
 ]

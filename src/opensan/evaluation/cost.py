@@ -20,6 +20,8 @@ from opensan.checkpoints import build_empty, load_model, random_model
 from opensan.checkpoints.presets import PRESETS
 from opensan.config import ModelConfig
 from opensan.model import SAN
+from opensan.segmenters.baselines import Baseline, parse_baseline
+from opensan.segmenters.baselines.build import baseline_stages, build_baseline
 from opensan.segmenters.san import SanSegmenter
 from opensan.structures import ImageSizes, Proposals, TextClassifier
 from opensan.text.rows import TextRows
@@ -43,7 +45,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Timing:
-    """One image at a time through the whole of `SanSegmenter.segment`, with words that are embedded already."""
+    """One image at a time through the whole of `Segmenter.segment`, with words that are embedded already."""
 
     images_per_second: float
     """The inverse of the median of `seconds`."""
@@ -94,7 +96,8 @@ def profile(source: str, *, size: tuple[int, int] = OFFICIAL_SIZE, words: int = 
     """Profile a model.
 
     Args:
-        source: as for `opensan.load`. Presets are built with random weights, which cost as much as trained ones.
+        source: as for `opensan.load`, baselines included. Presets are built with random weights, which cost as much as
+            trained ones.
         size: height and width of the network image; sides are rounded up to what the model can take.
         words: K, embedded already.
         device: where speed and memory are measured.
@@ -102,28 +105,41 @@ def profile(source: str, *, size: tuple[int, int] = OFFICIAL_SIZE, words: int = 
     Raises:
         ValueError: an unknown model or device; one line.
     """
-    model = random_model(source, 0) if source in PRESETS else load_model(source)
+    baseline = parse_baseline(source)
+    weights = source if baseline is None else baseline.model
+    model = random_model(weights, 0) if weights in PRESETS else load_model(weights)
     config = model.config
     divisor = config.image.size_divisor
     height, width = (-(-side // divisor) * divisor for side in size)
     size = (height, width)
+    if baseline is None:
+        multiply_adds = count_multiply_adds(config, size, words)
+    else:
+        multiply_adds = count_baseline(baseline, config, size, words)
     return Profile(
-        model=config.name,
+        model=config.name if baseline is None else f"{baseline.name}:{config.name}",
         size=size,
         words=words,
-        parameters=count_parameters(model),
-        multiply_adds=count_multiply_adds(config, size, words),
-        speed=measure_speed(model, size, words, device),
+        parameters=count_parameters(model, baseline),
+        multiply_adds=multiply_adds,
+        speed=measure_speed(model, size, words, device, baseline),
     )
 
 
-def count_parameters(model: SAN) -> dict[str, Parameters]:
-    """Count parameters by part, "all" last; the scale of CLIP's logits counts with the image tower."""
-    totals = {part: [0, 0] for part in ("CLIP image tower", "CLIP text tower", *_OWN_PARTS.values())}
+def count_parameters(model: SAN, baseline: Baseline | None = None) -> dict[str, Parameters]:
+    """Count parameters by part, "all" last; the scale of CLIP's logits counts with the image tower.
+
+    No baseline trains anything in CLIP, and `maskclip` trains and uses nothing else.
+    """
+    own = {} if baseline is not None and baseline.method == "maskclip" else _OWN_PARTS
+    totals = {part: [0, 0] for part in ("CLIP image tower", "CLIP text tower", *own.values())}
     for name, parameter in model.named_parameters():
         part = _part_of(model, name)
+        if part not in totals:
+            continue
+        trained = parameter.requires_grad and (baseline is None or not part.startswith("CLIP"))
         totals[part][0] += parameter.numel()
-        totals[part][1] += parameter.numel() * parameter.requires_grad
+        totals[part][1] += parameter.numel() * trained
     total, trained = (sum(counts) for counts in zip(*totals.values(), strict=True))
     return {part: Parameters(*counts) for part, counts in totals.items()} | {"all": Parameters(total, trained)}
 
@@ -164,6 +180,13 @@ def count_multiply_adds(config: ModelConfig, size: tuple[int, int], words: int) 
         "classification": classification.total,
         LABEL_MAP: _count_label_map(proposals, size, words),
     }
+
+
+def count_baseline(baseline: Baseline, config: ModelConfig, size: tuple[int, int], words: int) -> dict[str, int]:
+    """Count a baseline's multiply-adds for one image of `size` (H, W), by part; every proposal counts as valid."""
+    with torch.no_grad():
+        stages = baseline_stages(baseline, build_empty(config), size, words)
+        return {stage.name: _counted(stage.run)[0].total * stage.times for stage in stages}
 
 
 _ADAPTER_PARTS = {
@@ -217,11 +240,17 @@ class _EmbeddedWords:
         return self._classifier
 
 
-def measure_speed(model: SAN, size: tuple[int, int], words: int, device: str = "cpu") -> Timing:
-    """Time `SanSegmenter.segment` on an image of noise whose network image is itself, of `size` (H, W)."""
+def measure_speed(
+    model: SAN, size: tuple[int, int], words: int, device: str = "cpu", baseline: Baseline | None = None
+) -> Timing:
+    """Time `segment`, SAN's or a baseline's, on an image of noise whose network image is itself, of `size` (H, W)."""
     image = model.config.image.model_copy(update={"short_side": min(size), "long_side": max(size)})
     model.config = model.config.model_copy(update={"image": image})
-    segmenter = SanSegmenter(model, device=device, text_cache=False)
+    segmenter: Any
+    if baseline is None:
+        segmenter = SanSegmenter(model, device=device, text_cache=False)
+    else:
+        segmenter = build_baseline(baseline, model, device=device, text_cache=False)
     segmenter.text = cast(TextRows, _EmbeddedWords(words, model.config.clip.embed_dim, segmenter.device))
     vocabulary = Vocabulary.parse([f"word {number}" for number in range(words)])
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

@@ -13,7 +13,7 @@ from opensan.evaluation.report import write_report
 from opensan.evaluation.sets import PreparedSet, open_set
 from opensan.outputs import check_writable
 from opensan.segmenters.base import Segmenter
-from opensan.segmenters.san import load_san
+from opensan.segmenters.load import load_with_torch
 
 
 def facts(model: str, segmenter: Segmenter, tta: bool) -> dict[str, str]:
@@ -85,7 +85,7 @@ def evaluate(
         ValueError: one line: no such data set, list or model, or a folder that can't be written.
     """
     prepared = open_set(Path(data), split)
-    segmenter = model if isinstance(model, Segmenter) else load_san(model)
+    segmenter = model if isinstance(model, Segmenter) else load_with_torch(model)
     name = segmenter.identity.name if isinstance(model, Segmenter) else os.fspath(model)
     folder = check_writable(Path(out)) / prepared.name
     predictor = (AugmentedPredictor if tta else ModelPredictor)(segmenter, prepared.dataset.vocabulary)

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opensan.checkpoints import load_model, save_folder
+from opensan.checkpoints import save_folder
 from opensan.config import Config, ImageConfig, ModelConfig, SideAdapterConfig
 from opensan.data.augment import AugmentConfig
-from opensan.evaluation.evaluation import Evaluation, dataset_predictor, evaluate, validation
+from opensan.evaluation.evaluation import Evaluation, dataset_predictor, evaluate, segmenter_predictor, validation
 from opensan.evaluation.metrics import SegmentationMetrics
 from opensan.evaluation.report import write_report
 from opensan.files import write_text
@@ -28,6 +28,8 @@ from opensan.lab.scenes import BASE_NAMES, NOVEL_KINDS, SEGMENTATION_NAMES, Spli
 from opensan.model import SAN
 from opensan.model.fusion import build_fusion
 from opensan.model.side_adapter import SideAdapter
+from opensan.segmenters.base import Segmenter
+from opensan.segmenters.load import load_with_torch
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
 from opensan.train.san import train_san
 from opensan.vocabulary import Vocabulary
@@ -139,9 +141,13 @@ def base_and_novel(metrics: SegmentationMetrics) -> dict[str, float]:
     return {f"miou_{kind}": float(np.mean(values)) for kind, values in kinds.items() if values}
 
 
-def measure(model: SAN, count: int = 400, size: tuple[int, int] = (480, 640), seed: int = 1_000_003) -> Evaluation:
+def measure(
+    model: SAN | Segmenter, count: int = 400, size: tuple[int, int] = (480, 640), seed: int = 1_000_003
+) -> Evaluation:
     """Evaluate on test scenes, which training never draws, with all base and novel words as classes."""
     dataset = SceneDataset(seed, count, size, "test", SEGMENTATION_NAMES)
+    if isinstance(model, Segmenter):
+        return evaluate(segmenter_predictor(model, dataset.vocabulary), dataset)
     return evaluate(dataset_predictor(model, dataset), dataset)
 
 
@@ -159,9 +165,9 @@ def train_lab_san(clip_folder: Path, config: LabSanConfig, out: Path) -> None:
     report(str(out / "model"), out / "report")
 
 
-def report(model: str, out: Path) -> None:
-    """Evaluate `model` (as `opensan.load` takes it); write the reports to `out` and print base and novel mIoU."""
-    evaluation = measure(load_model(model))
+def report(model: str, out: Path, count: int = 400) -> None:
+    """Evaluate `model` (as `opensan.load` takes it) on `count` scenes; write reports, print base and novel mIoU."""
+    evaluation = measure(load_with_torch(model), count)
     figures = base_and_novel(evaluation.metrics)
     write_report(evaluation, out, title="Lab scenes, base and novel words", about={"model": model})
     write_text(out / "base_and_novel.json", json.dumps(figures, indent=2) + "\n")
@@ -175,12 +181,13 @@ def main() -> None:
     parser.add_argument("command", choices=("train", "measure"))
     parser.add_argument("--clip", type=Path, help="the folder that opensan.lab.clip_training wrote (for `train`)")
     parser.add_argument("--model", default="tiny", help="the model to evaluate (for `measure`)")
+    parser.add_argument("--scenes", type=int, default=400, help="the number of test scenes (for `measure`)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.command == "measure":
-        report(options.model, options.out)
+        report(options.model, options.out, options.scenes)
     elif options.clip is None:
         parser.error("train needs --clip")
     else:

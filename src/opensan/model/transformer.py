@@ -208,6 +208,20 @@ class ClipBlock(Block):
         plain = attention(*(t[:, :, queries:] for t in (q, k, v)))
         return self._finish(x, torch.cat([steered, plain], dim=2))
 
+    def values_alone(self, x: Tensor, *, residual: bool) -> tuple[Tensor, Tensor]:
+        """Return what the block makes of x [B, L, C] where every token sees itself alone, and the keys, both [B, L, C].
+
+        Attention is then the value and output projections. Without `residual`, that is all: x is not added, and the MLP
+        is left out.
+        """
+        parts = self.parts()
+        keys, values = self._project(parts.attention_norm(x), 1, 3)
+        keys_of_tokens = keys.transpose(1, 2).flatten(2)
+        if residual:
+            return self._finish(x, values), keys_of_tokens
+        out = parts.attention_out
+        return linear(values.transpose(1, 2).flatten(2), out.weight, out.bias), keys_of_tokens
+
 
 class ClipBlocks(nn.Module):
     """A stack of CLIP's blocks."""

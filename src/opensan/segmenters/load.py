@@ -11,6 +11,7 @@ from opensan.choices import Dtype, Speed
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS
 from opensan.segmenters.base import Segmenter
+from opensan.segmenters.baselines import parse_baseline
 from opensan.segmenters.exported.manifest import exported_folder
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def load(
     Args:
         source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "photo", "tiny" (in the package);
             a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name"; or an exported model:
-            its folder, or a graph in it ("exported/image.onnx"). An exported model needs no torch.
+            its folder, or a graph in it ("exported/image.onnx"). An exported model needs no torch. With "maskclip:",
+            "two-stage:" or "mask-tokens:" before it, another method labels with its weights (docs/baselines.md).
         device: "auto" ("cuda" where torch finds a GPU, else "cpu"), "cpu", "cuda", "cuda:1", "mps". An exported
             model runs on the CPU.
         speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
@@ -61,10 +63,7 @@ def load(
             raise UserError(
                 f"threads can't be chosen for one model with torch: call torch.set_num_threads({threads}) instead"
             )
-        with _without_garbage_collection():
-            from opensan.segmenters.san import load_san
-
-        return load_san(
+        return load_with_torch(
             source,
             device=device,
             speed=speed,
@@ -85,6 +84,39 @@ def load(
         if not default:
             raise UserError(f"{name} can't be chosen for an exported model ({folder}): it runs on the CPU as exported")
     return ExportedSegmenter(folder, max_pixels=max_pixels, text_cache=text_cache, threads=threads or 0)
+
+
+def load_with_torch(
+    source: str | os.PathLike[str],
+    *,
+    device: "str | torch.device" = "auto",
+    speed: str = "exact",
+    dtype: str | None = None,
+    random_weights: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    text_cache: bool = True,
+) -> Segmenter:
+    """Load a SAN, or a baseline on its weights ("METHOD[,OPTION...]:MODEL"); arguments and errors as for `load`."""
+    baseline = parse_baseline(os.fspath(source))
+    if baseline is not None and (speed != "exact" or dtype not in (None, "float32")):
+        raise UserError(f"{baseline.method} computes in float32 alone: leave speed at exact, and out dtype")
+    with _without_garbage_collection():
+        from opensan.segmenters.san import load_san
+    if baseline is None:
+        return load_san(
+            source,
+            device=device,
+            speed=speed,
+            dtype=dtype,
+            random_weights=random_weights,
+            max_pixels=max_pixels,
+            text_cache=text_cache,
+        )
+    from opensan.segmenters.baselines.build import load_baseline
+
+    return load_baseline(
+        baseline, device=device, random_weights=random_weights, max_pixels=max_pixels, text_cache=text_cache
+    )
 
 
 @contextmanager

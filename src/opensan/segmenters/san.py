@@ -38,14 +38,14 @@ from opensan.vocabulary import Vocabulary
 __all__ = ["Encoding", "InputImage", "SanSegmenter", "Segmentation", "load_san"]
 
 
-def _undisturbed(method: Callable) -> Callable:
-    """Run a method of `SanSegmenter` without gradients, and in float32 even under the caller's autocast.
+def undisturbed(method: Callable) -> Callable:
+    """Run a method of a segmenter on torch without gradients, and in float32 even under the caller's autocast.
 
     Streams, CUDA graphs and Triton's kernels use the current device, not that of their tensors.
     """
 
     @wraps(method)
-    def call(self: "SanSegmenter", *arguments: Any, **named: Any) -> Any:
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
         current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with current, torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             return method(self, *arguments, **named)
@@ -90,7 +90,7 @@ class SanSegmenter(ProposalSegmenter):
         """Turn an image, [H0, W0, 3] uint8 RGB, into network input; see `Segmenter.prepare`."""
         return InputImage(image, prepare(image, self.image_config))
 
-    @_undisturbed
+    @undisturbed
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
         """Run images of one padded shape through the network."""
         pixels = torch.stack([torch.as_tensor(image.prepared.pixels) for image in batch]).to(self.device)
@@ -108,20 +108,20 @@ class SanSegmenter(ProposalSegmenter):
             )
         ]
 
-    @_undisturbed
+    @undisturbed
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> torch.Tensor:
         """Return class probabilities [Q, K]; see `ProposalSegmenter.class_probabilities`."""
         embeddings = torch.as_tensor(encoding["mask_embeddings"], device=self.device)
         proposals = Proposals(self._masks(encoding).unsqueeze(0), embeddings.unsqueeze(0))
         return class_probabilities(self.model.classify(proposals, self.text.classifier(vocabulary)))[0]
 
-    @_undisturbed
+    @undisturbed
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
         """Return each pixel's word index, [H0, W0] int32; see `Segmenter.winners`."""
         probabilities = self.class_probabilities(encoding, vocabulary)
         return label_map(self._masks(encoding), probabilities, encoding.sizes).cpu().numpy()
 
-    @_undisturbed
+    @undisturbed
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
         """Return the confidence, [H0, W0] float32; see `Segmentation.confidence`."""
         encoding = segmentation.encoding
@@ -137,7 +137,7 @@ class SanSegmenter(ProposalSegmenter):
         first = torch.from_numpy(first_equal(to_array(probabilities.T))).to(self.device)
         return lambda rows: self._band_scores(masks, probabilities, rows)[first]
 
-    @_undisturbed
+    @undisturbed
     def _band_scores(self, masks: MaskBand, probabilities: torch.Tensor, rows: slice) -> torch.Tensor:
         return band_scores(masks, probabilities, rows)
 
@@ -155,7 +155,7 @@ def load_san(
     max_pixels: int = MAX_PIXELS,
     text_cache: bool = True,
 ) -> SanSegmenter:
-    """Load a model, ready to segment.
+    """Load a SAN, ready to segment.
 
     Args:
         source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "photo", "tiny" (in the package);
@@ -173,12 +173,17 @@ def load_san(
         ValueError: unknown model or device, or a damaged file; one line.
         HubError: the hub did not answer; names the attempts and what works offline.
     """
-    if random_weights is None:
-        model = load_model(source)
-    else:
-        model = random_model(os.fspath(source), random_weights)
-        warnings.warn(f"{source} has random weights (seed {random_weights}): its answers mean nothing", stacklevel=2)
+    model = weights_of(source, random_weights)
     return SanSegmenter(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, text_cache=text_cache)
+
+
+def weights_of(source: str | os.PathLike, random_weights: int | None) -> SAN:
+    """Load the weights that `source` names, or make random ones from a seed, which warns; see `load_san`."""
+    if random_weights is None:
+        return load_model(source)
+    model = random_model(os.fspath(source), random_weights)
+    warnings.warn(f"{source} has random weights (seed {random_weights}): its answers mean nothing", stacklevel=3)
+    return model
 
 
 def _matrix_dtype(device: torch.device, speed: str, dtype: str | None) -> torch.dtype:
