@@ -9,6 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
+from opensan.cli.objects import (
+    LeastMask,
+    LeastOverlap,
+    LeastScore,
+    Objects,
+    ObjectsBy,
+    Stuff,
+    Things,
+    asked_rules,
+    has_segments,
+    segments_table,
+)
 from opensan.cli.options import RESULTS, AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice, say_what_tiny_knows
 from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
@@ -45,12 +57,19 @@ def segment(
         typer.Option(
             "--format",
             metavar="LIST",
-            help="What to write, of: png (label map), overlay, json (these three are the default); and as data sets "
-            "of all: coco, yolo, voc, labelstudio. With commas between, or given several times.",
+            help="What to write, of: png (label map), overlay, json (these three are the default), panoptic (numbers "
+            "of objects), boxes (objects as JSON); and as data sets of all: coco, yolo, voc, labelstudio. With commas "
+            "between, or given several times.",
             show_default=False,
             rich_help_panel=RESULTS,
         ),
     ] = None,
+    stuff: Stuff = None,
+    things: Things = None,
+    objects: ObjectsBy = Objects.parts,
+    least_score: LeastScore = 0.0,
+    least_mask: LeastMask = 0.5,
+    least_overlap: LeastOverlap = 0.8,
     device: Device = "auto",
     speed: SpeedChoice = "exact",
     dtype: ImageDtype = None,
@@ -79,6 +98,7 @@ def segment(
         outputs.check_formats_of_many(kinds, len(vocabulary.names))
     except UserError as error:
         raise UsageError(f"--format: {error}") from None
+    rules = asked_rules(vocabulary, kinds, stuff, things, objects, least_score, least_mask, least_overlap)
     outputs.check_writable(out)
 
     from opensan.jobs.folder import FolderRun, Job, Question
@@ -99,11 +119,13 @@ def segment(
     embed_words(segmenter, vocabulary)
     try:
         if single:
-            paths = _one(segmenter, Question(vocabulary, out, tuple(dict.fromkeys(kinds))), jobs[0], as_json)
+            question = Question(vocabulary, out, tuple(dict.fromkeys(kinds)), rules)
+            paths = _one(segmenter, question, jobs[0], as_json)
             if show:
                 open_file(paths["overlay"])
         else:
-            _many(FolderRun(segmenter, vocabulary, jobs, out, kinds, batch=batch), len(jobs), out, as_json)
+            run = FolderRun(segmenter, vocabulary, jobs, out, kinds, batch=batch, rules=rules)
+            _many(run, len(jobs), out, as_json)
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
             raise
@@ -121,16 +143,21 @@ def _one(segmenter: "Segmenter", question: "Question", job: "Job", as_json: bool
         paths = output_paths(base.parent, base.name, question.formats)
     else:  # stdin or a pipe, which can be read only once
         image = sys.stdin.buffer.read() if job.image == STDIN else job.image
-        segmentation = segmenter.segment(image, question.vocabulary)
+        segmentation = segmenter.segment(image, question.vocabulary, segments=question.rules)
         base = question.out / job.stem
         paths = segmentation.save(base.parent, base.name, question.formats)
     if as_json:
         unlabelled = float((segmentation.labels < 0).mean())
         files = [str(path) for path in paths.values()]
-        print_json(_plain(job.image, segmentation.areas, unlabelled, files), indent=None)
+        line = _plain(job.image, segmentation.areas, unlabelled, files)
+        if has_segments(question.formats):
+            line |= segmentation.segments.to_dict()
+        print_json(line, indent=None)
         return paths
     console = output_console()
     console.print(_table(segmentation))
+    if has_segments(question.formats):
+        console.print(segments_table(segmentation.segments))
     for path in paths.values():
         console.print(f"wrote {path}", soft_wrap=True)
     return paths

@@ -16,9 +16,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from opensan import outputs
+from opensan.assemble.segments import USUAL_RULES, SegmentRules
 from opensan.errors import UserError
 from opensan.files import absolute
 from opensan.images import ImageError
@@ -58,6 +59,13 @@ class Question:
     """The folder for all results."""
     formats: tuple[str, ...]
     """Names from `outputs.FORMATS` and `outputs.DATASETS`."""
+    rules: SegmentRules = USUAL_RULES
+    """The rules of segments, for the formats that are made of them."""
+
+    def settings(self, segmenter: "Segmenter") -> dict[str, Any]:
+        """Return all that the results depend on, besides the images, as plain data."""
+        settings = settings_of(segmenter, self.vocabulary)
+        return settings if self.rules == USUAL_RULES else settings | {"segments": self.rules.to_dict()}
 
     @property
     def datasets(self) -> list[Dataset]:
@@ -168,7 +176,8 @@ def label_one(segmenter: "Segmenter", question: Question, job: Job) -> Written |
     if isinstance(read, Broken):
         return read
     (encoding,) = segmenter.encode_read([read.image])
-    return _write(question, job, read.source, segmenter.segment(encoding, question.vocabulary))
+    segmentation = segmenter.segment(encoding, question.vocabulary, segments=question.rules)
+    return _write(question, job, read.source, segmentation)
 
 
 def label_single(
@@ -183,11 +192,10 @@ def label_single(
     if isinstance(read, Broken):
         raise UserError(read.reason)
     (encoding,) = segmenter.encode_read([read.image])
-    segmentation = segmenter.segment(encoding, question.vocabulary)
+    segmentation = segmenter.segment(encoding, question.vocabulary, segments=question.rules)
     with Ledger(question.out, wait=LONGEST_WAIT) as ledger:
         (job,) = _own_stems([job], ledger)
-        settings = settings_of(segmenter, question.vocabulary)
-        ledger.begin(settings, {job.stem: (job.image, question.paths(job))}, again=True)
+        ledger.begin(question.settings(segmenter), {job.stem: (job.image, question.paths(job))}, again=True)
         for line in ledger.notes:
             note(line)
         written = _write(question, job, read.source, segmentation)
@@ -279,7 +287,7 @@ def _write(question: Question, job: Job, source: Stamp, segmentation: "Segmentat
             raise UserError(f"{question.out}: cannot write there ({reason})") from None
         return Broken(job, f"{job.image}: its results can't be written to {base.parent} ({reason})")
     unlabelled = float((segmentation.labels < 0).mean())
-    key = settings_key(settings_of(cast("Segmenter", segmentation.segmenter), question.vocabulary))
+    key = settings_key(question.settings(cast("Segmenter", segmentation.segmenter)))
     return Written(job, segmentation.areas, unlabelled, Record(job.stem, str(absolute(job.image)), source, key, files))
 
 
@@ -304,13 +312,14 @@ class FolderRun:
         formats: Sequence[str],
         *,
         batch: int = 1,
+        rules: SegmentRules = USUAL_RULES,
     ) -> None:
         """`batch` images of one padded shape go through the network together; at most 4 times as many are in memory:
         being read, waiting for others of their shape, and being written.
         """
         outputs.check_formats_of_many(formats, len(vocabulary.names))
         self._segmenter = segmenter
-        self._question = Question(vocabulary, outputs.check_writable(out), tuple(dict.fromkeys(formats)))
+        self._question = Question(vocabulary, outputs.check_writable(out), tuple(dict.fromkeys(formats)), rules)
         self._jobs = jobs
         self._batch = batch
         self._ledger = Ledger(out)
@@ -327,7 +336,7 @@ class FolderRun:
                 self._ledger.remove_left_over(f"{dataset.folder}/{path}" for path in dataset.finished)
             self._jobs = _own_stems(self._jobs, self._ledger)
             wanted = {job.stem: (job.image, question.paths(job)) for job in self._jobs}
-            pending = set(self._ledger.begin(settings_of(self._segmenter, question.vocabulary), wanted))
+            pending = set(self._ledger.begin(question.settings(self._segmenter), wanted))
             self.pending = [job for job in self._jobs if job.stem in pending]
             self._stack = stack.pop_all()
         return self
@@ -353,7 +362,10 @@ class FolderRun:
                 for job, source in sources:
                     if len(writing) >= self._batch:
                         yield writing.popleft().result()
-                    segmentation = self._segmenter.segment(encodings.pop(0), self._question.vocabulary)
+                    question = self._question
+                    segmentation = self._segmenter.segment(
+                        encodings.pop(0), question.vocabulary, segments=question.rules
+                    )
                     writing.append(writers.submit(self._complete, job, source, segmentation))
                     del segmentation
             while writing:

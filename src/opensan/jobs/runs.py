@@ -66,7 +66,8 @@ def label_folder(
         words: as for `Segmenter.segment`; so are `background` and `templates`.
         model: a segmenter that `opensan.load` returned, or what `opensan.load` takes.
         out: the folder for the results.
-        formats: of "png", "overlay", "json"; and data sets of all images: "coco", "yolo", "voc", "labelstudio".
+        formats: of "png", "overlay", "json", "panoptic", "boxes"; and data sets of all images: "coco", "yolo", "voc",
+            "labelstudio".
         batch: images of one shape that go through the model together.
         progress: called with the number of images that are done, and of all.
 

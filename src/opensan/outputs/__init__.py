@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -19,10 +19,15 @@ from opensan.outputs.coco import mean_confidence, record
 from opensan.outputs.colours import UNLABELLED_COLOUR, palette
 from opensan.outputs.datasets import DATASETS, check_words
 from opensan.outputs.drawing import format_share, overlay
+from opensan.outputs.segments import segments_picture, segments_record
+
+if TYPE_CHECKING:
+    from opensan.assemble.segments import Segments
 
 __all__ = [
     "DATASETS",
     "FORMATS",
+    "SEGMENT_FORMATS",
     "UNLABELLED_COLOUR",
     "check_formats",
     "check_formats_of_many",
@@ -39,8 +44,17 @@ __all__ = [
     "save_label_map",
 ]
 
-FORMATS = {"png": ".labels.png", "overlay": ".overlay.png", "json": ".segments.json"}
+FORMATS = {
+    "png": ".labels.png",
+    "overlay": ".overlay.png",
+    "json": ".segments.json",
+    "panoptic": ".panoptic.png",
+    "boxes": ".boxes.json",
+}
 """Format -> the end of its file's name, after the stem."""
+
+SEGMENT_FORMATS = ("panoptic", "boxes")
+"""The formats that are made of segments: objects, and regions of stuff."""
 
 _OVERLAY_COMPRESSION = 3
 """zlib level: with images, 6 (the default) takes twice as long and saves hardly anything."""
@@ -103,13 +117,15 @@ def save(
     confidence: Callable[[], np.ndarray],
     vocabulary: Mapping[str, Any],
     model: str,
+    segments: "Callable[[], Segments] | None" = None,
 ) -> dict[str, Path]:
     """Write one segmentation; files of the same names are replaced.
 
     Args:
         folder: created if it does not exist.
         stem: beginning of the files' names; see FORMATS for their ends.
-        formats: of "png" (label map), "overlay", "json" (see `record`).
+        formats: of "png" (label map), "overlay", "json" (see `record`), "panoptic" (numbers of segments, as COCO has
+            them), "boxes" (see `segments_record`).
         image: [H, W, 3] uint8 RGB, or None: then the overlay's colours lie on plain grey.
         labels: [H, W] int, index into `names`, or -1 for unlabelled.
         names: the K words.
@@ -117,6 +133,7 @@ def save(
         confidence: returns [H, W] float in [0, 1]; called only for a format that needs it.
         vocabulary: plain data, recorded in the JSON.
         model: the model's name, recorded in the JSON.
+        segments: returns the image's segments; called only for "panoptic" and "boxes", which need it.
 
     Returns:
         dict: format -> path written.
@@ -129,6 +146,7 @@ def save(
         raise UserError(f"{stem!r} cannot begin a file's name")
     folder = check_writable(folder)
     paths = output_paths(folder, stem, formats)
+    found = segments() if segments and any(name in paths for name in SEGMENT_FORMATS) else None
     try:
         if "png" in paths:
             save_label_map(paths["png"], labels, len(names))
@@ -138,6 +156,12 @@ def save(
         if "json" in paths:
             data = record(labels, names, areas, confidence(), vocabulary, model)
             write_text(paths["json"], json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+        if found is not None and "panoptic" in paths:
+            with atomic_path(paths["panoptic"]) as temporary:
+                segments_picture(found.ids).save(temporary)
+        if found is not None and "boxes" in paths:
+            data = segments_record(found, model)
+            write_text(paths["boxes"], json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     except OSError as error:  # a full disk, or a name that is too long
         raise UserError(f"{error.filename or folder}: cannot write there ({error.strerror or error})") from error
     return paths

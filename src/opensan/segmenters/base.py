@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opensan.assemble.bands import Scores, best_words, scores_of_words
+from opensan.assemble.kinds import word_kinds
+from opensan.assemble.segments import USUAL_RULES, SegmentRules, Segments
 from opensan.config import ImageConfig
 from opensan.errors import UserError
 from opensan.images import ImageSource, open_image, prepare_array
@@ -77,6 +79,10 @@ class Segmenter:
         scores = self.scores(segmentation.encoding, vocabulary)
         return scores_of_words(scores, segmentation.winners, len(vocabulary.words)).clip(0, 1)
 
+    def segments(self, segmentation: Segmentation) -> Segments:
+        """Return `Segmentation.segments`. Raises UserError, one line, if the model proposes no masks."""
+        raise UserError(f"segments need a model with mask proposals, and {self.identity.name} has none")
+
     def check_encoding(self, encoding: Encoding) -> None:
         """Raise UserError, one line, unless this model made the encoding, of finite numbers."""
         if encoding.model != self.identity.encodings:
@@ -139,6 +145,7 @@ class Segmenter:
         *,
         background: Iterable[Any] = (),
         templates: Templates | None = None,
+        segments: bool | SegmentRules = False,
         batch_size: int = 4,
     ) -> list[Segmentation]: ...
     @overload
@@ -149,6 +156,7 @@ class Segmenter:
         *,
         background: Iterable[Any] = (),
         templates: Templates | None = None,
+        segments: bool | SegmentRules = False,
         batch_size: int = 4,
     ) -> Segmentation: ...
     def segment(
@@ -158,6 +166,7 @@ class Segmenter:
         *,
         background: Iterable[Any] = (),
         templates: Templates | None = None,
+        segments: bool | SegmentRules = False,
         batch_size: int = 4,
     ) -> Segmentation | list[Segmentation]:
         """Label every pixel with one of `words`.
@@ -167,6 +176,8 @@ class Segmenter:
             words: "road,car|automobile,sky", a list, a Vocabulary, or anything else `Vocabulary.parse` takes.
             background: words that absorb pixels and are reported as unlabelled (-1).
             templates: "vild" (the default), "single", a file with a template a line, or a list; each has one "{}".
+            segments: True to compute `Segmentation.segments` (objects, and regions of stuff) right away; or the rules
+                for them, with which they are computed on first access.
             batch_size: as for `encode`.
 
         Returns:
@@ -176,9 +187,16 @@ class Segmenter:
             ValueError: one line naming the image or the word that cannot be used.
         """
         vocabulary = Vocabulary.parse(words, background=background, templates=templates)
-        if not isinstance(images, list | tuple):
-            return self._label(self._encoded([images], 1)[0], vocabulary)
-        return [self._label(encoding, vocabulary) for encoding in self._encoded(images, batch_size)]
+        rules = USUAL_RULES if isinstance(segments, bool) else segments
+        if rules.stuff or rules.things:
+            word_kinds(vocabulary, rules.stuff, rules.things)  # a wrong word is reported before the work
+        many = isinstance(images, list | tuple)
+        encodings = self._encoded(images, batch_size) if many else self._encoded([images], 1)
+        answers = [self._label(encoding, vocabulary, rules) for encoding in encodings]
+        if segments is True:
+            for answer in answers:
+                _ = answer.segments
+        return answers if many else answers[0]
 
     def _encoded(self, images: Sequence[Any], batch_size: int) -> list[Encoding]:
         """Encode the images of a list that may hold encodings too, which are kept."""
@@ -186,14 +204,14 @@ class Segmenter:
         made = iter(self._encode_all(missing, batch_size))
         return [image if isinstance(image, Encoding) else next(made) for image in images]
 
-    def _label(self, encoding: Encoding, vocabulary: Vocabulary) -> Segmentation:
+    def _label(self, encoding: Encoding, vocabulary: Vocabulary, rules: SegmentRules) -> Segmentation:
         """Run the word half of the model and compute the label map."""
         self.check_encoding(encoding)
         winners = self.winners(encoding, vocabulary)
         names = vocabulary.names
         background = len(vocabulary.words) > len(names)
         labels = np.where(winners < len(names), winners, np.int32(UNLABELLED)) if background else winners
-        return Segmentation(labels, names, winners, vocabulary, encoding, self)
+        return Segmentation(labels, names, winners, vocabulary, encoding, self, rules)
 
 
 def same_shape(images: Sequence[InputImage]) -> list[list[int]]:

@@ -10,9 +10,11 @@ import numpy as np
 
 from opensan.assemble.bands import Scores, first_equal, to_array
 from opensan.assemble.interpolation import mask_bands
+from opensan.assemble.kinds import word_kinds
+from opensan.assemble.segments import Segments, find_segments
 from opensan.errors import UserError
 from opensan.segmenters.base import Segmenter
-from opensan.segmenters.results import Encoding
+from opensan.segmenters.results import Encoding, Segmentation
 from opensan.text.rows import TextRows
 from opensan.vocabulary import Vocabulary
 
@@ -49,6 +51,17 @@ class ProposalSegmenter(Segmenter):
             return scores[first].reshape(-1, *band.shape[1:])
 
         return of_rows
+
+    def segments(self, segmentation: Segmentation) -> Segments:
+        """Return the segments by `segmentation.rules`; see `Segmentation.segments`."""
+        encoding, vocabulary, rules = segmentation.encoding, segmentation.vocabulary, segmentation.rules
+        return find_segments(
+            to_array(encoding["mask_logits"]),
+            to_array(self.class_probabilities(encoding, vocabulary)),
+            encoding.sizes,
+            word_kinds(vocabulary, rules.stuff, rules.things),
+            rules,
+        )
 
     def prepare_words(self, vocabulary: Vocabulary, progress: Callable[[int, int], None] | None = None) -> None:
         """Embed the words; see `Segmenter.prepare_words`."""

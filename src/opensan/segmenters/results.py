@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from opensan import outputs
 from opensan.assemble.bands import to_array
+from opensan.assemble.segments import USUAL_RULES, SegmentRules, Segments
 from opensan.errors import UserError, did_you_mean, short
 from opensan.files import atomic_path
 from opensan.images import PreparedImage
@@ -143,8 +144,16 @@ class _Answers(Protocol):
     """Methods of its segmenter that a segmentation uses."""
 
     def segment(
-        self, images: Encoding, words: Any, *, background: Iterable[Any] = (), templates: Templates | None = None
+        self,
+        images: Encoding,
+        words: Any,
+        *,
+        background: Iterable[Any] = (),
+        templates: Templates | None = None,
+        segments: bool | SegmentRules = False,
     ) -> "Segmentation": ...
+
+    def segments(self, segmentation: "Segmentation") -> Segments: ...
 
     def confidence(self, segmentation: "Segmentation") -> NDArray[np.float32]: ...
 
@@ -166,6 +175,8 @@ class Segmentation:
     encoding: Encoding
     segmenter: _Answers | None
     """The segmenter that made it; None after unpickling."""
+    rules: SegmentRules = USUAL_RULES
+    """The thresholds of `segments`, and which words are stuff or things."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Further data about the image or its pixels, by name, for other methods and tools."""
 
@@ -211,6 +222,16 @@ class Segmentation:
         assert self.segmenter is not None  # a pickle holds the confidence
         return self.segmenter.confidence(self)
 
+    @cached_property
+    def segments(self) -> Segments:
+        """Objects of things, and a region for each word of stuff, by `rules`; computed on first access.
+
+        Raises UserError, one line, if the model proposes no masks.
+        """
+        if self.segmenter is None:
+            raise UserError("an unpickled segmentation has no model: use its segments before pickling it")
+        return self.segmenter.segments(self)
+
     @property
     def image(self) -> NDArray[np.uint8] | None:
         """The image, [H0, W0, 3] uint8 RGB; None if the encoding did not keep it."""
@@ -223,14 +244,21 @@ class Segmentation:
         return {name: int(count) / self.labels.size for name, count in zip(self.names, counts, strict=True)}
 
     def relabel(
-        self, words: Any, *, background: Iterable[Any] = (), templates: Templates | None = None
+        self,
+        words: Any,
+        *,
+        background: Iterable[Any] = (),
+        templates: Templates | None = None,
+        segments: bool | SegmentRules = False,
     ) -> "Segmentation":
         """Label the same image with other words; neither ViT runs. Arguments as for `Segmenter.segment`."""
         if self.segmenter is None:
             raise UserError(
                 "an unpickled segmentation has no model: use a model's segment(segmentation.encoding, words)"
             )
-        return self.segmenter.segment(self.encoding, words, background=background, templates=templates)
+        return self.segmenter.segment(
+            self.encoding, words, background=background, templates=templates, segments=segments
+        )
 
     def overlay(self) -> Image.Image:
         """Draw the image under the words' colours, with a legend: the overlay that `save` writes."""
@@ -263,6 +291,8 @@ class Segmentation:
     ) -> dict[str, Path]:
         """Write the label map (PNG with palette), overlay with legend, and JSON (COCO RLE per word) to `folder`.
 
+        Further formats are "panoptic" (a PNG of the segments' numbers) and "boxes" (JSON of the segments).
+
         Their names begin with `stem`: by default the name of the image's file without suffix, or "segmentation" for an
         image from no file. Files of the same names are replaced.
 
@@ -279,4 +309,5 @@ class Segmentation:
             confidence=lambda: self.confidence,
             vocabulary=self.vocabulary.to_dict(),
             model=self.encoding.model,
+            segments=lambda: self.segments,
         )
