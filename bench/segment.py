@@ -5,8 +5,8 @@
     python bench/segment.py parts ...
     python bench/segment.py memory ...
 
-Three ways take turns in one process, so that a busy machine slows all of them: *plain* (bench/plain.py, the
-official order), *exact* and *fast* (the two speeds of `opensan.load`). Times are medians, ratios medians of the pairs'.
+Four ways take turns in one process, so that a busy machine slows all of them: *plain* (bench/plain.py, the
+official order), and the three speeds of `opensan.load`. Times are medians, ratios medians of the pairs'.
 Weights are filled by the rule of the recorded goldens, words are seeded random rows (text is embedded beforehand,
 once a vocabulary, whatever the number of photographs), the photograph is a bundled scene, resized.
 Plain is left out where its scores alone would need more than --plain-gib.
@@ -43,7 +43,8 @@ from plain import PlainSAN
 SCENE = Path(opensan.__file__).parent / "assets" / "scenes" / "playground.png"
 WORDS = (20, 171, 847, 10_000)
 SIZES = ((480, 640), (960, 1280), (1920, 2560), (3000, 4000), (6000, 8000))
-WAYS = ("plain", "exact", "fast")
+SPEEDS = ("exact", "fast", "fastest")
+WAYS = ("plain", *SPEEDS)
 
 
 class RandomWords:
@@ -72,10 +73,11 @@ class Ways:
     def __init__(self, model: str, ways: Sequence[str] = WAYS, *, warm: bool = True) -> None:
         """`warm`: encode a photograph, for words that suit it. Without, nothing has run yet."""
         config = PRESETS[model].config
+        san = golden_model(config)
         self.segmenters: dict[str, SanSegmenter] = {}
-        for speed in ("exact", "fast"):
+        for speed in SPEEDS:
             if speed in ways or (speed == "exact" and "plain" in ways):
-                self.segmenters[speed] = SanSegmenter(golden_model(config), speed=speed, text_cache=False)
+                self.segmenters[speed] = SanSegmenter(san, speed=speed, text_cache=False)
         some = next(iter(self.segmenters.values()))
         cold = torch.randn(config.side_adapter.queries, config.clip.embed_dim)
         self.text = RandomWords(some.encode(photograph(640, 640)).mask_embeddings if warm else cold)
@@ -262,16 +264,17 @@ def table(what: str, rows: Sequence[dict]) -> list[str]:
         ]
     head = "part" if what == "parts" else "photograph | words | words that win"
     lines = [
-        f"| {head} | plain, s | exact, s | fast, s | plain / exact | plain / fast | labels alike: exact | fast |",
-        "|---" * (head.count("|") + 8) + "|",
+        f"| {head} | {' | '.join(f'{way}, s' for way in WAYS)} | {' | '.join(f'plain / {way}' for way in SPEEDS)} "
+        f"| labels alike: {' | '.join(SPEEDS)} |",
+        "|---" * (head.count("|") + 1 + len(WAYS) + 2 * len(SPEEDS)) + "|",
     ]
     for row in rows:
         about = row.get("part") or f"{row['size'][1]}x{row['size'][0]} | {row['words']} | {row['words_that_win']}"
         plain = "plain" in row["seconds"]
         cells = [f"{row['seconds'][way]:.3f}" if way in row["seconds"] else "-" for way in WAYS]
-        cells += [f"{row['ratio'][way]:.2f}" if plain else "-" for way in WAYS[1:]]
+        cells += [f"{row['ratio'][way]:.2f}" if plain else "-" for way in SPEEDS]
         alike = row.get("labels_alike") if plain else None
-        cells += [f"{100 * alike[way]:.3f} %" if alike else "-" for way in WAYS[1:]]
+        cells += [f"{100 * alike[way]:.3f} %" if alike else "-" for way in SPEEDS]
         lines.append(f"| {about} | {' | '.join(cells)} |")
     return lines
 

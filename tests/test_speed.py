@@ -35,8 +35,9 @@ def float32_cpu(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
-def test_fast_labels_nearly_alike(bfloat16_cpu):
-    exact, fast = load_tiny().segment(SCENE, WORDS), load_tiny(speed="fast").segment(SCENE, WORDS)
+@pytest.mark.parametrize("speed", ["fast", "fastest"])
+def test_fast_labels_nearly_alike(bfloat16_cpu, speed):
+    exact, fast = load_tiny().segment(SCENE, WORDS), load_tiny(speed=speed).segment(SCENE, WORDS)
     agreement = (exact.labels == fast.labels).mean()
     assert agreement > 0.99
     assert not np.array_equal(exact.encoding.mask_logits, fast.encoding.mask_logits)
@@ -57,18 +58,26 @@ def test_narrow_attention_is_attention(monkeypatch, cached_logits):
     assert (found - expected).abs().max() < 0.02
 
 
-def test_fast_narrows_the_blocks_matrices_and_nothing_else(bfloat16_cpu):
-    exact, fast = load_tiny().model.state_dict(), load_tiny(speed="fast").model.state_dict()
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({"speed": "fast"}, ("clip.visual.transformer.resblocks.",)),
+        ({"speed": "fastest"}, ("clip.visual.transformer.resblocks.", "side_adapter.blocks.")),
+        ({"dtype": "bfloat16"}, ("clip.visual.transformer.resblocks.", "side_adapter.blocks.")),
+    ],
+)
+def test_speeds_narrow_their_blocks_matrices_and_nothing_else(bfloat16_cpu, options, blocks):
+    exact, fast = load_tiny().model.state_dict(), load_tiny(**options).model.state_dict()
     narrow = {name for name, tensor in fast.items() if tensor.dtype == torch.bfloat16}
-    blocks = ("clip.visual.transformer.resblocks.", "side_adapter.blocks.")
     assert narrow == {name for name, tensor in exact.items() if name.startswith(blocks) and tensor.ndim == 2}
     for name in exact.keys() - narrow:
         assert torch.equal(exact[name], fast[name]), name
 
 
-def test_fast_is_exact_where_nothing_is_faster_and_says_so(float32_cpu):
-    with pytest.warns(UserWarning, match=r'speed "fast" is the same as "exact" here'):
-        fast = load_tiny(speed="fast")
+@pytest.mark.parametrize("speed", ["fast", "fastest"])
+def test_fast_is_exact_where_nothing_is_faster_and_says_so(float32_cpu, speed):
+    with pytest.warns(UserWarning, match=r'speeds "fast" and "fastest" are the same as "exact" here'):
+        fast = load_tiny(speed=speed)
     assert fast.dtype == torch.float32
     assert np.array_equal(fast.segment(SCENE, WORDS).labels, load_tiny().segment(SCENE, WORDS).labels)
 
@@ -88,6 +97,19 @@ def test_a_segmenters_own_gpu_is_the_current_one_while_it_works(monkeypatch):
     assert work(SimpleNamespace(device=device)) == [device]
     assert entered == [device, None]
     assert work(SimpleNamespace(device=torch.device("cpu"))) == entered
+
+
+def test_on_cuda_fast_is_the_fastest(small_model, monkeypatch):
+    """A GPU has bfloat16 to spare, and its answers were measured with all blocks narrow."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    monkeypatch.setattr(image_half, "CudaGraphs", lambda function: function)
+    states = []
+    for speed in ("fast", "fastest"):
+        model = copy.deepcopy(small_model)
+        image_half.prepare_image_half(model, torch.device("cuda"), speed, torch.bfloat16)
+        states.append({name: tensor.dtype for name, tensor in model.state_dict().items()})
+    assert states[0] == states[1]
+    assert states[0]["side_adapter.blocks.0.attn.qkv.weight"] == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

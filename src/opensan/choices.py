@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-Speed = Literal["exact", "fast"]
-"""Speed of the image half: as the benchmarks' protocol has it, or the device's fastest way with nearly its labels."""
+Speed = Literal["exact", "fast", "fastest"]
+"""Speed of the image half: as the benchmarks' protocol has it; faster, with nearly its labels; or the device's fastest
+way, which changes more labels (docs/speed.md says how many)."""
 
 Dtype = Literal["float32", "bfloat16"]
 """Precision of the image half's matrix products."""

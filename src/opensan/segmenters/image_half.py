@@ -1,17 +1,18 @@
 """Run the image half of a model exactly, or as fast as the machine can with nearly the same results.
 
-"exact" is float32 on any device. "fast" is the device's fastest way, with its measured effect on labels
-(docs/speed.md): on a CPU, the matrix products of both ViTs' blocks in bfloat16, where the CPU multiplies that.
+"exact" is float32 on any device. The other two narrow matrix products, with measured effect on labels (docs/speed.md).
+On a CPU that multiplies bfloat16, "fast" narrows the backbone's blocks and "fastest" the side network's too; on CUDA,
+both are the same: everything in bfloat16.
 """
 
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensan.model import SAN
 from opensan.model.transformer import Block
@@ -27,32 +28,46 @@ ImageHalf = Callable[[Tensor], Proposals]
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """Return the precision in which `device` multiplies matrices fastest. Warns if that is no faster than "exact"."""
+    """Return the precision in which `device` multiplies matrices fastest. Warns if that is no faster than float32."""
     if device.type == "cuda":
         return torch.bfloat16
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
-    warnings.warn('speed "fast" is the same as "exact" here: no bfloat16 arithmetic in this processor', stacklevel=4)
+    warnings.warn(
+        'speeds "fast" and "fastest" are the same as "exact" here: no bfloat16 arithmetic in this processor',
+        stacklevel=4,
+    )
     return torch.float32
 
 
 def prepare_image_half(model: SAN, device: torch.device, speed: str, dtype: torch.dtype) -> ImageHalf:
     """Prepare `model`, on `device` for inference only; its weights change in place.
 
-    `speed` is "exact" or "fast"; `dtype` is that of the blocks' matrices, for "fast" that of `fastest_dtype`.
+    `speed` is one of `choices.Speed`; `dtype` is that of the narrow blocks' matrices, that of
+    `fastest_dtype` unless the user chose it.
     """
-    narrow_matrices(model, dtype)
-    if device.type == "cuda" and speed == "fast":
+    if device.type == "cuda" and speed != "exact":
+        narrow_matrices(model, dtype)
         return CudaGraphs(_compiled(model, dtype))
+    narrow_matrices(model, dtype, speed)
     return model.propose
 
 
-def narrow_matrices(model: SAN, dtype: torch.dtype) -> None:
-    """Store the matrices of both ViTs' blocks in `dtype`: nearly all of the image half's arithmetic.
+def narrow_matrices(model: SAN, dtype: torch.dtype, speed: str = "fastest") -> None:
+    """Store the matrices of blocks in `dtype`: of the backbone's alone at "fast", else of both networks'.
+
+    The side network's blocks lose most labels when they are narrow: what they round passes through every later block
+    into the attention bias (bench/hard_labels.py).
+    """
+    narrow_blocks(model.clip.blocks() if speed == "fast" else model.blocks(), dtype)
+
+
+def narrow_blocks(blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Store the matrices of transformer blocks in `dtype`: nearly all of the image half's arithmetic.
 
     Attention follows its queries and keys, so it is narrow too. Norms, residual sums, fusion and heads stay float32.
     """
-    for block in model.blocks():
+    for block in blocks:
         if isinstance(block, Block):  # others can't compute with a precision other than their input's
             for parameter in block.parameters():
                 if parameter.ndim == 2:

@@ -38,9 +38,11 @@ def load(
             "two-stage:" or "mask-tokens:" before it, another method labels with its weights (docs/baselines.md).
         device: "auto" ("cuda" where torch finds a GPU, else "cpu"), "cpu", "cuda", "cuda:1", "mps". An exported
             model runs on the CPU.
-        speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
-            labels (see docs/speed.md). For an exported model it was chosen at export.
-        dtype: "float32" or "bfloat16", the precision of matrix products in both ViTs' blocks; None lets `speed` choose.
+        speed: "exact" computes the image half in float32; "fast" and "fastest" multiply matrices of the backbone, or of
+            both networks, in bfloat16, with nearly the same labels (see docs/speed.md). For an exported model it was
+            chosen at export.
+        dtype: "float32" or "bfloat16", the precision of the blocks that `speed` narrows ("exact": of all blocks); None
+            lets `speed` choose.
         random_weights: a seed; builds the named preset with random weights and no download.
             For benchmarks and shape work only: labels are random.
         max_pixels: larger images are refused, before they are decoded.

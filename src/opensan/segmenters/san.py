@@ -161,9 +161,10 @@ def load_san(
         source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "photo", "tiny" (in the package);
             a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name".
         device: "auto" ("cuda" where torch finds a GPU, else "cpu"), "cpu", "cuda", "cuda:1", "mps".
-        speed: "exact" computes the image half in float32; "fast" as the device does it fastest, with nearly the same
-            labels (see docs/speed.md).
-        dtype: "float32" or "bfloat16", the precision of matrix products in both ViTs' blocks; None lets `speed` choose.
+        speed: "exact" computes the image half in float32; "fast" and "fastest" multiply matrices of the backbone, or of
+            both networks, in bfloat16, with nearly the same labels (see docs/speed.md).
+        dtype: "float32" or "bfloat16", the precision of the blocks that `speed` narrows ("exact": of all blocks); None
+            lets `speed` choose.
         random_weights: a seed; builds the named preset with random weights and no download.
             For benchmarks and shape work only: labels are random.
         max_pixels: larger images are refused, before they are decoded.
@@ -189,4 +190,4 @@ def weights_of(source: str | os.PathLike, random_weights: int | None) -> SAN:
 def _matrix_dtype(device: torch.device, speed: str, dtype: str | None) -> torch.dtype:
     if dtype is not None:
         return DTYPES[dtype]
-    return fastest_dtype(device) if speed == "fast" else torch.float32
+    return torch.float32 if speed == "exact" else fastest_dtype(device)
