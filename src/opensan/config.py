@@ -5,11 +5,21 @@ Block and layer numbers count from 1; 0 means "the input of the first block".
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from opensan.errors import UserError, short
 
@@ -40,6 +50,15 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    unwritten: ClassVar[Collection[str]] = ()
+    """Later fields, written only where they differ from the default, so that a model keeps its identity."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        data = handler(self)
+        defaults = {name for name in self.unwritten if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in data.items() if name not in defaults}
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -319,13 +338,23 @@ class SideAdapterConfig(Config):
     queries: Count = 100
     fusion: dict[LayerNumber, LayerNumber]
     """Side block -> CLIP layer whose patch map is fused into that block's output (0: the input)."""
-    fusion_kind: Literal["add"] = "add"
-    """How a layer is fused: "add" adds its projection to the patch tokens."""
+    fusion_kind: Literal["add", "gated", "cross-attention"] = "add"
+    """How a layer is fused: its projection is added to the patch tokens, or added times a learned gate, or the patch
+    tokens attend to it."""
+    head: Literal["decoupled", "shared"] = "decoupled"
+    """Whether the attention bias has a path of its own, or is the mask logits, scaled."""
+    bias_per_head: bool = True
+    """Whether each of CLIP's heads has a bias of its own."""
+    bias_per_layer: bool = False
+    """Whether each recognition layer has a bias of its own."""
+    cut_gradient: bool = False
+    """Whether the recognition's gradient stops before the proposals: it trains the head of the bias alone."""
     supervised_blocks: tuple[LayerNumber, ...] = (7, 8)
     """Side blocks whose output the heads read in training; the last one is used in inference."""
     mask_channels: Count = 256
     mlp_channels: Count = 256
     mlp_layers: LayerCount = 3
+    unwritten: ClassVar[Collection[str]] = ("head", "bias_per_head", "bias_per_layer", "cut_gradient")
 
 
 class ImageConfig(Config):
@@ -351,8 +380,16 @@ class ModelConfig(Config):
     """CLIP layers up to this one are shallow (features); the later ones recognise proposals."""
     clip_scale: Annotated[float, Field(ge=1 / 64, le=4)] = 0.5
     """The CLIP image is the padded image times this factor."""
+    recognition: Literal["bias", "blocked", "pooling", "queries"] = "bias"
+    """How proposals are recognised: CLIP's attention has a learned bias, or is blocked outside the mask; CLIP's last
+    features are averaged over the mask; or not by CLIP, but by an embedding that the queries themselves give."""
+    recognition_scale: Annotated[float, Field(ge=1 / 64, le=4)] | None = None
+    """Recognition runs CLIP once more, on the padded image times this factor; None: one forward pass serves both."""
+    trained_clip: Literal["none", "position", "whole"] = "position"
+    """The part of CLIP's image tower that is trained too: nothing, its position table, or all of it."""
     image: ImageConfig = ImageConfig()
     format: Literal[1] = 1
+    unwritten: ClassVar[Collection[str]] = ("recognition", "recognition_scale", "trained_clip")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
@@ -368,7 +405,24 @@ class ModelConfig(Config):
                 )
         if not side.supervised_blocks or side.supervised_blocks[-1] != side.depth:
             raise UserError(f"side_adapter.supervised_blocks must end with the last block, {side.depth}")
+        self._check_recognition()
         return self
+
+    def _check_recognition(self) -> None:
+        """Raise UserError for a choice that the others leave nothing to do, or that the backbone does not have."""
+        side, kind, own = self.side_adapter, self.clip.kind, self.recognition
+        biased = own == "bias" and side.head == "decoupled"
+        if not biased and (side.bias_per_layer or not side.bias_per_head or (own != "bias" and side.head == "shared")):
+            raise UserError(
+                f"side_adapter.head {side.head}, bias_per_head and bias_per_layer are about a bias that recognition "
+                f"{own} with this head does not have: leave them at decoupled, true and false"
+            )
+        if side.cut_gradient and own in ("blocked", "queries"):
+            raise UserError(f"side_adapter.cut_gradient: recognition {own} sends no gradient through masks or biases")
+        if own == "queries" and self.recognition_scale is not None:
+            raise UserError("recognition_scale: recognition by queries runs no CLIP")
+        if kind != "clip_vit" and (side.bias_per_layer or own == "pooling"):
+            raise UserError(f"bias_per_layer and recognition pooling need a plain ViT (clip_vit), not {kind}")
 
 
 def parse_config(kind: type[ConfigT], data: object, source: str) -> ConfigT:

@@ -149,6 +149,10 @@ def _check_windows(config: ModelConfig) -> None:
     """Raise UserError if the attention bias is pooled from wider windows than an exported graph supports."""
     if not isinstance(config.clip, ClipConfig):
         raise UserError(f"{config.name}: only models around a CLIP of two plain towers are exported, so far")
+    if config.recognition != "bias" or config.recognition_scale is not None:
+        raise UserError(
+            f"{config.name}: only models that recognise by a bias, in one forward pass, are exported, so far"
+        )
     for side in range(config.image.size_divisor, LARGEST_SIDE + 1, config.image.size_divisor):
         whole = side // config.side_adapter.patch_size
         size = int(side * config.clip_scale) // config.clip.vision.patch_size

@@ -26,8 +26,7 @@ from opensan.files import write_text
 from opensan.lab.clip_training import RECOGNITION_LAYER, load_clip
 from opensan.lab.scenes import BASE_NAMES, NOVEL_KINDS, SEGMENTATION_NAMES, Split, label_map, make_scene, novel_kind
 from opensan.model import SAN
-from opensan.model.fusion import build_fusion
-from opensan.model.side_adapter import SideAdapter
+from opensan.model.san import san_around
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.load import load_with_torch
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
@@ -124,9 +123,7 @@ def build_lab_san(clip_folder: Path, config: LabSanConfig) -> SAN:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        fusion = build_fusion(config.side_adapter, clip.layer_widths)
-        adapter = SideAdapter(config.side_adapter, fusion=fusion, attention_heads=clip.attention_heads)
-        return SAN(model_config, backbone=clip, side_adapter=adapter)
+        return san_around(model_config, clip)
 
 
 def base_and_novel(metrics: SegmentationMetrics) -> dict[str, float]:

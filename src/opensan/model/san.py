@@ -5,6 +5,7 @@ Letters: B batch, Q queries, K words, R text rows, D embedding, N attention head
 """
 
 import copy
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,11 @@ from opensan.config import ImageConfig, ModelConfig
 from opensan.model.backbones import build_backbone
 from opensan.model.backbones.base import Backbone, ShallowFeatures
 from opensan.model.fusion import build_fusion
-from opensan.model.side_adapter import SideAdapter
+from opensan.model.side_adapter import ClassHead, DecoupledHead, MaskHead, SharedHead, SideAdapter
 from opensan.structures import PromptTree, Proposals, TextClassifier
+
+BLOCKED = -100.0
+"""Bias on the attention logits of patches outside a mask: exp(-100) vanishes in float32."""
 
 
 class TrainedParameter(NamedTuple):
@@ -45,8 +49,18 @@ class SAN(nn.Module):
         self.no_object_embedding = nn.Parameter(torch.empty(1, config.clip.embed_dim))
         nn.init.normal_(self.no_object_embedding, std=config.clip.embed_dim**-0.5)
         self.clip.requires_grad_(False)
-        for name in self.clip.trained_names():
+        for name in self._trained_clip():
             self.clip.get_parameter(name).requires_grad_(True)
+
+    def _trained_clip(self) -> Collection[str]:
+        """Return the names of the backbone's parameters that are trained, by the configuration."""
+        if self.config.trained_clip == "none":
+            return ()
+        if self.config.trained_clip == "position":
+            return self.clip.trained_names()
+        return [
+            name for name, _ in self.clip.named_parameters() if not self.clip.is_text(name) and name != "logit_scale"
+        ]
 
     def train(self, mode: bool = True) -> "SAN":
         """Set the mode of the trained parts; the frozen backbone stays in evaluation mode."""
@@ -112,9 +126,10 @@ class SAN(nn.Module):
         config = self.config
         features = features or self.shallow_features(pixels)
         blocks = config.side_adapter.supervised_blocks if supervise else config.side_adapter.supervised_blocks[-1:]
-        masks, biases = zip(*self.side_adapter(pixels, features.maps, blocks), strict=True)
+        masks, steering = zip(*self.side_adapter(pixels, features.maps, blocks), strict=True)
         # Queries do not attend to each other in recognition, so those of all supervised blocks share one pass.
-        embeddings = self.clip.recognise(features, torch.cat(biases, dim=2))
+        embeddings = self._recognise(pixels, features, torch.cat(steering, dim=-3 if steering[0].ndim == 5 else 1))
+        biases = steering if config.recognition == "bias" else [None] * len(blocks)
         answers = [
             Proposals(mask_logits=mask, mask_embeddings=embedding, attention_bias=bias)
             for mask, embedding, bias in zip(masks, embeddings.chunk(len(blocks), dim=1), biases, strict=True)
@@ -128,9 +143,27 @@ class SAN(nn.Module):
         The scale factor itself sets the sampling grid, not the ratio of rounded sizes (official behaviour).
         """
         config = self.config
-        small = F.interpolate(pixels, scale_factor=config.clip_scale, mode="bilinear", align_corners=False)
-        keep = set(config.side_adapter.fusion.values())
-        return self.clip.shallow_features(small, config.recognition_layer, keep)
+        return self._shallow(pixels, config.clip_scale, set(config.side_adapter.fusion.values()))
+
+    def _shallow(self, pixels: Tensor, scale: float, keep: Collection[int]) -> ShallowFeatures:
+        small = F.interpolate(pixels, scale_factor=scale, mode="bilinear", align_corners=False)
+        return self.clip.shallow_features(small, self.config.recognition_layer, keep)
+
+    def _recognise(self, pixels: Tensor, features: ShallowFeatures, steering: Tensor) -> Tensor:
+        """Embed the proposals, [B, Q, D], in the way that the configuration names; `steering` is the head's."""
+        config = self.config
+        if config.recognition == "queries":
+            return F.normalize(steering, dim=-1)
+        if config.recognition_scale is not None:
+            features = self._shallow(pixels, config.recognition_scale, ())
+        if config.recognition == "pooling":
+            return pooled_embeddings(self.clip, features, steering.squeeze(1))
+        if config.recognition == "blocked":
+            steering = torch.where(steering >= 0, 0.0, BLOCKED)
+        side = config.side_adapter
+        if config.recognition == "blocked" or side.head == "shared" or not side.bias_per_head:
+            steering = steering.repeat_interleave(self.clip.attention_heads, dim=1)
+        return self.clip.recognise(features, steering)
 
     def classify(self, proposals: Proposals, text: TextClassifier) -> Tensor:
         """Return class logits [B, Q, K + 1] of the proposals, "no object" last.
@@ -165,7 +198,37 @@ class SAN(nn.Module):
 
 def build_san(config: ModelConfig) -> SAN:
     """Build a SAN with random weights (torch's global generator), in evaluation mode."""
-    backbone = build_backbone(config.clip)
-    fusion = build_fusion(config.side_adapter, backbone.layer_widths)
-    adapter = SideAdapter(config.side_adapter, fusion=fusion, attention_heads=backbone.attention_heads)
-    return SAN(config, backbone=backbone, side_adapter=adapter).eval()
+    return san_around(config, build_backbone(config.clip)).eval()
+
+
+def san_around(config: ModelConfig, backbone: Backbone) -> SAN:
+    """Build a SAN around a backbone; its side adapter has random weights (torch's global generator)."""
+    side = config.side_adapter
+    fusion = build_fusion(side, backbone.layer_widths)
+    adapter = SideAdapter(side, fusion=fusion, head=lambda: _build_head(config, backbone))
+    return SAN(config, backbone=backbone, side_adapter=adapter)
+
+
+def _build_head(config: ModelConfig, backbone: Backbone) -> MaskHead:
+    side = config.side_adapter
+    if config.recognition == "queries":
+        return ClassHead(side, config.clip.embed_dim)
+    if config.recognition != "bias":
+        return MaskHead(side)
+    if side.head == "shared":
+        return SharedHead(side)
+    groups = backbone.attention_heads if side.bias_per_head else 1
+    layers = len(backbone.blocks()) - config.recognition_layer if side.bias_per_layer else 1
+    return DecoupledHead(side, groups * layers)
+
+
+def pooled_embeddings(clip: Backbone, features: ShallowFeatures, mask_logits: Tensor) -> Tensor:
+    """Embed proposals by the mean of CLIP's last patch features, weighted by their masks: [B, Q, D].
+
+    The recognition layers run as in plain CLIP; the masks, [B, Q, h', w'], are resized bilinearly to its grid.
+    """
+    x = clip.last_features(features)
+    resized = F.interpolate(mask_logits, size=features.grid, mode="bilinear", align_corners=False)
+    weights = resized.sigmoid().flatten(2)
+    means = weights @ x / weights.sum(dim=2, keepdim=True).clamp(min=1e-6)
+    return F.normalize(means, dim=-1)

@@ -4,7 +4,7 @@ Letters: B batch, Q queries, N CLIP attention heads, L patches, C channels, h w 
 Patch maps travel as tokens [B, L, C]; what the official code writes as 1x1 convolutions are Linear layers here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import cast
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from opensan.config import SideAdapterConfig
 from opensan.model.backbones.base import FeatureMap
-from opensan.model.fusion import AddFusion
+from opensan.model.fusion import Fusion
 from opensan.model.maps import embed_patches, resize_position_table
 from opensan.model.transformer import SideBlock
 
@@ -41,25 +41,68 @@ class MLP(nn.Module):
         return self.layers[-1](self.hidden(x))
 
 
-class DecoupledHead(nn.Module):
+class MaskHead(nn.Module):
+    """Mask logits alone. Its second output, for recognition by masks, is the mask logits again."""
+
+    def __init__(self, config: SideAdapterConfig) -> None:
+        super().__init__()
+        mlp = partial(MLP, config.width, config.mlp_channels, layers=config.mlp_layers)
+        self.cut_gradient = config.cut_gradient
+        self.query_mlp = mlp(out=config.mask_channels)
+        self.pixel_mlp = mlp(out=config.mask_channels)
+
+    def forward(self, queries: Tensor, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Compute mask logits [B, Q, h, w], and what recognition reads; queries [B, Q, C], patches [B, L, C]."""
+        q = self.query_mlp(queries)
+        mask_logits = q @ self.pixel_mlp(patches).transpose(1, 2)
+        steering = self.steering(queries, q, patches, mask_logits)
+        # Three dimensions are embeddings; four, numbers at every patch.
+        return mask_logits.unflatten(-1, grid), steering.unflatten(-1, grid) if steering.ndim == 4 else steering
+
+    def steering(self, queries: Tensor, q: Tensor, patches: Tensor, mask_logits: Tensor) -> Tensor:
+        """Return what recognition reads: [B, N, Q, L], or embeddings [B, Q, D]."""
+        return self._cut(mask_logits).unsqueeze(1)
+
+    def _cut(self, x: Tensor) -> Tensor:
+        return x.detach() if self.cut_gradient else x
+
+
+class SharedHead(MaskHead):
+    """Mask logits, and the same for an attention bias, with a scale and an offset: an ablation of the paper's."""
+
+    def __init__(self, config: SideAdapterConfig) -> None:
+        super().__init__(config)
+        self.bias_scale = nn.Linear(1, 1)
+
+    def steering(self, queries: Tensor, q: Tensor, patches: Tensor, mask_logits: Tensor) -> Tensor:
+        bias = self._cut(mask_logits) * self.bias_scale.weight.squeeze() + self.bias_scale.bias.squeeze()
+        return bias.unsqueeze(1)
+
+
+class ClassHead(MaskHead):
+    """Mask logits, and a class embedding of each query, as in the two-stage methods: CLIP recognises nothing."""
+
+    def __init__(self, config: SideAdapterConfig, embed_dim: int) -> None:
+        super().__init__(config)
+        self.class_mlp = MLP(config.width, config.mlp_channels, embed_dim, config.mlp_layers)
+
+    def steering(self, queries: Tensor, q: Tensor, patches: Tensor, mask_logits: Tensor) -> Tensor:
+        return self.class_mlp(queries)
+
+
+class DecoupledHead(MaskHead):
     """Mask logits and attention biases from the same queries, by separate paths (paper, section 3.3)."""
 
     def __init__(self, config: SideAdapterConfig, attention_heads: int) -> None:
-        super().__init__()
-        mlp = partial(MLP, config.width, config.mlp_channels, layers=config.mlp_layers)
+        super().__init__(config)
         self.attention_heads = attention_heads
-        self.query_mlp = mlp(out=config.mask_channels)
-        self.pixel_mlp = mlp(out=config.mask_channels)
-        self.attention_mlp = mlp(out=attention_heads * config.mask_channels)
+        out = attention_heads * config.mask_channels
+        self.attention_mlp = MLP(config.width, config.mlp_channels, out, config.mlp_layers)
         self.bias_scale = nn.Linear(1, 1)
 
-    def forward(self, queries: Tensor, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Compute mask logits [B, Q, h, w], attention bias [B, N, Q, h, w] of queries [B, Q, C], patches [B, L, C]."""
-        q = self.query_mlp(queries)
-        mask_logits = q @ self.pixel_mlp(patches).transpose(1, 2)
-        bias = self._attention_bias(q, patches)
-        bias = bias * self.bias_scale.weight.squeeze() + self.bias_scale.bias.squeeze()
-        return mask_logits.unflatten(-1, grid), bias.unflatten(-1, grid)
+    def steering(self, queries: Tensor, q: Tensor, patches: Tensor, mask_logits: Tensor) -> Tensor:
+        bias = self._attention_bias(self._cut(q), self._cut(patches))
+        return bias * self.bias_scale.weight.squeeze() + self.bias_scale.bias.squeeze()
 
     def _attention_bias(self, q: Tensor, patches: Tensor) -> Tensor:
         """Compute the attention bias [B, N, Q, L] of q [B, Q, M].
@@ -79,7 +122,8 @@ class DecoupledHead(nn.Module):
 class SideAdapter(nn.Module):
     """ViT whose first tokens are the queries; the fusion adds the backbone's shallow features to its patch tokens."""
 
-    def __init__(self, config: SideAdapterConfig, *, fusion: AddFusion, attention_heads: int) -> None:
+    def __init__(self, config: SideAdapterConfig, *, fusion: Fusion, head: Callable[[], MaskHead]) -> None:
+        """`head` makes the head: after all else, so that a seed gives the weights it always gave."""
         super().__init__()
         self.config = config
         side = config.image_size // config.patch_size
@@ -91,7 +135,7 @@ class SideAdapter(nn.Module):
             SideBlock(config.width, config.heads, config.mlp_ratio, SIDE_NORM_EPS) for _ in range(config.depth)
         )
         self.fusion = fusion
-        self.head = DecoupledHead(config, attention_heads)
+        self.head = head()
         self._initialise()
 
     def _initialise(self) -> None:
@@ -107,6 +151,8 @@ class SideAdapter(nn.Module):
         self, pixels: Tensor, maps: Mapping[int, FeatureMap], blocks: Sequence[int]
     ) -> list[tuple[Tensor, Tensor]]:
         """Return mask logits [B, Q, h, w], attention bias [B, N, Q, h, w] after each of `blocks`; pixels [B, 3, H, W].
+
+        The second is what the head gives recognition; other heads give mask logits again, or embeddings [B, Q, D].
 
         `maps`: the layers of the backbone that the fusion reads.
 

@@ -19,6 +19,7 @@ from opensan.lab.photo.sets import NOVEL, SETS, PhotoSet
 from opensan.lab.photo.words import DIMENSION, WordPoints
 from opensan.model import SAN, build_san
 from opensan.model.backbones.efficientnet_lite import EfficientNetLiteModel
+from opensan.model.side_adapter import DecoupledHead
 from opensan.structures import TextClassifier
 from opensan.train.config import LoopConfig
 from opensan.train.loop import RunResult, Trainer
@@ -108,19 +109,20 @@ def build(tower: Mapping[str, Tensor], points: WordPoints, config: ModelConfig =
         torch.manual_seed(0)
         model = build_san(config)
     clip = model.clip
-    assert isinstance(clip, EfficientNetLiteModel)
+    head = model.side_adapter.head
+    assert isinstance(clip, EfficientNetLiteModel) and isinstance(head, DecoupledHead)
     clip.visual.load_state_dict(dict(tower), strict=True)
     with torch.no_grad():
         clip.projection.weight.copy_(points.weight)
         clip.projection.bias.copy_(points.bias)
         clip.logit_scale.copy_(points.scale.log())
         model.no_object_embedding[:, -1] = NO_OBJECT * model.no_object_embedding.norm()
-        model.side_adapter.head.bias_scale.weight.fill_(BIAS_SCALE)
-        model.side_adapter.head.bias_scale.bias.zero_()
+        head.bias_scale.weight.fill_(BIAS_SCALE)
+        head.bias_scale.bias.zero_()
     anchored_start(model.side_adapter, GRID)
     # One path for masks and biases while training, two equal ones in the file: a few hundred photographs teach where a
     # region is, and where to look for its name is then the same place. On two paths, after 100 steps, biases were flat.
-    model.side_adapter.head.attention_mlp = model.side_adapter.head.pixel_mlp
+    head.attention_mlp = head.pixel_mlp
     return model
 
 

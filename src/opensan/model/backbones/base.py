@@ -75,6 +75,10 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def last_features(self, features: ShallowFeatures) -> Tensor:
+        """Run the remaining layers unsteered: every patch's features in the joint space, [B, L, D]. Plain ViTs only."""
+        raise NotImplementedError
+
     def embed_prompts(self, tokens: Tensor) -> Tensor:
         """Embed prompts: `tokens` [P, T] int64 -> unit rows [P, D] in the space of `recognise`."""
         raise NotImplementedError

@@ -76,10 +76,19 @@ class ClipModel(TextTower, Backbone):
         queries = steering.shape[2]
         x = torch.cat([features.tokens[:, :1].expand(-1, queries, -1), features.tokens], dim=1)
         *blocks, last = self.visual.transformer.resblocks[features.last_layer :]
-        for block in blocks:
-            x = block(x, steering=steering)
-        x = last(x, steering=steering, only_queries=True)
+        # A bias with more channels than heads is one for each block.
+        own = steering.chunk(max(1, steering.shape[1] // self.attention_heads), dim=1)
+        for number, block in enumerate(blocks):
+            x = block(x, steering=own[number % len(own)])
+        x = last(x, steering=own[-1], only_queries=True)
         return F.normalize(self.visual.ln_post(x) @ self.visual.proj, dim=-1)
+
+    def last_features(self, features: ShallowFeatures) -> Tensor:
+        """Run the blocks after the shallow ones as in plain CLIP: patches in the joint space, [B, L, D]."""
+        x = features.tokens
+        for block in self.visual.transformer.resblocks[features.last_layer :]:
+            x = block(x)
+        return self.visual.ln_post(x[:, 1:]) @ self.visual.proj
 
     def blocks(self) -> list[nn.Module]:
         """Return the blocks of the image tower, shallow and deep."""
