@@ -18,9 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+import opensan
+from opensan import outputs
 from opensan.assemble.interpolation import masks_at, resized_masks
 from opensan.assemble.scores import label_scores, score_maps
+from opensan.errors import UserError
 from opensan.outputs.coco import decode_mask
+from opensan.outputs.colours import PALETTES, palette
 from opensan.segmenters.san import SanSegmenter
 from opensan.serve import ServiceLimits, create_app
 from opensan.serve.cache import EncodingCache
@@ -171,6 +175,60 @@ def read_map(answer: httpx.Response) -> tuple[dict, np.ndarray, np.ndarray]:
     start = 4 + length
     labels = np.frombuffer(data, kind, pixels, start).reshape(shape)
     return header, labels, np.frombuffer(data, np.uint8, pixels, start + pixels * kind.itemsize).reshape(shape)
+
+
+def test_an_overlay_takes_the_colours_that_are_sent(service, segmenter):
+    name = service.encode()
+    words = ["brick", "night sky", "grass"]
+    found = service.client.get("/v1/palettes").json()["palettes"]
+    assert list(found) == list(PALETTES)
+    assert [bytes.fromhex(each[1:]) for each in found["vivid"][:3]] == [bytes(each) for each in palette(3, "vivid")]
+    answer = service.ask(name, words=words, format="overlay", colours={"night sky": found["vivid"][0]})
+    shown = np.asarray(Image.open(io.BytesIO(answer.content)))
+    result = segmenter.segment(photograph(), words)
+    colours = palette(3)
+    colours[1] = palette(1, "vivid")[0]
+    wanted = outputs.overlay(result.image, result.labels, result.names, result.areas, colours)
+    assert (shown == np.asarray(wanted)).all()
+    refused(service.ask(name, words=words, colours={"moon": "#000000"}), 422, "there is no word 'moon'")
+    refused(service.ask(name, words=words, colours={"brick": "red"}), 422, "colours")
+
+
+@pytest.mark.filterwarnings("ignore:the model has never seen")
+def test_a_map_tells_which_words_the_model_never_read():
+    with serving(opensan.load("tiny", text_cache=False)) as running:
+        name = running.encode()
+        header, _, _ = read_map(running.ask(name, words=["brick|zeppelins", "quagga", "grass"], format="map"))
+        assert header["unseen"] == ["zeppelins", "quagga"]
+
+
+def test_clients_choose_among_the_models(segmenter):
+    tiny = opensan.load("tiny", text_cache=False)
+    loaded = []
+
+    def load_tiny():
+        loaded.append("tiny")
+        return tiny
+
+    def fail():
+        raise UserError("its file is damaged")
+
+    with serving(segmenter, others={"tiny": load_tiny, "broken": fail}) as running:
+        assert running.client.get("/v1/info").json()["models"] == [segmenter.identity.name, "tiny", "broken"]
+        assert not loaded
+        for _ in range(2):
+            made = running.client.post("/v1/encodings?model=tiny", content=photograph(), headers=PNG)
+            record = running.ask(made.json()["id"], words=["brick", "grass"]).json()
+            assert record["model"] == tiny.identity.encodings
+        assert loaded == ["tiny"]
+        made = running.client.post("/v1/encodings", content=photograph(), headers=PNG)
+        assert running.ask(made.json()["id"]).json()["model"] == segmenter.identity.encodings
+        form = {"files": {"image": photograph()}, "data": {"words": "brick, grass"}}
+        record = running.client.post("/v1/segmentation?model=tiny", **form).json()
+        assert record["model"] == tiny.identity.encodings
+        refused(running.client.post("/v1/encodings?model=x", content=photograph(), headers=PNG), 422, "tiny, broken")
+        answer = running.client.post("/v1/encodings?model=broken", content=photograph(), headers=PNG)
+        refused(answer, 503, "broken", "damaged")
 
 
 def test_more_words_than_a_byte_counts(service, segmenter):

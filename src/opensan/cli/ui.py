@@ -2,8 +2,9 @@
 
 import signal
 import webbrowser
+from functools import partial
 from threading import Thread
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +27,7 @@ def ui(
     It listens on this machine only. Ctrl-C ends it.
     """
     require_serve_extra()
+    from opensan.checkpoints.hub import BUNDLED
     from opensan.segmenters.load import load
     from opensan.serve import ServiceLimits, create_app
     from opensan.serve.server import bind, run
@@ -39,8 +41,10 @@ def ui(
     note(f"loading {model}")
     limits = ServiceLimits()
     # Every half-typed word is embedded, which would fill a disk cache.
-    segmenter = load(model, device=device, speed=speed, max_pixels=limits.pixels, text_cache=False)
+    settings: Any = {"device": device, "speed": speed, "max_pixels": limits.pixels, "text_cache": False}
+    segmenter = load(model, **settings)
     # A web page under another name that resolves to this machine must not reach the images.
-    app = create_app(segmenter, limits=limits, page=True, hosts=[HOST, "localhost"])
+    others = {name: partial(load, name, **settings) for name in BUNDLED}
+    app = create_app(segmenter, limits=limits, page=True, hosts=[HOST, "localhost"], others=others)
     if run(app, listener, started) == signal.SIGINT:
         raise KeyboardInterrupt

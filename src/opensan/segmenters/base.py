@@ -69,6 +69,10 @@ class Segmenter:
         `progress` is called with the number of prompts that are embedded, and of all that must be.
         """
 
+    def unseen_texts(self, vocabulary: Vocabulary) -> list[str]:
+        """Return the words, by name, and the synonyms that the model never read; results for them mean nothing."""
+        return []
+
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> NDArray[np.int32]:
         """Return each pixel's word index, [H0, W0] int32, background words included, which come last."""
         return best_words(self.scores(encoding, vocabulary), encoding.sizes.image, len(vocabulary.words))

@@ -67,6 +67,10 @@ class ProposalSegmenter(Segmenter):
         """Embed the words; see `Segmenter.prepare_words`."""
         self.text.classifier(vocabulary, progress=progress)
 
+    def unseen_texts(self, vocabulary: Vocabulary) -> list[str]:
+        """Return words and synonyms that the text tower was never trained on; see `Segmenter.unseen_texts`."""
+        return self.text.unseen_texts(vocabulary)
+
     def check_encoding(self, encoding: Encoding) -> None:
         """Raise ValueError, one line, unless this model made the encoding and its arrays are mask proposals."""
         super().check_encoding(encoding)

@@ -3,6 +3,7 @@
 limits       what clients may ask, and the gate that holds them to it
 photographs  decodes clients' images, at a bounded cost
 cache        the encodings that are kept
+models       the models, loaded when they are needed
 engine       the model's work, batched and off the event loop
 answers      segmentations as JSON, PNG, or what a page draws
 schemas      what clients send and get

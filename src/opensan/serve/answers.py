@@ -7,6 +7,7 @@ import base64
 import gzip
 import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,16 +59,24 @@ def answer(
     form: Format,
     confidence: bool = True,
     *,
+    colours: Mapping[str, str] | None = None,
     compressed: bool = False,
 ) -> Picture:
     """Segment and return the response; without `confidence`, a map has labels only. PNGs are always compressed.
 
+    `colours` are those that an overlay gives to words, "#rrggbb"; the others have the palette's.
+
     Raises UserError, one line, for words that the model cannot read.
     """
     segmentation = segmenter.segment(encoding, vocabulary)
-    if form in (Format.labels, Format.overlay):
-        return Picture(_labels(segmentation) if form is Format.labels else _overlay(segmentation), MEDIA_TYPES[form])
-    content = _json(segmentation) if form is Format.json else _map(segmentation, confidence)
+    if form is Format.labels:
+        return Picture(_labels(segmentation), MEDIA_TYPES[form])
+    if form is Format.overlay:
+        return Picture(_overlay(segmentation, colours or {}), MEDIA_TYPES[form])
+    if form is Format.json:
+        content = _json(segmentation)
+    else:
+        content = _map(segmentation, confidence, segmenter.unseen_texts(vocabulary))
     headers = {"Vary": "Accept-Encoding"}
     if compressed and len(content) >= _WORTH_COMPRESSING:
         content = gzip.compress(content, _FAST_COMPRESSION)
@@ -92,16 +101,22 @@ def _labels(segmentation: Segmentation) -> bytes:
     return _png(outputs.label_map_picture(segmentation.labels, len(segmentation.names)))
 
 
-def _overlay(segmentation: Segmentation) -> bytes:
-    return _png(segmentation.overlay())
+def _overlay(segmentation: Segmentation, chosen: Mapping[str, str]) -> bytes:
+    names = segmentation.names
+    colours = outputs.palette(len(names))
+    for index, name in enumerate(names):
+        if name in chosen:
+            colours[index] = list(bytes.fromhex(chosen[name].removeprefix("#")))
+    return _png(outputs.overlay(segmentation.image, segmentation.labels, names, segmentation.areas, colours))
 
 
-def _map(segmentation: Segmentation, with_confidence: bool) -> bytes:
+def _map(segmentation: Segmentation, with_confidence: bool, unseen: Sequence[str]) -> bytes:
     """Return a map that a page draws itself: a JSON header, then an index and a confidence for each pixel.
 
     4 bytes: length of the header, little-endian, a multiple of 4. The header: width, height, bytes_per_label (1 or 2),
-    unlabelled (the value of pixels that no word got), words (name, index, area, confidence, colour). Then H x W labels,
-    little-endian, row by row; then, if wanted, H x W confidences, a byte each, 255 for 1.
+    unlabelled (the value of pixels that no word got), words (name, index, area, confidence, colour), unseen (the words
+    and synonyms that the model never read). Then H x W labels, little-endian, row by row; then, if wanted, H x W
+    confidences, a byte each, 255 for 1.
     """
     labels, names = segmentation.labels, segmentation.names
     confidence = segmentation.confidence if with_confidence else None
@@ -127,6 +142,7 @@ def _map(segmentation: Segmentation, with_confidence: bool) -> bytes:
             }
             for index, (name, mean) in enumerate(zip(names, means, strict=True))
         ],
+        "unseen": list(unseen),
     }
     text = _dumped(header)
     text += b" " * (-len(text) % 4)

@@ -1,7 +1,7 @@
 """The routes of the service."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -14,6 +14,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from opensan import __version__
+from opensan.outputs.colours import PALETTES, palette
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.results import Encoding
 from opensan.serve import answers
@@ -21,10 +22,12 @@ from opensan.serve.cache import EncodingCache
 from opensan.serve.engine import Engine
 from opensan.serve.limits import LEFT, Gate, Problem, ServiceLimits, problem_response, stopping
 from opensan.serve.metrics import CONTENT_TYPE, Metrics, Observer
+from opensan.serve.models import Models
 from opensan.serve.negotiation import accepts_gzip, best_media_type
 from opensan.serve.schemas import (
     EncodingInfo,
     Format,
+    Palettes,
     PointAnswer,
     PointQuestion,
     ProblemInfo,
@@ -100,6 +103,9 @@ _FORM = {
     }
 }
 
+_WITH_CONFIDENCE = Query(description="false leaves the confidences out of a map, which is then there much sooner.")
+_MODEL = Query(description="One of the names that `/v1/info` lists; by default the first.")
+
 
 def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemInfo"}}}
@@ -127,8 +133,8 @@ _ALWAYS = (400, *_REFUSED, 408, 413, 422, 429)
 class Service:
     """The objects that all routes share."""
 
-    def __init__(self, segmenter: Segmenter, limits: ServiceLimits, batch: int) -> None:
-        self.segmenter = segmenter
+    def __init__(self, models: Models, limits: ServiceLimits, batch: int) -> None:
+        self.models = models
         self.limits = limits
         self.batch = batch
         self.metrics = Metrics()
@@ -140,7 +146,7 @@ class Service:
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
         """Run the threads from the start of the event loop to its end."""
-        self.engine = Engine(self.segmenter, self.limits, self.metrics, self.batch)
+        self.engine = Engine(self.models.default, self.limits, self.metrics, self.batch)
         sweeper = asyncio.create_task(self._sweep())
         try:
             yield
@@ -160,9 +166,9 @@ class Service:
             raise _gone()
         return encoding
 
-    def reading(self, vocabulary: Vocabulary) -> list[Callable[[], Any]]:
+    def reading(self, segmenter: Segmenter, vocabulary: Vocabulary) -> list[Callable[[], Any]]:
         """Return functions that embed a long vocabulary, a part each. The rows are cached."""
-        return [partial(self.segmenter.prepare_words, part) for part in text_parts(vocabulary)]
+        return [partial(segmenter.prepare_words, part) for part in text_parts(vocabulary)]
 
     async def segmented(
         self,
@@ -175,11 +181,13 @@ class Service:
         accepted: bool = False,
     ) -> Response:
         """Segment an encoded image and return the response in the chosen form."""
-        vocabulary = question.vocabulary(self.limits)
+        vocabulary, segmenter = question.vocabulary(self.limits), self.models.of(encoding)
         compressed = accepts_gzip(request.headers.get("accept-encoding", ""))
         work = self.engine.ask(
-            lambda: answers.answer(self.segmenter, encoding, vocabulary, form, confidence, compressed=compressed),
-            before=self.reading(vocabulary),
+            lambda: answers.answer(
+                segmenter, encoding, vocabulary, form, confidence, colours=question.colours, compressed=compressed
+            ),
+            before=self.reading(segmenter, vocabulary),
             accepted=accepted,
         )
         picture = await _while_there(request, work)
@@ -194,8 +202,9 @@ def create_app(
     batch: int = 4,
     page: bool = False,
     hosts: Collection[str] | None = None,
+    others: Mapping[str, Callable[[], Segmenter]] | None = None,
 ) -> "Application":
-    """Make the service of one model.
+    """Make the service of a model, and of others that clients may choose.
 
     Args:
         segmenter: made with `text_cache=False`, unless clients may fill this machine's disk with their words.
@@ -206,8 +215,9 @@ def create_app(
         page: serve the web page at "/", and refuse what other web pages ask through the user's browser.
         hosts: the names by which clients call the service ("example.org", "127.0.0.1"), without a port. Requests to
             other names are refused, but for health and readiness. None: any name.
+        others: functions that load further models, by name; clients choose with `?model=`. Each stays loaded.
     """
-    service = Service(segmenter, limits or ServiceLimits(), batch)
+    service = Service(Models(segmenter, others or {}), limits or ServiceLimits(), batch)
     app = FastAPIOffline(  # its pages at /docs and /redoc need no network
         title="opensan",
         version=__version__,
@@ -272,9 +282,19 @@ def _add_service_routes(app: FastAPI, api: APIRouter, service: Service) -> None:
         names = ("request_bytes", "pixels", "words", "characters", "templates")
         return ServiceInfo(
             opensan=__version__,
-            model=str(service.segmenter.identity),
-            device=str(service.segmenter.device),
+            model=str(service.models.default.identity),
+            models=service.models.names,
+            device=str(service.models.default.device),
             limits={name: getattr(service.limits, name) for name in names},
+        )
+
+    @api.get("/v1/palettes", tags=["service"], responses=_problems(*_REFUSED))
+    async def palettes() -> Palettes:
+        """Return the colours that words have in overlays, and those of other palettes."""
+        return Palettes(
+            palettes={
+                name: [f"#{bytes(colour).hex()}" for colour in palette(service.limits.words, name)] for name in PALETTES
+            }
         )
 
 
@@ -284,15 +304,21 @@ def _add_segmentation_route(api: APIRouter, service: Service) -> None:
         responses={**_FORMS, **_problems(*_ALWAYS, 406)},
         openapi_extra={"requestBody": {"required": True, "content": _FORM}},
     )  # fmt: skip
-    async def segment(request: Request, format: Annotated[Format | None, Query()] = None) -> Response:
+    async def segment(
+        request: Request,
+        format: Annotated[Format | None, Query()] = None,
+        confidence: Annotated[bool, _WITH_CONFIDENCE] = True,
+        model: Annotated[str | None, _MODEL] = None,
+    ) -> Response:
         """Segment an image, in one request."""
         service.engine.check_room()
         form = _form(request, format)
+        segmenter = await service.models.get(model)
         data, fields = await uploaded(request, {"words", "background", "templates"}, service.limits.words)
         question = question_from_form(fields)
         question.vocabulary(service.limits)  # before the work, to report mistakes early
-        encoding = await _while_there(request, service.engine.encode(data))
-        return await service.segmented(request, encoding, question, form, accepted=True)
+        encoding = await _while_there(request, service.engine.encode(data, segmenter))
+        return await service.segmented(request, encoding, question, form, confidence=confidence, accepted=True)
 
 
 def _add_encoding_routes(api: APIRouter, service: Service) -> None:
@@ -300,11 +326,12 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
         "/v1/encodings", tags=["encodings"], status_code=201, responses=_problems(*_ALWAYS),
         openapi_extra={"requestBody": {"required": True, "content": _UPLOADED}},
     )  # fmt: skip
-    async def encode(request: Request, response: Response) -> EncodingInfo:
+    async def encode(request: Request, response: Response, model: Annotated[str | None, _MODEL] = None) -> EncodingInfo:
         """Encode an image: the body is an image file, or a form with the file as `image`."""
         service.engine.check_room()
+        segmenter = await service.models.get(model)
         data, _ = await uploaded(request, set())
-        encoding = await _while_there(request, service.engine.encode(data))
+        encoding = await _while_there(request, service.engine.encode(data, segmenter))
         name = service.cache.add(encoding)
         height, width = encoding.sizes.image
         response.headers["Location"] = f"/v1/encodings/{name}"
@@ -325,9 +352,7 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
         question: Question,
         request: Request,
         format: Annotated[Format | None, Query()] = None,
-        confidence: Annotated[
-            bool, Query(description="false leaves the confidences out of a map, which is then there much sooner.")
-        ] = True,
+        confidence: Annotated[bool, _WITH_CONFIDENCE] = True,
     ) -> Response:
         """Label an encoded image with words; neither ViT runs."""
         form = _form(request, format)
@@ -337,9 +362,10 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
     async def point(id: str, question: PointQuestion, request: Request) -> PointAnswer:
         """Explain one pixel: its best words, and the mask proposals that contribute to the winner's score."""
         encoding, vocabulary = service.kept(id), question.vocabulary(service.limits)
+        segmenter = service.models.of(encoding)
         work = service.engine.ask(
-            lambda: answers.point(service.segmenter, encoding, vocabulary, question.x, question.y),
-            before=service.reading(vocabulary),
+            lambda: answers.point(segmenter, encoding, vocabulary, question.x, question.y),
+            before=service.reading(segmenter, vocabulary),
         )
         return await _while_there(request, work)
 

@@ -36,6 +36,7 @@ Answer = TypeVar("Answer")
 class _Place:
     """A request in the queue of batches. If its client leaves, it stays until its turn, but drops its image at once."""
 
+    segmenter: Segmenter
     photograph: InputImage | None = None
     left: bool = False
 
@@ -64,7 +65,7 @@ class Pulse:
 
 
 class Engine:
-    """One model, its threads, and the limits on waiting requests. Its coroutines belong to one event loop."""
+    """The threads that models work on, and the limits on waiting requests. Its coroutines belong to one event loop."""
 
     def __init__(self, segmenter: Segmenter, limits: ServiceLimits, metrics: Metrics, batch: int = 4) -> None:
         self.segmenter = segmenter
@@ -103,15 +104,15 @@ class Engine:
                 self._waiting * self._seconds_an_image,
             )
 
-    async def encode(self, data: bytes) -> Encoding:
-        """Encode the image file `data`.
+    async def encode(self, data: bytes, segmenter: Segmenter | None = None) -> Encoding:
+        """Encode the image file `data` by a model, None for the engine's own.
 
         Raises Problem: 422 for a file that is not an image or too large, 429 at once if too many wait, 503 if it
         waited too long. If the caller is cancelled while the image waits, it is not encoded.
         """
         self.check_room()
         self._waiting += 1
-        waiting = _Place()
+        waiting = _Place(segmenter or self.segmenter)
         try:
             with self._time_limit(), self._encoded.watching():
                 async with asyncio.timeout(self._limits.queue_seconds), self._decoded:
@@ -160,40 +161,43 @@ class Engine:
 
     def _read(self, data: bytes, waiting: _Place) -> InputImage:
         try:
-            return self.segmenter.prepare(decode(data, self._limits))
+            return waiting.segmenter.prepare(decode(data, self._limits))
         finally:
             if waiting.left:  # decoding took longer than the time limit, which looked like hanging
                 self._encoded.beat()
 
     async def _encode_batch(self, places: list[_Place]) -> list[Encoding | Exception]:
-        photographs = [waiting.photograph for waiting in places if waiting.photograph is not None]
+        photographs = [(waiting.segmenter, waiting.photograph) for waiting in places if waiting.photograph is not None]
         assert len(photographs) == len(places)  # `batched` has just removed those whose clients left
         try:
             return await _on(self._network, lambda: self._encode(photographs))
         finally:
             self._encoded.beat()
 
-    def _encode(self, photographs: list[InputImage]) -> list[Encoding | Exception]:
-        """Encode images; those of one padded shape go through the network together."""
+    def _encode(self, photographs: list[tuple[Segmenter, InputImage]]) -> list[Encoding | Exception]:
+        """Encode images; those for one model and of one padded shape go through the network together."""
         started = time.monotonic()
         encodings: dict[int, Encoding | Exception] = {}
-        for indices in same_shape(photographs):
-            results = self._encode_group([photographs[index] for index in indices])
-            encodings.update(zip(indices, results, strict=True))
-            self._metrics.batch.observe(len(indices))
+        for segmenter in {id(model): model for model, _ in photographs}.values():
+            own = [index for index, (model, _) in enumerate(photographs) if model is segmenter]
+            for group in same_shape([photographs[index][1] for index in own]):
+                indices = [own[index] for index in group]
+                results = self._encode_group(segmenter, [photographs[index][1] for index in indices])
+                encodings.update(zip(indices, results, strict=True))
+                self._metrics.batch.observe(len(indices))
         seconds = time.monotonic() - started
         self._metrics.encode.observe(seconds)
         self._seconds_an_image += 0.2 * (seconds / len(photographs) - self._seconds_an_image)
         return [encodings[index] for index in range(len(photographs))]
 
-    def _encode_group(self, group: list[InputImage]) -> list[Encoding | Exception]:
+    def _encode_group(self, segmenter: Segmenter, group: list[InputImage]) -> list[Encoding | Exception]:
         """Encode images of one padded shape; if the batch fails, one by one."""
         try:
-            return list(self.segmenter.encode_prepared(group))
+            return list(segmenter.encode_prepared(group))
         except Exception as error:
             if len(group) == 1:
                 return [error]
-            return [result for photograph in group for result in self._encode_group([photograph])]
+            return [result for photograph in group for result in self._encode_group(segmenter, [photograph])]
 
     @contextmanager
     def _time_limit(self) -> Iterator[None]:

@@ -40,6 +40,7 @@ def comma_string(without: str = "", *, or_blank: bool = False) -> dict[str, Any]
 
 
 _TEMPLATE = rf"([^{_CONTROL}{{]|\{{(?!\}}))*\{{\}}([^{_CONTROL}{{]|\{{(?!\}}))*"
+_COLOUR = "^#[0-9a-f]{6}$"
 _Text = Annotated[str, WithJsonSchema(_text(_some("")))]
 _Synonyms = Annotated[str, WithJsonSchema(_text(rf"{_some('|')}(\|{_some('|')})*"))]
 _CommaString = Annotated[str, WithJsonSchema(comma_string())]
@@ -75,6 +76,10 @@ class Question(_Strict):
         | None
     ) = Field(None, description='The prompts: a set\'s name, or texts with one "{}" each.')
 
+    colours: dict[_Text, Annotated[str, Field(pattern=_COLOUR)]] | None = Field(
+        None, description="Colours of words in an overlay; other words have the palette's."
+    )
+
     @field_validator("words", "background", mode="before")
     @classmethod
     def _listed(cls, words: Any) -> Any:
@@ -89,9 +94,14 @@ class Question(_Strict):
         """Return the vocabulary. Raises Problem (422), one line, if it exceeds `limits` or is not valid."""
         self._check(limits)
         try:
-            return Vocabulary.parse(_plain(self.words), background=_plain(self.background), templates=self.templates)
+            vocabulary = Vocabulary.parse(
+                _plain(self.words), background=_plain(self.background), templates=self.templates
+            )
         except UserError as error:
             raise Problem(422, str(error)) from None
+        if unknown := sorted(set(self.colours or ()).difference(vocabulary.names)):
+            raise Problem(422, f"colours: there is no word {unknown[0][:100]!r}")
+        return vocabulary
 
     def _check(self, limits: ServiceLimits) -> None:
         texts = [*_texts(self.words), *_texts(self.background)]
@@ -149,11 +159,20 @@ class PointAnswer(BaseModel):
     proposals: list[PointProposal] = Field(description="Largest share first.")
 
 
+class Palettes(BaseModel):
+    """The colours of words, as many as a request may have."""
+
+    palettes: dict[str, list[str]] = Field(
+        description='Name of a palette, the default first: "#rrggbb", first word\'s first.'
+    )
+
+
 class ServiceInfo(BaseModel):
     """Description of this service."""
 
     opensan: str
     model: str
+    models: list[str] = Field(description="Names of the models that an image can be sent to, the default first.")
     device: str
     limits: dict[str, int]
 

@@ -168,7 +168,7 @@ class TextRows:
             embeddings.update(fresh)
         for key in keys:
             self._rows.put(key, embeddings[key], 1)
-        self._warn_of_unseen_words(vocabulary, tower.unseen)
+        self._warn_of_unseen_words(vocabulary)
         return with_equal_rows(np.stack([embeddings[key] for key in keys]))
 
     def _remembered(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
@@ -225,10 +225,12 @@ class TextRows:
                 if len(text.encode()) > room:
                     self._tokens(text, names[index])
 
-    def _warn_of_unseen_words(self, vocabulary: Vocabulary, unseen: np.ndarray | None) -> None:
+    def unseen_texts(self, vocabulary: Vocabulary) -> list[str]:
+        """Return the words, by name, and the synonyms that consist of tokens the model was never trained on."""
+        unseen = self._current_tower().unseen
+        names: list[str] = []
         if unseen is None:
-            return
-        names = []
+            return names
         for word in vocabulary.words:
             texts = {
                 word.synonyms[0]: word.prompts or word.synonyms[:1],
@@ -240,6 +242,10 @@ class TextRows:
                 if unseen[[t for text in read for t in self.tokenize(text)[1:-1]]].all()
             ]
             names += [word.name] if len(never) == len(texts) else never
+        return names
+
+    def _warn_of_unseen_words(self, vocabulary: Vocabulary) -> None:
+        names = self.unseen_texts(vocabulary)
         if names:
             more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
             listed = ", ".join(short(name) for name in names[:10])

@@ -38,6 +38,11 @@ export async function information() {
   return (await call("v1/info")).json();
 }
 
+/** The colours of words: {name of a palette: ["#rrggbb", ...]}. */
+export async function palettes() {
+  return (await (await call("v1/palettes")).json()).palettes;
+}
+
 /** Whether the service is there again. */
 export async function alive() {
   try {
@@ -59,8 +64,9 @@ export function forget(id) {
 }
 
 /**
- * Labels of every pixel: {labels Uint8Array or Uint16Array, unlabelled, confidence Uint8Array or null, words}, each word with
- * its name, area and colour [r, g, b]. `question` is {words, background} as the service takes it.
+ * Labels of every pixel: {labels Uint8Array or Uint16Array, unlabelled, confidence Uint8Array or null, words, unseen}, each
+ * word with its name and area; unseen are those that the model never read. `question` is {words, background} as the
+ * service takes it.
  */
 export async function segment(id, question, { confidence = false, signal } = {}) {
   const path = `v1/encodings/${id}/segmentation?format=map&confidence=${confidence}`;
@@ -70,13 +76,10 @@ export async function segment(id, question, { confidence = false, signal } = {})
   const pixels = header.width * header.height;
   const Labels = header.bytes_per_label === 2 ? Uint16Array : Uint8Array;
   const labels = new Labels(buffer, 4 + length, pixels);
-  const words = header.words.map((word) => ({ ...word, colour: rgb(word.colour) }));
   const sure = confidence ? new Uint8Array(buffer, 4 + length + labels.byteLength, pixels) : null;
-  return { labels, unlabelled: header.unlabelled, confidence: sure, words };
+  const { unlabelled, words, unseen } = header;
+  return { labels, unlabelled, confidence: sure, words, unseen };
 }
-
-/** "#e69f00" -> [230, 159, 0]. */
-const rgb = (hex) => [1, 3, 5].map((at) => Number.parseInt(hex.slice(at, at + 2), 16));
 
 /** Why a pixel has its word: {words [{name, score}], proposals [{share, word, picture}]}, best first. */
 export async function explain(id, x, y, question) {

@@ -1,22 +1,20 @@
 // Wires the page: the photograph, the two sides, what is pressed, and what goes wrong.
 
-import { ServiceError, alive, encode, forget, information, result } from "./api.js";
+import { ServiceError, alive, encode, forget, information, palettes, result } from "./api.js";
+import { Colours } from "./colours.js";
+import { SCENES, vocabulariesOf } from "./examples.js";
 import { Inspect } from "./inspect.js";
 import { Side } from "./side.js";
 import { Stage } from "./stage.js";
 
 const element = (id) => document.getElementById(id);
 
-// The package's drawn scenes, and words that its model `tiny` knows.
-const SCENES = [
-  ["playground", ["night sky", "brick", "green heart", "white heart", "orange circle", "orange cross", "red square"]],
-  ["court", ["grass", "tiles", "white flower", "blue ring", "orange star", "black ring", "green triangle", "green square"]],
-  ["workshop", ["grass", "wood", "orange circle", "red cross", "white triangle", "black cross", "green cross"]],
-];
-
 class App {
-  constructor({ model, limits }) {
+  constructor({ model, limits }, palettes) {
     this.maxBytes = limits.request_bytes;
+    this.colours = new Colours(palettes);
+    this.vocabularies = vocabulariesOf(model);
+    this.sides = [];
     this.photograph = null; // {blob, name, encoding {id, width, height}, shown}
     element("model").textContent = model;
     this.stage = new Stage({
@@ -24,14 +22,33 @@ class App {
       onExplain: (cursor) => this.inspect.show(this.sides[this.stage.sideAt(cursor.x)], cursor),
     });
     this.inspect = new Inspect(this);
-    this.sides = [this.#side(0), this.#side(1)];
+    this.sides.push(this.#side(0), this.#side(1));
     this.#compare(false);
+    this.#listPalettes();
     this.#wire();
     this.#listScenes();
   }
 
   get ready() {
     return Boolean(this.photograph?.shown);
+  }
+
+  get comparing() {
+    return element("compare").checked;
+  }
+
+  /** One colour for each word, on whichever side it stands. */
+  assignColours() {
+    this.colours.assign(this.sides.flatMap((side) => side.named));
+  }
+
+  #listPalettes() {
+    const select = element("palette");
+    select.append(...this.colours.names.map((name) => new Option(name)));
+    select.addEventListener("change", () => {
+      this.colours.choose(select.value);
+      for (const side of this.sides) side.dress(), side.paint();
+    });
   }
 
   #side(number) {
@@ -106,7 +123,7 @@ class App {
       const { port1, port2 } = new MessageChannel();
       port1.onmessage = () => {
         const { duration } = performance.measure("keystroke", { start: since, end: performance.now() });
-        element("time").textContent = `${Math.round(duration)} ms`;
+        element("time").textContent = `updated in ${Math.round(duration)} ms`;
       };
       port2.postMessage(null);
     });
@@ -173,13 +190,19 @@ class App {
     const sides = this.sides.filter((side) => !side.root.hidden && side.question());
     for (const side of sides) {
       try {
-        const [blob, ending] = await this.withEncoding((id) => result(id, side.question(), kind));
+        const question = side.question();
+        if (kind === "overlay") question.colours = Object.fromEntries(side.named.map((text) => this.#named(text)));
+        const [blob, ending] = await this.withEncoding((id) => result(id, question, kind));
         const stem = this.photograph.name.replace(/\.[^.]*$/, "") || "photograph";
         save(blob, `${stem}${sides.length > 1 ? `.${"ab"[side.number]}` : ""}${ending}`);
       } catch (error) {
         side.failed(error);
       }
     }
+  }
+
+  #named(text) {
+    return [text.split("|")[0], this.colours.hex(text)];
   }
 
   // What is pressed, dropped and pasted
@@ -301,7 +324,7 @@ function save(blob, name) {
 }
 
 try {
-  new App(await information());
+  new App(...(await Promise.all([information(), palettes()])));
 } catch (error) {
   element("problem").textContent = error.message;
   element("problem").hidden = false;

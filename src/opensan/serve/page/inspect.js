@@ -1,9 +1,9 @@
-// Why a place has its word: the best words there, and the proposals whose masks and classes decide.
+// Why a place has its word: the best words there, and the mask proposals ("regions") that decide.
 
 import { explain } from "./api.js";
 import { css, percent } from "./words.js";
 
-const MOST_WORDS = 6;
+const MOST_WORDS = 4;
 const MOST_PROPOSALS = 6;
 const LEAST_SHARE = 0.01; // of the winner's score; what adds less decides nothing
 
@@ -47,18 +47,18 @@ export class Inspect {
 
   #fill({ x, y, words, proposals }, masks, side) {
     this.app.stage.hideMask();
-    element("inspect-title").textContent = `${words[0].name} at ${x}, ${y}`;
-    const known = new Map(side.answer?.words.map((word) => [word.name, word.colour]));
+    element("inspect-title").textContent = `Why “${words[0].name}” here?`;
+    element("inspect-place").textContent = `Pixel ${x}, ${y}${this.app.comparing ? ` of side ${"AB"[side.number]}` : ""}`;
     const most = Math.max(words[0].score, 1e-9);
     element("best-words").replaceChildren(
-      ...words.slice(0, MOST_WORDS).map((word) => bar(word, most, known.get(word.name))),
+      ...words.slice(0, MOST_WORDS).map((word) => bar(word, most, word.background ? null : this.app.colours.of(word.name))),
     );
     element("proposals").replaceChildren(...masks.map((mask, index) => this.#proposal(proposals[index], mask)));
     this.root.hidden = false;
-    this.root.scrollIntoView({ block: "nearest" }); // on a phone it stands below the words
+    this.root.scrollIntoView({ block: "nearest" });
     this.app.speak(
       `${words[0].name}. Next best: ${words.slice(1, 3).map((word) => word.name).join(", ") || "none"}. ` +
-        `${masks.length} proposals shown.`,
+        `${masks.length} regions shown.`,
     );
   }
 
@@ -72,7 +72,7 @@ export class Inspect {
     const kind = document.createElement("span");
     kind.className = "faint";
     kind.textContent = `most like ${word}`;
-    const label = `A proposal with ${percent(share)} of the score, most like ${word}. It gives the winner ${percent(probability)}.`;
+    const label = `This region gives ${percent(share)} of the score. It is most like ${word}, and by ${percent(probability)} like the winner.`;
     button.setAttribute("aria-label", label);
     button.title = label;
     button.append(stage.thumbnail(mask), text, kind);

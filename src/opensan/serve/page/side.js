@@ -18,14 +18,19 @@ export class Side {
     this.label = label;
     backgroundInput.id = `background-input-${"ab"[number]}`;
     root.querySelector("details label").htmlFor = backgroundInput.id;
-    chips.setAttribute("aria-label", "Words, with the share of the photograph that each has");
+    chips.setAttribute("aria-label", "Words, largest share of the photograph first");
     backgroundChips.setAttribute("aria-label", "Background words");
     this.words = new Words(input, chips, {
       onChange: (event) => this.changed(event),
       onShow: () => this.paint(),
       onPoint: (index) => this.highlight(index),
+      onRepeat: (message) => this.#repeat(message),
     });
-    this.background = new Words(backgroundInput, backgroundChips, { onChange: (event) => this.changed(event) });
+    this.background = new Words(backgroundInput, backgroundChips, {
+      onChange: (event) => this.changed(event),
+      onRepeat: (message) => this.#repeat(message),
+    });
+    this.#listExamples();
     this.highlighted = null;
     this.settling = null;
     this.forget();
@@ -38,9 +43,35 @@ export class Side {
     this.label.textContent = letter ? `Words of ${letter}` : "Words";
   }
 
+  /** Names of all that has a colour here, the word being typed included. */
+  get named() {
+    return [...this.words.texts, this.words.draft].filter(Boolean);
+  }
+
+  #listExamples() {
+    const list = this.root.querySelector(".examples");
+    for (const [title, words] of this.app.vocabularies) {
+      const button = document.createElement("button");
+      Object.assign(button, { type: "button", className: "link", textContent: title, title: words.join(", ") });
+      button.addEventListener("click", (event) => {
+        this.words.set(words);
+        this.changed(event);
+        this.input.focus();
+      });
+      list.append(button);
+    }
+  }
+
+  #repeat(message) {
+    const place = this.root.querySelector(".repeats");
+    place.textContent = message;
+    place.hidden = !message;
+  }
+
   /** Drops what was answered: another photograph, or none. */
   forget() {
     this.answer = null; // what api.segment answers
+    this.settled = false; // whether that is the full answer
     this.wanted = null;
     this.settling?.abort();
     clearTimeout(this.quiet);
@@ -105,7 +136,9 @@ export class Side {
     const answer = await this.app.withEncoding((id) => segment(id, question, options));
     if (photograph !== this.app.photograph || options.signal?.aborted) return;
     this.answer = answer;
+    this.settled = Boolean(answer.confidence);
     this.dress();
+    if (this.settled) this.#sort();
     this.paint();
     this.app.painted(since);
   }
@@ -134,23 +167,46 @@ export class Side {
     this.paint();
   }
 
+  #sort() {
+    const areas = new Map(this.answer.words.map(({ name, area }) => [name, area]));
+    this.words.sort((name) => areas.get(name) ?? 0);
+  }
+
   paint() {
     const { answer, highlighted } = this;
-    const colours = answer?.words.map(({ colour }, index) => {
+    const words = answer?.words.map(({ name }, index) => {
       const shown = this.words.words[index]?.shown ?? true;
       const faint = highlighted !== null && highlighted !== index;
-      return shown && !faint ? colour : null;
+      const colour = this.app.colours.of(name);
+      return shown && !faint && colour ? { name, colour } : null;
     });
-    this.app.stage.paint(this.number, answer?.labels, colours);
+    this.app.stage.paint(this.number, answer?.labels, words);
   }
 
   /** Colours and shares of the chips and of the word being typed, as last answered. */
   dress() {
-    const known = new Map(this.answer?.words.map((word) => [word.name, word]));
+    const { answer, app } = this;
+    app.assignColours();
+    const unseen = new Set(answer?.unseen);
+    const known = new Map(
+      answer?.words.map((word) => [word.name, { ...word, colour: app.colours.of(word.name), unseen: unseen.has(word.name) }]),
+    );
     this.words.describe((name) => known.get(name));
     const draft = this.words.draft && known.get(this.words.draft.split("|")[0]);
     this.root.querySelector(".entry .share").textContent = draft ? percent(draft.area) : "";
-    this.root.querySelector(".swatch.next").style.backgroundColor = draft ? css(draft.colour) : "";
+    this.root.querySelector(".swatch.next").style.backgroundColor = draft?.colour ? css(draft.colour) : "";
+    this.root.querySelector(".examples").hidden = this.named.length > 0;
+    this.#tellUnseen([...unseen]);
+  }
+
+  /** Says which words mean nothing to the model. A word being typed is unknown until it is whole, so only at a pause. */
+  #tellUnseen(unseen) {
+    const place = this.root.querySelector(".never");
+    const kept = new Set(this.words.texts.flatMap((text) => text.split("|")));
+    const told = unseen.filter((name) => this.settled || kept.has(name));
+    const listed = told.map((name) => `“${name}”`).join(", ");
+    place.textContent = told.length ? `The model never read ${listed}: its colour means nothing.` : "";
+    place.hidden = !told.length;
   }
 
   /** What stands at {x, y}: {text, colour}, or null before an answer. */
@@ -160,8 +216,8 @@ export class Side {
     const place = y * this.app.stage.size.width + x;
     const sure = confidence ? ` · ${Math.round((confidence[place] / 255) * 100)} %` : "";
     if (labels[place] === unlabelled) return { text: `unlabelled${sure}`, colour: null };
-    const { name, colour } = words[labels[place]];
-    return { text: name + sure, colour };
+    const { name } = words[labels[place]];
+    return { text: name + sure, colour: this.app.colours.of(name) };
   }
 }
 

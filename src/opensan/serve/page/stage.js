@@ -1,9 +1,15 @@
-// The photograph and what lies over it: colours, the border between two sides, the cursor, a proposal's mask.
+// The photograph and what lies over it: colours and names, the border between two sides, the cursor, a proposal's mask.
 
+import { ink } from "./colours.js";
+import { namePlaces, withoutCrowds } from "./regions.js";
 import { css } from "./words.js";
 
 const BORDER = 0xff202020; // ABGR: dark, opaque
 const MOST_PIXELS = 4e6; // of a canvas; a larger photograph is shown in smaller size, its labels stay as they are
+const OPACITY = 60; // percent; the package's overlays have the same
+const MUTED = 50; // percent of opacity, from which on the photograph is wholly muted under the colours
+const MOST_NAMES = 30;
+const LETTERS = 13; // pixels of the screen: height of the names
 
 const abgr = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0; // as canvases keep it on little-endian machines
 
@@ -15,18 +21,26 @@ export class Stage {
     Object.assign(this, { onRead, onExplain });
     this.frame = element("frame");
     this.photo = element("photo");
-    this.overlays = [element("overlay-a"), element("overlay-b")];
+    this.layers = ["a", "b"].map((side) => ({
+      root: element(`layer-${side}`),
+      muted: element(`muted-${side}`),
+      overlay: element(`overlay-${side}`),
+      names: element(`names-${side}`),
+      shown: null, // {labels, words, places}: what was painted last
+    }));
     this.mask = element("mask");
     this.pointing = element("pointing");
     this.cross = element("cross");
     this.tip = element("tip");
     this.splitter = element("split");
+    this.grey = document.createElement("canvas");
     this.size = { width: 0, height: 0 };
     this.cursor = null;
     this.#followPointer();
     this.#followKeys();
     this.#followSplit();
-    this.opacity(55);
+    new ResizeObserver(() => this.layers.forEach((layer) => this.#writeNames(layer))).observe(this.frame);
+    this.opacity(OPACITY);
     this.split(50);
   }
 
@@ -35,21 +49,27 @@ export class Stage {
     this.size = { width: bitmap.width, height: bitmap.height };
     this.step = Math.max(1, Math.ceil(Math.sqrt((bitmap.width * bitmap.height) / MOST_PIXELS)));
     const [width, height] = [Math.ceil(bitmap.width / this.step), Math.ceil(bitmap.height / this.step)];
-    for (const canvas of [this.photo, ...this.overlays, this.mask]) Object.assign(canvas, { width, height });
+    const canvases = [this.photo, this.grey, this.mask, ...this.layers.flatMap(({ muted, overlay }) => [muted, overlay])];
+    for (const canvas of canvases) Object.assign(canvas, { width, height });
     this.photo.getContext("2d").drawImage(bitmap, 0, 0, width, height);
+    mute(this.photo, this.grey);
     this.frame.style.setProperty("--aspect", bitmap.width / bitmap.height);
     this.frame.hidden = false;
+    this.layers.forEach((_, side) => this.paint(side));
     this.hideMask();
     this.moveTo(null);
   }
 
   opacity(percent) {
-    for (const canvas of this.overlays) canvas.style.opacity = percent / 100;
+    for (const { overlay, muted } of this.layers) {
+      overlay.style.opacity = percent / 100;
+      muted.style.opacity = Math.min(1, percent / MUTED);
+    }
   }
 
   /** Whether side B is shown too, right of the border. */
   compare(on) {
-    this.overlays[1].hidden = !on;
+    this.layers[1].root.hidden = !on;
     this.splitter.hidden = !on;
     this.split(this.position);
   }
@@ -57,8 +77,8 @@ export class Stage {
   split(percent) {
     this.position = Math.min(100, Math.max(0, percent));
     const on = !this.splitter.hidden;
-    this.overlays[0].style.clipPath = on ? `inset(0 ${100 - this.position}% 0 0)` : "none";
-    this.overlays[1].style.clipPath = `inset(0 0 0 ${this.position}%)`;
+    this.layers[0].root.style.clipPath = on ? `inset(0 ${100 - this.position}% 0 0)` : "none";
+    this.layers[1].root.style.clipPath = `inset(0 0 0 ${this.position}%)`;
     this.splitter.style.left = `${this.position}%`;
     this.splitter.setAttribute("aria-valuenow", Math.round(this.position));
   }
@@ -69,34 +89,78 @@ export class Stage {
   }
 
   /**
-   * Colours side `side`: `labels` [height * width] are indices into `colours`, each [r, g, b] or null; beyond them is
-   * unlabelled. Without labels it is cleared.
+   * Colours side `side`: `labels` [height * width] are indices into `words`, each {name, colour} with colour [r, g, b],
+   * or null for a hidden one; beyond them is unlabelled. Without labels it is cleared.
    */
-  paint(side, labels, colours) {
-    const canvas = this.overlays[side];
-    const context = canvas.getContext("2d");
+  paint(side, labels, words) {
+    const layer = this.layers[side];
+    const { overlay, muted } = layer;
+    const context = overlay.getContext("2d");
+    const grey = muted.getContext("2d");
+    grey.globalCompositeOperation = "copy";
     if (!labels) {
-      context.clearRect(0, 0, canvas.width, canvas.height);
+      layer.shown = null;
+      for (const each of [context, grey]) each.clearRect(0, 0, overlay.width, overlay.height);
+      this.#writeNames(layer);
       return;
     }
+    context.putImageData(this.#coloured(labels, words), 0, 0);
+    // The photograph is muted where it is coloured, and untouched elsewhere.
+    grey.drawImage(this.grey, 0, 0);
+    grey.globalCompositeOperation = "destination-in";
+    grey.drawImage(overlay, 0, 0);
+    const shown = (label) => Boolean(words[label]);
+    layer.shown = { words, places: namePlaces(labels, this.size.width, this.size.height, shown) };
+    this.#writeNames(layer);
+  }
+
+  #coloured(labels, words) {
+    const { width, height } = this.photo;
     const table = new Uint32Array(2 ** (8 * labels.BYTES_PER_ELEMENT));
-    colours.forEach((colour, label) => colour && (table[label] = abgr(colour)));
-    const picture = context.createImageData(canvas.width, canvas.height);
+    words.forEach((word, label) => word && (table[label] = abgr(word.colour)));
+    const picture = new ImageData(width, height);
     const out = new Uint32Array(picture.data.buffer);
+    const borders = new Uint8Array(out.length);
     const { step } = this;
     const stride = this.size.width;
-    for (let row = 0, at = 0; row < canvas.height; row++) {
+    for (let row = 0, at = 0; row < height; row++) {
       const start = row * step * stride;
-      const below = row + 1 < canvas.height ? step * stride : 0;
-      for (let column = 0; column < canvas.width; column++, at++) {
+      const below = row + 1 < height ? step * stride : 0;
+      for (let column = 0; column < width; column++, at++) {
         const place = start + column * step;
-        const right = column + 1 < canvas.width ? step : 0;
+        const right = column + 1 < width ? step : 0;
         const colour = table[labels[place]];
-        const same = colour === table[labels[place + right]] && colour === table[labels[place + below]];
-        out[at] = same ? colour : BORDER;
+        out[at] = colour;
+        borders[at] = colour !== table[labels[place + right]] || colour !== table[labels[place + below]];
       }
     }
-    context.putImageData(picture, 0, 0);
+    const kept = withoutCrowds(borders, width, height);
+    for (let at = 0; at < kept.length; at++) if (kept[at]) out[at] = BORDER;
+    return picture;
+  }
+
+  /** Names of large regions, largest first, none over another. */
+  #writeNames({ shown, names }) {
+    names.replaceChildren();
+    if (!shown || !this.frame.clientWidth) return;
+    const scale = this.frame.clientWidth / this.size.width;
+    const [right, bottom] = [this.frame.clientWidth, this.frame.clientHeight];
+    const taken = [];
+    for (const { label, x, y, radius } of shown.places) {
+      const { name, colour } = shown.words[label];
+      const half = textWidth(name) / 2 + 7;
+      const up = 0.75 * LETTERS;
+      if (taken.length === MOST_NAMES) break;
+      if (radius * scale < up || half > 2.5 * radius * scale) continue;
+      const middle = { x: within(x * scale, half, right), y: within(y * scale, up, bottom) };
+      const near = (other) => Math.abs(other.x - middle.x) < other.half + half && Math.abs(other.y - middle.y) < 2 * up;
+      if (taken.some(near)) continue;
+      taken.push({ ...middle, half });
+      const tag = document.createElement("span");
+      tag.textContent = name;
+      Object.assign(tag.style, { left: `${middle.x}px`, top: `${middle.y}px`, backgroundColor: css(colour), color: ink(colour) });
+      names.append(tag);
+    }
   }
 
   /** Darkens all that a proposal leaves out: `mask` is a picture whose brightness is its probability. */
@@ -159,6 +223,12 @@ export class Stage {
     return { x: Math.min(width - 1, Math.max(0, x)), y: Math.min(height - 1, Math.max(0, y)) };
   }
 
+  #mark({ x, y }) {
+    this.cross.style.left = `${((x + 0.5) / this.size.width) * 100}%`;
+    this.cross.style.top = `${((y + 0.5) / this.size.height) * 100}%`;
+    this.cross.hidden = false;
+  }
+
   #followPointer() {
     this.pointing.addEventListener("pointermove", (event) => {
       this.cross.hidden = true;
@@ -185,9 +255,7 @@ export class Stage {
       const from = this.cursor ?? { x: width >> 1, y: height >> 1 };
       const far = Math.max(1, Math.round(Math.max(width, height) / (event.shiftKey ? 10 : 60)));
       this.cursor = this.#inside(from.x + direction[0] * far, from.y + direction[1] * far);
-      this.cross.style.left = `${((this.cursor.x + 0.5) / width) * 100}%`;
-      this.cross.style.top = `${((this.cursor.y + 0.5) / height) * 100}%`;
-      this.cross.hidden = false;
+      this.#mark(this.cursor);
       this.onRead(this.cursor, true);
     });
     this.pointing.addEventListener("blur", () => this.moveTo(null));
@@ -208,6 +276,27 @@ export class Stage {
       this.split(to);
     });
   }
+}
+
+/** The middle of something of twice the length `half` that stays between 0 and `end`, near `middle`. */
+const within = (middle, half, end) => Math.max(half, Math.min(end - half, middle));
+
+const pen = document.createElement("canvas").getContext("2d");
+
+function textWidth(text) {
+  pen.font = `600 ${LETTERS}px system-ui, sans-serif`;
+  return pen.measureText(text).width;
+}
+
+/** Draws `photo` into `grey` as light grey of little contrast, over which colours stay what they are. */
+function mute(photo, grey) {
+  const picture = photo.getContext("2d").getImageData(0, 0, photo.width, photo.height);
+  const { data } = picture;
+  for (let at = 0; at < data.length; at += 4) {
+    const level = 0.61 * ((77 * data[at] + 150 * data[at + 1] + 29 * data[at + 2]) >> 8) + 95;
+    data[at] = data[at + 1] = data[at + 2] = level;
+  }
+  grey.getContext("2d").putImageData(picture, 0, 0);
 }
 
 /** Fills `canvas` with a shade that is clear where the mask is bright. */

@@ -1,6 +1,7 @@
 // A field that turns what is typed into chips. All that is typed is text, never HTML.
 
-const key = (text) => text.split("|")[0].trim().toLowerCase().replace(/\s+/g, " ");
+/** What makes two words the same: their names, whatever their capitals and spaces. */
+export const key = (text) => text.split("|")[0].trim().toLowerCase().replace(/\s+/g, " ");
 
 /** "car | taxi |" -> "car|taxi". */
 export const tidy = (text) => text.split("|").map((part) => part.trim()).filter(Boolean).join("|");
@@ -31,29 +32,41 @@ export function percent(share) {
 export class Words {
   /**
    * `input` and `chips` are the elements; `onChange(event)` follows every keystroke and every chip made or removed,
-   * `onShow()` a chip switched on or off, `onPoint(index or null)` the chip that is pointed at.
+   * `onShow()` a chip switched on or off, `onPoint(index or null)` the chip that is pointed at, `onRepeat(message)` a
+   * word that is not taken because it repeats another ("" when there is none any more).
    */
-  constructor(input, chips, { onChange, onShow = null, onPoint = () => {} }) {
-    Object.assign(this, { input, chips, onChange, onShow, onPoint });
-    this.words = []; // {text, shown, element}
+  constructor(input, chips, { onChange, onShow = null, onPoint = () => {}, onRepeat = () => {} }) {
+    Object.assign(this, { input, chips, onChange, onShow, onPoint, onRepeat });
+    this.words = []; // {text, shown, element}, in the order in which they were typed
+    this.repeated = "";
     input.addEventListener("input", (event) => this.#typed(event));
     input.addEventListener("keydown", (event) => this.#pressed(event));
     input.addEventListener("paste", (event) => this.#pasted(event));
     chips.addEventListener("keydown", (event) => this.#pressedOnChip(event));
   }
 
-  /** What is typed and not yet a chip; "" where it only repeats one. */
+  /** What is typed and not yet a chip; "" where it repeats one. */
   get draft() {
     const text = tidy(this.input.value);
-    return text && !this.has(text) ? text : "";
+    return text && !this.repetition(text) ? text : "";
+  }
+
+  /** In which way `text` repeats a word or a synonym; "" if it does not. */
+  repetition(text) {
+    const parts = text.split("|").map(key);
+    const twice = parts.find((part, index) => parts.indexOf(part) < index);
+    if (twice !== undefined) return `“${twice}” stands twice in “${text}”.`;
+    for (const word of this.words) {
+      const [name, ...synonyms] = word.text.split("|").map(key);
+      const part = parts.find((each) => each === name || synonyms.includes(each));
+      if (part === name) return `“${part}” repeats a word that is there already.`;
+      if (part !== undefined) return `“${part}” repeats a synonym of “${name}”.`;
+    }
+    return "";
   }
 
   get texts() {
     return this.words.map((word) => word.text);
-  }
-
-  has(text) {
-    return this.words.some((word) => key(word.text) === key(text));
   }
 
   set(texts) {
@@ -63,23 +76,45 @@ export class Words {
     for (const text of texts) this.#add(text);
   }
 
-  /** Gives each chip its colour and share: `find(name)` answers {colour, area}, or undefined if not known. */
+  /** Gives each chip its colour and share: `find(name)` answers {colour, area, unseen}, or undefined if not known. */
   describe(find) {
     for (const { text, element } of this.words) {
       const found = find(text.split("|")[0]);
-      element.querySelector(".swatch").style.backgroundColor = found ? css(found.colour) : "";
+      element.querySelector(".swatch").style.backgroundColor = found?.colour ? css(found.colour) : "";
       element.querySelector(".share").textContent = found ? percent(found.area) : "";
+      element.classList.toggle("unseen", Boolean(found?.unseen));
+      element.querySelector(".unseen-mark").hidden = !found?.unseen;
+    }
+  }
+
+  /** Puts the chips with the largest shares first, unless somebody is at them. */
+  sort(area) {
+    if (this.chips.matches(":hover, :focus-within")) return;
+    const sorted = [...this.words].sort((a, b) => area(b.text.split("|")[0]) - area(a.text.split("|")[0]));
+    if (sorted.some(({ element }, index) => element !== this.chips.children[index])) {
+      this.chips.replaceChildren(...sorted.map(({ element }) => element));
     }
   }
 
   #add(text) {
     const tidied = tidy(text);
-    if (!tidied || this.has(tidied)) return false;
+    if (!tidied) return;
+    const repetition = this.repetition(tidied);
+    if (repetition) {
+      this.repeated = repetition;
+      return;
+    }
     const word = { text: tidied, shown: true };
     word.element = this.#chip(word);
     this.words.push(word);
     this.chips.append(word.element);
-    return true;
+  }
+
+  /** Tells what repeats: a word that was not taken just now, or the one being typed. */
+  #changed(event) {
+    this.onRepeat(this.repeated || this.repetition(tidy(this.input.value)));
+    this.repeated = "";
+    this.onChange(event);
   }
 
   #chip(word) {
@@ -89,11 +124,13 @@ export class Words {
     body.type = "button";
     body.className = "body";
     const [name, ...synonyms] = word.text.split("|");
-    for (const [kind, text] of [["swatch", ""], ["name", name], ["synonyms", synonyms.join(", ")], ["share", ""]]) {
+    const parts = [["swatch", ""], ["name", name], ["synonyms", synonyms.join(", ")], ["share", ""], ["unseen-mark", "never read"]];
+    for (const [kind, text] of parts) {
       if (kind === "synonyms" && !text) continue;
       const part = document.createElement("span");
       part.className = kind;
       part.textContent = text;
+      part.hidden = kind === "unseen-mark";
       body.append(part);
     }
     if (this.onShow) {
@@ -123,12 +160,12 @@ export class Words {
     const index = this.words.indexOf(word);
     if (index < 0) return;
     const focused = word.element.contains(document.activeElement);
+    const neighbour = word.element.nextElementSibling ?? word.element.previousElementSibling;
     this.words.splice(index, 1);
     word.element.remove();
     this.onPoint(null);
-    const neighbour = this.words[Math.min(index, this.words.length - 1)];
-    if (focused) (neighbour ? neighbour.element.querySelector(".body") : this.input).focus();
-    this.onChange(event);
+    if (focused) (neighbour?.querySelector(".body") ?? this.input).focus();
+    this.#changed(event);
   }
 
   #typed(event) {
@@ -137,7 +174,7 @@ export class Words {
       this.input.value = parts.pop().trimStart();
       parts.forEach((part) => this.#add(part));
     }
-    this.onChange(event);
+    this.#changed(event);
   }
 
   /** A field of one line would join pasted lines without anything between them. */
@@ -146,7 +183,7 @@ export class Words {
     if (parts.length < 2) return;
     event.preventDefault();
     parts.forEach((part) => this.#add(part));
-    this.onChange(event);
+    this.#changed(event);
   }
 
   #pressed(event) {
@@ -156,7 +193,7 @@ export class Words {
       if (!tidy(this.input.value)) return;
       this.#add(this.input.value);
       this.input.value = "";
-      this.onChange(event);
+      this.#changed(event);
     } else if (event.key === "Backspace" && !this.input.value && this.words.length) {
       event.preventDefault();
       this.#remove(this.words.at(-1), event);
@@ -164,15 +201,16 @@ export class Words {
   }
 
   #pressedOnChip(event) {
-    const index = this.words.findIndex((word) => word.element.contains(event.target));
-    if (index < 0) return;
+    const word = this.words.find(({ element }) => element.contains(event.target));
+    if (!word) return;
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (step) {
       event.preventDefault();
-      this.words[index + step]?.element.querySelector(".body").focus();
+      const next = step > 0 ? word.element.nextElementSibling : word.element.previousElementSibling;
+      next?.querySelector(".body").focus();
     } else if (event.key === "Delete" || event.key === "Backspace") {
       event.preventDefault();
-      this.#remove(this.words[index], event);
+      this.#remove(word, event);
     }
   }
 }
