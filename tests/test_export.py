@@ -235,6 +235,7 @@ def test_requirements_are_ranges_of_the_package():
     assert set(requirements.COMMON) < set(project["dependencies"])
     for format, needed in requirements.RUNTIME.items():
         assert needed in extras[format]
+    assert requirements.OWN_TOKENIZER in extras["encoders"]
 
 
 def test_segmenting_without_torch_answers_as_with_it(torch_free, model, tmp_path):

@@ -88,6 +88,9 @@ class TextConfig(Config):
     """A token attends only to earlier ones, as in CLIP; in a bidirectional tower, to the whole prompt."""
     own_tokenizer: ClassVar[bool] = False
     """Whether the tower reads the tokens of a tokenizer.json rather than CLIP's."""
+    padding: ClassVar[int | None] = None
+    """The token that fills every prompt up to the context length; None: prompts are padded with zeros to the longest
+    of a batch, which changes nothing."""
 
 
 class ClipConfig(Config):
@@ -155,6 +158,7 @@ class SiglipTextConfig(Config):
     tanh_gelu: bool = False
     """GELU by its tanh approximation, as in SigLIP 2."""
     own_tokenizer: ClassVar[bool] = True
+    causal: ClassVar[bool] = False
 
 
 class PooledVitVisionConfig(Config):
@@ -263,6 +267,12 @@ class AlignTextConfig(Config):
     """Tokens that are read of a prompt."""
     vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 30_522
     own_tokenizer: ClassVar[bool] = True
+    causal: ClassVar[bool] = False
+    padding: ClassVar[int | None] = 0
+
+
+AnyTextConfig = TextConfig | SiglipTextConfig | AlignTextConfig
+"""Configuration of any text tower."""
 
 
 class AlignConfig(Config):

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from opensan.config import CONFIG_NAME, EXPORT_NAME
+from opensan.config import CONFIG_NAME, EXPORT_NAME, TOKENIZER_NAME
 from opensan.errors import UserError, writing
 from opensan.export import formats
 from opensan.export.check import Parity, parity
@@ -113,6 +113,9 @@ def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool, wor
     if words is not None:
         EmbeddedWords.of(words, encoder.rows(words), manifest.text_tower).save(folder / WORDS_NAME)
     if format in RUNTIME:
-        write_text(folder / REQUIREMENTS_NAME, requirements(format))
+        own_tokenizer = model.config.clip.text.own_tokenizer
+        write_text(folder / REQUIREMENTS_NAME, requirements(format, own_tokenizer=own_tokenizer))
+    if model.tokenizer is not None:
+        (folder / TOKENIZER_NAME).write_bytes(model.tokenizer)
     write_text(folder / EXPORT_NAME, manifest.model_dump_json(indent=1) + "\n")
     write_text(folder / CONFIG_NAME, model.config.model_dump_json(indent=2) + "\n")

@@ -19,8 +19,8 @@ from opensan.files import ASSETS
 from opensan.images import PreparedImage, prepare
 from opensan.model import SAN
 from opensan.segmenters.exported.runtimes import Run
-from opensan.structures import PromptTree, Proposals, TextClassifier
-from opensan.text.encoder import tokenize
+from opensan.structures import Proposals, TextClassifier
+from opensan.text.encoder import TextEncoder
 from opensan.text.prompt_tree import prompt_trees
 from opensan.vocabulary import Vocabulary
 
@@ -78,10 +78,9 @@ def parity(model: SAN, graphs: Mapping[str, Run], dtype: str) -> Parity:
         difference = np.abs(result - expected.numpy()).max() / max(1e-9, expected.abs().max().item())
         differences[name] = float(np.fmax(differences[name], np.nan_to_num(difference, nan=np.inf)))
 
-    tree = _prompts()
-    rows = model.embed_prompt_tree(tree.to("cpu"))
+    inputs, rows = _embedded_prompts(model)
     if "text" in graphs:
-        compare("text embeddings", _text(graphs, tree), rows)
+        compare("text embeddings", graphs["text"](**inputs)[0], rows)
     rows = _distinct(rows)
     equal = total = 0
     for prepared in _images(model.config):
@@ -100,19 +99,23 @@ def parity(model: SAN, graphs: Mapping[str, Run], dtype: str) -> Parity:
     return Parity(dict(differences), equal / total, LIMITS[dtype])
 
 
-def _prompts() -> PromptTree:
+def _embedded_prompts(model: SAN) -> tuple[dict[str, np.ndarray], torch.Tensor]:
+    """Return the inputs of the text graph for a sentence with each of 171 words, and the model's rows, [P, D]."""
+    encoder = TextEncoder(model, disk_cache=False)
+    encoder.tower()  # opens the model's own tokenizer, if it has one
     names = Vocabulary.ready("coco_stuff_171").names
-    return next(prompt_trees(sorted(tuple(tokenize(f"a photo of a {name}.")) for name in names), most_nodes=100_000))
+    prompts = sorted({tuple(encoder.tokenize(f"a photo of a {name}.")) for name in names})
+    if encoder.causal:
+        tree = next(prompt_trees(prompts, most_nodes=100_000))
+        parts = {"tokens": tree.tokens, "depth": tree.depth, "sees": tree.sees, "ends": tree.ends}
+        return {name: np.asarray(part) for name, part in parts.items()}, model.embed_prompt_tree(tree.to("cpu"))
+    tokens = encoder.padded(prompts)
+    return {"tokens": tokens}, model.embed_prompts(torch.from_numpy(tokens))
 
 
 def _distinct(rows: torch.Tensor) -> torch.Tensor:
     """Drop rows like an earlier row: rounding decides between words that a small model can't distinguish."""
     return rows[(rows @ rows.T).triu(diagonal=1).amax(dim=0) < MOST_ALIKE]
-
-
-def _text(graphs: Mapping[str, Run], tree: PromptTree) -> np.ndarray:
-    (embeddings,) = graphs["text"](tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
-    return embeddings
 
 
 def _images(config: ModelConfig) -> Iterator[PreparedImage]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from opensan.assemble.scores import class_probabilities
-from opensan.config import ClipConfig, ModelConfig
+from opensan.checkpoints import build_empty
+from opensan.config import ModelConfig
 from opensan.errors import UserError
 from opensan.model import SAN
 from opensan.model.maps import WIDEST_WINDOW
@@ -29,7 +30,10 @@ class ImageGraph(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        proposals = self.model.propose(pixels)
+        # A slice that leaves nothing out: all sizes become multiples of one symbol, which takes seconds to trace.
+        divisor = self.model.image_config.size_divisor
+        height, width = (side // divisor * divisor for side in pixels.shape[2:])
+        proposals = self.model.propose(pixels[:, :, :height, :width])
         return proposals.mask_logits, proposals.mask_embeddings
 
 
@@ -73,6 +77,17 @@ class TextGraph(nn.Module):
 
     def forward(self, tokens: Tensor, depth: Tensor, sees: Tensor, ends: Tensor) -> Tensor:
         return self.model.embed_prompt_tree(PromptTree(tokens, depth, sees, ends))
+
+
+class PromptGraph(nn.Module):
+    """Padded prompts (tokens [P, T]) -> unit text embeddings [P, D]; for towers that are not causal."""
+
+    def __init__(self, model: SAN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.embed_prompts(tokens)
 
 
 @dataclass(frozen=True)
@@ -131,7 +146,14 @@ def graphs(model: SAN, *, text: bool) -> dict[str, Graph]:
         ),
     }
     if text:
-        pieces["text"] = Graph(
+        pieces["text"] = _text_graph(model)
+    return pieces
+
+
+def _text_graph(model: SAN) -> Graph:
+    text = model.config.clip.text
+    if text.causal:
+        return Graph(
             TextGraph(model),
             {
                 "tokens": torch.zeros(5, dtype=torch.int64),
@@ -142,23 +164,31 @@ def graphs(model: SAN, *, text: bool) -> dict[str, Graph]:
             {"tokens": (0,), "depth": (0,), "sees": (0, 1), "ends": (0,)},
             ("embeddings",),
         )
-    return pieces
+    length = 5 if text.padding is None else text.context_length
+    tokens = torch.ones(3, length, dtype=torch.int64)
+    return Graph(
+        PromptGraph(model),
+        {"tokens": tokens},
+        {"tokens": (0, 1) if text.padding is None else (0,)},
+        ("embeddings",),
+    )
 
 
 def _check_windows(config: ModelConfig) -> None:
     """Raise UserError if the attention bias is pooled from wider windows than an exported graph supports."""
-    if not isinstance(config.clip, ClipConfig):
-        raise UserError(f"{config.name}: only models around a CLIP of two plain towers are exported, so far")
     if config.recognition != "bias" or config.recognition_scale is not None:
         raise UserError(
             f"{config.name}: only models that recognise by a bias, in one forward pass, are exported, so far"
         )
-    for side in range(config.image.size_divisor, LARGEST_SIDE + 1, config.image.size_divisor):
+    divisor, empty = config.image.size_divisor, build_empty(config)
+    # Rounding makes windows wide on small images; of larger ones, only the ratio of both grids counts.
+    for side in (*range(divisor, 9 * divisor, divisor), LARGEST_SIDE // divisor * divisor):
         whole = side // config.side_adapter.patch_size
-        size = int(side * config.clip_scale) // config.clip.vision.patch_size
+        with torch.no_grad():
+            size = empty.shallow_features(torch.empty(1, 3, divisor, side, device="meta")).grid[1]
         widest = max(-(-(column + 1) * whole // size) - column * whole // size for column in range(size))
         if widest > WIDEST_WINDOW:
             raise UserError(
-                f"{config.name}: its side network's grid is {whole / size:.1f} times as fine as "
-                "CLIP's, and an exported model's may be twice as fine at most"
+                f"{config.name}: its side network's grid is {whole / size:.1f} times as fine as its encoder's, "
+                f"and an exported model's may be {WIDEST_WINDOW - 1} times as fine at most"
             )

@@ -42,8 +42,8 @@ def embed_patches(convolution: nn.Conv2d, pixels: Tensor) -> tuple[Tensor, tuple
     return linear(patches.flatten(3).flatten(1, 2), convolution.weight.flatten(1), convolution.bias), (h, w)
 
 
-WIDEST_WINDOW = 3
-"""Window of `adaptive_max_pool` when exported, in pixels: enough if each axis shrinks to half or more."""
+WIDEST_WINDOW = 5
+"""Window of `adaptive_max_pool` when exported, in pixels: enough if each axis shrinks to a quarter or more."""
 
 
 def adaptive_max_pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:

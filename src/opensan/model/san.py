@@ -146,7 +146,7 @@ class SAN(nn.Module):
         return self._shallow(pixels, config.clip_scale, set(config.side_adapter.fusion.values()))
 
     def _shallow(self, pixels: Tensor, scale: float, keep: Collection[int]) -> ShallowFeatures:
-        small = F.interpolate(pixels, scale_factor=scale, mode="bilinear", align_corners=False)
+        small = _resized(pixels, scale, self.config.image.size_divisor)
         return self.clip.shallow_features(small, self.config.recognition_layer, keep)
 
     def _recognise(self, pixels: Tensor, features: ShallowFeatures, steering: Tensor) -> Tensor:
@@ -194,6 +194,17 @@ class SAN(nn.Module):
     def embed_prompt_tree(self, tree: PromptTree) -> Tensor:
         """Return unit text embeddings [P, D] of the prompts of `tree`; for causal text towers only."""
         return self.clip.embed_prompt_tree(tree)
+
+
+def _resized(pixels: Tensor, scale: float, divisor: int) -> Tensor:
+    """Resize pixels, whose sides are multiples of `divisor`, by a factor."""
+    if scale == 1:
+        return pixels
+    if torch.compiler.is_exporting() and (scale * divisor).is_integer():
+        # The same, by whole numbers: the symbols of sizes stay simple, so that an export takes seconds, not minutes.
+        size = [side // divisor * int(scale * divisor) for side in pixels.shape[2:]]
+        return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(pixels, scale_factor=scale, mode="bilinear", align_corners=False)
 
 
 def build_san(config: ModelConfig) -> SAN:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from opensan.assemble.bands import first_equal
-from opensan.config import TOKENIZER_NAME, SiglipTextConfig
+from opensan.config import TOKENIZER_NAME
 from opensan.errors import UserError
 from opensan.model.identity import text_identity
 from opensan.structures import PromptTree, TextClassifier
-from opensan.text.rows import NODES_ON_CPU, ROWS_IN_MEMORY, Recent, TextRows, Tower, tokenize
+from opensan.text.rows import NODES_ON_CPU, ROWS_IN_MEMORY, Recent, TextRows, Tower, padded, tokenize
 from opensan.text.tokenizer import FileTokenizer, clip_tokenizer
 from opensan.vocabulary import Vocabulary
 
@@ -32,10 +32,7 @@ NODES_ELSEWHERE = 2_048
 
 def pad_tokens(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return [P, L] int64: `prompts` padded with zeros to the longest. The tower ignores all after the end of text."""
-    tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    return tokens
+    return torch.from_numpy(padded(prompts))
 
 
 class TextEncoder(TextRows):
@@ -54,9 +51,8 @@ class TextEncoder(TextRows):
         `identity` of the text tower, where it is known already.
         """
         clip = model.config.clip
-        super().__init__(clip.text.context_length, clip.embed_dim, disk_cache=disk_cache, cache_dir=cache_dir)
+        super().__init__(clip.text, clip.embed_dim, disk_cache=disk_cache, cache_dir=cache_dir)
         self._model = model
-        self.causal = model.clip.causal_text
         self._tower: Tower | None = None
         self._classifiers: Recent[TextClassifier] = Recent(ROWS_IN_MEMORY)
         self._known = (self._signature(), identity)
@@ -116,13 +112,8 @@ class TextEncoder(TextRows):
     def _embed_tree(self, tree: PromptTree) -> np.ndarray:
         return self._model.embed_prompt_tree(tree.to(self._device)).float().cpu().numpy()
 
-    def _embed_prompts(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        tokens = pad_tokens(prompts)
-        if (padding := self._model.clip.padding) is not None:
-            tokens = torch.full((len(prompts), self._context_length), padding)
-            for row, prompt in zip(tokens, prompts, strict=True):
-                row[: len(prompt)] = torch.tensor(prompt)
-        return self._model.embed_prompts(tokens.to(self._device)).float().cpu().numpy()
+    def _embed_prompts(self, tokens: np.ndarray) -> np.ndarray:
+        return self._model.embed_prompts(torch.from_numpy(tokens).to(self._device)).float().cpu().numpy()
 
     def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._model.clip.named_parameters():
@@ -143,7 +134,8 @@ class TextEncoder(TextRows):
         if not isinstance(self.tokenize, FileTokenizer):
             if self._model.tokenizer is None:
                 raise UserError(f"{self._model.config.name} has no {TOKENIZER_NAME}: its words can't be read")
-            self.tokenize = FileTokenizer(self._model.tokenizer, canonical=isinstance(text, SiglipTextConfig))
+            self._open_tokenizer(self._model.tokenizer)
+        assert isinstance(self.tokenize, FileTokenizer)
         return self.tokenize.size
 
     def _current_tower(self) -> Tower:

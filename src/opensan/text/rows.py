@@ -14,11 +14,12 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from opensan.config import AnyTextConfig, SiglipTextConfig
 from opensan.errors import UserError, short
 from opensan.structures import PromptTree
 from opensan.text.cache import TextCache, default_folder
 from opensan.text.prompt_tree import prompt_trees
-from opensan.text.tokenizer import clip_tokenizer
+from opensan.text.tokenizer import FileTokenizer, clip_tokenizer
 from opensan.vocabulary import Vocabulary
 
 ROWS_AT_ONCE = 256
@@ -46,6 +47,17 @@ def tokenize(text: str) -> list[int]:
     """Return CLIP's token numbers of `text`, between start and end of text; not cut, not padded."""
     tokenizer = clip_tokenizer()
     return [tokenizer.start, *tokenizer.encode(text), tokenizer.end]
+
+
+def padded(prompts: Sequence[Sequence[int]], length: int | None = None, padding: int = 0) -> np.ndarray:
+    """Return `prompts`, each a sequence of token numbers, as [P, T] int64, filled with `padding` up to `length` tokens.
+
+    Without a length, the longest prompt's is taken.
+    """
+    tokens = np.full((len(prompts), length or max(map(len, prompts))), padding, dtype=np.int64)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class TextRows:
     A subclass runs the tower: `_current_tower`, and `_embed_tree` if the tower is causal, else `_embed_prompts`.
     """
 
-    causal: bool = True
+    causal: bool
     """Whether the tower is causal. Only then are prompts embedded as trees: in any other tower, a token's output
     depends on later tokens."""
     tokenize: Callable[[str], list[int]] = staticmethod(tokenize)
@@ -110,10 +122,11 @@ class TextRows:
         raise NotImplementedError
 
     def __init__(
-        self, context_length: int, dimension: int, *, disk_cache: bool = True, cache_dir: Path | None = None
+        self, config: AnyTextConfig, dimension: int, *, disk_cache: bool = True, cache_dir: Path | None = None
     ) -> None:
         """`cache_dir` is where embeddings are kept between processes (default: see `text_cache.default_folder`)."""
-        self._context_length = context_length
+        self._config = config
+        self.causal = config.causal
         self._dimension = dimension
         self._folder = (cache_dir or default_folder()) if disk_cache else None
         self._disk: TextCache | None = None
@@ -127,9 +140,19 @@ class TextRows:
         """Return the embeddings [P, D] float32, unit length, of the prompts of `tree`."""
         raise NotImplementedError
 
-    def _embed_prompts(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return the embeddings [P, D] float32, unit length, of `prompts`, each a sequence of token numbers."""
+    def _embed_prompts(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the embeddings [P, D] float32, unit length, of `tokens` [P, T] int64, padded as the tower wants."""
         raise NotImplementedError
+
+    def padded(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return `prompts`, each a sequence of token numbers, as [P, T] int64, padded as the tower wants."""
+        if self._config.padding is None:
+            return padded(prompts)
+        return padded(prompts, self._config.context_length, self._config.padding)
+
+    def _open_tokenizer(self, content: bytes) -> None:
+        """Read words by the tokenizer.json of this `content`."""
+        self.tokenize = FileTokenizer(content, canonical=isinstance(self._config, SiglipTextConfig))
 
     def rows(self, vocabulary: Vocabulary, *, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Return the vocabulary as unit rows [R, D], float32; one thread at a time.
@@ -195,7 +218,7 @@ class TextRows:
         else:
             for start in range(0, len(prompts), PROMPTS_AT_ONCE):
                 batch = prompts[start : start + PROMPTS_AT_ONCE]
-                parts.append(self._embed_prompts(batch))
+                parts.append(self._embed_prompts(self.padded(batch)))
                 advance(len(batch) * share)
         places = np.array([numbers[prompt] for prompt in prompts])
         embeddings = np.concatenate(parts)[places.argsort()]
@@ -204,7 +227,7 @@ class TextRows:
 
     def _tokens(self, text: str, name: str) -> list[int]:
         """Return the tokens of a prompt. Raises UserError if the model can't read so many."""
-        longest = self._context_length
+        longest = self._config.context_length
         if len(text) > longest * _LONGEST_TOKEN and len(" ".join(text.split())) > longest * _LONGEST_TOKEN:
             size = f"{len(text):,} characters"
         else:
@@ -219,7 +242,7 @@ class TextRows:
 
     def _refuse_long_prompts(self, rows: list[list[str]], names: list[str], missing: list[int]) -> None:
         """Refuse prompts that are too long before any work. A token is a byte or more, so short ones are skipped."""
-        room = self._context_length - 2
+        room = self._config.context_length - 2
         for index in missing:
             for text in rows[index]:
                 if len(text.encode()) > room:

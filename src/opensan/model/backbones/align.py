@@ -19,9 +19,7 @@ from opensan.model.backbones.libraries import library
 class Align(Backbone):
     """Layers 1, 2, ... are the maps before each halving of the resolution, and the last one."""
 
-    causal_text = False
     file_prefix = "model."
-    padding = 0
 
     def __init__(self, config: AlignConfig) -> None:
         super().__init__()

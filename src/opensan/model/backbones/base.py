@@ -52,11 +52,6 @@ class Backbone(nn.Module):
     """A scalar parameter: the logarithm of the factor between cosines and class logits."""
     file_prefix: str = ""
     """The beginning that names of parameters have here, and not in the files of the family's own library."""
-    padding: int | None = None
-    """The token that fills every prompt up to the context length; None: prompts are padded with zeros to the longest
-    of a batch, which changes nothing."""
-    causal_text: bool
-    """Whether a token of a prompt attends only to earlier ones. Only such a tower has `embed_prompt_tree`."""
 
     def shallow_features(self, pixels: Tensor, last_layer: int, keep: Collection[int]) -> ShallowFeatures:
         """Run layers up to `last_layer` on `pixels` [B, 3, H, W], float RGB normalised; keep the maps in `keep`.
@@ -84,7 +79,8 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def embed_prompt_tree(self, tree: PromptTree) -> Tensor:
-        """Embed the prompts of `tree` as `embed_prompts` does, shared beginnings once: [P, D]. Causal towers only."""
+        """Embed the prompts of `tree` as `embed_prompts` does, shared beginnings once: [P, D]. Causal towers only
+        (`config.clip.text.causal`), in which a token of a prompt attends only to earlier ones."""
         raise NotImplementedError
 
     def token_table(self) -> Tensor:

@@ -64,7 +64,7 @@ class TextTower(nn.Module):
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -torch.inf)
         for block in self.transformer.resblocks:
             x = block(x, attn_mask=mask)
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), ends])
+        x = self.ln_final(x[torch.arange(x.shape[0], device=x.device), ends])
         return F.normalize(x @ self.text_projection, dim=-1)
 
     def embed_prompt_tree(self, tree: PromptTree) -> Tensor:

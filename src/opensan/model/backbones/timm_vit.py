@@ -35,7 +35,6 @@ class TimmVit(Backbone):
         self.text = text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.layer_widths = dict.fromkeys(range(len(trunk.blocks) + 1), trunk.embed_dim)
-        self.causal_text = self.text.causal_text
 
     def shallow_features(self, pixels: Tensor, last_layer: int, keep: Collection[int]) -> ShallowFeatures:
         """Run blocks 1..last_layer. Pixels that do not fill a patch are dropped."""
@@ -51,7 +50,7 @@ class TimmVit(Backbone):
         if prefix:
             tokens = torch.cat(prefix, dim=1)
             tokens = tokens + table[:embedded] if embedded else tokens
-            x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([tokens.expand(x.shape[0], -1, -1), x], dim=1)
         x = trunk.norm_pre(x)
         rope = self.rope(grid)
         maps = {0: FeatureMap(x[:, count:], grid)} if 0 in keep else {}

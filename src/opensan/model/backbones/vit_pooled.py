@@ -26,7 +26,6 @@ class PooledVit(TimmVit):
         classes = config.embed_dim if config.vision.projection else 0
         super().__init__(config, _text_tower(config), pooling="map", classes=classes)
         if isinstance(config.text, SiglipTextConfig):
-            self.padding = config.text.padding
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # for SigLIP's loss; it has no effect in a softmax
         self.attention_heads = self.visual.trunk.attn_pool.num_heads
 
@@ -46,7 +45,7 @@ class PooledVit(TimmVit):
             return tokens.unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
 
         keys, values = pool.kv(x).chunk(2, dim=2)
-        query = pool.q_norm(heads(pool.q(pool.latent))).expand(len(x), -1, bias.shape[2], -1)
+        query = pool.q_norm(heads(pool.q(pool.latent))).expand(x.shape[0], -1, bias.shape[2], -1)
         attended = F.scaled_dot_product_attention(query, pool.k_norm(heads(keys)), heads(values), bias)
         pooled = pool.proj(attended.transpose(1, 2).flatten(2))
         pooled = pooled + pool.mlp(pool.norm(pooled))
@@ -65,8 +64,6 @@ def siglip_text(config: SiglipTextConfig, embed_dim: int) -> nn.Module:
 
     class SiglipText(open_clip.TextTransformer):  # type: ignore[name-defined]  # imported only where it is used
         """Embed prompts padded to the context length: the tower is bidirectional, and its last position is read."""
-
-        causal_text = False
 
         def embed_prompts(self, tokens: Tensor) -> Tensor:
             return F.normalize(self(tokens), dim=-1)

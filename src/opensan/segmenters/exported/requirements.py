@@ -19,7 +19,12 @@ COMMON = (
 RUNTIME = {"onnx": "onnxruntime>=1.20", "openvino": "openvino>=2025.0"}
 
 
-def requirements(format: str) -> str:
+OWN_TOKENIZER = "tokenizers>=0.21"
+"""What reads the tokenizer.json of models whose text tower has one."""
+
+
+def requirements(format: str, *, own_tokenizer: bool = False) -> str:
     """Return the content of requirements.txt: ranges as in opensan's own metadata, without torch."""
     lines = ["# Without torch: pip install --no-deps opensan && pip install -r requirements.txt"]
-    return "\n".join([*lines, *COMMON, RUNTIME[format]]) + "\n"
+    needed = [*COMMON, RUNTIME[format], *([OWN_TOKENIZER] if own_tokenizer else [])]
+    return "\n".join([*lines, *needed]) + "\n"

@@ -10,6 +10,7 @@ import numpy as np
 
 from opensan.assemble.bands import BAND_FLOATS, first_equal, row_bands, to_array
 from opensan.assemble.interpolation import interpolation_matrices
+from opensan.config import TOKENIZER_NAME
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS
 from opensan.segmenters.exported.manifest import read_folder
@@ -52,9 +53,9 @@ class ExportedSegmenter(ProposalSegmenter):
             graph("text") if manifest.text else None,
             EmbeddedWords.load(folder / WORDS_NAME, clip.embed_dim),
             manifest,
-            clip.text.context_length,
-            clip.embed_dim,
+            clip,
             disk_cache=text_cache,
+            tokenizer=_read_tokenizer(folder / TOKENIZER_NAME) if clip.text.own_tokenizer else None,
         )
 
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
@@ -102,6 +103,15 @@ class ExportedSegmenter(ProposalSegmenter):
                 probabilities=probabilities, mask_logits=masks, down=down[rows], across=across
             )
             yield names.astype(np.int32)[labels], scores
+
+
+def _read_tokenizer(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: not readable ({error.strerror or error}); an exported model is a whole folder"
+        ) from None
 
 
 def rows_of_words(vocabulary: Vocabulary) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from opensan.config import AnyClipConfig
 from opensan.errors import UserError
 from opensan.segmenters.exported.manifest import ExportManifest
 from opensan.segmenters.exported.runtimes import Run
@@ -77,12 +78,15 @@ class ExportedText(TextRows):
         graph: Run | None,
         embedded: EmbeddedWords,
         manifest: ExportManifest,
-        context_length: int,
-        dimension: int,
+        clip: AnyClipConfig,
         *,
         disk_cache: bool,
+        tokenizer: bytes | None = None,
     ) -> None:
-        super().__init__(context_length, dimension, disk_cache=disk_cache)
+        """`tokenizer` is the content of tokenizer.json, if the text tower reads other tokens than CLIP's."""
+        super().__init__(clip.text, clip.embed_dim, disk_cache=disk_cache)
+        if tokenizer is not None:
+            self._open_tokenizer(tokenizer)
         self._graph = graph
         self._embedded = embedded
         self._manifest = manifest
@@ -103,9 +107,7 @@ class ExportedText(TextRows):
         if self._tower is None:
             unseen = None
             if self._manifest.seen_tokens is not None:
-                from opensan.text.tokenizer import clip_tokenizer
-
-                unseen = np.ones(clip_tokenizer().size, dtype=bool)
+                unseen = np.ones(self._config.vocab_size, dtype=bool)
                 unseen[list(self._manifest.seen_tokens)] = False
             self._tower = Tower((), self._manifest.text_tower, unseen)
         return self._tower
@@ -122,6 +124,11 @@ class ExportedText(TextRows):
     def _embed_tree(self, tree: PromptTree) -> np.ndarray:
         assert self._graph is not None  # see `_embed`
         (embeddings,) = self._graph(tokens=tree.tokens, depth=tree.depth, sees=tree.sees, ends=tree.ends)
+        return embeddings
+
+    def _embed_prompts(self, tokens: np.ndarray) -> np.ndarray:
+        assert self._graph is not None  # see `_embed`
+        (embeddings,) = self._graph(tokens=tokens)
         return embeddings
 
     def _unknown(self, name: str) -> str:
