@@ -19,6 +19,7 @@ from opensan.data.prepare.engine import prepare
 from opensan.model import SAN
 
 from .documentation import ROOT
+from .test_objects import coco_folder
 from .test_prepare_benchmarks import full_ade_folder, label_mat, label_png, text
 from .test_prepare_own_forms import OneMap
 
@@ -81,6 +82,12 @@ def prepared_sets(desk: Path, _: object) -> None:
     street_photographs(desk, _)
     for name in ("street", "rooms"):
         prepare(READERS["folder"].open(desk / "street-photographs"), "folder", desk / "prepared" / name)
+
+
+def objects(desk: Path, _: object) -> None:
+    """A set that knows its objects."""
+    coco_folder(desk / "coco")
+    prepare(READERS["coco-instances"].open(desk / "coco"), "coco-instances", desk / "prepared" / "objects")
 
 
 def benchmarks(desk: Path, _: object) -> None:
@@ -157,6 +164,7 @@ MORE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], ...]] = {
     "docs/training.md": (prepared_sets,),
     "docs/evaluation.md": (prepared_sets,),
     "docs/folders.md": (scenes,),
+    "docs/panoptic.md": (objects,),
     "docs/huge-images.md": (rasters,),
     "docs/video.md": (clips,),
     "docs/tasks.md": (tasks_desk,),

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opensan.cli.asked_words import embed_words
+from opensan.cli.objects import Objects, ObjectsBy
 from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_of
 from opensan.errors import UserError
 
 if TYPE_CHECKING:
     from opensan.evaluation.evaluation import Evaluation
+    from opensan.evaluation.objects import ObjectEvaluation
     from opensan.evaluation.predictors import BatchPredictor
     from opensan.evaluation.sets import PreparedSet
     from opensan.segmenters.base import Segmenter
@@ -52,6 +54,13 @@ def evaluate(
         bool,
         typer.Option("--tta", help="Average over 6 scales and mirroring: a dozen times the work; not the protocol."),
     ] = False,
+    panoptic: Annotated[
+        bool, typer.Option("--panoptic", help="Also measure segments: panoptic quality (PQ, SQ, RQ).")
+    ] = False,
+    instances: Annotated[
+        bool, typer.Option("--instances", help="Also measure objects: average precision (AP).")
+    ] = False,
+    objects: ObjectsBy = Objects.parts,
     save_predictions: Annotated[
         bool, typer.Option("--save-predictions", help="Also write sem_seg_predictions.json (COCO RLE).")
     ] = False,
@@ -90,6 +99,10 @@ def evaluate(
         raise UsageError("--from-predictions is about one data set: give exactly one --data")
     if from_predictions is not None and tta:
         raise UsageError("--tta is about how a model predicts; --from-predictions has no model")
+    if from_predictions is not None and (panoptic or instances):
+        raise UsageError("--panoptic and --instances need a model; --from-predictions has none")
+    if tta and (panoptic or instances):
+        raise UsageError("--panoptic and --instances measure single views: leave out --tta")
     from torch import OutOfMemoryError
 
     from opensan.devices import chosen_device
@@ -104,6 +117,9 @@ def evaluate(
             folders += find_sets(root)
         sets = [open_set(folder, split) for folder in folders]
         _check_names(sets, out)
+        if panoptic or instances:
+            for prepared in sets:
+                _check_objects(prepared)
         segmenter = None
         if from_predictions is None:
             if is_main():
@@ -119,10 +135,14 @@ def evaluate(
             save_predictions=save_predictions,
             from_predictions=from_predictions,
             category_ids=category_ids,
+            panoptic=panoptic,
+            instances=instances,
+            objects=objects,
             quiet=as_json,
         )
         try:
             evaluations = [run.one(prepared) for prepared in sets]
+            objects_found = [run.objects_of(prepared) if is_main() else None for prepared in sets]
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on where it was") from None
         except (MemoryError, OutOfMemoryError):
@@ -131,7 +151,12 @@ def evaluate(
             if table or len(sets) > 1:
                 run.table(sets, evaluations)
             if as_json:
-                print_json([run.plain(*pair) for pair in zip(sets, evaluations, strict=True)])
+                print_json(
+                    [
+                        run.plain(prepared, evaluation, of_objects)
+                        for prepared, evaluation, of_objects in zip(sets, evaluations, objects_found, strict=True)
+                    ]
+                )
             for prepared in sets if show else ():
                 open_file(run.page(prepared))
             _complain_of_broken(sets, evaluations)
@@ -152,6 +177,9 @@ class _Run:
     save_predictions: bool
     from_predictions: Path | None
     category_ids: CategoryIds
+    panoptic: bool
+    instances: bool
+    objects: Objects
     quiet: bool
     """Whether JSON takes the place of lines and tables on stdout."""
 
@@ -159,9 +187,12 @@ class _Run:
         """Return the path of a data set's page."""
         return self.out / prepared.name / "index.html"
 
-    def plain(self, prepared: "PreparedSet", evaluation: "Evaluation") -> dict[str, Any]:
+    def plain(
+        self, prepared: "PreparedSet", evaluation: "Evaluation", of_objects: "ObjectEvaluation | None"
+    ) -> dict[str, Any]:
         """Return the figures of a data set as plain data."""
-        return {
+        more = {} if of_objects is None else {"objects": self._figures(of_objects)}
+        return more | {
             "data": prepared.name,
             "split": prepared.dataset.split,
             "images": evaluation.images,
@@ -207,6 +238,31 @@ class _Run:
                 console.print(f"  {FIGURES[name]:<32}{percent(value):>7} %")
         return evaluation
 
+    def objects_of(self, prepared: "PreparedSet") -> "ObjectEvaluation | None":
+        """Measure segments or objects if that is wanted, write objects.json, and print the figures."""
+        if not (self.panoptic or self.instances):
+            return None
+        from dataclasses import replace
+
+        from opensan.assemble.segments import USUAL_RULES
+        from opensan.evaluation.objects import evaluate_objects
+        from opensan.evaluation.report import FIGURES, percent
+        from opensan.files import json_text, write_text
+
+        assert self.segmenter is not None
+        console = output_console()
+        rules = replace(USUAL_RULES, parts=self.objects is Objects.parts)
+        with progress_of(console, "measuring objects") as progress:
+            found = evaluate_objects(self.segmenter, prepared.dataset, rules, progress=progress)
+        write_text(self.out / prepared.name / "objects.json", json_text(found.to_dict(), indent=2) + "\n")
+        if not self.quiet:
+            for name, value in self._figures(found).items():
+                console.print(f"  {FIGURES[name]:<32}{percent(value):>7} %")
+        return found
+
+    def _figures(self, found: "ObjectEvaluation") -> dict[str, float]:
+        return found.summary(panoptic=self.panoptic, instances=self.instances)
+
     def _predictor(self, prepared: "PreparedSet") -> "BatchPredictor":
         from opensan.evaluation.predictions import SavedPredictions
         from opensan.evaluation.predictors import AugmentedPredictor, ModelPredictor, SavedPredictor
@@ -244,6 +300,17 @@ def _check_names(sets: Sequence["PreparedSet"], out: Path) -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(f"two data sets are called {sorted(twice)[0]!r}: measure them with an --out each")
     check_writable(out)
+
+
+def _check_objects(prepared: "PreparedSet") -> None:
+    """Raise UserError if a data set has no maps of objects."""
+    from opensan.data.objects import FOLDER, has_objects
+
+    if not has_objects(prepared.dataset):
+        raise UserError(
+            f"{prepared.dataset.root}: has no folder {FOLDER}/, which --panoptic and --instances need: prepare it with "
+            "a reader that keeps objects (coco-instances, coco-panoptic)"
+        )
 
 
 def _complain_of_broken(sets: Sequence["PreparedSet"], evaluations: Sequence["Evaluation"]) -> None:

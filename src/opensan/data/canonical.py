@@ -97,6 +97,8 @@ class ImageRecord(Config):
     label: FileRecord
     classes: tuple[tuple[int, int], ...] | None = None
     """(label, number of pixels) of the classes in it; None in folders that an earlier version wrote."""
+    objects: FileRecord | None = None
+    """The map of its objects, in objects/; None where the reader knows none."""
     left_out: tuple[str, ...] = ()
     """The records of this image that could not be used, each with the reason."""
 

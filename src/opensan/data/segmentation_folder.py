@@ -1,6 +1,7 @@
 """Read the canonical layout of a labelled data set on disk.
 
 images/NAME.jpg     images, any format that Pillow reads
+objects/NAME.png    the number of each pixel's object, 0 for none; only where objects are known
 labels/NAME.png     index PNG: pixel value = line of classes.txt, counted from 0, or the number before the class.
                     8-bit with 255 unlabelled, or 16-bit with 65535 unlabelled
 classes.txt         a class a line ("7: car" where classes have numbers), `|` between synonyms
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from opensan.data.class_list import means_unlabelled, read_class_list
+from opensan.data.objects import FOLDER, read_objects
 from opensan.errors import UserError
 from opensan.images import image_size, open_image
 from opensan.images.pixels import Pixels, one_reading, read_pixels
@@ -90,6 +92,16 @@ class SegmentationFolder:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return read_labelled(*self._files[index], self._label_of_value)
+
+    @property
+    def knows_objects(self) -> bool:
+        """Whether the folder has maps of objects."""
+        return (self.root / FOLDER).is_dir()
+
+    def objects(self, index: int) -> np.ndarray:
+        """Return the number of each pixel's object, [H, W] int32, 0 for none; see `opensan.data.objects`."""
+        label = self._files[index][1]
+        return read_objects(self.root / FOLDER / label.name, self.size(index))
 
 
 def label_table(values: Sequence[int], labels: Sequence[int]) -> np.ndarray:

@@ -17,8 +17,16 @@ FIGURES = {
     "mean_accuracy": "mean accuracy",
     "pixel_accuracy": "pixel accuracy",
     "boundary_iou": "boundary IoU",
+    "pq": "PQ",
+    "sq": "SQ",
+    "rq": "RQ",
+    "pq_thing": "PQ of things",
+    "pq_stuff": "PQ of stuff",
+    "ap": "AP",
+    "ap50": "AP, IoU 0.50",
+    "ap75": "AP, IoU 0.75",
 }
-"""Names of the metrics in reports, by their names in `SegmentationMetrics.summary`."""
+"""Names of the metrics in reports, by their names in `SegmentationMetrics.summary` and `ObjectEvaluation.summary`."""
 
 
 def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, about: Mapping[str, str]) -> None:

@@ -37,21 +37,33 @@ from opensan.vocabulary import Vocabulary
 class SceneDataset:
     """Lab scenes as a segmentation data set. Each scene is drawn once and kept."""
 
-    def __init__(self, seed: int, count: int, size: tuple[int, int], split: Split, names: Sequence[str]) -> None:
-        """`size` is (H, W) in pixels; pixels of words that `names` does not list are unlabelled."""
+    def __init__(
+        self, seed: int, count: int, size: tuple[int, int], split: Split, names: Sequence[str], alike: float = 0.0
+    ) -> None:
+        """`size` is (H, W) in pixels; pixels of words that `names` does not list are unlabelled.
+
+        `alike`: see `make_scene`.
+        """
+        self.alike = alike
         self.vocabulary = Vocabulary.parse(list(names))
         self.count = count
         self._draw = functools.cache(lambda index: self._make(seed, index, size, split))
 
-    def _make(self, seed: int, index: int, size: tuple[int, int], split: Split) -> tuple[np.ndarray, np.ndarray]:
-        scene = make_scene(seed, index, size, split=split)
-        return scene.image, label_map(scene, self.vocabulary.names).astype(np.int16)
+    def _make(
+        self, seed: int, index: int, size: tuple[int, int], split: Split
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        scene = make_scene(seed, index, size, split=split, alike=self.alike)
+        number = np.array([0 if region.ground else place for place, region in enumerate(scene.regions, 1)], np.int32)
+        return scene.image, label_map(scene, self.vocabulary.names).astype(np.int16), number[scene.index_map]
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._draw(index)
+        return self._draw(index)[:2]
+
+    def objects(self, index: int) -> np.ndarray:
+        return self._draw(index)[2]
 
     def name(self, index: int) -> str:
         return f"scene {index}"

@@ -218,17 +218,21 @@ def make_scene(
     split: Split = "captions",
     objects: tuple[int, int] = (1, 5),
     radius: tuple[float, float] = (0.11, 0.24),
+    alike: float = 0.0,
 ) -> Scene:
     """Draw scene `index` of the endless sequence that `seed` names.
 
     `size` is (H, W) in pixels, `objects` the least and most objects, `radius` their least and greatest size as a
-    share of the short side. `split="masks"` draws base words only; the others draw from all words.
+    share of the short side; `alike` is the probability that an object has the texture, colour and shape of the one
+    before it, so that several objects have one name. `split="masks"` draws base words only; the others draw from
+    all words.
     """
     rng = np.random.default_rng([seed, index])
     height, width = size
     image, index_map, regions = paint_grounds(rng, height, width, split)
     light = rng.uniform(0, 2 * np.pi)
-    for new in place_objects(rng, height, width, split, int(rng.integers(objects[0], objects[1] + 1)), radius):
+    count = int(rng.integers(objects[0], objects[1] + 1))
+    for new in place_objects(rng, height, width, split, count, radius, alike):
         paint_object(rng, image, index_map, new, len(regions), light)
         regions.append(new)
     return Scene(develop(rng, image, light), index_map, tuple(regions))
@@ -263,7 +267,13 @@ def paint_grounds(
 
 
 def place_objects(
-    rng: np.random.Generator, height: int, width: int, split: Split, count: int, radius: tuple[float, float]
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    split: Split,
+    count: int,
+    radius: tuple[float, float],
+    alike: float = 0.0,
 ) -> list[SceneRegion]:
     """Choose objects and positions; they may touch and overlap a little, but never hide one another."""
     short = min(height, width)
@@ -284,6 +294,8 @@ def place_objects(
         colour, shape = _draw(rng, tuple(COLOURS)), _draw(rng, SHAPES)
         while split == "masks" and novel_kind(f"{colour} {shape}"):
             colour, shape = _draw(rng, tuple(COLOURS)), _draw(rng, SHAPES)
+        if placed and alike and rng.random() < alike:
+            texture, colour, shape = placed[-1].texture, placed[-1].colour, placed[-1].shape
         placed.append(SceneRegion(texture=texture, colour=colour, shape=shape, radius=size, centre=(y, x)))
     return sorted(placed, key=lambda region: region.centre[0])
 

@@ -89,6 +89,8 @@ class SanTrainingConfig(Config):
     loss_weights: LossWeights = LossWeights()
     no_object_weight: Weight = 0.1
     """Class-loss weight of queries without a segment."""
+    objects: bool = False
+    """Train for objects: each object of a thing is a segment of its own. The data sets must know objects."""
     spare_unlabelled: bool = False
     """A query without a segment need not say no-object where more than half of its mask lies on unlabelled pixels: for
     data in which those show something without a name, as stuff in a set that labels things only."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from opensan.config import ImageConfig
 from opensan.data.augment import AugmentConfig, augment
 from opensan.data.dataset import SegmentationDataset
+from opensan.data.objects import has_objects, with_objects
 from opensan.distributed import process_group
 from opensan.errors import UserError
 from opensan.model import SAN
@@ -55,8 +56,19 @@ class SegmentationBatch:
 class SegmentationSource:
     """Augmented crops of a labelled data set (a `TrainingSource`)."""
 
-    def __init__(self, dataset: SegmentationDataset, config: AugmentConfig, number: int = 0) -> None:
-        """`number`: index of this data set among the training data sets."""
+    def __init__(
+        self, dataset: SegmentationDataset, config: AugmentConfig, number: int = 0, objects: bool = False
+    ) -> None:
+        """`number`: index of this data set among the training data sets. `objects`: each object is a segment.
+
+        Raises UserError if the data set does not know its objects.
+        """
+        if objects and not has_objects(dataset):
+            raise UserError(
+                f"training data set {number + 1} has no folder objects/, which training for objects needs: "
+                "prepare it with a reader that keeps objects (coco-instances, coco-panoptic)"
+            )
+        self.objects = objects
         self.dataset = dataset
         self.config = config
         self.number = number
@@ -68,7 +80,10 @@ class SegmentationSource:
         return self.dataset.name(index)
 
     def load(self, index: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        return augment(*self.dataset[index], self.config, generator)
+        image, labels = self.dataset[index]
+        if self.objects and has_objects(self.dataset):
+            labels = with_objects(labels, self.dataset.objects(index))
+        return augment(image, labels, self.config, generator)
 
     def collate(self, samples: list[tuple[np.ndarray, np.ndarray]]) -> SegmentationBatch:
         images, labels = zip(*samples, strict=True)
@@ -143,7 +158,9 @@ def train_san(
     datasets: list[tuple[SegmentationDataset, float]] = (
         list(dataset) if isinstance(dataset, list | tuple) else [(cast(SegmentationDataset, dataset), 1.0)]
     )
-    sources = tuple(SegmentationSource(data, config.augment, number) for number, (data, _) in enumerate(datasets))
+    sources = tuple(
+        SegmentationSource(data, config.augment, number, config.objects) for number, (data, _) in enumerate(datasets)
+    )
     mixture = DatasetMixture(sources, tuple(weight for _, weight in datasets))
     points = RandomPoints(config.points.count, config.points.oversampling, config.points.importance)
     criterion = SetCriterion(points, config.loss_weights, config.no_object_weight, config.spare_unlabelled)
@@ -179,9 +196,12 @@ def _description(
 ) -> dict[str, object]:
     """Return the run's config.json: all settings that its numbers depend on."""
     mixture = [{"samples": len(data), "words": data.vocabulary.names, "weight": weight} for data, weight in datasets]
+    settings = config.model_dump(mode="json")
+    if not config.objects:
+        del settings["objects"]  # runs of earlier versions go on
     return {
         "model": model.config.model_dump(mode="json"),
         "clip": frozen_identity(model),
         "data": mixture,
-        **config.model_dump(mode="json"),
+        **settings,
     }

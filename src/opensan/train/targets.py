@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opensan.data.objects import class_of
 from opensan.train.points import corners
 
 NO_SEGMENT = -2
@@ -40,32 +41,40 @@ class Targets(Protocol):
 
 @dataclass(frozen=True)
 class LabelMapTargets:
-    """Semantic targets: one segment for each class in an image's label map; no mask is held in memory."""
+    """Targets from maps: a segment for each value in an image's map; no mask is held in memory.
+
+    The values are classes, or objects and classes as `opensan.data.objects.with_objects` joins them.
+    """
 
     maps: Tensor
-    """[B, H, W] integer: class of each pixel, negative where unlabelled."""
+    """[B, H, W] integer: value of each pixel, negative where unlabelled."""
     classes: Tensor
     counts: tuple[int, ...]
+    values: Tensor
+    """[B, M] int64: the value of each segment's pixels, NO_SEGMENT after an image's last."""
 
     @classmethod
     def from_maps(cls, maps: Sequence[np.ndarray]) -> "LabelMapTargets":
         """Collect label maps [H, W] of equal size (integers; negative: unlabelled)."""
-        present = [np.unique(labels[labels >= 0]).tolist() for labels in maps]
-        counts = tuple(len(classes) for classes in present)
-        widest = max(counts)
-        rows = [classes + [NO_SEGMENT] * (widest - len(classes)) for classes in present]
-        stacked = torch.from_numpy(np.stack(maps))
-        return cls(stacked, torch.tensor(rows, dtype=torch.int64).reshape(len(maps), widest), counts)
+        present = [np.unique(labels[labels >= 0]) for labels in maps]
+        counts = tuple(len(values) for values in present)
+        values, classes = (np.full((len(maps), max(counts)), NO_SEGMENT, dtype=np.int64) for _ in range(2))
+        for row, found in enumerate(present):
+            values[row, : len(found)] = found
+            classes[row, : len(found)] = class_of(found)
+        return cls(torch.from_numpy(np.stack(maps)), torch.from_numpy(classes), counts, torch.from_numpy(values))
 
     def to(self, device: torch.device | str) -> "LabelMapTargets":
         """Return the targets on `device`."""
-        return replace(
-            self, maps=self.maps.to(device, non_blocking=True), classes=self.classes.to(device, non_blocking=True)
+        maps, classes, values = (
+            tensor.to(device, non_blocking=True) for tensor in (self.maps, self.classes, self.values)
         )
+        return replace(self, maps=maps, classes=classes, values=values)
 
     def pin_memory(self) -> "LabelMapTargets":
         """Return the targets in pinned memory, from which a GPU copies asynchronously."""
-        return replace(self, maps=self.maps.pin_memory(), classes=self.classes.pin_memory())
+        maps, classes, values = (tensor.pin_memory() for tensor in (self.maps, self.classes, self.values))
+        return replace(self, maps=maps, classes=classes, values=values)
 
     def at_shared_points(self, points: Tensor) -> Tensor:
         height, width = self.maps.shape[1:]
@@ -74,14 +83,14 @@ class LabelMapTargets:
         values = points.new_zeros(*self.classes.shape, points.shape[1])
         for corner in range(4):  # one at a time, which takes a fourth of the memory
             labels = pixels.gather(1, indices[:, corner]).unsqueeze(1)
-            values += weights[:, None, corner] * (labels == self.classes.unsqueeze(2))
+            values += weights[:, None, corner] * (labels == self.values.unsqueeze(2))
         return values
 
     def at_own_points(self, image: Tensor, segment: Tensor, points: Tensor) -> Tensor:
         height, width = self.maps.shape[1:]
         indices, weights = corners(points, height, width)
         labels = self.maps.flatten()[indices + image[:, None, None] * (height * width)]
-        return (weights * (labels == self.classes[image, segment][:, None, None])).sum(1)
+        return (weights * (labels == self.values[image, segment][:, None, None])).sum(1)
 
     def labelled_at(self, points: Tensor) -> Tensor:
         height, width = self.maps.shape[1:]

@@ -19,6 +19,8 @@ from PIL import Image
 from opensan.config import parse_config
 from opensan.data import canonical
 from opensan.data.canonical import DatasetManifest, ImageRecord, Request
+from opensan.data.objects import FOLDER as OBJECTS
+from opensan.data.objects import MOST_OBJECTS
 from opensan.data.pool import run_all
 from opensan.data.prepare.source import ImageFile, Labelled, Source, SourceImage
 from opensan.errors import UserError
@@ -274,6 +276,8 @@ def _open_folder(
     for folder in (out, out / "images", out / "labels"):
         folder.mkdir(exist_ok=True)
         remove_temporaries(folder)
+    if (out / OBJECTS).is_dir():
+        remove_temporaries(out / OBJECTS)
     return {record.name: record for record in (*listed, *noted)}, stale
 
 
@@ -314,18 +318,26 @@ class _Task:
             read = self.source_image.labels()
             labelled = read if isinstance(read, Labelled) else Labelled(read, ())
             values = _label_values(labelled.labels, pixels.shape[:2], self.classes)
+            objects = _object_values(labelled)
         except (UserError, OSError) as error:
             said = " ".join(str(error).split())
             return LeftOut(self.source_image.name, said, getattr(error, "unknown_value", None))
-        return self._write(image, values, labelled.left_out)
+        return self._write(image, values, objects, labelled.left_out)
 
-    def _write(self, image: ImageFile, values: np.ndarray, left_out: tuple[str, ...]) -> ImageRecord:
+    def _write(
+        self, image: ImageFile, values: np.ndarray, objects: np.ndarray | None, left_out: tuple[str, ...]
+    ) -> ImageRecord:
         if self.before is not None:
             _keep_changed(self.out, self.before)
         # Names may hold dots, so that with_suffix would cut them.
         label_file = self.out / "labels" / f"{self.source_image.name}.png"
         with atomic_path(label_file) as temporary:
             Image.fromarray(values).save(temporary)
+        objects_file = self.out / OBJECTS / f"{self.source_image.name}.png"
+        if objects is not None:
+            objects_file.parent.mkdir(exist_ok=True)
+            with atomic_path(objects_file) as temporary:
+                Image.fromarray(objects).save(temporary)
         image_file = self.out / "images" / f"{self.source_image.name}{_suffix(image)}"
         if isinstance(image, Path):
             link(image, image_file)
@@ -341,6 +353,7 @@ class _Task:
             height=values.shape[0],
             image=canonical.file_record(image_file),
             label=canonical.file_record(label_file),
+            objects=None if objects is None else canonical.file_record(objects_file),
             classes=canonical.class_pixels(values, self.classes),
             left_out=tuple(shown(reason) for reason in left_out),
         )
@@ -359,7 +372,12 @@ def _is_whole(out: Path, record: ImageRecord) -> bool:
         and image.is_file()
         and image.stat().st_size == record.image.size
         and canonical.file_record(label) == record.label
+        and (record.objects is None or _is_file(out / OBJECTS / record.objects.file, record.objects))
     )
+
+
+def _is_file(path: Path, record: canonical.FileRecord) -> bool:
+    return path.is_file() and canonical.file_record(path) == record
 
 
 def _label_values(labels: np.ndarray, size: tuple[int, int], classes: int) -> np.ndarray:
@@ -372,6 +390,17 @@ def _label_values(labels: np.ndarray, size: tuple[int, int], classes: int) -> np
         raise UserError(f"its labels hold the value {labels.max()}, there are {classes} classes")
     kind = np.uint8 if classes <= 255 else np.uint16
     return np.where(labels < 0, np.iinfo(kind).max, labels).astype(kind)
+
+
+def _object_values(labelled: Labelled) -> np.ndarray | None:
+    """Return the objects' map, [H, W] uint16, numbered anew without gaps; None if the reader knows no objects."""
+    if labelled.objects is None:
+        return None
+    kept, numbers = np.unique(np.where(labelled.labels < 0, 0, labelled.objects), return_inverse=True)
+    if len(kept) > MOST_OBJECTS:
+        raise UserError(f"it has {len(kept):,} objects; an image may have {MOST_OBJECTS:,}")
+    first = int(kept[0] != 0)  # where every pixel has an object, numbers begin with 1 all the same
+    return (numbers.reshape(labelled.labels.shape) + first).astype(np.uint16)
 
 
 def _suffix(image: ImageFile) -> str:
@@ -392,6 +421,7 @@ def _remove_stale(out: Path, before: Iterable[ImageRecord], records: dict[str, I
             (out / "images" / record.image.file).unlink(missing_ok=True)
         if record.name not in records:
             (out / "labels" / record.label.file).unlink(missing_ok=True)
+            (out / OBJECTS / f"{record.name}.png").unlink(missing_ok=True)
 
 
 def _write_lists(

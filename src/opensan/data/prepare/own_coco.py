@@ -291,8 +291,10 @@ class _Panoptic:
     png: Path
     image: Path
     label_of_segment: dict[int, int]
+    things: tuple[int, ...]
+    """The segments that are objects."""
 
-    def __call__(self) -> np.ndarray:
+    def __call__(self) -> Labelled:
         pixels = read_map(self.png, str(self.png), self.image)
         one_channel = pixels.stored is not None and pixels.how == "as grey" and pixels.stored.any()
         if pixels.shown.dtype != np.uint8 or one_channel:
@@ -302,26 +304,33 @@ class _Panoptic:
             return f"{self.png}: {count} pixels are of segment {segment}, which the JSON file doesn't list"
 
         segments = pixels.colours.astype(np.int32) @ [1, 256, 65_536]
-        return look_up(segments, {**self.label_of_segment, 0: UNLABELLED}, complaint)
+        labels = look_up(segments, {**self.label_of_segment, 0: UNLABELLED}, complaint)
+        objects = np.zeros(labels.shape, dtype=np.int32)
+        for number, segment in enumerate(self.things, 1):
+            objects[segments == segment] = number
+        return Labelled(labels, (), objects)
 
 
 def _panoptic_labels(
     folder: Path, file: _File, record: Mapping[str, Any], image: Path, label_of_category: _Labels
-) -> Callable[[], np.ndarray]:
+) -> Callable[[], Labelled]:
     source = f"{file.path.name}: image {record['id']}"
     annotations = file.annotations[record["id"]]
     if len(annotations) != 1:
         return partial(fail, f"{source}: has {len(annotations)} annotations, not one (the segments of a panoptic PNG)")
-    labels = {}
+    labels, things = {}, []
     for segment in _list(annotations[0], "segments_info", source):
         number = _get(segment, "id", int, f"{source}: a segment")
         if not 0 < number < 2**24:
             raise UserError(f"{source}: {number} is no segment id (1 to {2**24 - 1})")
         labels[number] = label_of_category.of(segment, f"{source}: segment {number}")
+        category = file.categories.get(_whole(segment.get("category_id")) or 0, {})
+        if labels[number] != UNLABELLED and category.get("isthing", 1) not in (0, False):
+            things.append(number)
     name = _get(annotations[0], "file_name", str, source)
     beside = [file.path.with_suffix(""), folder / f"panoptic_{file.split}", folder / "panoptic" / file.split]
     pngs = [below(place_of_pngs, name, source) for place_of_pngs in (*beside, folder / "panoptic", file.path.parent)]
-    return _Panoptic(next((png for png in pngs if png.exists()), pngs[0]), image, labels)
+    return _Panoptic(next((png for png in pngs if png.exists()), pngs[0]), image, labels, tuple(things))
 
 
 @dataclass(frozen=True)
@@ -353,7 +362,7 @@ class _Instances:
                 left_out.append(f"{name}: {error}")
         if left_out and len(left_out) == len(self.objects) + len(self.left_out):
             raise UserError(f"{self.name}: {'; '.join(left_out)}")
-        return Labelled(turn(layers.labels), tuple(left_out))
+        return Labelled(turn(layers.labels), tuple(left_out), turn(layers.objects))
 
     def _size(self) -> tuple[int, int]:
         """Return the size in pixels that the objects are drawn on."""

@@ -238,6 +238,9 @@ class Layers:
     def __init__(self, size: tuple[int, int]) -> None:
         self.labels = np.full(size, UNLABELLED, dtype=np.int32)
         """[H, W], -1 where no mask is."""
+        self.objects = np.zeros(size, dtype=np.int32)
+        """[H, W]: the number of each pixel's mask with a label, in the order they were added, from 1; 0 for none."""
+        self._count = 0
         self._area = np.full(size, np.iinfo(np.int64).max)
 
     def add(self, mask: np.ndarray, label: int) -> None:
@@ -245,4 +248,6 @@ class Layers:
         area = np.count_nonzero(mask)
         seen = mask & (area <= self._area)
         self.labels[seen] = label
+        self._count += label >= 0
+        self.objects[seen] = self._count if label >= 0 else 0
         self._area[seen] = area

@@ -25,6 +25,9 @@ class Labelled:
     """Labels as `SourceImage.labels` returns them."""
     left_out: tuple[str, ...]
     """One line for each record that was left out, with the reason ("annotation 3: has only a box")."""
+    objects: np.ndarray | None = None
+    """[H, W] of any integer type: the number of each pixel's object, from 1; 0 for stuff and unlabelled pixels. None
+    where objects are not known."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""Train `tiny` for objects on drawn scenes, and compare PQ and AP before and after, with connected parts.
+
+    python bench/panoptic.py train --out runs/objects
+    python bench/panoptic.py measure --model tiny --model runs/objects/model
+
+Scenes are drawn so that several objects have one name, and touch. The test scenes are never trained on.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from opensan.checkpoints import load_model, save_folder
+from opensan.data.augment import AugmentConfig
+from opensan.lab.san_training import SceneDataset
+from opensan.lab.scenes import BASE_NAMES
+from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
+from opensan.train.san import train_san
+
+ALIKE = 0.6
+"""The probability that an object looks like the one before it."""
+
+
+def train(out: Path, steps: int, batch: int) -> None:
+    """Continue the training of `tiny` for objects, and save `out`/model. Resumes."""
+    model = load_model("tiny")
+    dataset = SceneDataset(11, 2_000, (192, 256), "masks", BASE_NAMES, ALIKE)
+    loop = LoopConfig(steps=steps, batch_size=batch, learning_rate=4e-4, warmup=10, save_every=20, log_every=10)
+    config = SanTrainingConfig(
+        loop=loop,
+        augment=AugmentConfig(short_sides=(160, 192), crop=(128, 128), colour_jitter=False),
+        points=PointsConfig(count=512),
+        objects=True,
+    )
+    if train_san(model, dataset, config, out / "run").finished:
+        save_folder(model, out / "model", torch.float16)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("train", "measure"))
+    parser.add_argument("--out", type=Path, default=Path("runs/objects"))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=8)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.command == "train":
+        train(options.out, options.steps, options.batch)
+
+
+if __name__ == "__main__":
+    main()
