@@ -1,18 +1,31 @@
-"""The recipe of the packaged model for photographs: crops, cut-outs, and queries that have a place."""
+"""The recipe of the packaged model for photographs: crops, cut-outs, queries that have a place, and names."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from opensan.config import EfficientNetLiteConfig, ImageConfig, ModelConfig, SideAdapterConfig, TextConfig
 from opensan.data.augment import AugmentConfig
 from opensan.lab.photo.anchors import AnchoredTask, alike_is_together, anchored_start, mask_losses, segments_of_queries
 from opensan.lab.photo.crops import Crops
+from opensan.lab.photo.names import (
+    LOOP,
+    NamedBatch,
+    NamedPhotographs,
+    NamedSet,
+    Names,
+    fit_names,
+    pixel_loss,
+    set_names,
+)
 from opensan.lab.photo.paste import CutOuts
+from opensan.lab.photo.proposals import Proposed, collect_proposals, propose
 from opensan.lab.photo.sets import HIDDEN, PhotoSet
+from opensan.lab.photo.words import Lexicon, WordPoints
 from opensan.model import SAN, build_san
 from opensan.structures import TextClassifier
 from opensan.train.matcher import LossWeights
@@ -168,3 +181,103 @@ def test_training_finds_the_segments_and_leaves_the_tower_alone(root: Path):
     assert set(losses) == {f"loss_{kind}{end}" for kind in ("ce", "mask", "dice") for end in ("", "_0")}
     assert dice[-1] < 0.5 * dice[0]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.clip.state_dict().items())
+
+
+POINTS = ["dog", "sky", "grass", "zebra"]
+
+
+def word_points() -> WordPoints:
+    table = F.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(2)), dim=-1)
+    lexicon = Lexicon(POINTS, [(0,), (), (), (1,)], {number: [] for number in range(4)}, 4)
+    return WordPoints(torch.zeros(32, 1280), torch.zeros(32), torch.tensor(30.0), table, lexicon)
+
+
+def halves(count: int) -> list[Proposed]:
+    """Two proposals: the left half is a dog, the right half is not labelled; features tell them apart."""
+    generator = torch.Generator().manual_seed(0)
+    left = (torch.arange(16) % 4 < 2).float()
+    found = []
+    for _ in range(count):
+        means = torch.rand(2, 1280, generator=generator)
+        means[0, :200] += 1
+        means[1, 200:400] += 1
+        found.append(Proposed(means.half(), torch.stack([left, 1 - left]).half(), torch.where(left > 0, 0, -1)))
+    return found
+
+
+def one_set(count: int = 6) -> NamedSet:
+    return NamedSet(("dog", "sky", "grass"), torch.tensor([False, True, True]), 1.0, halves(count))
+
+
+def test_the_loss_asks_for_the_label_or_for_any_word_of_the_ground_and_leaves_hidden_pixels_out():
+    rest = torch.tensor([False, True, True])
+    one = halves(1)[0]
+    one = Proposed(one.means, one.masks.float(), one.labels)
+    right = torch.tensor([[1.0, 0, 0], [0, 0.5, 0.5]])
+    assert pixel_loss(right, one, rest) < 1e-4
+    everything_dog = torch.tensor([[1.0, 0, 0], [1.0, 0, 0]])
+    assert pixel_loss(everything_dog, one, rest) > 5
+    assert pixel_loss(everything_dog, one, torch.zeros(3, dtype=torch.bool)) < 1e-4
+    hidden = Proposed(one.means, one.masks, torch.where(one.labels < 0, HIDDEN, one.labels))
+    assert pixel_loss(everything_dog, hidden, rest) < 1e-4
+
+
+def test_small_things_count_for_more_than_their_pixels():
+    masks = torch.stack([(torch.arange(16) != 15).float(), (torch.arange(16) == 15).float()])
+    labels = torch.where(torch.arange(16) == 15, 1, 0)
+    one = Proposed(torch.zeros(2, 1280), masks, labels)
+    none = torch.zeros(2, dtype=torch.bool)
+    small_wrong = pixel_loss(torch.tensor([[1.0, 0], [0.9, 0.1]]), one, none)
+    torch.testing.assert_close(small_wrong, torch.tensor(-np.log(0.1) / (15**0.5 + 1), dtype=torch.float32))
+
+
+def test_names_follow_the_proposals_and_novel_words_keep_their_points(tmp_path: Path):
+    model, points, sets = made(), word_points(), [one_set()]
+    names = Names(model, points, sets)
+    source = NamedPhotographs(sets)
+    batch = source.collate([source.load(index, np.random.default_rng(index)) for index in range(4)])
+    assert isinstance(batch, NamedBatch)
+    before = names(batch, None)["loss_pixels"].item()
+    assert fit_names(names, sets, tmp_path, LOOP.model_copy(update={"steps": 60, "warmup": 0, "batch_size": 4}))
+    assert names(batch, None)["loss_pixels"].item() < 0.3 * before
+    named = names.named(points)
+    assert torch.equal(named.table[3], points.table[3])
+    assert not torch.equal(named.table[0], points.table[0])
+
+    set_names(model, names)
+    one = halves(1)[0]
+    rows = named.rows(["dog", "sky", "grass"])
+    logits = model.clip.logit_scale.exp() * model.clip.embed(one.means.float()) @ rows.T
+    expected = names.probabilities(one.means.float(), rows)
+    torch.testing.assert_close(logits.softmax(-1), expected / expected.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5)
+    assert expected[0].argmax() == 0 and expected[1, 1:].sum() > expected[1, 0]
+
+
+def test_proposals_are_what_recognition_reads_and_are_kept(tmp_path: Path):
+    model = made()
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    labels = np.zeros((64, 96), np.int16)
+    labels[:, 48:] = -1
+    found = propose(model, image, labels, 64)
+    assert found.masks.shape == (16, 24) and found.labels.view(4, 6)[:, :3].eq(0).all()
+    assert found.labels.view(4, 6)[:, 3:].eq(-1).all()
+
+    class Pair:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+            return image, labels
+
+    kept = collect_proposals(model, Pair(), 9, True, tmp_path / "set.safetensors")
+    assert len(kept) == 4
+    torch.testing.assert_close(kept[0].means.float(), found.means, rtol=1e-2, atol=1e-2)
+    assert kept[1].labels[0] == -1 and kept[1].labels[-1] == 0  # mirrored
+    rows = F.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
+    proposals = model.propose((torch.from_numpy(image).permute(2, 0, 1)[None].float() - 127) / 128)
+    embedded = model.clip.embed(found.means)
+    torch.testing.assert_close(embedded, proposals.mask_embeddings[0])
+    text = TextClassifier(rows, torch.arange(3), 3)
+    assert model.classify(proposals, text).shape == (1, 16, 4)
+    again = collect_proposals(None, None, 9, True, tmp_path / "set.safetensors")
+    assert torch.equal(again[3].masks, kept[3].masks)

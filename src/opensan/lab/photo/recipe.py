@@ -17,6 +17,7 @@ from opensan.files import write_text
 from opensan.lab.photo import masks
 from opensan.lab.photo.baselines import activation_map, pixel_head, pixel_predictor
 from opensan.lab.photo.features import collect_all
+from opensan.lab.photo.names import Names, fit_names, named_sets, set_names
 from opensan.lab.photo.report import measure, tests
 from opensan.lab.photo.sets import BACKGROUND, NOVEL, PhotoSet
 from opensan.lab.photo.text import train_text
@@ -116,6 +117,16 @@ def masks_step(sources: Sources, points: WordPoints, out: Path) -> SAN | None:
     return model if finished else None
 
 
+def names_step(sources: Sources, points: WordPoints, model: SAN, out: Path) -> WordPoints | None:
+    """Fit names to the model's proposals, in place, and return the words' points; None: stopped by a signal."""
+    sets = named_sets(model, sources.data, out / "proposals")
+    names = Names(model, points, sets)
+    if not fit_names(names, sets, out / "names"):
+        return None
+    set_names(model, names)
+    return names.named(points)
+
+
 def baselines(sources: Sources, points: WordPoints, out: Path) -> None:
     """Measure what the same frozen features give without a side adapter, and write `out`/baselines.json."""
     tower = Tower.read(sources.tower)
@@ -147,11 +158,15 @@ def taught_with_masks(points: WordPoints) -> set[str]:
     return set(points.lexicon.words[: points.lexicon.own])
 
 
-def all_steps(sources: Sources, out: Path) -> bool:
-    """Run what is not done, and write `out`/model in half precision. True when all is done."""
+def all_steps(sources: Sources, out: Path, start: SAN | None = None) -> bool:
+    """Run what is not done, and write `out`/model in half precision. True when all is done.
+
+    With `start`, a model that this recipe made, its masks are kept and only words, names and text are made again.
+    """
     points = words_step(sources, out)
-    text = points and text_step(points, out)
-    model = points and text and masks_step(sources, points, out)
+    model = start or (points and masks_step(sources, points, out))
+    named = points and model and names_step(sources, points, model, out)
+    text = named and text_step(named, out)
     if not (text and model):
         return False
     missing, surplus = model.clip.load_state_dict(dict(text), strict=False)

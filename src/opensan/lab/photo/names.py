@@ -1,0 +1,228 @@
+"""Fit names to what the trained side adapter proposes: the last step of the recipe.
+
+Words were fitted to whole regions, exactly cut. Proposals are not exact, and most of them lie on ground that the sets
+of things do not label, so that words of things took it: with the true names of things, and of the ground, the same
+masks labelled half as much again rightly. So the projection, the points of the labelled words and "no object" are moved
+until the pixels are right that the proposals vote for, where what a set does not label must be called by some word of
+the ground. They stay near where they were, as far as the NOVEL words need: how far was chosen by cross-validation.
+
+Letters: B photographs, Q queries, K words, D embedding, P points.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opensan.lab.photo.proposals import Proposed, collect_proposals, present
+from opensan.lab.photo.sets import BACKGROUND, NOVEL, SETS, PhotoSet
+from opensan.lab.photo.words import WordPoints
+from opensan.model import SAN
+from opensan.model.backbones.efficientnet_lite import EfficientNetLiteModel
+from opensan.train.config import LoopConfig
+from opensan.train.loop import Trainer
+from opensan.train.optimizer import ParameterGroup
+from opensan.vocabulary import UNLABELLED
+
+LOOP = LoopConfig(steps=300, batch_size=16, learning_rate=5e-4, warmup=20, clip_norm=None, save_every=100, log_every=20)
+FASTER = 4.0
+"""Factor of the learning rate of points and of "no object"."""
+NOISE = 0.1
+"""Relative deviation of the features, each time they are seen."""
+MOVED = 10.0
+"""Weight of the projection's relative squared change."""
+SHIFTED = 0.1
+"""Weight of the mean squared shift of the labelled words."""
+
+SHARES = {
+    "coco_small": (0.36, 999, True),
+    "coco_mini": (0.12, 999, True),
+    "coco_stuff": (0.16, 999, True),
+    "pets": (0.10, 90, False),
+    "people": (0.06, 60, False),
+    "facades": (0.10, 80, False),
+    "campus": (0.03, 25, False),
+    "library": (0.03, 35, False),
+    "corridor": (0.04, 35, False),
+}
+"""Set -> its share of what is drawn, how many photographs are read, and whether they are read mirrored too."""
+OF_THINGS = ("coco_small", "coco_mini")
+"""Sets that label all things of COCO and no ground."""
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A data set's proposals, and the words that its pixels are compared with."""
+
+    words: tuple[str, ...]
+    """The labels' numbers are their places; words that no pixel is labelled with follow."""
+    rest: Tensor
+    """[K] bool: what an unlabelled pixel may be called; none: it is left out."""
+    share: float
+    photographs: list[Proposed]
+
+    def only(self, keep: Sequence[int]) -> "NamedSet":
+        """Return the set with these photographs alone."""
+        return replace(self, photographs=[self.photographs[index] for index in keep])
+
+
+def named_sets(model: SAN, root: Path, out: Path) -> list[NamedSet]:
+    """Compute what is fitted, or read it from `out` where it was computed before."""
+    sets = []
+    for name, (share, most, mirrored) in SHARES.items():
+        dataset = PhotoSet(root, name, "train", masks_of_novel=False)
+        photographs = collect_proposals(model, dataset, most, mirrored, out / f"{name}.safetensors")
+        print(f"proposals of {name}", flush=True)
+        own = dataset.vocabulary.names
+        unseen = [word for word in BACKGROUND if word not in own] if name in OF_THINGS else []
+        words = (*own, *unseen)
+        rest = torch.tensor([word in unseen or word in SETS[name].also for word in words])
+        sets.append(NamedSet(words, rest, share, photographs))
+    return sets
+
+
+@dataclass(frozen=True)
+class NamedBatch:
+    """Photographs, and the number of each one's set."""
+
+    photographs: tuple[Proposed, ...]
+    sets: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "NamedBatch":
+        """Return the batch itself: it is trained on the processor that made it."""
+        assert device.type == "cpu"
+        return self
+
+
+class NamedPhotographs:
+    """Photographs of all sets, drawn by the sets' shares, those with rare words more often (a `TrainingSource`)."""
+
+    def __init__(self, sets: Sequence[NamedSet]) -> None:
+        self.of = [(number, one) for number, own in enumerate(sets) for one in own.photographs]
+        chances = [own.share * _chances(own) for own in sets]
+        self._limits = np.cumsum(np.concatenate(chances) / sum(own.share for own in sets))
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def name(self, index: int) -> str:
+        return f"photograph {index}"
+
+    def load(self, index: int, generator: np.random.Generator) -> tuple[int, Proposed]:
+        place = min(int(np.searchsorted(self._limits, generator.random())), len(self.of) - 1)
+        number, one = self.of[place]
+        noise = torch.from_numpy(generator.standard_normal(one.means.shape, dtype=np.float32))
+        return number, Proposed(one.means.float() * (1 + NOISE * noise), one.masks.float(), one.labels)
+
+    def collate(self, samples: list[tuple[int, Proposed]]) -> NamedBatch:
+        sets, photographs = zip(*samples, strict=True)
+        return NamedBatch(photographs, sets)
+
+
+def _chances(own: NamedSet) -> np.ndarray:
+    """Weigh photographs by the root of how rare their rarest word is; the sum is 1."""
+    shown = present([one.labels for one in own.photographs], len(own.words))
+    rarest = torch.where(shown, shown.sum(0), len(shown)).amin(1).double()
+    return (rarest**-0.5 / (rarest**-0.5).sum()).numpy()
+
+
+class Names(nn.Module):
+    """The projection, the words' points and "no object": what this step changes. A task of the trainer."""
+
+    def __init__(self, model: SAN, points: WordPoints, sets: Sequence[NamedSet]) -> None:
+        """Start from what the model and the points are; they stay as they are."""
+        super().__init__()
+        assert isinstance(model.clip, EfficientNetLiteModel)
+        projection = model.clip.projection
+        self.first = [projection.weight.detach().float().clone(), projection.bias.detach().float().clone()]
+        self.weight, self.bias = (nn.Parameter(one.clone()) for one in self.first)
+        self.no_object = nn.Parameter(model.no_object_row().detach().float().clone())
+        self.scale = float(model.clip.logit_scale.exp())
+        number = points.lexicon.numbers()
+        self.words = list(dict.fromkeys(word for own in sets for word in own.words))
+        assert not set(self.words) & set(NOVEL)
+        self.numbers = torch.tensor([number[word] for word in self.words])
+        self.start = points.table[self.numbers]
+        self.shift = nn.Parameter(torch.zeros_like(self.start))
+        place = {word: index for index, word in enumerate(self.words)}
+        self.columns = [torch.tensor([place[word] for word in own.words]) for own in sets]
+        self.rests = [own.rest for own in sets]
+
+    def points(self) -> Tensor:
+        """Return the points of `words`, unit length."""
+        return F.normalize(self.start + self.shift, dim=-1)
+
+    def probabilities(self, means: Tensor, rows: Tensor) -> Tensor:
+        """Return [Q, K] from mean features [Q, 1280] and the words' points [K, D], without "no object"."""
+        seen = F.normalize(F.linear(means, self.weight, self.bias), dim=-1)
+        logits = self.scale * seen @ torch.cat([rows, F.normalize(self.no_object, dim=-1)]).T
+        return logits.softmax(-1)[:, :-1]
+
+    def prepare(self, batches: Sequence[NamedBatch]) -> None:
+        """Share nothing between the micro-batches of a step."""
+
+    def forward(self, batch: NamedBatch, prepared: None) -> dict[str, Tensor]:
+        points = self.points()
+        losses = [
+            pixel_loss(self.probabilities(one.means, points[self.columns[number]]), one, self.rests[number])
+            for one, number in zip(batch.photographs, batch.sets, strict=True)
+        ]
+        now = (self.weight, self.bias)
+        moved = [(new - old).square().sum() / old.square().sum() for new, old in zip(now, self.first, strict=True)]
+        return {
+            "loss_pixels": torch.stack(losses).mean(),
+            "loss_moved": MOVED * torch.stack(moved).sum(),
+            "loss_shifted": SHIFTED * self.shift.square().sum(1).mean(),
+        }
+
+    def named(self, points: WordPoints) -> WordPoints:
+        """Return `points` with the projection and the labelled words as they are now."""
+        table = points.table.clone()
+        table[self.numbers] = self.points().detach()
+        return replace(points, weight=self.weight.detach(), bias=self.bias.detach(), table=table)
+
+
+def pixel_loss(probabilities: Tensor, one: Proposed, rest: Tensor) -> Tensor:
+    """Compare what the proposals vote for with the labels of a photograph: mean negative logarithm, a scalar.
+
+    Args:
+        probabilities: [Q, K] of the words.
+        one: the photograph.
+        rest: [K] bool: words for unlabelled pixels, of which any will do.
+
+    Among labelled pixels, each word's count by the root of how many it has, so that small things count for more.
+    """
+    votes = probabilities.T @ one.masks
+    share = votes / votes.sum(0).clamp(min=1e-12)
+    labelled, other = one.labels > UNLABELLED, (one.labels == UNLABELLED) & rest.any()
+    points = (labelled | other).sum().clamp(min=1)
+    right = share.T[labelled].gather(1, one.labels[labelled, None])[:, 0]
+    weight = one.labels[labelled].bincount(minlength=1)[one.labels[labelled]].float().rsqrt()
+    weight = weight / weight.sum().clamp(min=1e-12) * len(right)
+    unnamed = share[rest][:, other].sum(0)
+    losses = (weight * (right + 1e-6).log()).sum() + (unnamed + 1e-6).log().sum()
+    return -losses / points
+
+
+def fit_names(names: Names, sets: Sequence[NamedSet], out: Path, loop: LoopConfig = LOOP) -> bool:
+    """Fit `names` in place; True when it has come to its end. Resumes."""
+    slow, fast = (names.weight, names.bias), (names.no_object, names.shift)
+    groups = [
+        ParameterGroup(("weight", "bias"), slow, loop.learning_rate, 0.0),
+        ParameterGroup(("no_object", "shift"), fast, FASTER * loop.learning_rate, 0.0),
+    ]
+    return Trainer(names, NamedPhotographs(sets), groups, loop, out).run().finished
+
+
+def set_names(model: SAN, names: Names) -> None:
+    """Write what was fitted into the model, in place; its text tower then needs the new points."""
+    assert isinstance(model.clip, EfficientNetLiteModel)
+    with torch.no_grad():
+        model.clip.projection.weight.copy_(names.weight)
+        model.clip.projection.bias.copy_(names.bias)
+        length = model.no_object_embedding.norm()
+        model.no_object_embedding.copy_(length * F.normalize(names.no_object, dim=-1))
