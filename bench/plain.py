@@ -28,11 +28,15 @@ BLOCKED = -100.0
 
 
 class PlainSAN:
-    """Functions on the state of a SAN; shares its memory, so the SAN's float32 weights must stay as they are."""
+    """Functions on the state of a SAN; shares its memory, so the SAN's float32 weights must stay as they are.
+
+    Those that a segmenter laid out for oneDNN are copied.
+    """
 
     def __init__(self, san: SAN) -> None:
         self.config = san.config
-        self.weights = san.state_dict(keep_vars=True)
+        weights = san.state_dict(keep_vars=True)
+        self.weights = {name: w.to_dense() if w.is_mkldnn else w for name, w in weights.items()}
 
     def segment(self, image: np.ndarray, text: Tensor) -> Tensor:
         """Labels [H0, W0] int64 of a photograph [H0, W0, 3] uint8 RGB, asked with unit text rows [K, D]."""

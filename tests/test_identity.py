@@ -200,8 +200,15 @@ def test_a_segmenter_leaves_the_callers_model_as_it_is(fresh_model):
 
 
 def test_a_segmenter_shares_the_memory_of_what_is_frozen(fresh_model):
+    """All but the matrices of blocks, which lie in another order for inference on a CPU."""
     model = fresh_model()
     own = SanSegmenter(model, text_cache=False).model
+    shared = 0
     for name, parameter in model.named_parameters():
-        shared = own.get_parameter(name).data_ptr() == parameter.data_ptr()
-        assert shared is not parameter.requires_grad, name
+        if own.get_parameter(name).is_mkldnn:
+            assert ".resblocks." in name or ".blocks." in name, name
+            continue
+        same = own.get_parameter(name).data_ptr() == parameter.data_ptr()
+        assert same is not parameter.requires_grad, name
+        shared += same
+    assert shared > 20

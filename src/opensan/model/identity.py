@@ -61,6 +61,8 @@ def _hash(config: dict, tensors: Mapping[str, Tensor]) -> str:
 
 def _hash_tensor(tensor: Tensor) -> bytes:
     tensor = tensor.detach()
+    if tensor.is_mkldnn:
+        tensor = tensor.to_dense()
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
     return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()

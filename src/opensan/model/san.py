@@ -100,12 +100,13 @@ class SAN(nn.Module):
     def snapshot(self) -> "SAN":
         """Return a copy for inference: frozen, in evaluation mode; this model is unchanged.
 
-        What training may change (parameters that require a gradient) is copied; all else, which is most of it, shares
-        its memory with this model.
+        What training may change (parameters that require a gradient) is copied, as are matrices laid out for oneDNN;
+        all else, which is most of it, shares its memory with this model.
         """
         memo: dict[int, object] = {id(self.config): self.config}
         for parameter in self.parameters():
             values = parameter.detach()
+            values = values.to_dense() if values.is_mkldnn else values
             values = values.clone() if parameter.requires_grad else values
             memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
         memo |= {id(buffer): buffer.detach() for buffer in self.buffers()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opensan.model import SAN
-from opensan.model.transformer import Block
+from opensan.model.transformer import Block, pack
 from opensan.structures import Proposals
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,6 +50,8 @@ def prepare_image_half(model: SAN, device: torch.device, speed: str, dtype: torc
         narrow_matrices(model, dtype)
         return CudaGraphs(_compiled(model, dtype))
     narrow_matrices(model, dtype, speed)
+    if device.type == "cpu":
+        pack_matrices(model)
     return model.propose
 
 
@@ -72,6 +74,17 @@ def narrow_blocks(blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
             for parameter in block.parameters():
                 if parameter.ndim == 2:
                     parameter.data = parameter.data.to(dtype)
+
+
+def pack_matrices(model: SAN) -> None:
+    """Replace the matrices of the transformer blocks by ones laid out as oneDNN multiplies by them."""
+    last = model.clip.blocks()[-1]
+    for block in model.blocks():
+        if isinstance(block, Block):
+            for module in block.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.ndim == 2 and not (block is last and parameter is block.parts().qkv_weight):
+                        setattr(module, name, nn.Parameter(pack(parameter.data), requires_grad=False))
 
 
 def _compiled(model: SAN, dtype: torch.dtype) -> ImageHalf:
