@@ -14,3 +14,6 @@ ExportFormat = Literal["onnx", "openvino", "torch"]
 
 ExportDtype = Literal["float32", "float16", "bfloat16", "int8"]
 """Precision of an exported model's weights."""
+
+AblationData = Literal["scenes", "photographs"]
+"""Images that ablations are trained and tested on: drawn ones, or CamVid and LabelMeFacade."""

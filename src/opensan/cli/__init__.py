@@ -17,6 +17,7 @@ from opensan.cli.data import data
 from opensan.cli.demo import demo
 from opensan.cli.evaluate import evaluate
 from opensan.cli.export import export
+from opensan.cli.lab import lab
 from opensan.cli.models import convert, models, parity
 from opensan.cli.profile import profile
 from opensan.cli.raster import segment_raster
@@ -51,6 +52,7 @@ app.command(cls=Command)(profile)
 app.command(cls=Command)(serve)
 app.command(cls=Command)(ui)
 app.add_typer(data)
+app.add_typer(lab)
 
 
 def _print_version(wanted: bool) -> None:
