@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from opensan.checkpoints import load_model, random_model
+from opensan.checkpoints import build_empty, load_model, random_model
 from opensan.checkpoints.presets import PRESETS
 from opensan.evaluation.cost import LABEL_MAP, count_multiply_adds, count_parameters
 from opensan.images import network_size, padded_size
@@ -69,7 +69,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
     config = own.image_config
     size = padded_size(network_size(options.size, config), config)
     parts = count_multiply_adds(own.model.config, size, options.words)
-    parameters = count_parameters(own.model)["all"]
+    parameters = count_parameters(build_empty(own.model.config))["all"]  # a segmenter's own are all frozen
     wall, processor = [], []
     for _ in range(options.rounds):
         started = time.perf_counter(), time.process_time()
