@@ -20,7 +20,7 @@ RUNTIME = {"onnx": "onnxruntime>=1.20", "openvino": "openvino>=2025.0"}
 
 
 OWN_TOKENIZER = "tokenizers>=0.21"
-"""What reads the tokenizer.json of models whose text tower has one."""
+"""The library that reads the tokenizer.json of models whose text tower has one."""
 
 
 def requirements(format: str, *, own_tokenizer: bool = False) -> str:
