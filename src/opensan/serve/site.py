@@ -9,7 +9,8 @@ from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
-_PACKAGE = Path(__file__).parents[1]
+from opensan.files import ASSETS
+
 _HEADERS = {
     # No other origins, no inline code; blob: is for data that the page itself makes.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
@@ -34,6 +35,7 @@ class _Files(StaticFiles):
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve the page at "/" and the package's drawn scenes at "/scenes"; to be called after all other routes."""
-    app.mount("/scenes", _Files(directory=_PACKAGE / "assets" / "scenes"))
-    app.mount("/", _Files(directory=_PACKAGE / "serve" / "page", html=True))
+    """Serve the page at "/", the package's pictures at "/scenes" and "/photographs"; to be called after all routes."""
+    for pictures in ("scenes", "photographs"):
+        app.mount(f"/{pictures}", _Files(directory=ASSETS / pictures))
+    app.mount("/", _Files(directory=Path(__file__).parent / "page", html=True))

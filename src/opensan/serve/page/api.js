@@ -33,7 +33,7 @@ function asJson(body, accept, signal) {
   return { method: "POST", headers, body: JSON.stringify(body), signal };
 }
 
-/** What the service is: {model, limits}. */
+/** What the service is: {model, models, limits}. */
 export async function information() {
   return (await call("v1/info")).json();
 }
@@ -52,10 +52,10 @@ export async function alive() {
   }
 }
 
-/** Sends a photograph to be looked at: {id, width, height}. */
-export async function encode(blob) {
+/** Sends a photograph to be looked at by a model: {id, width, height}. */
+export async function encode(blob, model) {
   const headers = { "Content-Type": blob.type || "application/octet-stream" };
-  return (await call("v1/encodings", { method: "POST", headers, body: blob })).json();
+  return (await call(`v1/encodings?model=${encodeURIComponent(model)}`, { method: "POST", headers, body: blob })).json();
 }
 
 /** Lets the service forget a photograph; nothing depends on it. */

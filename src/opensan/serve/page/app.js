@@ -1,32 +1,41 @@
 // Wires the page: the photograph, the two sides, what is pressed, and what goes wrong.
 
 import { ServiceError, alive, encode, forget, information, palettes, result } from "./api.js";
+import { Camera } from "./camera.js";
 import { Colours } from "./colours.js";
-import { SCENES, vocabulariesOf } from "./examples.js";
+import { vocabulariesOf } from "./examples.js";
 import { Inspect } from "./inspect.js";
 import { Side } from "./side.js";
+import { Sources, credit } from "./sources.js";
 import { Stage } from "./stage.js";
+import { linkTo, linked, recall, recallPicture, remember, rememberPicture, unlink } from "./store.js";
 
 const element = (id) => document.getElementById(id);
 
 class App {
-  constructor({ model, limits }, palettes) {
+  constructor({ model, models, limits }, palettes) {
     this.maxBytes = limits.request_bytes;
+    this.models = models;
+    this.model = models[0];
     this.colours = new Colours(palettes);
-    this.vocabularies = vocabulariesOf(model);
     this.sides = [];
     this.photograph = null; // {blob, name, encoding {id, width, height}, shown}
-    element("model").textContent = model;
+    this.suggested = ""; // the words that came with an example
     this.stage = new Stage({
       onRead: (cursor, aloud) => this.read(cursor, aloud),
-      onExplain: (cursor) => this.inspect.show(this.sides[this.stage.sideAt(cursor.x)], cursor),
+      onExplain: (cursor) => this.#explain(cursor),
     });
     this.inspect = new Inspect(this);
+    this.camera = new Camera(this, (running) => this.#cameraRuns(running));
+    this.sources = new Sources(this);
     this.sides.push(this.#side(0), this.#side(1));
     this.#compare(false);
-    this.#listPalettes();
+    element("model").title = `The service was started with ${model}`;
+    for (const name of models) element("model").append(new Option(name));
+    for (const name of this.colours.names) element("palette").append(new Option(name));
+    this.#useModel(this.model);
     this.#wire();
-    this.#listScenes();
+    this.#restore();
   }
 
   get ready() {
@@ -42,19 +51,48 @@ class App {
     this.colours.assign(this.sides.flatMap((side) => side.named));
   }
 
-  #listPalettes() {
-    const select = element("palette");
-    select.append(...this.colours.names.map((name) => new Option(name)));
-    select.addEventListener("change", () => {
-      this.colours.choose(select.value);
-      for (const side of this.sides) side.dress(), side.paint();
-    });
-  }
-
   #side(number) {
     const root = element("side-template").content.cloneNode(true).querySelector(".side");
     element("sides").append(root);
     return new Side(this, number, root);
+  }
+
+  // What survives a reload
+
+  get state() {
+    const sides = this.sides.map(({ words, background }) => ({ words: words.all, background: background.all }));
+    const { model, suggested } = this;
+    return { sides, model, suggested, compare: this.comparing, palette: this.colours.name, opacity: element("opacity").value };
+  }
+
+  #remember() {
+    remember(this.state);
+  }
+
+  #apply(state) {
+    if (!state) return;
+    this.suggested = state.suggested ?? "";
+    this.#opacity(state.opacity ?? element("opacity").value);
+    this.#usePalette(state.palette ?? this.colours.name);
+    if (this.models.includes(state.model)) this.#useModel(state.model);
+    for (const [number, { words, background }] of state.sides.entries()) this.sides[number]?.set(words, background);
+    this.#compare(Boolean(state.compare));
+  }
+
+  async #restore() {
+    this.#apply(recall());
+    this.#openLink();
+    const picture = await recallPicture();
+    if (picture && !this.photograph && !this.camera.running) this.open(picture.blob, picture.name);
+  }
+
+  #openLink() {
+    const state = linked();
+    if (!state) return;
+    this.#apply({ ...this.state, ...state });
+    if (!this.models.includes(state.model)) this.problem(`The link names the model ${state.model}, which is not here: its words are shown with ${this.model}.`);
+    this.#remember();
+    for (const side of this.sides) side.ask();
   }
 
   // The photograph
@@ -71,16 +109,20 @@ class App {
       this.problem(`${name} is not a picture that this browser can read. JPEG, PNG and WebP work everywhere.`);
       return;
     }
+    const photograph = { blob, name, shown: false };
+    this.camera.stop();
     const before = this.photograph;
-    const photograph = (this.photograph = { blob, name, shown: false });
+    this.photograph = photograph;
+    rememberPicture({ blob, name });
     this.inspect.close();
-    element("welcome").hidden = true;
+    this.#makeRoom();
+    credit(name);
     this.stage.open(bitmap);
     this.#waiting(true);
     for (const side of this.sides) side.forget(), side.paint();
     this.#allow();
     try {
-      photograph.encoding = await encode(blob);
+      photograph.encoding = await encode(blob, this.model);
       if (photograph !== this.photograph) return;
       photograph.shown = true;
       this.problem("");
@@ -94,6 +136,24 @@ class App {
     }
   }
 
+  /** A picture of the package, with its words unless somebody's own are there. */
+  async openExample(example) {
+    try {
+      const response = await fetch(example.file);
+      if (!response.ok) throw new TypeError();
+      const [side] = this.sides;
+      if (!side.question() || this.suggested === side.words.texts.join()) {
+        this.suggested = example.words.join();
+        side.set(example.words, side.background.texts);
+        this.edited();
+      }
+      await this.open(await response.blob(), example.file);
+    } catch (error) {
+      if (!(error instanceof TypeError)) throw error;
+      this.failed(new ServiceError("The service does not answer."), () => this.openExample(example));
+    }
+  }
+
   /** `ask(id)` about the photograph; if the service has forgotten it, it is sent once more. */
   async withEncoding(ask) {
     const { photograph } = this;
@@ -101,16 +161,59 @@ class App {
       return await ask(photograph.encoding.id);
     } catch (error) {
       if (!(error instanceof ServiceError) || error.status !== 404) throw error;
-      photograph.again ??= encode(photograph.blob).finally(() => (photograph.again = null));
+      photograph.again ??= encode(photograph.blob, this.model).finally(() => (photograph.again = null));
       photograph.encoding = await photograph.again;
       return ask(photograph.encoding.id);
     }
+  }
+
+  async #explain(cursor) {
+    await this.camera.stop();
+    if (this.ready) this.inspect.show(this.sides[this.stage.sideAt(cursor.x)], cursor);
+  }
+
+  #makeRoom() {
+    element("welcome").hidden = true;
+    element("ask").hidden = false;
+    scrollTo({ top: 0 }); // the examples are at the end of a phone's page
+  }
+
+  // The camera
+
+  /** The camera's pictures take the photograph's place. */
+  watch() {
+    if (this.photograph?.encoding) forget(this.photograph.encoding.id);
+    this.photograph = null;
+    this.inspect.close();
+    this.#makeRoom();
+    credit("");
+    this.problem("");
+    this.speak("The camera runs. Type words; Camera again stops it.");
+    for (const side of this.sides) side.forget();
+    this.#allow();
+  }
+
+  tellRate(rate) {
+    element("time").textContent = rate ? `${rate < 10 ? rate.toFixed(1) : Math.round(rate)} frames a second` : "";
+    this.read(this.stage.cursor);
+  }
+
+  #cameraRuns(running) {
+    for (const button of document.querySelectorAll("[data-do=camera]")) {
+      button.textContent = running ? "Stop camera" : button.dataset.label;
+      button.classList.toggle("on", running);
+    }
+    element("stage").classList.toggle("live", running);
+    element("time").textContent = "";
   }
 
   // What the sides report
 
   edited() {
     this.inspect.close();
+    unlink();
+    element("copied").textContent = "";
+    this.#remember();
     this.#allow();
   }
 
@@ -182,9 +285,10 @@ class App {
   #allow() {
     const possible = this.ready && this.sides.some((side) => side.question());
     for (const button of document.querySelectorAll("[data-download]")) button.disabled = !possible;
+    element("link").disabled = !this.sides[0].named.length;
   }
 
-  // Downloads
+  // What is taken away
 
   async #download(kind) {
     const sides = this.sides.filter((side) => !side.root.hidden && side.question());
@@ -193,7 +297,7 @@ class App {
         const question = side.question();
         if (kind === "overlay") question.colours = Object.fromEntries(side.named.map((text) => this.#named(text)));
         const [blob, ending] = await this.withEncoding((id) => result(id, question, kind));
-        const stem = this.photograph.name.replace(/\.[^.]*$/, "") || "photograph";
+        const stem = this.photograph.name.replace(/.*\/|\.[^.]*$/g, "") || "photograph";
         save(blob, `${stem}${sides.length > 1 ? `.${"ab"[side.number]}` : ""}${ending}`);
       } catch (error) {
         side.failed(error);
@@ -205,70 +309,88 @@ class App {
     return [text.split("|")[0], this.colours.hex(text)];
   }
 
-  // What is pressed, dropped and pasted
+  async #copyLink() {
+    const address = linkTo(this.state);
+    history.replaceState(null, "", address);
+    let told = "The link is copied.";
+    try {
+      await navigator.clipboard.writeText(address);
+    } catch {
+      told = "The link stands in the address bar: copy it there.";
+    }
+    element("copied").textContent = told;
+  }
+
+  // What is chosen and pressed
 
   #compare(on) {
     element("compare").checked = on;
     this.sides[1].root.hidden = !on;
     this.sides.forEach((side, number) => side.call(on ? "AB"[number] : ""));
     this.stage.compare(on);
+    this.assignColours();
+  }
+
+  #opacity(percent) {
+    element("opacity").value = percent;
+    this.stage.opacity(element("opacity").value);
+  }
+
+  #usePalette(name) {
+    this.colours.choose(name);
+    element("palette").value = this.colours.name;
+    for (const side of this.sides) side.dress(), side.paint();
+  }
+
+  #useModel(name) {
+    this.model = name;
+    element("model").value = name;
+    this.sources.list(name);
+    for (const side of this.sides) side.offer(vocabulariesOf(name));
   }
 
   #wire() {
-    const pick = () => element("file").click();
-    element("open").addEventListener("click", pick);
-    element("choose").addEventListener("click", pick);
-    element("file").addEventListener("change", ({ target }) => {
-      if (target.files[0]) this.open(target.files[0], target.files[0].name);
-      target.value = "";
-    });
+    const actions = {
+      upload: () => this.sources.upload(),
+      paste: () => this.sources.paste(),
+      camera: () => (this.camera.running ? this.camera.stop() : this.camera.start()),
+    };
+    for (const button of document.querySelectorAll("[data-do]")) button.addEventListener("click", actions[button.dataset.do]);
     element("opacity").addEventListener("input", ({ target }) => this.stage.opacity(target.value));
+    element("opacity").addEventListener("change", () => this.#remember());
+    element("palette").addEventListener("change", ({ target }) => {
+      this.#usePalette(target.value);
+      this.#remember();
+    });
+    element("model").addEventListener("change", ({ target }) => {
+      this.#useModel(target.value);
+      this.#remember();
+      if (this.photograph) this.open(this.photograph.blob, this.photograph.name);
+    });
     element("compare").addEventListener("change", ({ target }) => {
       this.#compare(target.checked);
+      this.#remember();
       if (target.checked) this.sides[1].input.focus();
     });
+    element("link").addEventListener("click", () => this.#copyLink());
+    addEventListener("hashchange", () => this.#openLink());
     for (const button of document.querySelectorAll("[data-download]")) {
       button.addEventListener("click", () => this.#download(button.dataset.download));
     }
     element("help-button").addEventListener("click", () => element("help").showModal());
-    this.#takeFiles();
-    document.addEventListener("keydown", (event) => this.#shortcut(event, pick));
+    document.addEventListener("keydown", (event) => this.#shortcut(event, actions));
   }
 
-  #takeFiles() {
-    const stage = element("stage");
-    document.addEventListener("dragover", (event) => {
-      event.preventDefault();
-      stage.classList.add("dropping");
-    });
-    document.addEventListener("dragleave", (event) => event.relatedTarget || stage.classList.remove("dropping"));
-    document.addEventListener("drop", (event) => {
-      event.preventDefault();
-      stage.classList.remove("dropping");
-      const [file] = event.dataTransfer.files;
-      if (file) this.open(file, file.name);
-    });
-    document.addEventListener("paste", (event) => {
-      const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
-      if (!file) return;
-      event.preventDefault();
-      this.open(file, file.name || "pasted.png");
-    });
-  }
-
-  #shortcut(event, pick) {
+  #shortcut(event, { upload, camera }) {
     if (event.ctrlKey || event.metaKey || event.altKey || element("help").open) return;
     if (event.key === "Escape") this.inspect.close();
-    if (event.target.matches("input[type=text]")) return;
-    const nudge = (by) => {
-      const slider = element("opacity");
-      slider.value = Number(slider.value) + by;
-      this.stage.opacity(slider.value);
-    };
+    if (event.target.matches("input[type=text], select")) return;
+    const nudge = (by) => this.#opacity(Number(element("opacity").value) + by);
     const actions = {
       "/": () => this.sides[0].input.focus(),
       p: () => this.stage.frame.hidden || this.stage.pointing.focus(),
-      o: pick,
+      o: upload,
+      v: camera,
       "[": () => nudge(-10),
       "]": () => nudge(10),
       c: () => element("compare").click(),
@@ -278,38 +400,6 @@ class App {
     if (!action) return;
     event.preventDefault();
     action();
-  }
-
-  #listScenes() {
-    for (const [name, words] of SCENES) {
-      const item = document.createElement("li");
-      const button = document.createElement("button");
-      button.type = "button";
-      const picture = document.createElement("img");
-      Object.assign(picture, { src: `scenes/${name}.png`, alt: "", width: 96, height: 72 });
-      const title = document.createElement("span");
-      title.textContent = name;
-      button.append(picture, title);
-      button.addEventListener("click", () => this.#openScene(name, words));
-      item.append(button);
-      element("scenes").append(item);
-    }
-  }
-
-  async #openScene(name, words) {
-    try {
-      const blob = await (await fetch(`scenes/${name}.png`)).blob();
-      const [side] = this.sides;
-      // Words of another scene make room; a person's own stay.
-      if (!side.question() || this.suggested === side.words.texts.join()) {
-        side.words.set(words);
-        side.dress();
-        this.suggested = words.join();
-      }
-      await this.open(blob, `${name}.png`);
-    } catch {
-      this.failed(new ServiceError("The service does not answer."), () => this.#openScene(name, words));
-    }
   }
 }
 

@@ -71,7 +71,7 @@ export class Inspect {
     text.textContent = percent(share);
     const kind = document.createElement("span");
     kind.className = "faint";
-    kind.textContent = `most like ${word}`;
+    kind.textContent = word;
     const label = `This region gives ${percent(share)} of the score. It is most like ${word}, and by ${percent(probability)} like the winner.`;
     button.setAttribute("aria-label", label);
     button.title = label;

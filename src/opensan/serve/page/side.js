@@ -30,7 +30,6 @@ export class Side {
       onChange: (event) => this.changed(event),
       onRepeat: (message) => this.#repeat(message),
     });
-    this.#listExamples();
     this.highlighted = null;
     this.settling = null;
     this.forget();
@@ -45,12 +44,20 @@ export class Side {
 
   /** Names of all that has a colour here, the word being typed included. */
   get named() {
-    return [...this.words.texts, this.words.draft].filter(Boolean);
+    return this.words.all;
   }
 
-  #listExamples() {
+  set(words, background) {
+    this.words.set(words);
+    this.background.set(background);
+    this.dress();
+  }
+
+  /** Lists vocabularies to begin with, [title, words]. */
+  offer(vocabularies) {
     const list = this.root.querySelector(".examples");
-    for (const [title, words] of this.app.vocabularies) {
+    list.replaceChildren("Try ");
+    for (const [title, words] of vocabularies) {
       const button = document.createElement("button");
       Object.assign(button, { type: "button", className: "link", textContent: title, title: words.join(", ") });
       button.addEventListener("click", (event) => {
@@ -141,6 +148,14 @@ export class Side {
     if (this.settled) this.#sort();
     this.paint();
     this.app.painted(since);
+  }
+
+  /** Takes an answer to a picture of the camera; null where there are no words. */
+  take(answer) {
+    this.answer = answer;
+    this.wrong("");
+    this.dress();
+    this.paint();
   }
 
   #clear() {

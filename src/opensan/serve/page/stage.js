@@ -33,6 +33,7 @@ export class Stage {
     this.cross = element("cross");
     this.tip = element("tip");
     this.splitter = element("split");
+    this.photo.getContext("2d", { willReadFrequently: true }); // `mute` reads each of the camera's pictures
     this.grey = document.createElement("canvas");
     this.size = { width: 0, height: 0 };
     this.cursor = null;
@@ -44,7 +45,14 @@ export class Stage {
     this.split(50);
   }
 
-  /** Shows a photograph (ImageBitmap); what lay over the last one goes. */
+  /** Shows the camera's next picture, a canvas; what lies over the last one stays until it is painted anew. */
+  renew(canvas) {
+    if (this.frame.hidden || canvas.width !== this.size.width || canvas.height !== this.size.height) return this.open(canvas);
+    this.photo.getContext("2d").drawImage(canvas, 0, 0);
+    mute(this.photo, this.grey);
+  }
+
+  /** Shows a photograph (ImageBitmap or canvas); what lay over the last one goes. */
   open(bitmap) {
     this.size = { width: bitmap.width, height: bitmap.height };
     this.step = Math.max(1, Math.ceil(Math.sqrt((bitmap.width * bitmap.height) / MOST_PIXELS)));

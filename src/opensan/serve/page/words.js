@@ -69,6 +69,11 @@ export class Words {
     return this.words.map((word) => word.text);
   }
 
+  /** The texts, with that being typed. */
+  get all() {
+    return this.draft ? [...this.texts, this.draft] : this.texts;
+  }
+
   set(texts) {
     this.words = [];
     this.chips.replaceChildren();
