@@ -79,8 +79,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def embed_prompt_tree(self, tree: PromptTree) -> Tensor:
-        """Embed the prompts of `tree` as `embed_prompts` does, shared beginnings once: [P, D]. Causal towers only
-        (`config.clip.text.causal`), in which a token of a prompt attends only to earlier ones."""
+        """Embed the prompts of `tree` as `embed_prompts` does, shared beginnings once: [P, D].
+
+        For causal towers only (`config.clip.text.causal`), in which a token of a prompt attends only to earlier ones.
+        """
         raise NotImplementedError
 
     def token_table(self) -> Tensor:
