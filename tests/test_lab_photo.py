@@ -1,5 +1,6 @@
 """The recipe of the packaged model for photographs: crops, cut-outs, queries that have a place, and names."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,11 @@ from opensan.lab.photo.names import (
     fit_names,
     pixel_loss,
     set_names,
+    word_rows,
 )
 from opensan.lab.photo.paste import CutOuts
 from opensan.lab.photo.proposals import Proposed, collect_proposals, propose
 from opensan.lab.photo.sets import HIDDEN, PhotoSet
-from opensan.lab.photo.words import Lexicon, WordPoints
 from opensan.model import SAN, build_san
 from opensan.structures import TextClassifier
 from opensan.train.matcher import LossWeights
@@ -183,15 +184,6 @@ def test_training_finds_the_segments_and_leaves_the_tower_alone(root: Path):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.clip.state_dict().items())
 
 
-POINTS = ["dog", "sky", "grass", "zebra"]
-
-
-def word_points() -> WordPoints:
-    table = F.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(2)), dim=-1)
-    lexicon = Lexicon(POINTS, [(0,), (), (), (1,)], {number: [] for number in range(4)}, 4)
-    return WordPoints(torch.zeros(32, 1280), torch.zeros(32), torch.tensor(30.0), table, lexicon)
-
-
 def halves(count: int) -> list[Proposed]:
     """Two proposals: the left half is a dog, the right half is not labelled; features tell them apart."""
     generator = torch.Generator().manual_seed(0)
@@ -231,26 +223,28 @@ def test_small_things_count_for_more_than_their_pixels():
     torch.testing.assert_close(small_wrong, torch.tensor(-np.log(0.1) / (15**0.5 + 1), dtype=torch.float32))
 
 
-def test_names_follow_the_proposals_and_novel_words_keep_their_points(tmp_path: Path):
-    model, points, sets = made(), word_points(), [one_set()]
-    names = Names(model, points, sets)
+def test_names_follow_the_proposals(tmp_path: Path):
+    model, sets = made(), [one_set()]
+    names = Names(model, sets)
     source = NamedPhotographs(sets)
     batch = source.collate([source.load(index, np.random.default_rng(index)) for index in range(4)])
     assert isinstance(batch, NamedBatch)
     before = names(batch, None)["loss_pixels"].item()
     assert fit_names(names, sets, tmp_path, LOOP.model_copy(update={"steps": 60, "warmup": 0, "batch_size": 4}))
     assert names(batch, None)["loss_pixels"].item() < 0.3 * before
-    named = names.named(points)
-    assert torch.equal(named.table[3], points.table[3])
-    assert not torch.equal(named.table[0], points.table[0])
 
     set_names(model, names)
     one = halves(1)[0]
-    rows = named.rows(["dog", "sky", "grass"])
+    rows = word_rows(model, ["dog", "sky", "grass"])
     logits = model.clip.logit_scale.exp() * model.clip.embed(one.means.float()) @ rows.T
     expected = names.probabilities(one.means.float(), rows)
     torch.testing.assert_close(logits.softmax(-1), expected / expected.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5)
     assert expected[0].argmax() == 0 and expected[1, 1:].sum() > expected[1, 0]
+
+
+def test_masks_of_novel_words_are_no_part_of_names():
+    with pytest.raises(AssertionError):
+        Names(made(), [replace(one_set(), words=("dog", "zebra", "grass"))])
 
 
 def test_proposals_are_what_recognition_reads_and_are_kept(tmp_path: Path):

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 import opensan
-from opensan.checkpoints.hub import BUNDLED
+from opensan.checkpoints.hub import BUNDLED, model_on_disk
+from opensan.checkpoints.presets import PRESETS
 from opensan.cli.demo import PHOTOGRAPHS, WORDS
 
 
@@ -45,3 +46,13 @@ def test_demo_needs_no_network(run, tmp_path, name):
     assert code == 0 and not stderr
     assert str(tmp_path / f"{name}.overlay.png") in stdout.replace("\n", "")
     assert (tmp_path / f"{name}.overlay.png").stat().st_size > 10_000
+
+
+def test_the_page_takes_official_weights_that_are_on_disk_and_photo_otherwise(monkeypatch, tmp_path):
+    cached = {}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _repository, file: cached.get(file))
+    assert model_on_disk() == "photo"
+    cached[PRESETS["san-vit-l14"].official.file] = str(tmp_path)
+    assert model_on_disk() == "san-vit-l14"
+    cached[PRESETS["san-vit-b16"].official.file] = str(tmp_path)
+    assert model_on_disk() == "san-vit-b16"

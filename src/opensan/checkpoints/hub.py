@@ -55,6 +55,17 @@ def load_model(source: str | os.PathLike) -> SAN:
     )
 
 
+def model_on_disk() -> str:
+    """Name the best model for photographs that needs no download: the official one in the hub's cache, or `photo`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("san-vit-b16", "san-vit-l14"):
+        official = PRESETS[name].official
+        if official and isinstance(try_to_load_from_cache(OFFICIAL_REPOSITORY, official.file), str):
+            return name
+    return "photo"
+
+
 def preset_config(name: str) -> ModelConfig:
     """Return the configuration of a preset. Raises UserError naming the known ones."""
     if name in BUNDLED:

@@ -31,18 +31,18 @@ def say_what_tiny_knows(model: str, images: Iterable[Path]) -> None:
 MODEL, RESULTS = "Model", "Results"
 """Groups of options in the help."""
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        autocompletion=lambda incomplete: starting_with(incomplete, MODELS),
-        help="san-vit-b16, san-vit-l14 (official weights, downloaded once), photo, tiny (come along, work offline; "
-        "tiny knows drawn scenes only), a folder, a .safetensors, an official .pth, or a hub id owner/name. "
-        "maskclip:MODEL, two-stage:MODEL, mask-tokens:MODEL: other methods on its weights.",
-        rich_help_panel=MODEL,
-    ),
-]
+_model_option = typer.Option(
+    "--model",
+    "-m",
+    autocompletion=lambda incomplete: starting_with(incomplete, MODELS),
+    help="san-vit-b16, san-vit-l14 (official weights, downloaded once), photo, tiny (come along, work offline; "
+    "tiny knows drawn scenes only), a folder, a .safetensors, an official .pth, or a hub id owner/name. "
+    "maskclip:MODEL, two-stage:MODEL, mask-tokens:MODEL: other methods on its weights.",
+    rich_help_panel=MODEL,
+)
+Model = Annotated[str, _model_option]
+ModelOnDisk = Annotated[str | None, _model_option]
+"""None: the official weights if they are on disk, else `photo`."""
 Device = Annotated[
     str,
     typer.Option(help="auto (cuda where it works, else cpu), cpu, cuda, cuda:1, mps.", rich_help_panel=MODEL),

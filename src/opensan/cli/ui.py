@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from opensan.cli.options import Device, Model, SpeedChoice
+from opensan.cli.options import Device, ModelOnDisk, SpeedChoice
 from opensan.cli.serve import require_serve_extra
 from opensan.cli.terminal import note
 
@@ -16,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 def ui(
-    model: Model = "san-vit-b16",
+    model: ModelOnDisk = None,
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8321,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in your browser.")] = True,
     device: Device = "auto",
@@ -24,10 +24,11 @@ def ui(
 ) -> None:
     """Open a page where words act at once: an image is encoded once, and every keystroke updates the labels.
 
-    It listens on this machine only. Ctrl-C ends it.
+    Without --model it takes the official weights if they are on disk, else photo. It listens on this machine only.
+    Ctrl-C ends it.
     """
     require_serve_extra()
-    from opensan.checkpoints.hub import BUNDLED
+    from opensan.checkpoints.hub import BUNDLED, model_on_disk
     from opensan.segmenters.load import load
     from opensan.serve import ServiceLimits, create_app
     from opensan.serve.server import bind, run
@@ -38,6 +39,7 @@ def ui(
             Thread(target=webbrowser.open, args=(url,), daemon=True).start()  # some browsers return only when they end
 
     listener = bind(HOST, port)
+    model = model or model_on_disk()
     note(f"loading {model}")
     limits = ServiceLimits()
     # Every half-typed word is embedded, which would fill a disk cache.

@@ -2,9 +2,10 @@
 
 Words were fitted to whole regions, exactly cut. Proposals are not exact, and most of them lie on ground that the sets
 of things do not label, so that words of things took it: with the true names of things, and of the ground, the same
-masks labelled half as much again rightly. So the projection, the points of the labelled words and "no object" are moved
-until the pixels are right that the proposals vote for, where what a set does not label must be called by some word of
-the ground. They stay near where they were, as far as the NOVEL words need: how far was chosen by cross-validation.
+masks labelled half as much again rightly. So the projection of what is seen, and "no object", move until the pixels are
+right that the proposals vote for, where what a set does not label must be called by some word of the ground. Words stay
+where the text tower puts them; the projection stays near where it was, as NOVEL words need. How far it may go was
+chosen by cross-validation over the training photographs of COCO.
 
 Letters: B photographs, Q queries, K words, D embedding, P points.
 """
@@ -20,23 +21,23 @@ from torch import Tensor, nn
 
 from opensan.lab.photo.proposals import Proposed, collect_proposals, present
 from opensan.lab.photo.sets import BACKGROUND, NOVEL, SETS, PhotoSet
-from opensan.lab.photo.words import WordPoints
 from opensan.model import SAN
 from opensan.model.backbones.efficientnet_lite import EfficientNetLiteModel
+from opensan.text.encoder import TextEncoder
 from opensan.train.config import LoopConfig
 from opensan.train.loop import Trainer
 from opensan.train.optimizer import ParameterGroup
-from opensan.vocabulary import UNLABELLED
+from opensan.vocabulary import UNLABELLED, Vocabulary
 
-LOOP = LoopConfig(steps=300, batch_size=16, learning_rate=5e-4, warmup=20, clip_norm=None, save_every=100, log_every=20)
+LOOP = LoopConfig(steps=150, batch_size=16, learning_rate=5e-4, warmup=20, clip_norm=None, save_every=100, log_every=20)
 FASTER = 4.0
-"""Factor of the learning rate of points and of "no object"."""
+"""Factor of the learning rate of "no object"."""
 NOISE = 0.1
 """Relative deviation of the features, each time they are seen."""
+GROUND = 1.0
+"""Weight of pixels that a set does not label, beside those that it does."""
 MOVED = 10.0
 """Weight of the projection's relative squared change."""
-SHIFTED = 0.1
-"""Weight of the mean squared shift of the labelled words."""
 
 SHARES = {
     "coco_small": (0.36, 999, True),
@@ -131,59 +132,48 @@ def _chances(own: NamedSet) -> np.ndarray:
 
 
 class Names(nn.Module):
-    """The projection, the words' points and "no object": what this step changes. A task of the trainer."""
+    """The projection and "no object": what this step changes. A task of the trainer."""
 
-    def __init__(self, model: SAN, points: WordPoints, sets: Sequence[NamedSet]) -> None:
-        """Start from what the model and the points are; they stay as they are."""
+    def __init__(self, model: SAN, sets: Sequence[NamedSet]) -> None:
+        """Start from what the model is; it stays as it is."""
         super().__init__()
         assert isinstance(model.clip, EfficientNetLiteModel)
+        assert not {word for own in sets for word in own.words} & set(NOVEL)
         projection = model.clip.projection
         self.first = [projection.weight.detach().float().clone(), projection.bias.detach().float().clone()]
         self.weight, self.bias = (nn.Parameter(one.clone()) for one in self.first)
         self.no_object = nn.Parameter(model.no_object_row().detach().float().clone())
         self.scale = float(model.clip.logit_scale.exp())
-        number = points.lexicon.numbers()
-        self.words = list(dict.fromkeys(word for own in sets for word in own.words))
-        assert not set(self.words) & set(NOVEL)
-        self.numbers = torch.tensor([number[word] for word in self.words])
-        self.start = points.table[self.numbers]
-        self.shift = nn.Parameter(torch.zeros_like(self.start))
-        place = {word: index for index, word in enumerate(self.words)}
-        self.columns = [torch.tensor([place[word] for word in own.words]) for own in sets]
+        self.rows = [word_rows(model, own.words) for own in sets]
         self.rests = [own.rest for own in sets]
 
-    def points(self) -> Tensor:
-        """Return the points of `words`, unit length."""
-        return F.normalize(self.start + self.shift, dim=-1)
-
     def probabilities(self, means: Tensor, rows: Tensor) -> Tensor:
-        """Return [Q, K] from mean features [Q, 1280] and the words' points [K, D], without "no object"."""
+        """Return [..., Q, K] from mean features [..., Q, 1280] and words' rows [K, D], without "no object"."""
         seen = F.normalize(F.linear(means, self.weight, self.bias), dim=-1)
+        return self._probabilities(seen, rows)
+
+    def _probabilities(self, seen: Tensor, rows: Tensor) -> Tensor:
         logits = self.scale * seen @ torch.cat([rows, F.normalize(self.no_object, dim=-1)]).T
-        return logits.softmax(-1)[:, :-1]
+        return logits.softmax(-1)[..., :-1]
 
     def prepare(self, batches: Sequence[NamedBatch]) -> None:
         """Share nothing between the micro-batches of a step."""
 
     def forward(self, batch: NamedBatch, prepared: None) -> dict[str, Tensor]:
-        points = self.points()
+        means = torch.stack([one.means for one in batch.photographs])
+        seen = F.normalize(F.linear(means, self.weight, self.bias), dim=-1)
         losses = [
-            pixel_loss(self.probabilities(one.means, points[self.columns[number]]), one, self.rests[number])
-            for one, number in zip(batch.photographs, batch.sets, strict=True)
+            pixel_loss(self._probabilities(own, self.rows[number]), one, self.rests[number])
+            for own, one, number in zip(seen, batch.photographs, batch.sets, strict=True)
         ]
         now = (self.weight, self.bias)
         moved = [(new - old).square().sum() / old.square().sum() for new, old in zip(now, self.first, strict=True)]
-        return {
-            "loss_pixels": torch.stack(losses).mean(),
-            "loss_moved": MOVED * torch.stack(moved).sum(),
-            "loss_shifted": SHIFTED * self.shift.square().sum(1).mean(),
-        }
+        return {"loss_pixels": torch.stack(losses).mean(), "loss_moved": MOVED * torch.stack(moved).sum()}
 
-    def named(self, points: WordPoints) -> WordPoints:
-        """Return `points` with the projection and the labelled words as they are now."""
-        table = points.table.clone()
-        table[self.numbers] = self.points().detach()
-        return replace(points, weight=self.weight.detach(), bias=self.bias.detach(), table=table)
+
+def word_rows(model: SAN, words: Sequence[str]) -> Tensor:
+    """Return what the text tower makes of the words, [K, D]."""
+    return TextEncoder(model, disk_cache=False).classifier(Vocabulary.parse(list(words))).rows.detach()
 
 
 def pixel_loss(probabilities: Tensor, one: Proposed, rest: Tensor) -> Tensor:
@@ -204,22 +194,21 @@ def pixel_loss(probabilities: Tensor, one: Proposed, rest: Tensor) -> Tensor:
     weight = one.labels[labelled].bincount(minlength=1)[one.labels[labelled]].float().rsqrt()
     weight = weight / weight.sum().clamp(min=1e-12) * len(right)
     unnamed = share[rest][:, other].sum(0)
-    losses = (weight * (right + 1e-6).log()).sum() + (unnamed + 1e-6).log().sum()
+    losses = (weight * (right + 1e-6).log()).sum() + GROUND * (unnamed + 1e-6).log().sum()
     return -losses / points
 
 
 def fit_names(names: Names, sets: Sequence[NamedSet], out: Path, loop: LoopConfig = LOOP) -> bool:
     """Fit `names` in place; True when it has come to its end. Resumes."""
-    slow, fast = (names.weight, names.bias), (names.no_object, names.shift)
     groups = [
-        ParameterGroup(("weight", "bias"), slow, loop.learning_rate, 0.0),
-        ParameterGroup(("no_object", "shift"), fast, FASTER * loop.learning_rate, 0.0),
+        ParameterGroup(("weight", "bias"), (names.weight, names.bias), loop.learning_rate, 0.0),
+        ParameterGroup(("no_object",), (names.no_object,), FASTER * loop.learning_rate, 0.0),
     ]
     return Trainer(names, NamedPhotographs(sets), groups, loop, out).run().finished
 
 
 def set_names(model: SAN, names: Names) -> None:
-    """Write what was fitted into the model, in place; its text tower then needs the new points."""
+    """Write what was fitted into the model, in place."""
     assert isinstance(model.clip, EfficientNetLiteModel)
     with torch.no_grad():
         model.clip.projection.weight.copy_(names.weight)

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,14 +117,15 @@ def masks_step(sources: Sources, points: WordPoints, out: Path) -> SAN | None:
     return model if finished else None
 
 
-def names_step(sources: Sources, points: WordPoints, model: SAN, out: Path) -> WordPoints | None:
-    """Fit names to the model's proposals, in place, and return the words' points; None: stopped by a signal."""
-    sets = named_sets(model, sources.data, out / "proposals")
-    names = Names(model, points, sets)
+def names_step(model: SAN, data: Path, out: Path) -> bool:
+    """Fit names to the proposals of `model`, in place, and write `out`/model in half precision; False: stopped."""
+    sets = named_sets(model, data, out / "proposals")
+    names = Names(model, sets)
     if not fit_names(names, sets, out / "names"):
-        return None
+        return False
     set_names(model, names)
-    return names.named(points)
+    save_folder(model, out / "model", torch.float16)
+    return True
 
 
 def baselines(sources: Sources, points: WordPoints, out: Path) -> None:
@@ -132,17 +133,18 @@ def baselines(sources: Sources, points: WordPoints, out: Path) -> None:
     tower = Tower.read(sources.tower)
     model = masks.build(tower.state, points)
     assert isinstance(model.clip, EfficientNetLiteModel)
-    head = pixel_head(model, sources.data, masks.SHARES, out / "pixel-head")
-    ways = {
-        "activation map": activation_map(model.clip.visual, tower.weight, tower.bias, points.lexicon),
-        "pixel head": pixel_predictor(head, model),
+    ways: dict[str, Callable[[], Callable[[Vocabulary, int], Predictor]]] = {
+        "activation map": lambda: activation_map(model.clip.visual, tower.weight, tower.bias, points.lexicon),
+        "pixel head": lambda: pixel_predictor(pixel_head(model, sources.data, masks.SHARES, out / "pixel-head"), model),
     }
     listed = tests(sources.data)
-    figures = {way: {name: measure(ways[way], listed[name]()) for name in BASELINE_TESTS} for way in ways}
-    for way, measured in figures.items():
-        shown = ", ".join(f"{name} {100 * figures['miou']:.1f}" for name, figures in measured.items())
+    figures: dict[str, dict[str, dict]] = {}
+    for way, made in ways.items():
+        predictor = made()
+        figures[way] = {name: measure(predictor, listed[name]()) for name in BASELINE_TESTS}
+        shown = ", ".join(f"{name} {100 * found['miou']:.1f}" for name, found in figures[way].items())
         print(f"{way}: {shown}", flush=True)
-    write_text(out / "baselines.json", json.dumps(figures, indent=1) + "\n")
+        write_text(out / "baselines.json", json.dumps(figures, indent=1) + "\n")
 
 
 BASELINE_TESTS = ("voc", "coco", "pets")
@@ -158,21 +160,16 @@ def taught_with_masks(points: WordPoints) -> set[str]:
     return set(points.lexicon.words[: points.lexicon.own])
 
 
-def all_steps(sources: Sources, out: Path, start: SAN | None = None) -> bool:
-    """Run what is not done, and write `out`/model in half precision. True when all is done.
-
-    With `start`, a model that this recipe made, its masks are kept and only words, names and text are made again.
-    """
+def all_steps(sources: Sources, out: Path) -> bool:
+    """Run what is not done, and write `out`/model in half precision. True when all is done."""
     points = words_step(sources, out)
-    model = start or (points and masks_step(sources, points, out))
-    named = points and model and names_step(sources, points, model, out)
-    text = named and text_step(named, out)
+    text = points and text_step(points, out)
+    model = points and text and masks_step(sources, points, out)
     if not (text and model):
         return False
     missing, surplus = model.clip.load_state_dict(dict(text), strict=False)
     assert not surplus and all(not model.clip.is_text(name) for name in missing), (missing, surplus)
-    save_folder(model, out / "model", torch.float16)
-    return True
+    return names_step(model, sources.data, out)
 
 
 def all_words(sources: Sources, said: list[list[str]]) -> Lexicon:

@@ -142,13 +142,16 @@ def model_words(model: SAN) -> Callable[[Vocabulary, int], Predictor]:
     return lambda vocabulary, words: model_predictor(model, encoder.classifier(vocabulary), words)
 
 
-def report(model: str, root: Path, out: Path) -> None:
-    """Measure `model` (as `opensan.load` takes it) on every test, and write `out`/figures.json as they come."""
+def report(model: str, root: Path, out: Path, only: Sequence[str] = ()) -> None:
+    """Measure `model` (as `opensan.load` takes it) on every test, and write `out`/figures.json as they come.
+
+    `only`: names of tests (see `tests`), to measure these alone.
+    """
     out.mkdir(parents=True, exist_ok=True)
     predictor = model_words(load_model(model))
     figures = {}
     for name, listed in tests(root).items():
-        if name.startswith("val"):
+        if name not in only and (only or name.startswith("val")):
             continue
         figures[name] = measure(predictor, listed())
         known = {kind: figures[name][kind] for kind in _KINDS if figures[name][kind] is not None}
