@@ -133,8 +133,9 @@ def baselines(sources: Sources, points: WordPoints, out: Path) -> None:
     tower = Tower.read(sources.tower)
     model = masks.build(tower.state, points)
     assert isinstance(model.clip, EfficientNetLiteModel)
+    network = model.clip.visual
     ways: dict[str, Callable[[], Callable[[Vocabulary, int], Predictor]]] = {
-        "activation map": lambda: activation_map(model.clip.visual, tower.weight, tower.bias, points.lexicon),
+        "activation map": lambda: activation_map(network, tower.weight, tower.bias, points.lexicon),
         "pixel head": lambda: pixel_predictor(pixel_head(model, sources.data, masks.SHARES, out / "pixel-head"), model),
     }
     listed = tests(sources.data)
