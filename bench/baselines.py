@@ -1,6 +1,7 @@
 """Compare SAN's cost with that of the baselines on the same weights: parameters, multiply-adds, time of one image.
 
-The methods are timed by turns, on one image of noise, with random weights, which cost as much as trained ones, and
+Seconds are the processor's, of all threads together, so that other work on the machine counts little. The methods are
+timed by turns, on one image of noise, with random weights, which cost as much as trained ones, and
 words that are embedded already. With random weights nearly every mask proposal has a crop; the table says how many had.
 
     OMP_NUM_THREADS=1 python bench/baselines.py --turns 3
@@ -64,9 +65,9 @@ def main() -> None:
         segmenter.prepare_words(vocabulary)
     for _ in range(options.turns):
         for method, segmenter in segmenters.items():
-            start = time.perf_counter()
+            start = time.process_time()
             encoding = segmenter.segment(noise, vocabulary).encoding
-            seconds[method].append(time.perf_counter() - start)
+            seconds[method].append(time.process_time() - start)
             if method == "two-stage" and len(seconds[method]) == 1:
                 print(f"proposals with a crop: {int(encoding['crop_embeddings'].any(dim=1).sum())}")
     ours = statistics.median(seconds[""])

@@ -23,6 +23,7 @@ from opensan.cli.profile import profile
 from opensan.cli.raster import segment_raster
 from opensan.cli.segment import segment
 from opensan.cli.serve import serve
+from opensan.cli.similarity import similarity
 from opensan.cli.terminal import Command, Commands, reporting_errors
 from opensan.cli.train import train
 from opensan.cli.ui import ui
@@ -42,6 +43,7 @@ app.command(cls=Command)(segment_raster)
 app.command(cls=Command)(segment_video)
 app.command("eval", cls=Command)(evaluate)
 app.command(cls=Command)(words)
+app.command(cls=Command)(similarity)
 app.command(cls=Command)(cache)
 app.command(cls=Command)(models)
 app.command(cls=Command)(convert)
