@@ -53,7 +53,7 @@ def made(model, count):
 def trained():
     if "step" not in state:
         from training_step import build_adamw, san_parameter_groups, step_function
-        model = opensan.load("san-vit-b16", random_weights=0, text_cache=False).model.float()
+        model = opensan.load("san-vit-b16", random_weights=0, text_cache=False).model.snapshot()
         for part in (model.side_adapter, model.no_object_embedding, model.clip.visual.positional_embedding):
             part.requires_grad_(True)
         groups = san_parameter_groups(model.train())

@@ -1,6 +1,6 @@
 """How many labels does each precision keep where words win by almost nothing? And which part in bfloat16 loses them?
 
-    python bench/hard_labels.py [--model san-vit-b16] [--words 171] [--draws 24] [--parts] [--json FILE]
+    python bench/hard_labels.py [--model san-vit-b16] [--words 171] [--draws 24] [--images 7] [--parts] [--json FILE]
 
 The measure, chosen to be hard. Weights are filled by the rule of the recorded goldens, so proposals hardly differ. The
 packaged scenes and photographs are resized to 640x640. Text rows are random unit vectors in the directions in which an
@@ -63,10 +63,10 @@ def labels(model: SAN, proposals: Proposals, rows: Tensor, sizes: ImageSizes) ->
 class HardMeasure:
     """Exact answers of a rule-filled model on the packaged images, and how many of them another precision keeps."""
 
-    def __init__(self, model: SAN, words: int, draws_an_image: int) -> None:
+    def __init__(self, model: SAN, words: int, draws_an_image: int, most_images: int) -> None:
         self.model = model
         self.pixels, self.cases = [], []
-        for number, path in enumerate(images()):
+        for number, path in enumerate(images()[:most_images]):
             image = np.asarray(Image.open(path).convert("RGB").resize((640, 640), Image.Resampling.BICUBIC))
             prepared = prepare(image, model.config.image)
             self.pixels.append(torch.as_tensor(prepared.pixels).unsqueeze(0))
@@ -187,13 +187,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="san-vit-b16", choices=("san-vit-b16", "san-vit-l14"))
     parser.add_argument("--words", type=int, default=171)
-    parser.add_argument("--draws", type=int, default=24, help="of each of the seven images")
+    parser.add_argument("--draws", type=int, default=24, help="of each image")
+    parser.add_argument("--images", type=int, default=7, help="so many of the packaged ones")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    measure = HardMeasure(golden_model(PRESETS[options.model].config), options.words, options.draws)
+    measure = HardMeasure(golden_model(PRESETS[options.model].config), options.words, options.draws, options.images)
     winning = np.mean([len(found.unique()) for *_, found in measure.cases])
     print(f"{options.model}, {options.words} words, {len(measure.cases)} draws; {winning:.1f} words win on average\n")
     print("| in bfloat16 | labels kept, mean | half of the draws keep | worst draw |")

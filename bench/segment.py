@@ -101,17 +101,21 @@ def photograph(height: int, width: int) -> np.ndarray:
     return np.asarray(Image.open(SCENE).convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+"""On a machine that does other work, only processor seconds of one thread can be compared."""
+
+
+def seconds(action: Callable[[], object], clock: str = "wall") -> float:
+    start = CLOCKS[clock]()
     action()
-    return time.perf_counter() - start
+    return CLOCKS[clock]() - start
 
 
-def turns(actions: dict[str, Callable[[], object]], pairs: int) -> dict[str, object]:
+def turns(actions: dict[str, Callable[[], object]], pairs: int, clock: str = "wall") -> dict[str, object]:
     """Median seconds of each action, and median ratios to the first; one of each in turn, after a round unmeasured."""
     for action in actions.values():
         action()
-    rounds = [{name: seconds(action) for name, action in actions.items()} for _ in range(pairs)]
+    rounds = [{name: seconds(action, clock) for name, action in actions.items()} for _ in range(pairs)]
     first = next(iter(actions))
     return {
         "seconds": {name: statistics.median(one[name] for one in rounds) for name in actions},
@@ -234,11 +238,12 @@ def resident_gib(what: str) -> float:
     return next(int(line.split()[1]) for line in status if line.startswith(what)) / 2**20
 
 
-def multiplication_rate(dtype: torch.dtype, size: int = 2048, times: int = 15) -> float:
+def multiplication_rate(dtype: torch.dtype, size: int = 2048, times: int = 15, clock: str = "wall") -> float:
     """GFLOP/s of a large matrix product here, the best of `times`."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    a @ b
-    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(times)) / 1e9
+    a, b = (torch.randn(size, size).mul(30).to(dtype) for _ in range(2))
+    product = torch._int_mm if dtype is torch.int8 else torch.mm
+    product(a, b)
+    return 2 * size**3 / min(seconds(lambda: product(a, b), clock) for _ in range(times)) / 1e9
 
 
 def image_half_gflop(model: str) -> float:

@@ -10,7 +10,7 @@ from torch import nn
 
 from opensan.checkpoints import build_empty
 from opensan.checkpoints.presets import PRESETS
-from opensan.model.maps import resize_position_table
+from opensan.model.maps import adaptive_max_pool, resize_position_table
 from opensan.model.transformer import SideBlock
 from opensan.structures import TextClassifier
 
@@ -217,3 +217,15 @@ def test_autocast_on_a_cpu_answers_nearly_the_same_with_and_without_gradients(sm
         with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype=torch.bfloat16):
             found = small_model.propose(pixels).mask_embeddings
         assert 0 < (found.float() - plain).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("grid", [(20, 20), (40, 20), (10, 40), (40, 40), (24, 13)])
+def test_maximum_of_windows_is_max_pooling(grid):
+    maps = torch.randn(3, 5, 40, 40, generator=torch.Generator().manual_seed(0))
+    maps[0, 0, 3, 3] = torch.nan
+    expected = adaptive_max_pool(maps.requires_grad_(), grid)
+    assert expected.requires_grad
+    with torch.inference_mode():
+        found = adaptive_max_pool(maps.detach(), grid)
+    assert torch.equal(found.nan_to_num(9), expected.nan_to_num(9))
+    assert torch.equal(found.nan_to_num(9), torch.nn.functional.adaptive_max_pool2d(maps, grid).nan_to_num(9))
