@@ -4,12 +4,13 @@ Letters: K words (classes), R text rows (one for each synonym of each word). Not
 """
 
 import functools
+import itertools
 import json
 import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from opensan.word_lists import lines_of, listed_names, read_text, read_words, wi
 
 UNLABELLED = -1
 """The label of pixels without a word: those of absorbing (background) words."""
+
+REST = "none of these"
+"""Name of the background word that `Vocabulary.with_rest` adds."""
+
+NOTHING = 0.5
+"""Share of "no object" that is this word's: see docs/results.md for others, and for contrast words in its place."""
 
 MAX_WORDS = 65_534
 """Label maps are written as 16-bit PNG at most, with 65,535 for unlabelled."""
@@ -48,7 +55,7 @@ Templates = str | os.PathLike[str] | Sequence[str]
 """The name of a template set, a text file with one template a line, or the templates themselves."""
 
 _CLASSES = ASSETS / "classes"
-_WORD_KEYS = {"name", "text", "synonyms", "prompts", "background"}
+_WORD_KEYS = {"name", "text", "synonyms", "prompts", "background", "nothing"}
 _VOCABULARY_KEYS = {"words", "background", "templates"}
 # Control characters would reach the terminal; a line break would split a word in files with a word a line;
 # lone surrogates (undecodable bytes of a command line) can't be written.
@@ -71,6 +78,9 @@ class Word:
     """Full sentences that replace the templates for the first synonym (the others keep the templates)."""
     absorbs: bool = False
     """A background or "other" word: it takes pixels, and they are reported as unlabelled."""
+    nothing: float = 0.0
+    """Of a background word without a text of its own: the share of the probability of "no object" that is its own, in
+    [0, 1]. 0 for all other words."""
 
     def __post_init__(self):
         for field in ("synonyms", "prompts"):
@@ -104,10 +114,23 @@ class Vocabulary:
         """Display names of the words that are reported; a label is an index into this list."""
         return [word.name for word in self.words if not word.absorbs]
 
+    @functools.cached_property
+    def nothing(self) -> tuple[tuple[int, float], ...]:
+        """The words (indices) that have a share of the probability of "no object", and these shares."""
+        return tuple((index, word.nothing) for index, word in enumerate(self.words) if word.nothing)
+
     @property
     def row_class(self) -> list[int]:
         """[R] the class (0..K-1, absorbing words included) of each text row; ascending."""
         return [index for index, word in enumerate(self.words) for _ in word.synonyms]
+
+    def with_rest(self) -> "Vocabulary":
+        """Add a background word for what none of the words fits; the text of the first word stands in for its own."""
+        first = self.words[0]
+        sentences = first.prompts or tuple(template.replace("{}", first.synonyms[0]) for template in self.templates)
+        taken = {_key(text) for word in self.words for text in (word.name, *word.synonyms)}
+        name = next(name for count in itertools.count() if _key(name := REST + " +" * count) not in taken)
+        return replace(self, words=(*self.words, Word(name, prompts=sentences, absorbs=True, nothing=NOTHING)))
 
     def prompts(self) -> list[list[str]]:
         """Return the prompts of each of the R text rows, in `row_class`'s order; a row is the mean of its prompts."""
@@ -151,7 +174,7 @@ class Vocabulary:
             words, own_templates = _words_and_templates(spec)
         else:
             words, own_templates = _words(spec), TEMPLATE_SETS["vild"]
-        absorbing = tuple(Word(word.name, word.synonyms, word.prompts, True) for word in _words(background))
+        absorbing = tuple(replace(word, absorbs=True) for word in _words(background))
         if isinstance(spec, Vocabulary) and not absorbing and templates is None:
             return spec
         return cls(words + absorbing, own_templates if templates is None else _templates(templates))
@@ -240,10 +263,12 @@ def _word(entry: object, source: str) -> Word:
         raise UserError(f'{source}: "text" must be text, not {short(text)}')
     if not isinstance(entry.get("background", False), bool):
         raise UserError(f'{source}: "background" must be true or false, not {short(entry["background"])}')
+    nothing = entry.get("nothing", 0.0)
+    if isinstance(nothing, bool) or not isinstance(nothing, int | float) or not 0 <= nothing <= 1:
+        raise UserError(f'{source}: "nothing" must be a share from 0 to 1, not {short(nothing)}')
     prompts = _texts(entry, "prompts", source)
-    return Word(
-        entry["name"], (text, *_texts(entry, "synonyms", source)), prompts or None, entry.get("background", False)
-    )
+    synonyms = (text, *_texts(entry, "synonyms", source))
+    return Word(entry["name"], synonyms, prompts or None, entry.get("background", False), float(nothing))
 
 
 def _texts(entry: Mapping, key: str, source: str) -> tuple[str, ...]:
@@ -275,7 +300,7 @@ def _words_and_templates(data: Mapping) -> tuple[tuple[Word, ...], tuple[str, ..
     # Data from other people may name a template set, but not a file to read.
     if isinstance(templates, str) and templates not in TEMPLATE_SETS:
         raise UserError(f'"templates" must be {_set_names()} or a list, not {short(templates)}')
-    absorbing = tuple(Word(word.name, word.synonyms, word.prompts, True) for word in background)
+    absorbing = tuple(replace(word, absorbs=True) for word in background)
     return _words(_list_of(data, "words")) + absorbing, _templates(templates)
 
 
@@ -287,7 +312,7 @@ def _list_of(data: Mapping, key: str) -> list | tuple:
 
 def _word_to_plain(word: Word) -> str | dict[str, Any]:
     """Return the shortest entry that `_word` reads back to an equal word (except for `absorbs`)."""
-    if word.synonyms == (word.name,) and word.prompts is None and not _BAR.search(word.name):
+    if word.synonyms == (word.name,) and word.prompts is None and not word.nothing and not _BAR.search(word.name):
         return word.name
     plain: dict[str, Any] = {"name": word.name}
     if word.synonyms[0] != word.name:
@@ -296,6 +321,8 @@ def _word_to_plain(word: Word) -> str | dict[str, Any]:
         plain["synonyms"] = list(word.synonyms[1:])
     if word.prompts:
         plain["prompts"] = list(word.prompts)
+    if word.nothing:
+        plain["nothing"] = word.nothing
     return plain
 
 

@@ -60,6 +60,11 @@ Templates = Annotated[
     ),
 ]
 
+Rest = Annotated[
+    bool,
+    typer.Option("--rest", help="Leave pixels that none of the words deserves unlabelled.", rich_help_panel=WORDS),
+]
+
 _SEPARATOR = re.compile(r"[/•·>+&]|\s-\s|\sand\s|\s{2}", re.IGNORECASE)
 """The characters that people also write between words."""
 
@@ -72,8 +77,12 @@ def asked_vocabulary(
     words_set: Sequence[str] | None,
     background: Sequence[str] | None,
     templates: Sequence[str] | None,
+    rest: bool = False,
 ) -> Vocabulary:
-    """Return the vocabulary of a command's options. Raises UsageError unless they give words in exactly one way."""
+    """Return the vocabulary of a command's options. Raises UsageError unless they give words in exactly one way.
+
+    With `rest`, one word may stand alone.
+    """
     given = {"--words": words, "--words-file": words_file, "--words-set": words_set}
     if sum(bool(value) for value in given.values()) != 1:
         raise UsageError(f"give the words by exactly one of {', '.join(given)}")
@@ -88,7 +97,7 @@ def asked_vocabulary(
     else:
         vocabulary = Vocabulary.parse(_joined("--words", words), **more)
     (*others, word) = vocabulary.words
-    if not others and (len(word.synonyms) > 1 or _SEPARATOR.search(word.name)):
+    if not others and not rest and (len(word.synonyms) > 1 or _SEPARATOR.search(word.name)):
         said = "|".join(word.synonyms)
         complain(f"warning: {said!r} is all one word, which gets every pixel: separate words by commas")
     return vocabulary

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
+from opensan.cli.asked_words import (
+    Background,
+    Rest,
+    Templates,
+    Words,
+    WordsFile,
+    WordsSet,
+    asked_vocabulary,
+    embed_words,
+)
 from opensan.cli.objects import (
     LeastMask,
     LeastOverlap,
@@ -50,6 +59,7 @@ def segment(
     words_set: WordsSet = None,
     background: Background = None,
     templates: Templates = None,
+    rest: Rest = False,
     model: Model = "san-vit-b16",
     out: Out = Path("out"),
     formats: Annotated[
@@ -89,7 +99,7 @@ def segment(
     others; it is listed at the end, and the exit code is 1. Results are noted in manifest.sqlite: a stopped run of
     several images goes on with the same command, and what is done is not done again.
     """
-    vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
+    vocabulary = asked_vocabulary(words, words_file, words_set, background, templates, rest)
     from opensan import outputs  # imported here, like all that --help does not need
 
     listed = ",".join(formats) if formats is not None else "png,overlay,json"
@@ -117,6 +127,8 @@ def segment(
     say_what_tiny_knows(model, [job.image for job in jobs])
     segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels)
     embed_words(segmenter, vocabulary)
+    if rest:
+        vocabulary = segmenter.with_rest(vocabulary)
     try:
         if single:
             question = Question(vocabulary, out, tuple(dict.fromkeys(kinds)), rules)

@@ -87,6 +87,10 @@ class Segmenter:
         """Return `Segmentation.segments`. Raises UserError, one line, if the model proposes no masks."""
         raise UserError(f"segments need a model with mask proposals, and {self.identity.name} has none")
 
+    def with_rest(self, vocabulary: Vocabulary) -> Vocabulary:
+        """Add a background word for what no asked word fits. Raises UserError if the model proposes no masks."""
+        raise UserError(f"the rest needs a model with mask proposals, and {self.identity.name} has none")
+
     def check_encoding(self, encoding: Encoding) -> None:
         """Raise UserError, one line, unless this model made the encoding, of finite numbers."""
         if encoding.model != self.identity.encodings:
@@ -150,6 +154,7 @@ class Segmenter:
         background: Iterable[Any] = (),
         templates: Templates | None = None,
         segments: bool | SegmentRules = False,
+        rest: bool = False,
         batch_size: int = 4,
     ) -> list[Segmentation]: ...
     @overload
@@ -161,6 +166,7 @@ class Segmenter:
         background: Iterable[Any] = (),
         templates: Templates | None = None,
         segments: bool | SegmentRules = False,
+        rest: bool = False,
         batch_size: int = 4,
     ) -> Segmentation: ...
     def segment(
@@ -171,6 +177,7 @@ class Segmenter:
         background: Iterable[Any] = (),
         templates: Templates | None = None,
         segments: bool | SegmentRules = False,
+        rest: bool = False,
         batch_size: int = 4,
     ) -> Segmentation | list[Segmentation]:
         """Label every pixel with one of `words`.
@@ -182,6 +189,7 @@ class Segmenter:
             templates: "vild" (the default), "single", a file with a template a line, or a list; each has one "{}".
             segments: True to compute `Segmentation.segments` (objects, and regions of stuff) right away; or the rules
                 for them, with which they are computed on first access.
+            rest: leave pixels that none of the words deserves unlabelled (-1): see `with_rest`.
             batch_size: as for `encode`.
 
         Returns:
@@ -194,6 +202,8 @@ class Segmenter:
         rules = USUAL_RULES if isinstance(segments, bool) else segments
         if rules.stuff or rules.things:
             word_kinds(vocabulary, rules.stuff, rules.things)  # a wrong word is reported before the work
+        if rest:
+            vocabulary = self.with_rest(vocabulary)
         many = isinstance(images, list | tuple)
         encodings = self._encoded(images, batch_size) if many else self._encoded([images], 1)
         answers = [self._label(encoding, vocabulary, rules) for encoding in encodings]

@@ -4,7 +4,7 @@ Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the image.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class ProposalSegmenter(Segmenter):
 
     text: TextRows
     """The text half: it embeds words."""
+    has_no_object = True
+    """Whether `class_probabilities` leaves out a probability of "no object" that the model learned."""
 
     def class_probabilities(self, encoding: Encoding, vocabulary: Vocabulary) -> "torch.Tensor | np.ndarray":
         """Return [Q, K] float32: each proposal's softmax over the words and "no object", without the latter.
@@ -51,6 +53,12 @@ class ProposalSegmenter(Segmenter):
             return scores[first].reshape(-1, *band.shape[1:])
 
         return of_rows
+
+    def with_rest(self, vocabulary: Vocabulary) -> Vocabulary:
+        """Add a background word that takes the pixels that no asked word deserves; see `Vocabulary.with_rest`."""
+        if not self.has_no_object:
+            raise UserError(f'the rest needs a model that learned "no object", and {self.identity.name} did not')
+        return vocabulary.with_rest()
 
     def segments(self, segmentation: Segmentation) -> Segments:
         """Return the segments by `segmentation.rules`; see `Segmentation.segments`."""
@@ -89,6 +97,22 @@ class ProposalSegmenter(Segmenter):
             )
         ):
             raise UserError("this encoding holds no mask proposals (its arrays and sizes contradict each other)")
+
+
+Probabilities = TypeVar("Probabilities", "torch.Tensor", np.ndarray)
+
+
+def with_nothing(probabilities: Probabilities, vocabulary: Vocabulary) -> Probabilities:
+    """Give words without a text (`Word.nothing`) their share of "no object", in class probabilities [Q, K], in place.
+
+    The other words' probabilities become those of the softmax without these words.
+    """
+    for word, share in vocabulary.nothing:
+        no_object = 1 - probabilities.sum(1)
+        others = 1 - probabilities[:, word]
+        probabilities /= others[:, None]
+        probabilities[:, word] = share * no_object / others
+    return probabilities
 
 
 def with_proposals(segmenter: Segmenter, purpose: str) -> ProposalSegmenter:

@@ -151,6 +151,7 @@ class _Answers(Protocol):
         background: Iterable[Any] = (),
         templates: Templates | None = None,
         segments: bool | SegmentRules = False,
+        rest: bool = False,
     ) -> "Segmentation": ...
 
     def segments(self, segmentation: "Segmentation") -> Segments: ...
@@ -250,6 +251,7 @@ class Segmentation:
         background: Iterable[Any] = (),
         templates: Templates | None = None,
         segments: bool | SegmentRules = False,
+        rest: bool = False,
     ) -> "Segmentation":
         """Label the same image with other words; neither ViT runs. Arguments as for `Segmenter.segment`."""
         if self.segmenter is None:
@@ -257,7 +259,7 @@ class Segmentation:
                 "an unpickled segmentation has no model: use a model's segment(segmentation.encoding, words)"
             )
         return self.segmenter.segment(
-            self.encoding, words, background=background, templates=templates, segments=segments
+            self.encoding, words, background=background, templates=templates, segments=segments, rest=rest
         )
 
     def overlay(self) -> Image.Image:

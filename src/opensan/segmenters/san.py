@@ -29,7 +29,7 @@ from opensan.images import MAX_PIXELS, prepare
 from opensan.model import SAN
 from opensan.model.identity import model_identity
 from opensan.segmenters.image_half import DTYPES, fastest_dtype, prepare_image_half
-from opensan.segmenters.proposals import ProposalSegmenter
+from opensan.segmenters.proposals import ProposalSegmenter, with_nothing
 from opensan.segmenters.results import Encoding, InputImage, Segmentation
 from opensan.structures import Proposals
 from opensan.text.encoder import TextEncoder
@@ -113,7 +113,8 @@ class SanSegmenter(ProposalSegmenter):
         """Return class probabilities [Q, K]; see `ProposalSegmenter.class_probabilities`."""
         embeddings = torch.as_tensor(encoding["mask_embeddings"], device=self.device)
         proposals = Proposals(self._masks(encoding).unsqueeze(0), embeddings.unsqueeze(0))
-        return class_probabilities(self.model.classify(proposals, self.text.classifier(vocabulary)))[0]
+        logits = self.model.classify(proposals, self.text.classifier(vocabulary))
+        return with_nothing(class_probabilities(logits)[0], vocabulary)
 
     @undisturbed
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:

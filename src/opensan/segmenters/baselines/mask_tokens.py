@@ -66,6 +66,8 @@ class RelativeMaskAttention(nn.Module):
 class MaskTokenSegmenter(SanSegmenter):
     """Labels by mask class tokens. The tokens' outputs take the place of the proposals' "mask_embeddings"."""
 
+    has_no_object = False
+
     def __init__(self, model: SAN, options: MaskTokenOptions, **settings: Any) -> None:
         """Use `opensan.load("mask-tokens:MODEL")` to make one. Raises UserError if the backbone is no plain ViT."""
         check_plain_vit(model)

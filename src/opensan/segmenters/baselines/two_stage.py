@@ -35,6 +35,8 @@ DEFAULT_SIDE = 224
 class TwoStageSegmenter(SanSegmenter):
     """Labels by SimSeg's method. Encodings hold also "crop_embeddings" [Q, D], rows of zeros for invalid proposals."""
 
+    has_no_object = False
+
     def __init__(self, model: SAN, options: TwoStageOptions, **settings: Any) -> None:
         """Use `opensan.load("two-stage:MODEL")` to make one."""
         super().__init__(model, **settings)

@@ -16,7 +16,7 @@ from opensan.images import MAX_PIXELS
 from opensan.segmenters.exported.manifest import read_folder
 from opensan.segmenters.exported.runtimes import SUFFIXES, Run, open_graph
 from opensan.segmenters.exported.text import WORDS_NAME, EmbeddedWords, ExportedText
-from opensan.segmenters.proposals import ProposalSegmenter
+from opensan.segmenters.proposals import ProposalSegmenter, with_nothing
 from opensan.segmenters.results import Encoding, InputImage, Segmentation
 from opensan.structures import Identity
 from opensan.vocabulary import Vocabulary
@@ -89,7 +89,7 @@ class ExportedSegmenter(ProposalSegmenter):
             rows=rows,
             rows_of_word=first_equal(rows)[rows_of_words(vocabulary)],  # equal rows give exactly equal probabilities
         )
-        return probabilities
+        return with_nothing(probabilities, vocabulary)
 
     def _bands(self, encoding: Encoding, vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield labels and scores of a band of rows at a time, so that memory does not grow with words times pixels."""
