@@ -12,6 +12,7 @@ from PIL import Image
 
 from opensan.outputs import overlay as overlay_of
 from opensan.outputs import palette, read_label_map
+from opensan.outputs.regions import name_places
 
 from .browsing import (  # noqa: F401
     PLAYGROUND,
@@ -343,6 +344,24 @@ def test_regions_have_names_and_the_palette_changes(page):
     assert colours <= {(230, 25, 75), (0, 130, 245), (32, 32, 32)}
     page.locator(".chip .body", has_text="night sky").click()
     expect(names.filter(has_text="night sky")).to_have_count(0)
+
+
+def test_names_stand_where_the_package_writes_them(page):
+    rows, columns = np.mgrid[0:300, 0:400]
+    labels = np.where((rows - 150) ** 2 + (columns - 200) ** 2 < 100**2, 2, (columns > 170).astype(int))
+    labels[10:14, 10:14] = 2  # too small for a name
+    found = page.evaluate(
+        """async ([labels, width, height]) => {
+          const { namePlaces } = await import("/regions.js");
+          return namePlaces(Uint8Array.from(labels), width, height, (label) => label < 255);
+        }""",
+        [labels.ravel().tolist(), 400, 300],
+    )
+    wanted = name_places(labels)
+    assert [place["label"] for place in found] == [place.label for place in wanted] == [1, 0, 2]
+    for place, other in zip(found, wanted, strict=True):
+        assert place["radius"] == pytest.approx(other.radius, rel=0.1)
+        assert labels[int(place["y"]), int(place["x"])] == place["label"]
 
 
 def test_an_unsure_model_gives_no_black_specks(page):

@@ -2,6 +2,7 @@
 // `outputs/regions.py` does it.
 
 const GRID = 256; // names are placed on a map reduced to at most so many pixels a side
+const DIAGONAL = Math.SQRT2;
 const LEAST_NAMED = 0.006; // share of the pixels below which a region gets no name
 const REACH = 7; // pixels in each direction among which outlines are counted
 const MOST_OUTLINE = 0.3; // share of outlines among these, above which none is drawn: an unsure model gives specks
@@ -9,74 +10,78 @@ const MOST_OUTLINE = 0.3; // share of outlines among these, above which none is 
 /** Where names fit: [{label, x, y, radius}] in pixels of the map, largest region first. `named(label)` says which count. */
 export function namePlaces(labels, width, height, named) {
   const step = Math.max(1, Math.ceil(Math.max(width, height) / GRID));
-  const [columns, rows] = [Math.ceil((width - (step >> 1)) / step), Math.ceil((height - (step >> 1)) / step)];
-  const small = new Int32Array(columns * rows);
-  for (let row = 0, at = 0; row < rows; row++) {
-    const start = (row * step + (step >> 1)) * width + (step >> 1);
-    for (let column = 0; column < columns; column++, at++) {
+  const half = step >> 1;
+  const [columns, rows] = [Math.ceil((width - half) / step), Math.ceil((height - half) / step)];
+  // With an edge of one pixel around it that has no name, so that every pixel has neighbours.
+  const stride = columns + 2;
+  const small = new Int32Array(stride * (rows + 2)).fill(-1);
+  const counts = new Map(); // whether a label has a name
+  for (let row = 0; row < rows; row++) {
+    const start = (row * step + half) * width + half;
+    for (let column = 0, at = (row + 1) * stride + 1; column < columns; column++, at++) {
       const label = labels[start + column * step];
-      small[at] = named(label) ? label : -1;
+      let counted = counts.get(label);
+      if (counted === undefined) counts.set(label, (counted = named(label)));
+      if (counted) small[at] = label;
     }
   }
-  const distance = edgeDistances(small, columns, rows);
-  const places = regions(small, distance, columns, rows).filter(({ size }) => size >= LEAST_NAMED * small.length);
-  places.sort((a, b) => b.size - a.size);
-  return places.map(({ at }) => ({
+  const distance = edgeDistances(small, stride);
+  const large = regions(small, distance, stride).filter(({ size }) => size >= LEAST_NAMED * columns * rows);
+  return large.sort((a, b) => b.size - a.size).map(({ at }) => ({
     label: small[at],
-    x: Math.min(width - 1, ((at % columns) + 0.5) * step),
-    y: Math.min(height - 1, (Math.floor(at / columns) + 0.5) * step),
+    x: Math.min(width - 1, ((at % stride) - 0.5) * step),
+    y: Math.min(height - 1, (Math.floor(at / stride) - 0.5) * step),
     radius: (distance[at] + 0.5) * step,
   }));
 }
 
-/** How far each pixel is from one of another label (0 there, and where there is no name), about as the crow flies. */
-function edgeDistances(small, columns, rows) {
+/** How far each pixel is from one of another label (0 where there is no name), about as the crow flies. */
+function edgeDistances(small, stride) {
   const distance = new Float32Array(small.length);
-  const nearest = (at, before, row, column) => {
-    let least = Infinity;
-    for (const [down, right, far] of before) {
-      const [r, c] = [row + down, column + right];
-      const outside = r < 0 || c < 0 || r >= rows || c >= columns;
-      const there = at + down * columns + right;
-      const reach = outside || small[there] !== small[at] ? 0 : distance[there] + far;
-      if (reach < least) least = reach;
+  for (let at = stride + 1; at < small.length - stride - 1; at++) {
+    const label = small[at];
+    if (label >= 0) {
+      const left = small[at - 1] === label ? distance[at - 1] + 1 : 0;
+      const above = small[at - stride] === label ? distance[at - stride] + 1 : 0;
+      const before = small[at - stride - 1] === label ? distance[at - stride - 1] + DIAGONAL : 0;
+      const after = small[at - stride + 1] === label ? distance[at - stride + 1] + DIAGONAL : 0;
+      distance[at] = Math.min(left, above, before, after);
     }
-    return least;
-  };
-  const before = [[-1, -1, 1.414], [-1, 0, 1], [-1, 1, 1.414], [0, -1, 1]];
-  const after = before.map(([down, right, far]) => [-down, -right, far]);
-  for (let at = 0; at < small.length; at++) {
-    distance[at] = small[at] < 0 ? 0 : nearest(at, before, Math.floor(at / columns), at % columns);
   }
-  for (let at = small.length - 1; at >= 0; at--) {
-    if (distance[at]) distance[at] = Math.min(distance[at], nearest(at, after, Math.floor(at / columns), at % columns));
+  for (let at = small.length - stride - 2; at > stride; at--) {
+    const label = small[at];
+    if (label >= 0) {
+      const right = small[at + 1] === label ? distance[at + 1] + 1 : 0;
+      const below = small[at + stride] === label ? distance[at + stride] + 1 : 0;
+      const before = small[at + stride - 1] === label ? distance[at + stride - 1] + DIAGONAL : 0;
+      const after = small[at + stride + 1] === label ? distance[at + stride + 1] + DIAGONAL : 0;
+      distance[at] = Math.min(distance[at], right, below, before, after);
+    }
   }
   return distance;
 }
 
 /** Connected pixels of one label, edges left out: [{size, at}], `at` the pixel farthest from the edge. */
-function regions(small, distance, columns, rows) {
+function regions(small, distance, stride) {
   const seen = new Uint8Array(small.length);
-  const stack = [];
+  const stack = new Int32Array(small.length);
   const found = [];
-  const visit = (at) => {
-    if (seen[at] || !distance[at]) return;
-    seen[at] = 1;
-    stack.push(at);
-  };
   for (let start = 0; start < small.length; start++) {
-    visit(start);
-    if (!stack.length) continue;
+    if (seen[start] || !distance[start]) continue;
     const region = { size: 0, at: start };
-    while (stack.length) {
-      const at = stack.pop();
+    let waiting = 0;
+    seen[start] = 1;
+    stack[waiting++] = start;
+    while (waiting) {
+      const at = stack[--waiting];
       region.size++;
       if (distance[at] > distance[region.at]) region.at = at;
-      const column = at % columns;
-      if (column) visit(at - 1);
-      if (column + 1 < columns) visit(at + 1);
-      if (at >= columns) visit(at - columns);
-      if (at + columns < small.length) visit(at + columns);
+      for (let side = 0; side < 4; side++) {
+        const next = side === 0 ? at - 1 : side === 1 ? at + 1 : side === 2 ? at - stride : at + stride;
+        if (seen[next] || !distance[next]) continue;
+        seen[next] = 1;
+        stack[waiting++] = next;
+      }
     }
     found.push(region);
   }
