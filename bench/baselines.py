@@ -68,6 +68,7 @@ def main() -> None:
             start = time.process_time()
             encoding = segmenter.segment(noise, vocabulary).encoding
             seconds[method].append(time.process_time() - start)
+            print(f"{method or 'san':<12} {seconds[method][-1]:8.2f} s", flush=True)
             if method == "two-stage" and len(seconds[method]) == 1:
                 print(f"proposals with a crop: {int(encoding['crop_embeddings'].any(dim=1).sum())}")
     ours = statistics.median(seconds[""])

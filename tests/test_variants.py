@@ -213,6 +213,19 @@ def test_one_forward_pass_is_the_same_as_two_at_one_scale(config, model):
     assert both["CLIP, recognition layers"] == once["CLIP, recognition layers"] + once["CLIP, shallow layers"]
 
 
+def test_proposals_of_two_stages_run_no_clip(config):
+    model = lively(variant(config, **VARIANTS["two-stage"]))
+    with torch.no_grad():
+        before = model.propose(PIXELS)
+        for parameter in model.clip.parameters():
+            parameter.fill_(torch.nan)
+        after = model.propose(PIXELS)
+    assert torch.equal(before.mask_logits, after.mask_logits)
+    assert torch.equal(before.mask_embeddings, after.mask_embeddings)
+    counts = count_multiply_adds(model.config, (96, 128), 3)
+    assert counts["CLIP, shallow layers"] == 0 == counts["CLIP, recognition layers"]
+
+
 def test_a_bias_for_each_layer_is_read_by_its_own_layer(config, model):
     """Equal parts give the same as one; another part for the last layer alone changes the answer."""
     layered = like(config, model, bias_per_layer=True)

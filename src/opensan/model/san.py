@@ -141,9 +141,12 @@ class SAN(nn.Module):
     def shallow_features(self, pixels: Tensor) -> ShallowFeatures:
         """Run the shallow layers on pixels [B, 3, H, W] (as for `propose`), resized by `clip_scale`.
 
-        The scale factor itself sets the sampling grid, not the ratio of rounded sizes (official behaviour).
+        The scale factor itself sets the sampling grid, not the ratio of rounded sizes (official behaviour). Where
+        neither fusion nor recognition reads them, nothing is run.
         """
         config = self.config
+        if not config.side_adapter.fusion and (config.recognition == "queries" or config.recognition_scale is not None):
+            return ShallowFeatures({}, pixels.new_empty(len(pixels), 0, 0), (0, 0), config.recognition_layer)
         return self._shallow(pixels, config.clip_scale, set(config.side_adapter.fusion.values()))
 
     def _shallow(self, pixels: Tensor, scale: float, keep: Collection[int]) -> ShallowFeatures:
