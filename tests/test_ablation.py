@@ -23,6 +23,7 @@ from opensan.lab.ablation.table import (
     verdict,
     write_results,
 )
+from opensan.lab.ablation.templates import IMAGENET_TEMPLATES
 from opensan.lab.ablation.variants import BASE, VARIANTS, Variant, chosen
 from opensan.lab.scenes import NOVEL_NAMES, SEGMENTATION_NAMES, make_scene
 
@@ -43,6 +44,12 @@ def test_a_variant_differs_in_what_it_names(variant):
     follow = set().union(*(FOLLOW.get(key, set()) for key in variant.changes))
     assert set(variant.changes) <= changed <= set(variant.changes) | follow
     assert variant.name == BASE or changed or variant.templates != "vild" or variant.method
+
+
+def test_the_80_templates_are_those_of_clips_authors():
+    metadata = pytest.importorskip("open_clip.zero_shot_metadata", reason="open_clip is not installed")
+    assert [template("{}") for template in metadata.OPENAI_IMAGENET_TEMPLATES] == list(IMAGENET_TEMPLATES)
+    assert len(set(IMAGENET_TEMPLATES)) == 80
 
 
 def test_names_are_distinct_and_claims_are_told():

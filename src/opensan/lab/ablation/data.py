@@ -12,7 +12,7 @@ from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.errors import UserError
 from opensan.lab.san_training import SceneDataset
 from opensan.lab.scenes import BASE_NAMES, NOVEL_NAMES, SEGMENTATION_NAMES, Scene, Split, make_scene
-from opensan.vocabulary import Vocabulary
+from opensan.vocabulary import Templates, Vocabulary
 
 OUTLINE = 0.25
 """Brightness of the lines around regions, in the style that is never trained."""
@@ -68,7 +68,7 @@ class Data:
 class Templated:
     """A data set with other prompt templates."""
 
-    def __init__(self, dataset: SegmentationDataset, templates: str) -> None:
+    def __init__(self, dataset: SegmentationDataset, templates: Templates) -> None:
         self._dataset = dataset
         self.vocabulary = Vocabulary.parse(list(dataset.vocabulary.names), templates=templates)
 

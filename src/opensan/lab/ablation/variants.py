@@ -6,6 +6,8 @@ from typing import Any
 
 from opensan.config import ModelConfig, SideAdapterConfig, parse_config
 from opensan.errors import UserError, did_you_mean
+from opensan.lab.ablation.templates import IMAGENET_TEMPLATES
+from opensan.vocabulary import Templates
 
 LAST = -1
 """The side network's last block, in `supervised_blocks`."""
@@ -23,7 +25,7 @@ class Variant:
     """Claim of the paper in favour of the base."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Keys of `ModelConfig` or of its side adapter -> values. A string "x0.5" is the base's number times that."""
-    templates: str = "vild"
+    templates: Templates = "vild"
     """Prompt templates, in training and in the test."""
     method: str = ""
     """The baseline that labels with the trained weights; "" for the SAN itself."""
@@ -81,6 +83,7 @@ VARIANTS = (
     Variant("one bias for all heads", "each of CLIP's heads needs its bias", {"bias_per_head": False}),
     Variant("a bias for each layer", "one bias serves all recognition layers", {"bias_per_layer": True}),
     Variant("single template", "14 templates are better than one", templates="single"),
+    Variant("80 templates", "14 templates are as good as CLIP's 80", templates=IMAGENET_TEMPLATES),
     Variant("shared head, cut", END_TO_END, {"head": "shared", "cut_gradient": True}),
     Variant("mask tokens", STEERING, OWN_CLASSES, method="mask-tokens"),
     Variant("fusion of layer 1", EARLY, {"fusion": {1: 1}}),
