@@ -16,6 +16,7 @@ from opensan.outputs.regions import name_places
 
 from .browsing import (  # noqa: F401
     PLAYGROUND,
+    Page,
     assert_shows,
     browser,
     complaints,
@@ -159,6 +160,12 @@ def test_two_vocabularies_side_by_side(page, segmenter):
     split = page.get_by_role("slider", name="Border between A and B")
     split.press("ArrowLeft")
     expect(split).to_have_attribute("aria-valuenow", "48")
+    border = page.locator("#split").bounding_box()
+    middle = border["x"] + border["width"] / 2
+    for side, beyond in (("a", lambda box: box["x"] + box["width"] - middle), ("b", lambda box: middle - box["x"])):
+        names = page.locator(f"#names-{side} span")
+        expect(names.first).to_be_visible()
+        assert all(beyond(name.bounding_box()) <= 2 for name in names.all()), side
     box = page.locator("#pointing").bounding_box()
     other = segmenter.segment(PLAYGROUND, ["water", "orange circle"])
     page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + box["height"] * 0.625)
@@ -305,8 +312,15 @@ def test_other_host_names_are_refused(service):
     refused.value.close()
 
 
-def colour_of(chip) -> str:
-    return chip.locator(".swatch").evaluate("(element) => element.style.backgroundColor")
+def colours_of(page: Page, side: int) -> dict[str, str]:
+    """The colours of a side's words, read at once, since words change places at a pause."""
+    return (
+        page.locator(".side")
+        .nth(side)
+        .evaluate("""(side) => Object.fromEntries(
+      [...side.querySelectorAll(".chip")].map((chip) =>
+        [chip.querySelector(".name").textContent, chip.querySelector(".swatch").style.backgroundColor]))""")
+    )
 
 
 def test_a_word_has_one_colour_on_both_sides_and_in_what_is_downloaded(page, segmenter):
@@ -315,9 +329,7 @@ def test_a_word_has_one_colour_on_both_sides_and_in_what_is_downloaded(page, seg
     page.get_by_label("Compare two vocabularies").check()
     page.keyboard.type("green heart, brick,")
     expect(page.locator(".chip .share", has_text="%")).to_have_count(4)
-    sides = page.locator(".side")
-    of_a = {chip.locator(".name").text_content(): colour_of(chip) for chip in sides.nth(0).locator(".chip").all()}
-    of_b = {chip.locator(".name").text_content(): colour_of(chip) for chip in sides.nth(1).locator(".chip").all()}
+    of_a, of_b = colours_of(page, 0), colours_of(page, 1)
     assert of_a["brick"] == of_b["brick"] == "rgb(0, 114, 178)"
     assert of_b["green heart"] == "rgb(0, 158, 115)"
     with page.expect_download() as a, page.expect_download(lambda each: ".b." in each.suggested_filename) as b:

@@ -7,8 +7,11 @@ const LEAST_NAMED = 0.006; // share of the pixels below which a region gets no n
 const REACH = 7; // pixels in each direction among which outlines are counted
 const MOST_OUTLINE = 0.3; // share of outlines among these, above which none is drawn: an unsure model gives specks
 
-/** Where names fit: [{label, x, y, radius}] in pixels of the map, largest region first. `named(label)` says which count. */
-export function namePlaces(labels, width, height, named) {
+/**
+ * Where names fit: [{label, x, y, radius}] in pixels of the map, largest region first. `named(label)` says which count,
+ * and `from` and `to` between which columns.
+ */
+export function namePlaces(labels, width, height, named, from = 0, to = width) {
   const step = Math.max(1, Math.ceil(Math.max(width, height) / GRID));
   const half = step >> 1;
   const [columns, rows] = [Math.ceil((width - half) / step), Math.ceil((height - half) / step)];
@@ -19,6 +22,8 @@ export function namePlaces(labels, width, height, named) {
   for (let row = 0; row < rows; row++) {
     const start = (row * step + half) * width + half;
     for (let column = 0, at = (row + 1) * stride + 1; column < columns; column++, at++) {
+      const x = column * step + half;
+      if (x < from || x >= to) continue;
       const label = labels[start + column * step];
       let counted = counts.get(label);
       if (counted === undefined) counts.set(label, (counted = named(label)));

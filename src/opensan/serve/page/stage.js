@@ -26,7 +26,7 @@ export class Stage {
       muted: element(`muted-${side}`),
       overlay: element(`overlay-${side}`),
       names: element(`names-${side}`),
-      shown: null, // {labels, words, places}: what was painted last
+      shown: null, // {labels, words}: what was painted last
     }));
     this.mask = element("mask");
     this.pointing = element("pointing");
@@ -89,6 +89,14 @@ export class Stage {
     this.layers[1].root.style.clipPath = `inset(0 0 0 ${this.position}%)`;
     this.splitter.style.left = `${this.position}%`;
     this.splitter.setAttribute("aria-valuenow", Math.round(this.position));
+    for (const layer of this.layers) this.#writeNames(layer);
+  }
+
+  /** Between which columns of the photograph a layer is seen. */
+  #seen(layer) {
+    const { width } = this.size;
+    const border = this.splitter.hidden ? width : (this.position / 100) * width;
+    return layer === this.layers[0] ? [0, border] : [border, width];
   }
 
   /** Which side (0 or 1) lies at column x. */
@@ -117,8 +125,7 @@ export class Stage {
     grey.drawImage(this.grey, 0, 0);
     grey.globalCompositeOperation = "destination-in";
     grey.drawImage(overlay, 0, 0);
-    const shown = (label) => Boolean(words[label]);
-    layer.shown = { words, places: namePlaces(labels, this.size.width, this.size.height, shown) };
+    layer.shown = { labels, words };
     this.#writeNames(layer);
   }
 
@@ -148,19 +155,22 @@ export class Stage {
   }
 
   /** Names of large regions, largest first, none over another. */
-  #writeNames({ shown, names }) {
+  #writeNames(layer) {
+    const { shown, names } = layer;
     names.replaceChildren();
-    if (!shown || !this.frame.clientWidth) return;
-    const scale = this.frame.clientWidth / this.size.width;
-    const [right, bottom] = [this.frame.clientWidth, this.frame.clientHeight];
+    if (!shown || layer.root.hidden || !this.frame.clientWidth) return;
+    const { width, height } = this.size;
+    const scale = this.frame.clientWidth / width;
+    const [from, to] = this.#seen(layer);
+    const bottom = this.frame.clientHeight;
     const taken = [];
-    for (const { label, x, y, radius } of shown.places) {
+    for (const { label, x, y, radius } of namePlaces(shown.labels, width, height, (each) => Boolean(shown.words[each]), from, to)) {
       const { name, colour } = shown.words[label];
       const half = textWidth(name) / 2 + 7;
       const up = 0.75 * LETTERS;
       if (taken.length === MOST_NAMES) break;
       if (radius * scale < up || half > 2.5 * radius * scale) continue;
-      const middle = { x: within(x * scale, half, right), y: within(y * scale, up, bottom) };
+      const middle = { x: within(x * scale, from * scale + half, to * scale - half), y: within(y * scale, up, bottom - up) };
       const near = (other) => Math.abs(other.x - middle.x) < other.half + half && Math.abs(other.y - middle.y) < 2 * up;
       if (taken.some(near)) continue;
       taken.push({ ...middle, half });
@@ -286,8 +296,7 @@ export class Stage {
   }
 }
 
-/** The middle of something of twice the length `half` that stays between 0 and `end`, near `middle`. */
-const within = (middle, half, end) => Math.max(half, Math.min(end - half, middle));
+const within = (value, least, most) => Math.max(least, Math.min(most, value));
 
 const pen = document.createElement("canvas").getContext("2d");
 
