@@ -34,7 +34,7 @@ FASTER = 4.0
 """Factor of the learning rate of "no object"."""
 NOISE = 0.1
 """Relative deviation of the features, each time they are seen."""
-GROUND = 1.0
+GROUND = 0.5
 """Weight of pixels that a set does not label, beside those that it does."""
 MOVED = 10.0
 """Weight of the projection's relative squared change."""
