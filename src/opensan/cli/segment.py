@@ -1,5 +1,6 @@
 """`opensan segment`: label images and write label maps, overlays and records."""
 
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -89,6 +90,15 @@ def segment(
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Larger images are refused before they are decoded.")
     ] = 100_000_000,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X,Y",
+            help="Also draw why the pixel in column X and row Y got its word (STEM.explained.png); for one image.",
+            show_default=False,
+            rich_help_panel=RESULTS,
+        ),
+    ] = None,
     as_json: AsJson = False,
     show: Show = False,
 ) -> None:
@@ -123,6 +133,7 @@ def segment(
     single = len(jobs) == 1 and not datasets
     if show and not (single and "overlay" in kinds):
         raise UsageError("--show opens the overlay of a single image: give one image, and overlay among --format")
+    pixel = None if explain is None else _pixel(explain, jobs, single)
     note(f"loading {model}")
     say_what_tiny_knows(model, [job.image for job in jobs])
     segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels)
@@ -132,7 +143,7 @@ def segment(
     try:
         if single:
             question = Question(vocabulary, out, tuple(dict.fromkeys(kinds)), rules)
-            paths = _one(segmenter, question, jobs[0], as_json)
+            paths = _one(segmenter, question, jobs[0], as_json, pixel)
             if show:
                 open_file(paths["overlay"])
         else:
@@ -144,7 +155,26 @@ def segment(
         raise UserError(f"out of memory on {segmenter.device}: try a smaller --batch, or smaller images") from None
 
 
-def _one(segmenter: "Segmenter", question: "Question", job: "Job", as_json: bool) -> dict[str, Path]:
+def _pixel(text: str, jobs: Sequence["Job"], single: bool) -> tuple[int, int]:
+    """Return the pixel of --explain. Raises UsageError if it is none of the image."""
+    from opensan.images import image_size
+
+    match = re.fullmatch(r"\s*(\d{1,9})\s*,\s*(\d{1,9})\s*", text)
+    if match is None:
+        raise UsageError(f"--explain {text}: must be a column and a row, such as 120,80")
+    if not single:
+        raise UsageError("--explain is about one image: give one, and no data set as --format")
+    x, y = int(match[1]), int(match[2])
+    if jobs[0].image.is_file():
+        height, width = image_size(jobs[0].image)
+        if x >= width or y >= height:
+            raise UsageError(f"--explain: pixel ({x}, {y}) is outside the image of {width} x {height}")
+    return x, y
+
+
+def _one(
+    segmenter: "Segmenter", question: "Question", job: "Job", as_json: bool, pixel: tuple[int, int] | None
+) -> dict[str, Path]:
     """Segment a single image, print its words as a table, and return its files."""
     from opensan.jobs.folder import label_single
     from opensan.outputs import output_paths
@@ -158,6 +188,13 @@ def _one(segmenter: "Segmenter", question: "Question", job: "Job", as_json: bool
         segmentation = segmenter.segment(image, question.vocabulary, segments=question.rules)
         base = question.out / job.stem
         paths = segmentation.save(base.parent, base.name, question.formats)
+    if pixel is not None:
+        from opensan.files import atomic_path
+
+        picture = segmentation.explained_picture(*pixel)
+        paths["explained"] = base.parent / f"{base.name}.explained.png"
+        with atomic_path(paths["explained"]) as temporary:
+            picture.save(temporary)
     if as_json:
         unlabelled = float((segmentation.labels < 0).mean())
         files = [str(path) for path in paths.values()]

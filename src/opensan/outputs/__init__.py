@@ -19,6 +19,7 @@ from opensan.outputs.coco import mean_confidence, record
 from opensan.outputs.colours import UNLABELLED_COLOUR, palette
 from opensan.outputs.datasets import DATASETS, check_words
 from opensan.outputs.drawing import format_share, overlay
+from opensan.outputs.explained import explained_picture
 from opensan.outputs.segments import segments_picture, segments_record
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "check_formats",
     "check_formats_of_many",
     "check_writable",
+    "explained_picture",
     "format_share",
     "label_map_picture",
     "mean_confidence",

@@ -19,6 +19,7 @@ from opensan.assemble.segments import USUAL_RULES, SegmentRules, Segments
 from opensan.config import ImageConfig
 from opensan.errors import UserError
 from opensan.images import ImageSource, open_image, prepare_array
+from opensan.segmenters.explanation import Explanation
 from opensan.segmenters.results import Encoding, InputImage, Segmentation
 from opensan.structures import Identity
 from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
@@ -86,6 +87,20 @@ class Segmenter:
     def segments(self, segmentation: Segmentation) -> Segments:
         """Return `Segmentation.segments`. Raises UserError, one line, if the model proposes no masks."""
         raise UserError(f"segments need a model with mask proposals, and {self.identity.name} has none")
+
+    def explain(self, segmentation: Segmentation, x: int, y: int, *, otherwise: bool = True) -> Explanation:
+        """Return `Segmentation.explain`. Raises UserError, one line, if the model proposes no masks."""
+        raise UserError(f"an explanation needs a model with mask proposals, and {self.identity.name} has none")
+
+    def separating(
+        self, segmentation: Segmentation, x: int, y: int, first: str, second: str
+    ) -> list[tuple[int, float]]:
+        """Return `Segmentation.separating`. Raises UserError, one line, if the model proposes no masks."""
+        raise UserError(f"an explanation needs a model with mask proposals, and {self.identity.name} has none")
+
+    def attention_bias(self, encoding: Encoding, proposals: Sequence[int]) -> NDArray[np.float32] | None:
+        """Return where attention was steered for some proposals, [n, heads, h, w]; None if that is not known."""
+        return None
 
     def with_rest(self, vocabulary: Vocabulary) -> Vocabulary:
         """Add a background word for what no asked word fits. Raises UserError if the model proposes no masks."""

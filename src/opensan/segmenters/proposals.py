@@ -12,11 +12,19 @@ from opensan.assemble.bands import Scores, first_equal, to_array
 from opensan.assemble.interpolation import mask_bands
 from opensan.assemble.kinds import word_kinds
 from opensan.assemble.segments import Segments, find_segments
-from opensan.errors import UserError
+from opensan.errors import UserError, did_you_mean, short
 from opensan.segmenters.base import Segmenter
+from opensan.segmenters.explanation import (
+    Explanation,
+    bundled_words,
+    check_pixel,
+    explain_pixel,
+    named_otherwise,
+    separating,
+)
 from opensan.segmenters.results import Encoding, Segmentation
 from opensan.text.rows import TextRows
-from opensan.vocabulary import Vocabulary
+from opensan.vocabulary import Vocabulary, Word
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +61,33 @@ class ProposalSegmenter(Segmenter):
             return scores[first].reshape(-1, *band.shape[1:])
 
         return of_rows
+
+    def explain(self, segmentation: Segmentation, x: int, y: int, *, otherwise: bool = True) -> Explanation:
+        """Explain the word of a pixel; see `Segmentation.explain`."""
+        encoding, vocabulary = segmentation.encoding, segmentation.vocabulary
+        check_pixel(encoding.sizes, x, y)
+        masks = to_array(encoding["mask_logits"])
+        probabilities = to_array(self.class_probabilities(encoding, vocabulary))
+        found = explain_pixel(masks, probabilities, encoding.sizes, vocabulary, x, y)
+        if not otherwise:
+            return found
+        plain = Vocabulary(tuple(Word(word.name) for word in bundled_words().words))
+        others = bundled_words(self.text.unseen_texts(plain))
+        return named_otherwise(found, to_array(self.class_probabilities(encoding, others)), others)
+
+    def separating(
+        self, segmentation: Segmentation, x: int, y: int, first: str, second: str
+    ) -> list[tuple[int, float]]:
+        """Return what separates two words at a pixel; see `Segmentation.separating`."""
+        encoding, vocabulary = segmentation.encoding, segmentation.vocabulary
+        check_pixel(encoding.sizes, x, y)
+        names = [word.name for word in vocabulary.words]
+        for name in (first, second):
+            if name not in names:
+                raise UserError(f"this segmentation has no word {short(name)}{did_you_mean(str(name), names)}")
+        probabilities = to_array(self.class_probabilities(encoding, vocabulary))
+        pair = names.index(first), names.index(second)
+        return separating(to_array(encoding["mask_logits"]), probabilities, encoding.sizes, x, y, pair)
 
     def with_rest(self, vocabulary: Vocabulary) -> Vocabulary:
         """Add a background word that takes the pixels that no asked word deserves; see `Vocabulary.with_rest`."""

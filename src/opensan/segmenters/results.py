@@ -26,6 +26,7 @@ from opensan.assemble.segments import USUAL_RULES, SegmentRules, Segments
 from opensan.errors import UserError, did_you_mean, short
 from opensan.files import atomic_path
 from opensan.images import PreparedImage
+from opensan.segmenters.explanation import Explanation, rows_of
 from opensan.structures import ImageSizes
 from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 MOST_ANSWERED_PIXELS = 2**30
 """Limit of the image size in an encoding from a file (4 GiB of labels), which nothing else limits."""
+
+MOST_DRAWN = 3
+"""Proposals in the picture of an explanation."""
 
 _IMAGE = "image"
 """Name of the image itself among the tensors of a file."""
@@ -156,6 +160,14 @@ class _Answers(Protocol):
 
     def segments(self, segmentation: "Segmentation") -> Segments: ...
 
+    def explain(self, segmentation: "Segmentation", x: int, y: int, *, otherwise: bool = True) -> Explanation: ...
+
+    def separating(
+        self, segmentation: "Segmentation", x: int, y: int, first: str, second: str
+    ) -> list[tuple[int, float]]: ...
+
+    def attention_bias(self, encoding: Encoding, proposals: Sequence[int]) -> NDArray[np.float32] | None: ...
+
     def confidence(self, segmentation: "Segmentation") -> NDArray[np.float32]: ...
 
 
@@ -232,6 +244,41 @@ class Segmentation:
         if self.segmenter is None:
             raise UserError("an unpickled segmentation has no model: use its segments before pickling it")
         return self.segmenter.segments(self)
+
+    def explain(self, x: int, y: int, *, otherwise: bool = True) -> Explanation:
+        """Explain the word of the pixel in column `x` and row `y`: which proposals decide, and what they show.
+
+        `otherwise`: also tell what each of them would be called among the words of all bundled label sets, which are
+        embedded at the first use. Raises UserError, one line, for a pixel outside the image.
+        """
+        return self._model.explain(self, x, y, otherwise=otherwise)
+
+    def separating(self, x: int, y: int, first: str, second: str) -> list[tuple[int, float]]:
+        """Return what separates two words at a pixel: (proposal, how much more score it gives to the first of them).
+
+        The proposals with the largest differences come first. Raises UserError, one line, for an unknown word.
+        """
+        return self._model.separating(self, x, y, first, second)
+
+    def explained_picture(self, x: int, y: int) -> Image.Image:
+        """Draw `explain(x, y)`: the three leading proposals' masks, and where each head's attention was steered.
+
+        The steering is shown for models that run in torch, whose image half runs once more for it.
+        """
+        found = self.explain(x, y)
+        leading = [proposal.index for proposal in found.proposals[:MOST_DRAWN]]
+        bias = self._model.attention_bias(self.encoding, leading)
+        title = f"pixel ({x}, {y}): {found.word} {found.words[0].score:.2f}"
+        if len(found.words) > 1:
+            title += f", before {found.words[1].name} {found.words[1].score:.2f}"
+        rows = rows_of(found, bias, MOST_DRAWN)
+        return outputs.explained_picture(self.image, self.encoding.sizes.image, x, y, title, rows)
+
+    @property
+    def _model(self) -> _Answers:
+        if self.segmenter is None:
+            raise UserError("an unpickled segmentation has no model, which an explanation needs")
+        return self.segmenter
 
     @property
     def image(self) -> NDArray[np.uint8] | None:

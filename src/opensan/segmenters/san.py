@@ -131,6 +131,23 @@ class SanSegmenter(ProposalSegmenter):
         scores = label_scores(self._masks(encoding), probabilities, encoding.sizes, labels)
         return scores.clamp_(0, 1).cpu().numpy()
 
+    @undisturbed
+    def attention_bias(self, encoding: Encoding, proposals: Sequence[int]) -> np.ndarray | None:
+        """Return where the side adapter steers CLIP's attention for some proposals: [len(proposals), N heads, h, w].
+
+        Encodings do not keep it, so the image half runs again on the image. The part of the padding is cut off.
+        None if the encoding did not keep its image, or the model steers nothing.
+        """
+        if encoding.image is None:
+            return None
+        pixels = torch.as_tensor(prepare(encoding.image, self.image_config).pixels).unsqueeze(0).to(self.device)
+        bias = self.model.propose(pixels).attention_bias
+        if bias is None:
+            return None
+        sides = zip(bias.shape[-2:], encoding.sizes.network, encoding.sizes.padded, strict=True)
+        height, width = (max(1, round(cells * network / padded)) for cells, network, padded in sides)
+        return to_array(bias[0, :, list(proposals), :height, :width].transpose(0, 1).float())
+
     def scores(self, encoding: Encoding, vocabulary: Vocabulary) -> Scores:
         """Return the function from a band of rows to all scores (tensors on the device); see `Segmenter.scores`."""
         probabilities = self.class_probabilities(encoding, vocabulary)

@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from PIL import Image
 
 from opensan import outputs
 from opensan.assemble.bands import to_array
-from opensan.assemble.interpolation import masks_at, resized_masks
+from opensan.errors import UserError
 from opensan.segmenters.base import Segmenter
+from opensan.segmenters.explanation import check_pixel, explain_pixel
 from opensan.segmenters.proposals import with_proposals
 from opensan.segmenters.results import Encoding, Segmentation
 from opensan.serve.limits import Problem
@@ -38,9 +39,6 @@ _FAST_COMPRESSION = 1
 
 _WORTH_COMPRESSING = 1024
 """Bytes of body below which gzip is not used."""
-
-_MOST_WORDS = 20
-_MOST_PROPOSALS = 8
 
 
 @dataclass(frozen=True)
@@ -162,49 +160,33 @@ def point(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, x: i
     Raises ValueError, one line, for a model that has no mask proposals.
     """
     segmenter = with_proposals(segmenter, "an explanation of a pixel")
-    height, width = encoding.sizes.image
-    if x >= width or y >= height:
-        raise Problem(422, f"pixel ({x}, {y}) is outside the image of {width} x {height}")
+    try:
+        check_pixel(encoding.sizes, x, y)
+    except UserError as error:
+        raise Problem(422, str(error)) from None
     probabilities = to_array(segmenter.class_probabilities(encoding, vocabulary))
-    mask_logits = to_array(encoding["mask_logits"])
-    masks = masks_at(mask_logits, encoding.sizes, y, x)
-    contributions = probabilities * masks[:, None]
-    scores = contributions.sum(axis=0)
-    winner = int(scores.argmax())
-    shares = contributions[:, winner] / max(scores[winner], np.finfo(scores.dtype).tiny)
-    leading = (-shares).argsort(kind="stable")[:_MOST_PROPOSALS]
-    pictures = _mask_pictures(mask_logits[leading], encoding)
-    words = vocabulary.words
-    best = (-scores).argsort(kind="stable")[:_MOST_WORDS].tolist()
+    found = explain_pixel(to_array(encoding["mask_logits"]), probabilities, encoding.sizes, vocabulary, x, y)
     return PointAnswer(
         x=x,
         y=y,
-        words=[PointWord(name=words[k].name, background=words[k].absorbs, score=float(scores[k])) for k in best],
+        words=[PointWord(**vars(word)) for word in found.words],
         proposals=[
             PointProposal(
-                index=index,
-                share=float(shares[index]),
-                mask=float(masks[index]),
-                word_probability=float(probabilities[index, winner]),
-                word=words[int(probabilities[index].argmax())].name,
-                picture=base64.b64encode(_png(picture)).decode("ascii"),
+                index=proposal.index,
+                share=proposal.share,
+                mask=proposal.mask,
+                word_probability=proposal.word_probability,
+                word=proposal.word,
+                picture=base64.b64encode(_png(_grey(proposal.picture))).decode("ascii"),
             )
-            for index, picture in zip(leading.tolist(), pictures, strict=True)
+            for proposal in found.proposals
         ],
     )
 
 
-def _mask_pictures(mask_logits: np.ndarray, encoding: Encoding) -> list[Image.Image]:
-    """Return masks [q, h, w] as grey pictures of about as many pixels, without padding, to stretch over the image."""
-    grid = [
-        max(1, round(cells * network / padded))
-        for cells, network, padded in zip(
-            mask_logits.shape[1:], encoding.sizes.network, encoding.sizes.padded, strict=True
-        )
-    ]
-    sizes = replace(encoding.sizes, image=(grid[0], grid[1]))
-    masks = resized_masks(mask_logits, sizes)
-    return [Image.fromarray(mask) for mask in (masks * 255).round().astype(np.uint8)]
+def _grey(mask: np.ndarray) -> Image.Image:
+    """Return a mask in [0, 1] as a grey picture, to stretch over the image."""
+    return Image.fromarray((mask * 255).round().astype(np.uint8))
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -1,0 +1,69 @@
+"""Draw the explanation of a pixel: the proposals that decide, and where their attention was steered."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CELL = 240
+"""Width in pixels of each picture."""
+
+_CAPTION = 30
+_CROSS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class ExplainedRow:
+    """What is drawn of one proposal."""
+
+    caption: str
+    maps: Sequence[tuple[str, np.ndarray]]
+    """(Title, [h, w] in [0, 1] over the whole image) of its mask, then of each head's steering."""
+
+
+def explained_picture(
+    image: np.ndarray | None, size: tuple[int, int], x: int, y: int, title: str, rows: Sequence[ExplainedRow]
+) -> Image.Image:
+    """Draw a row for each proposal: its maps in warm colours over the image, the pixel marked by a cross.
+
+    Args:
+        image: [H, W, 3] uint8 RGB; None: plain grey.
+        size: (H, W) of the image.
+        x: column of the pixel.
+        y: row of the pixel.
+        title: text over all.
+        rows: the proposals, most important first.
+    """
+    height, width = size
+    cell = CELL, max(1, round(CELL * height / width))
+    base = Image.new("RGB", cell, (128, 128, 128)) if image is None else Image.fromarray(image).resize(cell)
+    columns = max((len(row.maps) for row in rows), default=1)
+    row_height = cell[1] + 2 * _CAPTION
+    picture = Image.new("RGB", (columns * (CELL + 8) + 8, _CAPTION + max(1, len(rows)) * row_height), (255, 255, 255))
+    draw = ImageDraw.Draw(picture)
+    draw.text((8, 8), title, fill=(0, 0, 0))
+    place = (x + 0.5) * cell[0] / width, (y + 0.5) * cell[1] / height
+    for number, row in enumerate(rows):
+        top = _CAPTION + number * row_height
+        draw.text((8, top + 8), row.caption, fill=(0, 0, 0))
+        for column, (name, values) in enumerate(row.maps):
+            left = 8 + column * (CELL + 8)
+            draw.text((left, top + 26), name, fill=(90, 90, 90))
+            picture.paste(_over(base, values), (left, top + 44))
+            across, down = left + place[0], top + 44 + place[1]
+            for colour, line in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+                draw.line((across - _CROSS, down, across + _CROSS, down), fill=colour, width=line)
+                draw.line((across, down - _CROSS, across, down + _CROSS), fill=colour, width=line)
+    return picture
+
+
+def _over(base: Image.Image, values: np.ndarray) -> Image.Image:
+    """Lay values [h, w] in [0, 1] over a picture: darkened where they are 0, reddish where they are 1."""
+    grey = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).resize(
+        base.size, Image.Resampling.BILINEAR
+    )
+    share = np.asarray(grey, dtype=np.float32)[..., None] / 255
+    pixels = np.asarray(base, dtype=np.float32)
+    warm = 0.55 * pixels + 0.45 * np.array([255, 80, 0], dtype=np.float32)
+    return Image.fromarray((share * warm + (1 - share) * 0.45 * pixels).round().astype(np.uint8))
