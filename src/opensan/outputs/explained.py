@@ -15,7 +15,7 @@ _CROSS = 6
 
 @dataclass(frozen=True, eq=False)
 class ExplainedRow:
-    """What is drawn of one proposal."""
+    """The drawn parts of one proposal."""
 
     caption: str
     maps: Sequence[tuple[str, np.ndarray]]
