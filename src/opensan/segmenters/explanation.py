@@ -174,7 +174,7 @@ def named_otherwise(
 
 
 def rows_of(explanation: Explanation, bias: np.ndarray | None, most: int = 3) -> list[ExplainedRow]:
-    """Return the drawn parts of the leading proposals; `bias` [proposals, N, h, w] is their attention bias, if known."""
+    """Return the drawn parts of the leading proposals; `bias` [proposals, N, h, w] is their bias, if known."""
     rows = []
     for place, proposal in enumerate(explanation.proposals[:most]):
         otherwise = ", ".join(f"{name} {share:.2f}" for name, share in proposal.otherwise)
