@@ -1,4 +1,4 @@
-"""What a trained side adapter proposes on the labelled photographs: features under each mask, masks and labels.
+"""Collect what a trained side adapter proposes on the labelled photographs: features under masks, masks and labels.
 
 Letters: Q queries, h w a grid of every 16th pixel, P = h w its points.
 """
