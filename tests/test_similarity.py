@@ -71,6 +71,7 @@ def test_the_heat_map_is_dark_where_words_are_alike(size):
     names = tuple([f"word {number}" for number in range(count)] for count in size)
     drawn = heat_map(Similarity(names, cosines))
     assert max(drawn.size) < 2_000
+    assert (np.asarray(drawn)[:, -8:] == 255).all(), "nothing reaches the edge, the legend included"
     pixels = np.asarray(drawn).astype(int)
     dark = np.argwhere((pixels == (20, 60, 130)).all(axis=2))
     light = np.argwhere((pixels == (247, 247, 250)).all(axis=2))

@@ -120,7 +120,9 @@ def heat_map(similarity: Similarity) -> Image.Image:
     font = font_for("".join(similarity.names[0] + similarity.names[1])[:500], LETTERS)
     named = cell >= LEAST_CELL_WITH_NAMES
     left, top = (max(int(font.getlength(name)) for name in names) + 12 if named else 12 for names in similarity.names)
-    canvas = Image.new("RGB", (left + cells.width + 12, top + cells.height + 34), "white")
+    legend = f"cosine: light {low:.2f}, dark {high:.2f}"
+    width = left + max(cells.width, int(font.getlength(legend))) + 12
+    canvas = Image.new("RGB", (width, top + cells.height + 34), "white")
     canvas.paste(cells, (left, top))
     draw = ImageDraw.Draw(canvas)
     if named:
@@ -130,5 +132,5 @@ def heat_map(similarity: Similarity) -> Image.Image:
             upright = Image.new("RGB", (top - 6, cell), "white")
             ImageDraw.Draw(upright).text((0, cell / 2), name, (30, 30, 30), font, anchor="lm")
             canvas.paste(upright.rotate(90, expand=True), (left + column * cell, 0))
-    draw.text((left, canvas.height - 24), f"cosine: light {low:.2f}, dark {high:.2f}", (60, 60, 60), font)
+    draw.text((left, canvas.height - 24), legend, (60, 60, 60), font)
     return canvas

@@ -162,7 +162,8 @@ def picture(rows: Sequence[Row]) -> Image.Image:
     for share in (-1, -0.5, 0.5, 1):
         draw.line([(at(share * reach), MARGIN - 6), (at(share * reach), bottom)], fill=(225, 225, 225))
     for share in (-1, 0, 1):
-        draw.text((at(share * reach), bottom + 4), f"{100 * share * reach:+.1f}", (60, 60, 60), font, anchor="ma")
+        written = f"{100 * share * reach:+.1f}" if share else "0"
+        draw.text((at(share * reach), bottom + 4), written, (60, 60, 60), font, anchor="ma")
     for number, figure in enumerate(FIGURES):
         left = 12 + number * 210
         draw.rectangle([left, 14, left + 12, 26], fill=colours[number])
