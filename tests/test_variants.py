@@ -227,7 +227,7 @@ def test_proposals_of_two_stages_run_no_clip(config):
 
 
 def test_a_bias_for_each_layer_is_read_by_its_own_layer(config, model):
-    """Equal parts give the same as one; another part for the last layer alone changes the answer."""
+    """Equal parts give the same as one; another part for one layer alone changes the answer."""
     layered = like(config, model, bias_per_layer=True)
     last, own = (one.side_adapter.head.attention_mlp.layers[-1] for one in (layered, model))
     for kind in ("weight", "bias"):
@@ -235,8 +235,10 @@ def test_a_bias_for_each_layer_is_read_by_its_own_layer(config, model):
     with torch.no_grad():
         same, expected = layered.propose(PIXELS), model.propose(PIXELS)
         torch.testing.assert_close(same.mask_embeddings, expected.mask_embeddings)
-        last.weight.data[len(own.weight) :] *= -1
-        assert (layered.propose(PIXELS).mask_embeddings - expected.mask_embeddings).abs().max() > 1e-3
+        for part in (slice(len(own.weight)), slice(len(own.weight), None)):
+            last.weight.data[part] *= -1
+            assert (layered.propose(PIXELS).mask_embeddings - expected.mask_embeddings).abs().max() > 1e-3
+            last.weight.data[part] *= -1
 
 
 def test_one_bias_for_all_heads_is_the_same_in_each(config, model):
