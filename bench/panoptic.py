@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+import opensan
+from opensan.assemble.segments import SegmentRules
 from opensan.checkpoints import load_model, save_folder
 from opensan.data.augment import AugmentConfig
+from opensan.evaluation.objects import evaluate_objects
 from opensan.lab.san_training import SceneDataset
 from opensan.lab.scenes import BASE_NAMES
 from opensan.train.config import LoopConfig, PointsConfig, SanTrainingConfig
@@ -37,6 +40,19 @@ def train(out: Path, steps: int, batch: int) -> None:
         save_folder(model, out / "model", torch.float16)
 
 
+def measure(names: list[str], scenes: int) -> None:
+    """Print PQ and AP of models, by connected parts and by proposals, on test scenes."""
+    dataset = SceneDataset(12, scenes, (192, 256), "masks", BASE_NAMES, ALIKE)
+    print("| model | objects by | PQ | SQ | RQ | PQ of things | AP | AP, IoU 0.50 |\n|---|---|---|---|---|---|---|---|")
+    for name in names:
+        segmenter = opensan.load(name)
+        for parts in (True, False):
+            figures = evaluate_objects(segmenter, dataset, SegmentRules(parts=parts)).summary()
+            shown = (figures[key] for key in ("pq", "sq", "rq", "pq_thing", "ap", "ap50"))
+            way = "connected parts" if parts else "proposals"
+            print(f"| {name} | {way} | " + " | ".join(f"{100 * value:.1f}" for value in shown) + " |", flush=True)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -44,10 +60,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/objects"))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--model", action="append", help="for `measure`; may be given several times")
+    parser.add_argument("--scenes", type=int, default=100, help="test scenes of `measure`")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.command == "train":
         train(options.out, options.steps, options.batch)
+    else:
+        measure(options.model or ["tiny"], options.scenes)
 
 
 if __name__ == "__main__":
