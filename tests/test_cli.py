@@ -227,7 +227,7 @@ def test_words_from_file_and_from_set(run, tmp_path, model_folder):
         (
             ["segment", "x.png", "--words", "a", "--format", "png,bmp"],
             2,
-            "'bmp': choose from png, overlay, json, coco",
+            "'bmp': choose from png, overlay, json, panoptic, boxes, coco",
         ),
         (["segment", "x.png", "--words", "a", "--format", ","], 2, "no output format"),
         (["segment", "x.png", "--words", "a", "--batch", "0"], 2, "--batch"),
