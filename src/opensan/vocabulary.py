@@ -79,8 +79,8 @@ class Word:
     absorbs: bool = False
     """A background or "other" word: it takes pixels, and they are reported as unlabelled."""
     nothing: float = 0.0
-    """The share of the probability of "no object", in [0, 1], that a background word without a text of its own has; 0 for
-    all other words."""
+    """The share of the probability of "no object" that a background word without a text of its own has, in [0, 1]; 0
+    for all other words."""
 
     def __post_init__(self):
         for field in ("synonyms", "prompts"):
