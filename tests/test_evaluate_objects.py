@@ -127,7 +127,7 @@ def test_average_precision_is_that_of_pycocotools(capsys):
         assert np.allclose(list(ours.values()), plain.stats[:3], atol=1e-6)
         seen.add(round(ours["ap"], 2))
     capsys.readouterr()
-    assert len(seen) > 20
+    assert len(seen) > 12
 
 
 @pytest.fixture(scope="module")

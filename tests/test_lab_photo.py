@@ -208,7 +208,7 @@ def test_the_loss_asks_for_the_label_or_for_any_word_of_the_ground_and_leaves_hi
     right = torch.tensor([[1.0, 0, 0], [0, 0.5, 0.5]])
     assert pixel_loss(right, one, rest) < 1e-4
     everything_dog = torch.tensor([[1.0, 0, 0], [1.0, 0, 0]])
-    assert pixel_loss(everything_dog, one, rest) > 5
+    assert pixel_loss(everything_dog, one, rest) > 3  # half of the pixels, by half weight
     assert pixel_loss(everything_dog, one, torch.zeros(3, dtype=torch.bool)) < 1e-4
     hidden = Proposed(one.means, one.masks, torch.where(one.labels < 0, HIDDEN, one.labels))
     assert pixel_loss(everything_dog, hidden, rest) < 1e-4
