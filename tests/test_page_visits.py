@@ -150,7 +150,7 @@ def test_the_camera_is_labelled_while_words_change(page):
     expect(page.locator("#time")).to_have_text(re.compile(r"^[\d.]+ frames a second$"))
     shares(page, 2)
     first = overlay(page)
-    page.locator("#word-input-a").press_sequentially("night sky", delay=250)
+    page.locator("#word-input-a").press_sequentially("night sky", delay=900)
     expect(page.locator(".entry .share").first).to_contain_text("%")
     page.wait_for_function("count => performance.getEntriesByName('frame').length > count", arg=12)
     assert frames[0] == ["grass", "brick"] and ["grass", "brick", "night sky"] in frames
