@@ -16,8 +16,8 @@ def test_the_first_command_and_the_python_lines_work_offline(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(opensan.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     _, command, python = blocks("README.md")
     words = re.findall(r'"([^"]+)"', command.text)[0]
-    line = command.text.replace("opensan ", f"{sys.executable} -m opensan ", 1)
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=offline, capture_output=True, text=True)
+    lines = re.sub(r"^opensan ", f"{sys.executable} -m opensan ", command.text, flags=re.MULTILINE)
+    done = subprocess.run(["bash", "-e", "-c", lines], cwd=tmp_path, env=offline, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert any(word.strip() in done.stdout for word in words.split(","))
     overlay = tmp_path / "out" / "playground.overlay.png"
