@@ -494,6 +494,7 @@ def test_single_images_of_one_stem_keep_their_results(tmp_path, capsys):
             image.rotate(90 * (name.suffix == ".bmp"), expand=True).save(name)
     assert label_into(out, names[0]) == 0
     assert label_into(out, names[1]) == 0  # another suffix: its whole name
+    assert "named by the whole name, a.bmp.*" in capsys.readouterr().err
     labels = {path.name: path.read_bytes() for path in out.glob("*.png")}
     assert labels.keys() == {"a.labels.png", "a.bmp.labels.png"}
     for other in names[2:4]:  # another folder, the same name

@@ -191,12 +191,14 @@ def label_single(
     read = _read(segmenter, question, job)
     if isinstance(read, Broken):
         raise UserError(read.reason)
+    with Ledger(question.out, wait=LONGEST_WAIT) as ledger:  # what it refuses is refused before the work
+        (job,) = _own_stems([job], ledger)
+        opening = list(ledger.notes)
     (encoding,) = segmenter.encode_read([read.image])
     segmentation = segmenter.segment(encoding, question.vocabulary, segments=question.rules)
     with Ledger(question.out, wait=LONGEST_WAIT) as ledger:
-        (job,) = _own_stems([job], ledger)
         ledger.begin(question.settings(segmenter), {job.stem: (job.image, question.paths(job))}, again=True)
-        for line in ledger.notes:
+        for line in (*opening, *ledger.notes):
             note(line)
         written = _write(question, job, read.source, segmentation)
         if isinstance(written, Broken):
@@ -206,7 +208,7 @@ def label_single(
 
 
 def _own_stems(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
-    """Return the jobs, those by their image's whole name whose stem has results of another image of that stem.
+    """Return the jobs, those by their image's whole name whose stem has results of another image; `notes` tell so.
 
     Raises UserError if results of another image have the whole name too, or the same name.
     """
@@ -223,8 +225,13 @@ def _own_stems(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
         if other is not None:
             raise UserError(
                 f"{ledger.out}: holds the results of {other}, which have the names of {job.image}'s; "
-                "choose another folder, or remove them"
+                "choose another folder"
             )
+    if renamed := [job for before, job in zip(jobs, own, strict=True) if job.stem != before.stem]:
+        ledger.notes.append(
+            f"{ledger.out}: holds results of other images with the names of {len(renamed)} of {len(jobs)}: theirs are "
+            f"named by the whole name, {renamed[0].stem}.*"
+        )
     return own
 
 
