@@ -98,6 +98,18 @@ def test_another_model_labels_the_picture_anew(page):
     expect(page.get_by_label("Model")).to_have_value("photo")
 
 
+def test_a_picture_chosen_while_the_page_still_loads_is_opened(page):
+    held = []
+    page.route("**/v1/info", lambda route: held.append(route))
+    page.reload()
+    page.wait_for_timeout(500)
+    page.set_input_files("#file", PLAYGROUND)
+    assert held
+    for route in held:
+        route.continue_()
+    expect(page.locator("#spoken")).to_contain_text("playground.png is open")
+
+
 def test_the_photographs_name_their_authors_and_words(page):
     choose_photo(page)
     page.locator("#word-input-a").fill("")

@@ -82,6 +82,7 @@ class App {
   async #restore() {
     this.#apply(recall());
     this.#openLink();
+    if (this.sources.openChosen()) return; // chosen while the page was still loading
     const picture = await recallPicture();
     if (picture && !this.photograph && !this.camera.running) this.open(picture.blob, picture.name);
   }

@@ -7,10 +7,7 @@ const element = (id) => document.getElementById(id);
 export class Sources {
   constructor(app) {
     this.app = app;
-    element("file").addEventListener("change", ({ target }) => {
-      if (target.files[0]) app.open(target.files[0], target.files[0].name);
-      target.value = "";
-    });
+    element("file").addEventListener("change", () => this.openChosen());
     this.#takeDropped();
     document.addEventListener("paste", (event) => {
       const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
@@ -22,6 +19,15 @@ export class Sources {
 
   upload() {
     element("file").click();
+  }
+
+  /** Opens the file that stands in the file field, and empties the field, so that the same file can be chosen again. */
+  openChosen() {
+    const field = element("file");
+    const [file] = field.files;
+    if (file) this.app.open(file, file.name);
+    field.value = "";
+    return Boolean(file);
   }
 
   /** The clipboard's picture, by a button. */
