@@ -163,6 +163,7 @@ MORE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], ...]] = {
     "docs/own-data.md": (own_forms,),
     "docs/training.md": (prepared_sets,),
     "docs/evaluation.md": (prepared_sets,),
+    "docs/confidence.md": (prepared_sets,),
     "docs/folders.md": (scenes,),
     "docs/panoptic.md": (objects,),
     "docs/huge-images.md": (rasters,),

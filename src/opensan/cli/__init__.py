@@ -13,6 +13,7 @@ import typer
 
 from opensan import __version__
 from opensan.cli.cache import cache
+from opensan.cli.calibrate import calibrate
 from opensan.cli.data import data
 from opensan.cli.demo import demo
 from opensan.cli.evaluate import evaluate
@@ -42,6 +43,7 @@ app.command(cls=Command)(segment)
 app.command(cls=Command)(segment_raster)
 app.command(cls=Command)(segment_video)
 app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(calibrate)
 app.command(cls=Command)(words)
 app.command(cls=Command)(similarity)
 app.command(cls=Command)(cache)

@@ -107,6 +107,7 @@ def embed_words(segmenter: "Segmenter", vocabulary: Vocabulary) -> None:
     """Embed the words before the images are read: it may take long, and unusable words are reported early."""
     with progress_of(output_console(), "embedding prompts") as progress:
         segmenter.prepare_words(vocabulary, progress)
+    segmenter.check_calibration(vocabulary)
 
 
 def _joined(option: str, texts: Sequence[str] | None) -> Any:

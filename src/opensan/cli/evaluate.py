@@ -11,7 +11,7 @@ import typer
 
 from opensan.cli.asked_words import embed_words
 from opensan.cli.objects import Objects, ObjectsBy
-from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice
+from opensan.cli.options import AsJson, Calibrated, Device, ImageDtype, Model, Out, Show, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_of
 from opensan.errors import UserError
 
@@ -40,6 +40,7 @@ def evaluate(
         typer.Option(metavar="DIR...", help="Prepared data sets (`opensan data prepare`).", show_default=False),
     ] = None,
     model: Model = "san-vit-b16",
+    calibration: Calibrated = None,
     split: Annotated[
         str | None,
         typer.Option(help="The list of images. Default: the data set's own for this, or val.", show_default=False),
@@ -61,6 +62,10 @@ def evaluate(
         bool, typer.Option("--instances", help="Also measure objects: average precision (AP).")
     ] = False,
     objects: ObjectsBy = Objects.parts,
+    confidence: Annotated[
+        bool,
+        typer.Option("--confidence", help="Also measure how far confidence can be trusted, and what thresholds keep."),
+    ] = False,
     save_predictions: Annotated[
         bool, typer.Option("--save-predictions", help="Also write sem_seg_predictions.json (COCO RLE).")
     ] = False,
@@ -101,6 +106,10 @@ def evaluate(
         raise UsageError("--tta is about how a model predicts; --from-predictions has no model")
     if from_predictions is not None and (panoptic or instances):
         raise UsageError("--panoptic and --instances need a model; --from-predictions has none")
+    if confidence and (tta or from_predictions is not None):
+        raise UsageError("--confidence is that of a model's single views: leave out --tta and --from-predictions")
+    if calibration is not None and not confidence:
+        raise UsageError("--calibration changes no label, so only --confidence measures it: give both")
     if tta and (panoptic or instances):
         raise UsageError("--panoptic and --instances measure single views: leave out --tta")
     from torch import OutOfMemoryError
@@ -108,7 +117,7 @@ def evaluate(
     from opensan.devices import chosen_device
     from opensan.distributed import is_main, process_group
     from opensan.evaluation.sets import find_sets, open_set
-    from opensan.segmenters.load import load_with_torch
+    from opensan.segmenters.load import calibrate, find_calibration, load_with_torch
 
     with process_group("cpu" if from_predictions else chosen_device(device)) as group:
         if not is_main():
@@ -121,10 +130,12 @@ def evaluate(
             for prepared in sets:
                 _check_objects(prepared)
         segmenter = None
+        found = find_calibration(model, calibration) if confidence else None
         if from_predictions is None:
             if is_main():
                 note(f"loading {model}")
             segmenter = load_with_torch(model, device=group.device, speed=speed, dtype=dtype)
+            calibrate(segmenter, found)
         run = _Run(
             out=out,
             model=model,
@@ -138,6 +149,7 @@ def evaluate(
             panoptic=panoptic,
             instances=instances,
             objects=objects,
+            confidence=confidence,
             quiet=as_json,
         )
         try:
@@ -180,6 +192,7 @@ class _Run:
     panoptic: bool
     instances: bool
     objects: Objects
+    confidence: bool
     quiet: bool
     """Whether JSON takes the place of lines and tables on stdout."""
 
@@ -191,7 +204,9 @@ class _Run:
         self, prepared: "PreparedSet", evaluation: "Evaluation", of_objects: "ObjectEvaluation | None"
     ) -> dict[str, Any]:
         """Return the figures of a data set as plain data."""
-        more = {} if of_objects is None else {"objects": self._figures(of_objects)}
+        more: dict[str, Any] = {} if of_objects is None else {"objects": self._figures(of_objects)}
+        if evaluation.confidence is not None:
+            more["confidence"] = evaluation.confidence.to_dict()
         return more | {
             "data": prepared.name,
             "split": prepared.dataset.split,
@@ -228,6 +243,7 @@ class _Run:
                 batch=self.batch,
                 workers=self.workers,
                 save_predictions=self.save_predictions,
+                confidence=self.confidence,
                 note=complain if is_main() else nothing,
                 progress=progress if is_main() else nothing,
             )
@@ -236,6 +252,8 @@ class _Run:
             console.print(f"{title}: {evaluation.images:,} images, {self.page(prepared)}", soft_wrap=True)
             for name, value in evaluation.metrics.summary().items():
                 console.print(f"  {FIGURES[name]:<32}{percent(value):>7} %")
+            if evaluation.confidence is not None:
+                console.print(f"  {'calibration error (ECE)':<32}{percent(evaluation.confidence.ece):>7} %")
         return evaluation
 
     def objects_of(self, prepared: "PreparedSet") -> "ObjectEvaluation | None":

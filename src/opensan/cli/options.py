@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opensan.choices import Dtype, Speed
-from opensan.cli.terminal import note
+from opensan.cli.terminal import UsageError, note
 from opensan.files import ASSETS
 
 
@@ -64,5 +64,31 @@ ImageDtype = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", metavar="DIR", help="The folder for the results.", rich_help_panel=RESULTS)
 ]
+Calibrated = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Make confidences probabilities, by a file of `opensan calibrate`. Default: calibration.json in the "
+        "model's folder, if it is there.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+Threshold = Annotated[
+    float,
+    typer.Option(
+        help="Leave pixels of less confidence unlabelled, from 0 to 1.", show_default=False, rich_help_panel=RESULTS
+    ),
+]
+
+
+def checked_threshold(value: float) -> float:
+    """Return the value of --threshold. Raises UsageError, one line, unless it is from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise UsageError(f"--threshold {value:g}: must be from 0 to 1")
+    return value
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=RESULTS)]
 Show = Annotated[bool, typer.Option("--show", help="Open the result when it is done.", rich_help_panel=RESULTS)]

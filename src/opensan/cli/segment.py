@@ -31,7 +31,20 @@ from opensan.cli.objects import (
     has_segments,
     segments_table,
 )
-from opensan.cli.options import RESULTS, AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice, say_what_tiny_knows
+from opensan.cli.options import (
+    RESULTS,
+    AsJson,
+    Calibrated,
+    Device,
+    ImageDtype,
+    Model,
+    Out,
+    Show,
+    SpeedChoice,
+    Threshold,
+    checked_threshold,
+    say_what_tiny_knows,
+)
 from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -62,7 +75,9 @@ def segment(
     templates: Templates = None,
     rest: Rest = False,
     model: Model = "san-vit-b16",
+    calibration: Calibrated = None,
     out: Out = Path("out"),
+    threshold: Threshold = 0.0,
     formats: Annotated[
         list[str] | None,
         typer.Option(
@@ -110,6 +125,7 @@ def segment(
     several images goes on with the same command, and what is done is not done again.
     """
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates, rest)
+    checked_threshold(threshold)
     from opensan import outputs  # imported here, like all that --help does not need
 
     listed = ",".join(formats) if formats is not None else "png,overlay,json"
@@ -136,18 +152,18 @@ def segment(
     pixel = None if explain is None else _pixel(explain, jobs, single)
     note(f"loading {model}")
     say_what_tiny_knows(model, [job.image for job in jobs])
-    segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels)
+    segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, calibration=calibration)
     embed_words(segmenter, vocabulary)
     if rest:
         vocabulary = segmenter.with_rest(vocabulary)
     try:
         if single:
-            question = Question(vocabulary, out, tuple(dict.fromkeys(kinds)), rules)
+            question = Question(vocabulary, out, tuple(dict.fromkeys(kinds)), rules, threshold)
             paths = _one(segmenter, question, jobs[0], as_json, pixel)
             if show:
                 open_file(paths["overlay"])
         else:
-            run = FolderRun(segmenter, vocabulary, jobs, out, kinds, batch=batch, rules=rules)
+            run = FolderRun(segmenter, vocabulary, jobs, out, kinds, batch=batch, rules=rules, threshold=threshold)
             _many(run, len(jobs), out, as_json)
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
@@ -185,7 +201,7 @@ def _one(
         paths = output_paths(base.parent, base.name, question.formats)
     else:  # stdin or a pipe, which can be read only once
         image = sys.stdin.buffer.read() if job.image == STDIN else job.image
-        segmentation = segmenter.segment(image, question.vocabulary, segments=question.rules)
+        segmentation = question.label(segmenter, image)
         base = question.out / job.stem
         paths = segmentation.save(base.parent, base.name, question.formats)
     if pixel is not None:
@@ -198,13 +214,18 @@ def _one(
     if as_json:
         unlabelled = float((segmentation.labels < 0).mean())
         files = [str(path) for path in paths.values()]
-        line = _plain(job.image, segmentation.areas, unlabelled, files)
+        line = _plain(job.image, segmentation.areas, unlabelled, files) | {
+            "confidence": segmentation.about_confidence()
+        }
         if has_segments(question.formats):
             line |= segmentation.segments.to_dict()
         print_json(line, indent=None)
         return paths
     console = output_console()
     console.print(_table(segmentation))
+    if question.threshold:
+        share = f"{100 * segmentation.below_threshold:.1f} %"
+        console.print(f"unlabelled for a confidence below {question.threshold:g}: {share} of the pixels")
     if has_segments(question.formats):
         console.print(segments_table(segmentation.segments))
     for path in paths.values():
@@ -266,7 +287,7 @@ def _table(segmentation: "Segmentation") -> "Table":
     return word_table(
         segmentation.areas,
         float((labels < 0).mean()),
-        "confidence",
+        "confidence" if segmentation.calibration is None else "probability",
         lambda name, _: f"{confidence[name]:.2f}" if name in confidence else "",
     )
 

@@ -14,6 +14,7 @@ from opensan.assemble.labels import label_map
 from opensan.assemble.scores import class_probabilities
 from opensan.data.dataset import SegmentationDataset
 from opensan.errors import UserError
+from opensan.evaluation.confidence import ConfidenceMetrics
 from opensan.evaluation.metrics import Confusion, Counts, SegmentationMetrics
 from opensan.images import prepare
 from opensan.model import SAN
@@ -52,6 +53,8 @@ class Evaluation:
     """The pairs of classes with the most wrong pixels, most first."""
     of_images: tuple[ImageMetrics, ...] = ()
     """Metrics of each image, in the data set's order; empty if they were not kept."""
+    confidence: ConfidenceMetrics | None = None
+    """How far confidence can be trusted; None if it was not measured."""
 
 
 def segmenter_predictor(segmenter: Segmenter, vocabulary: Vocabulary) -> Predictor:

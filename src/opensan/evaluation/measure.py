@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -22,9 +22,10 @@ from opensan.data.dataset import SegmentationDataset
 from opensan.distributed import barrier, gather_objects, on_main, rank, world_size
 from opensan.errors import UserError
 from opensan.evaluation import predictions
+from opensan.evaluation.confidence import ConfidenceCounts, count_confidence
 from opensan.evaluation.evaluation import Evaluation, ImageMetrics
 from opensan.evaluation.metrics import ImageCounts, count_image
-from opensan.evaluation.predictors import BatchPredictor
+from opensan.evaluation.predictors import BatchPredictor, ModelPredictor
 from opensan.evaluation.progress import Progress, journal_path, open_progress, read_all, read_predictions
 from opensan.files import hold, remove_temporaries
 
@@ -33,6 +34,10 @@ SAVE_EVERY = 15.0
 
 _MOST_UNSAVED = 8 * 2**20
 """Saved predictions kept in memory before they are written."""
+
+
+_Counted = tuple[ImageCounts, list[str], ConfidenceCounts | None]
+"""Counts of an image, the JSON entries of its prediction, and counts of its confidence."""
 
 
 class MeasurableDataset(SegmentationDataset, Protocol):
@@ -56,6 +61,7 @@ def measure(
     batch: int = 1,
     workers: int = 4,
     save_predictions: bool = False,
+    confidence: bool = False,
     save_every: float = SAVE_EVERY,
     note: Callable[[str], None] = lambda message: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -70,6 +76,7 @@ def measure(
         batch: images that are predicted together, if their shapes are equal.
         workers: threads that read and count.
         save_predictions: also write `sem_seg_predictions.json` to `folder`.
+        confidence: also measure confidence; the predictor must have `predict_with_confidence`.
         save_every: seconds between saves.
         note: called with messages for the user.
         progress: called with the number of images that this process has finished, and of all that it is to do.
@@ -79,7 +86,9 @@ def measure(
     """
     if len(dataset) == 0:
         raise UserError("the data set has no images")
-    request = _Request(dataset, predictor, folder, batch, workers, save_predictions, save_every, note, progress)
+    request = _Request(
+        dataset, predictor, folder, batch, workers, save_predictions, confidence, save_every, note, progress
+    )
     with ExitStack() as held:
         on_main(lambda: _take(held, folder))
         return _measure(request)
@@ -95,6 +104,7 @@ class _Request:
     batch: int
     workers: int
     save_predictions: bool
+    confidence: bool
     save_every: float
     note: Callable[[str], None]
     progress: Callable[[int, int], None]
@@ -121,10 +131,12 @@ def _take(held: ExitStack, folder: Path) -> None:
 def _measure(request: _Request) -> Evaluation:
     dataset, folder, state = request.dataset, request.folder, request.state
     work = {"data": dataset.fingerprint(), "saves predictions": request.save_predictions, **request.predictor.key}
+    if request.confidence:
+        work |= {"confidence": _calibration(request)}
     other = on_main(lambda: open_progress(state, work))
     if other is not None:
         request.note(f"{folder}: holds an evaluation with {other}: starting anew")
-    done = read_all(state, len(request.names)).figures.keys()
+    done = read_all(state, len(request.names), request.confidence).figures.keys()
     if done:
         request.note(f"{folder}: {len(done)} of {len(dataset)} images are measured already")
     batches = _share(_plan(request), done)
@@ -138,7 +150,7 @@ def _measure(request: _Request) -> Evaluation:
 
 def _whole(request: _Request, broken: Mapping[int, str]) -> Evaluation:
     """Sum up all processes' progress."""
-    whole = read_all(request.state, len(request.names))
+    whole = read_all(request.state, len(request.names), request.confidence)
     if request.save_predictions:
         predictions.write_list(read_predictions(request.state), request.folder / predictions.FILE_NAME)
     name = request.dataset.name
@@ -149,7 +161,16 @@ def _whole(request: _Request, broken: Mapping[int, str]) -> Evaluation:
         tuple(broken[index] for index in sorted(broken)),
         tuple(whole.counts.worst_confusions(request.names)),
         tuple(images),
+        whole.confidences.metrics(int(whole.counts.confusion.sum()), _calibration(request))
+        if request.confidence
+        else None,
     )
+
+
+def _calibration(request: _Request) -> dict[str, Any] | None:
+    """Return what the confidence is calibrated on; None if it is not."""
+    calibration = getattr(request.predictor, "calibration", None)
+    return None if calibration is None else calibration.to_dict()
 
 
 def _plan(request: _Request) -> list[list[int]]:
@@ -196,11 +217,11 @@ class _Run:
         workers = self._request.workers
         pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
         try:
-            counting: deque[tuple[int, Future[tuple[ImageCounts, list[str]]]]] = deque()
+            counting: deque[tuple[int, Future[_Counted]]] = deque()
             for indices, truths, prepared in self._loaded(pool, batches):
-                answers = self._request.predictor.predict(prepared) if prepared else []
-                for index, truth, labels in zip(indices, truths, answers, strict=True):
-                    counting.append((index, pool.submit(self._count, index, truth, labels)))
+                answers = self._predict(prepared) if prepared else []
+                for index, truth, (labels, confidence) in zip(indices, truths, answers, strict=True):
+                    counting.append((index, pool.submit(self._count, index, truth, labels, confidence)))
                 while len(counting) > workers + len(indices):
                     self._add(*counting.popleft())
                 self._save_now_and_then()
@@ -238,14 +259,22 @@ class _Run:
         image, truth = self._dataset[index]
         return truth, self._request.predictor.prepare(self._dataset.name(index), image)
 
-    def _count(self, index: int, truth: np.ndarray, labels: np.ndarray) -> tuple[ImageCounts, list[str]]:
-        """Return an image's counts, and the JSON entries of its prediction if they are saved."""
+    def _predict(self, prepared: list[object]) -> Sequence[tuple[np.ndarray, np.ndarray | None]]:
+        """Return labels, and confidence if it is measured."""
+        predictor = self._request.predictor
+        if self._request.confidence:
+            return cast(ModelPredictor, predictor).predict_with_confidence(cast(Any, prepared))
+        return [(labels, None) for labels in predictor.predict(prepared)]
+
+    def _count(self, index: int, truth: np.ndarray, labels: np.ndarray, confidence: np.ndarray | None) -> _Counted:
+        """Return an image's counts, the JSON entries of its prediction if they are saved, and those of confidence."""
         entries = []
         if self._request.save_predictions:
             entries = predictions.entries(str(self._dataset.file(index)), labels, self._num_classes)
-        return count_image(truth, labels, self._num_classes), entries
+        of_confidence = None if confidence is None else count_confidence(truth, labels, confidence, self._num_classes)
+        return count_image(truth, labels, self._num_classes), entries, of_confidence
 
-    def _add(self, index: int, future: "Future[tuple[ImageCounts, list[str]]]") -> None:
+    def _add(self, index: int, future: Future[_Counted]) -> None:
         self._progress.add(index, *future.result())
         self._advance()
 

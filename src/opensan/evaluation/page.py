@@ -17,7 +17,7 @@ from opensan.data.dataset import SegmentationDataset
 from opensan.evaluation.evaluation import Evaluation, ImageMetrics
 from opensan.evaluation.metrics import ClassMetrics
 from opensan.evaluation.predictors import BatchPredictor
-from opensan.evaluation.report import FIGURES, percent
+from opensan.evaluation.report import FIGURES, calibrated_on, percent, picture
 from opensan.files import write_text
 from opensan.outputs.colours import palette
 from opensan.outputs.drawing import blend, mistakes
@@ -75,7 +75,7 @@ def write_page(
     names = dataset.vocabulary.names
     colours = palette(len(names))
     parts = [_head(evaluation, title, about), '<div class="summary">', _bars(evaluation, colours)]
-    parts += [_confusions(evaluation, dict(zip(names, colours, strict=True))), "</div>"]
+    parts += [_confusions(evaluation, dict(zip(names, colours, strict=True))), "</div>", _confidence(evaluation)]
     best, worst = best_and_worst(evaluation.of_images)
     for heading, chosen in (("Worst images", worst), ("Best images", best)):
         if chosen:
@@ -151,6 +151,25 @@ def _confusions(evaluation: Evaluation, colours: Mapping[str, np.ndarray]) -> st
         return "<div><h2>Confusions</h2><p>None: every labelled pixel is right.</p></div>"
     columns = '<th>pixels of<th>taken for<th>share of the class<th class="number"><th class="number">pixels'
     return f"<div><h2>Confusions by pixels</h2><table><tr>{columns}{''.join(rows)}</table></div>"
+
+
+def _confidence(evaluation: Evaluation) -> str:
+    """Return how far confidence can be trusted, with the picture; nothing if it was not measured."""
+    confidence = evaluation.confidence
+    if confidence is None:
+        return ""
+    drawn = picture(confidence)
+    file = io.BytesIO()
+    drawn.save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    told = (
+        f"{calibrated_on(confidence)}: expected calibration error {percent(confidence.ece)} %, mean confidence "
+        f"{percent(confidence.confidence)} % where {percent(confidence.accuracy)} % is right"
+    )
+    return (
+        f'<h2>Confidence</h2><p class="about">{escape(told)}</p>'
+        f'<img src="{url}" alt="reliability diagram" width="{drawn.width}" height="{drawn.height}">'
+    )
 
 
 def _bar(share: float, colour: np.ndarray | None) -> str:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from opensan.assemble.bands import best_words
+from opensan.assemble.calibration import Calibration
 from opensan.config import ImageConfig
 from opensan.evaluation.predictions import SavedPredictions
 from opensan.images import network_size, padded_size, prepare
 from opensan.segmenters.base import Segmenter
-from opensan.segmenters.results import Encoding, InputImage
+from opensan.segmenters.results import Encoding, InputImage, Segmentation
 from opensan.vocabulary import UNLABELLED, Vocabulary
 
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -63,9 +64,21 @@ class ModelPredictor:
     def prepare(self, name: str, image: np.ndarray) -> InputImage:
         return _input(image, self._image)
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration of its confidence."""
+        return self._segmenter.calibration
+
     def predict(self, prepared: Sequence[InputImage]) -> list[np.ndarray]:
+        return [answer.labels for answer in self._answers(prepared)]
+
+    def predict_with_confidence(self, prepared: Sequence[InputImage]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return labels as `predict`, and confidence [H0, W0] float32 in [0, 1], of each image."""
+        return [(answer.labels, answer.confidence) for answer in self._answers(prepared)]
+
+    def _answers(self, prepared: Sequence[InputImage]) -> list[Segmentation]:
         encodings = self._segmenter.encode_read(prepared, batch_size=len(prepared))
-        return [answer.labels for answer in self._segmenter.segment(encodings, self._vocabulary)]
+        return self._segmenter.segment(encodings, self._vocabulary)
 
 
 class AugmentedPredictor:

@@ -4,6 +4,7 @@ Every process keeps a journal of its own, with a row for each image. The evaluat
 journals, whoever wrote them: processes may be killed, and others, more or fewer, may continue.
 """
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -13,10 +14,12 @@ from types import TracebackType
 
 import numpy as np
 
+from opensan.evaluation.confidence import BINS, ConfidenceCounts, Confidences
 from opensan.evaluation.metrics import Counts, ImageCounts
 from opensan.journal import Journal, difference
 
 _PREDICTIONS = "predictions "
+_CONFIDENCE = "confidence "
 
 
 class Progress:
@@ -41,8 +44,14 @@ class Progress:
         """Identify the evaluation, and keep only progress of the same one."""
         self._journal.begin(work)
 
-    def add(self, index: int, counts: ImageCounts, predictions: list[str]) -> None:
-        """Add an image's counts, and the JSON entries of its prediction if they are wanted."""
+    def add(
+        self, index: int, counts: ImageCounts, predictions: list[str], confidence: ConfidenceCounts | None = None
+    ) -> None:
+        """Add an image's counts, and the JSON entries of its prediction and counts of its confidence if wanted."""
+        if confidence is not None:
+            arrays = confidence.index, confidence.pixels
+            data = b"".join(np.ascontiguousarray(array, dtype="<i8").tobytes() for array in arrays)
+            self._rows.append((f"{_CONFIDENCE}{index:08}", confidence.sums.tolist(), data))
         self._rows.append((f"{index:08}", [len(counts.pairs), len(counts.band_classes)], _bytes(counts)))
         if predictions:
             text = "\n".join(predictions).encode()
@@ -91,20 +100,26 @@ class Whole:
     counts: Counts
     figures: dict[int, tuple[float, float]]
     """Index of an image -> its own mIoU (classes in the ground truth) and pixel accuracy."""
+    confidences: Confidences
+    """Counts of confidence; zeros if it is not measured."""
 
 
-def read_all(folder: Path, num_classes: int) -> Whole:
-    """Sum up the counts of every process that ever worked on this evaluation.
+def read_all(folder: Path, num_classes: int, confidence: bool = False) -> Whole:
+    """Sum up the counts of every process that ever worked on this evaluation, those of `confidence` if it is measured.
 
     A damaged row is ignored, so that its image is measured again.
     """
-    whole = Whole(Counts(num_classes), {})
+    whole = Whole(Counts(num_classes), {}, Confidences(num_classes))
     for path in _journals(folder):
         with Journal(path) as journal:
             for key, value in journal.items():
                 if key.isdecimal() and int(key) not in whole.figures:
                     counts = _counts(value, journal.data(key), num_classes)
-                    if counts is not None:
+                    sure = f"{_CONFIDENCE}{key}"
+                    more = _confidence(journal.get(sure), journal.data(sure), num_classes) if confidence else None
+                    if counts is not None and (more is not None or not confidence):
+                        if more is not None:
+                            whole.confidences.add(more)
                         whole.counts.add(counts)
                         whole.figures[int(key)] = counts.figures(num_classes)
     return whole
@@ -139,3 +154,15 @@ def _counts(lengths: object, data: bytes, num_classes: int) -> ImageCounts | Non
     if not fits or three.max(initial=0) >= num_classes:
         return None
     return ImageCounts(length, two, three, four.reshape(classes, 3))
+
+
+def _confidence(sums: object, data: bytes, num_classes: int) -> ConfidenceCounts | None:
+    """Read an image's counts of confidence that `Progress.add` wrote; None from other values."""
+    numbers = sums if isinstance(sums, list) and all(type(value) in (int, float) for value in sums) else []
+    if len(numbers) != BINS or len(data) % 32 or not 0 <= min(numbers) <= max(numbers) < math.inf:
+        return None
+    values = np.frombuffer(data, dtype="<i8").astype(np.int64)
+    index, pixels = values[: len(values) // 4], values[len(values) // 4 :].reshape(-1, 3)
+    if values.min(initial=0) < 0 or index.max(initial=0) >= BINS * num_classes:
+        return None
+    return ConfidenceCounts(index, pixels, np.array(numbers, dtype=np.float64))

@@ -4,11 +4,16 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
+
+from opensan.evaluation.confidence import ConfidenceMetrics
 from opensan.evaluation.evaluation import Evaluation
-from opensan.files import json_text, write_text
+from opensan.files import atomic_path, json_text, write_text
+from opensan.outputs.reliability import Bar, Kept, reliability_picture
 
 FIGURES = {
     "miou": "mIoU (ground truth)",
@@ -32,6 +37,8 @@ FIGURES = {
 def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, about: Mapping[str, str]) -> None:
     """Write `metrics.json`, `metrics.md`, and tables `classes.csv`, `confusions.csv`, `images.csv` to `folder`.
 
+    If confidence was measured, also `thresholds.csv` and `reliability.png`.
+
     `about`: facts about the evaluation for readers (model, data set, command).
     """
     folder = Path(folder)
@@ -39,7 +46,8 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, abou
     metrics = evaluation.metrics
     classes = [asdict(figures) for figures in metrics.classes]
     confusions = [asdict(pair) for pair in evaluation.confusions]
-    plain = {
+    confidence = evaluation.confidence
+    plain: dict[str, Any] = {
         "title": title,
         "about": dict(about),
         "images": evaluation.images,
@@ -48,10 +56,17 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, abou
         "classes": classes,
         "confusions": confusions,
     }
+    if confidence is not None:
+        plain["confidence"] = confidence.to_dict()
     write_text(folder / "metrics.json", json_text(plain, indent=2) + "\n")
     _write_table(folder / "classes.csv", classes)
     _write_table(folder / "confusions.csv", confusions)
     _write_table(folder / "images.csv", [asdict(image) for image in evaluation.of_images])
+    _write_table(folder / "thresholds.csv", [] if confidence is None else [asdict(point) for point in confidence.curve])
+    (folder / "reliability.png").unlink(missing_ok=True)
+    if confidence is not None:
+        with atomic_path(folder / "reliability.png") as temporary:
+            picture(confidence).save(temporary)
     write_text(folder / "metrics.md", markdown(evaluation, title=title, about=about))
 
 
@@ -85,7 +100,39 @@ def markdown(evaluation: Evaluation, *, title: str, about: Mapping[str, str]) ->
         lines += ["", "| pixels of | taken for | pixels | share of the class |", "|---|---|---|---|"]
     for pair in evaluation.confusions:
         lines.append(_row([_cell(pair.truth), _cell(pair.predicted), f"{pair.pixels:,}", percent(pair.share)]))
+    if evaluation.confidence is not None:
+        lines += ["", *_of_confidence(evaluation.confidence)]
     return "\n".join(lines) + "\n"
+
+
+def calibrated_on(confidence: ConfidenceMetrics) -> str:
+    """Return whether confidence is calibrated, and on what, for readers."""
+    calibration = confidence.calibration
+    if calibration is None:
+        return "not calibrated"
+    return f"calibrated on {calibration['data']} ({calibration['images']:,} images)"
+
+
+def picture(confidence: ConfidenceMetrics) -> Image.Image:
+    """Draw the reliability diagram, and what thresholds keep."""
+    total = max(sum(of_bin.pixels for of_bin in confidence.bins), 1)
+    bars = [
+        Bar(of_bin.low, of_bin.high, of_bin.pixels / total, of_bin.confidence, of_bin.accuracy)
+        for of_bin in confidence.bins
+        if of_bin.pixels
+    ]
+    title = f"{calibrated_on(confidence).split(' (')[0]}: ECE {percent(confidence.ece)} %"
+    return reliability_picture(title, bars, [Kept(*astuple(point)) for point in confidence.curve])
+
+
+def _of_confidence(confidence: ConfidenceMetrics) -> list[str]:
+    """Return the lines of a Markdown section."""
+    lines = [f"Confidence, {calibrated_on(confidence)}: expected calibration error {percent(confidence.ece)} %, mean "]
+    lines[0] += f"{percent(confidence.confidence)} % where {percent(confidence.accuracy)} % is right."
+    lines += ["", "| threshold | pixels labelled | right of these | mIoU of these |", "|---|---|---|---|"]
+    for point in confidence.curve:
+        lines.append(_row([f"{point.threshold:.2f}", *map(percent, (point.labelled, point.accuracy, point.miou))]))
+    return lines
 
 
 def percent(share: float) -> str:

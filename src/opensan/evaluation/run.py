@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from opensan.distributed import is_main
+from opensan.errors import UserError
 from opensan.evaluation.evaluation import Evaluation
 from opensan.evaluation.measure import measure
 from opensan.evaluation.page import write_page
@@ -13,7 +14,7 @@ from opensan.evaluation.report import write_report
 from opensan.evaluation.sets import PreparedSet, open_set
 from opensan.outputs import check_writable
 from opensan.segmenters.base import Segmenter
-from opensan.segmenters.load import load_with_torch
+from opensan.segmenters.load import calibrate, find_calibration, load_with_torch
 
 
 def facts(model: str, segmenter: Segmenter, tta: bool) -> dict[str, str]:
@@ -32,6 +33,7 @@ def evaluate_set(
     batch: int = 1,
     workers: int = 4,
     save_predictions: bool = False,
+    confidence: bool = False,
     note: Callable[[str], None] = lambda message: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
@@ -46,6 +48,7 @@ def evaluate_set(
         batch=batch,
         workers=workers,
         save_predictions=save_predictions,
+        confidence=confidence,
         note=note,
         progress=progress,
     )
@@ -65,6 +68,7 @@ def evaluate(
     split: str | None = None,
     batch: int = 1,
     tta: bool = False,
+    confidence: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Measure a model on a prepared data set, as `opensan eval` does.
@@ -79,14 +83,23 @@ def evaluate(
         split: the list of images; None: the data set's own for evaluation, or "val".
         batch: images of one shape that go through the model together.
         tta: average over 6 scales and mirroring, a dozen times the work.
+        confidence: also measure how far confidence can be trusted: `Evaluation.confidence`. Not with `tta`.
         progress: called with the number of images that are done, and of all that are to be.
 
     Raises:
         ValueError: one line: no such data set, list or model, or a folder that can't be written.
     """
+    if confidence and tta:
+        raise UserError("confidence is that of single views: leave out tta")
     prepared = open_set(Path(data), split)
-    segmenter = model if isinstance(model, Segmenter) else load_with_torch(model)
+    if isinstance(model, Segmenter):
+        segmenter = model
+    else:
+        found = find_calibration(model)
+        segmenter = load_with_torch(model)
+        calibrate(segmenter, found)
     name = segmenter.identity.name if isinstance(model, Segmenter) else os.fspath(model)
     folder = check_writable(Path(out)) / prepared.name
     predictor = (AugmentedPredictor if tta else ModelPredictor)(segmenter, prepared.dataset.vocabulary)
-    return evaluate_set(prepared, predictor, folder, about=facts(name, segmenter, tta), batch=batch, progress=progress)
+    about = facts(name, segmenter, tta)
+    return evaluate_set(prepared, predictor, folder, about=about, batch=batch, confidence=confidence, progress=progress)

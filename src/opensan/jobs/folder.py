@@ -61,10 +61,20 @@ class Question:
     """Names from `outputs.FORMATS` and `outputs.DATASETS`."""
     rules: SegmentRules = USUAL_RULES
     """The rules of segments, for the formats that are made of them."""
+    threshold: float = 0.0
+    """Pixels of less confidence stay unlabelled."""
+
+    def label(self, segmenter: "Segmenter", image: Any) -> "Segmentation":
+        """Label an image, or an encoding."""
+        return segmenter.segment(image, self.vocabulary, segments=self.rules, threshold=self.threshold)
 
     def settings(self, segmenter: "Segmenter") -> dict[str, Any]:
         """Return all that the results depend on, besides the images, as plain data."""
         settings = settings_of(segmenter, self.vocabulary)
+        if self.threshold:
+            settings["threshold"] = self.threshold
+        if segmenter.calibration is not None:
+            settings["calibration"] = segmenter.calibration.to_dict()
         return settings if self.rules == USUAL_RULES else settings | {"segments": self.rules.to_dict()}
 
     @property
@@ -176,7 +186,7 @@ def label_one(segmenter: "Segmenter", question: Question, job: Job) -> Written |
     if isinstance(read, Broken):
         return read
     (encoding,) = segmenter.encode_read([read.image])
-    segmentation = segmenter.segment(encoding, question.vocabulary, segments=question.rules)
+    segmentation = question.label(segmenter, encoding)
     return _write(question, job, read.source, segmentation)
 
 
@@ -195,7 +205,7 @@ def label_single(
         (job,) = _own_stems([job], ledger)
         opening = list(ledger.notes)
     (encoding,) = segmenter.encode_read([read.image])
-    segmentation = segmenter.segment(encoding, question.vocabulary, segments=question.rules)
+    segmentation = question.label(segmenter, encoding)
     with Ledger(question.out, wait=LONGEST_WAIT) as ledger:
         ledger.begin(question.settings(segmenter), {job.stem: (job.image, question.paths(job))}, again=True)
         for line in (*opening, *ledger.notes):
@@ -320,13 +330,15 @@ class FolderRun:
         *,
         batch: int = 1,
         rules: SegmentRules = USUAL_RULES,
+        threshold: float = 0.0,
     ) -> None:
         """`batch` images of one padded shape go through the network together; at most 4 times as many are in memory:
         being read, waiting for others of their shape, and being written.
         """
         outputs.check_formats_of_many(formats, len(vocabulary.names))
         self._segmenter = segmenter
-        self._question = Question(vocabulary, outputs.check_writable(out), tuple(dict.fromkeys(formats)), rules)
+        kinds = tuple(dict.fromkeys(formats))
+        self._question = Question(vocabulary, outputs.check_writable(out), kinds, rules, threshold)
         self._jobs = jobs
         self._batch = batch
         self._ledger = Ledger(out)
@@ -369,10 +381,7 @@ class FolderRun:
                 for job, source in sources:
                     if len(writing) >= self._batch:
                         yield writing.popleft().result()
-                    question = self._question
-                    segmentation = self._segmenter.segment(
-                        encodings.pop(0), question.vocabulary, segments=question.rules
-                    )
+                    segmentation = self._question.label(self._segmenter, encodings.pop(0))
                     writing.append(writers.submit(self._complete, job, source, segmentation))
                     del segmentation
             while writing:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from opensan import outputs
+from opensan.assemble.calibration import checked_threshold
 from opensan.errors import UserError
 from opensan.files import absolute
 from opensan.images import list_images
@@ -54,6 +55,7 @@ def label_folder(
     formats: Sequence[str] = ("png", "overlay", "json"),
     background: Iterable[Any] = (),
     templates: Templates | None = None,
+    threshold: float = 0.0,
     batch: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> FolderResults:
@@ -68,6 +70,7 @@ def label_folder(
         out: the folder for the results.
         formats: of "png", "overlay", "json", "panoptic", "boxes"; and data sets of all images: "coco", "yolo", "voc",
             "labelstudio".
+        threshold: pixels of less confidence stay unlabelled, from 0 to 1.
         batch: images of one shape that go through the model together.
         progress: called with the number of images that are done, and of all.
 
@@ -77,11 +80,12 @@ def label_folder(
     """
     paths = [Path(path) for path in (images if isinstance(images, list | tuple) else [images])]  # type: ignore[arg-type]
     vocabulary = Vocabulary.parse(words, background=background, templates=templates)
+    threshold = checked_threshold(threshold)
     results = FolderResults(Path(out))
     jobs = plan_folder(paths, results.out, formats)
     segmenter = _segmenter(model)
     segmenter.prepare_words(vocabulary)
-    with FolderRun(segmenter, vocabulary, jobs, results.out, formats, batch=batch) as run:
+    with FolderRun(segmenter, vocabulary, jobs, results.out, formats, batch=batch, threshold=threshold) as run:
         for note in run.notes:
             warnings.warn(note, stacklevel=2)
         results.earlier = len(jobs) - len(run.pending)

@@ -120,6 +120,7 @@ def save(
     vocabulary: Mapping[str, Any],
     model: str,
     segments: "Callable[[], Segments] | None" = None,
+    about_confidence: Mapping[str, Any] | None = None,
 ) -> dict[str, Path]:
     """Write one segmentation; files of the same names are replaced.
 
@@ -136,6 +137,7 @@ def save(
         vocabulary: plain data, recorded in the JSON.
         model: the model's name, recorded in the JSON.
         segments: returns the image's segments; called only for "panoptic" and "boxes", which need it.
+        about_confidence: what the confidence is, recorded in the JSON.
 
     Returns:
         dict: format -> path written.
@@ -156,7 +158,7 @@ def save(
             with atomic_path(paths["overlay"]) as temporary:
                 overlay(image, labels, names, areas).save(temporary, compress_level=_OVERLAY_COMPRESSION)
         if "json" in paths:
-            data = record(labels, names, areas, confidence(), vocabulary, model)
+            data = record(labels, names, areas, confidence(), vocabulary, model, about_confidence or {})
             write_text(paths["json"], json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
         if found is not None and "panoptic" in paths:
             with atomic_path(paths["panoptic"]) as temporary:

@@ -19,8 +19,11 @@ def record(
     confidence: np.ndarray,
     vocabulary: Mapping[str, Any],
     model: str,
+    about_confidence: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the content of the JSON file as plain data.
+
+    `about_confidence`: what the confidence is (`Segmentation.about_confidence`).
 
     `words` has an entry for each of `names`, also for those that no pixel got: name, index (the value in the label
     map), area (share of pixels), pixels, confidence (mean over the word's pixels; None without any), and `rle`, a COCO
@@ -48,6 +51,7 @@ def record(
         "model": model,
         "image": {"width": width, "height": height},
         "vocabulary": dict(vocabulary),
+        "confidence": dict(about_confidence),
         "words": words,
         "unlabelled": {"area": unlabelled / labels.size, "pixels": unlabelled},
     }

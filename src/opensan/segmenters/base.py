@@ -4,6 +4,7 @@ Letters: H0 W0 the image.
 """
 
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from opensan.assemble.bands import Scores, best_words, scores_of_words
+from opensan.assemble.bands import Scores, best_words, scores_of_words, to_array
+from opensan.assemble.calibration import Calibration, calibrated_confidence, checked_threshold
 from opensan.assemble.kinds import word_kinds
 from opensan.assemble.segments import USUAL_RULES, SegmentRules, Segments
 from opensan.config import ImageConfig
-from opensan.errors import UserError
+from opensan.errors import UserError, short
 from opensan.images import ImageSource, open_image, prepare_array
-from opensan.segmenters.explanation import Explanation
+from opensan.segmenters.explanation import Explanation, check_pixel
 from opensan.segmenters.results import Encoding, InputImage, Segmentation
 from opensan.structures import Identity
 from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
@@ -47,6 +49,8 @@ class Segmenter:
     """One of the speeds of `opensan.load`, or the format of an exported model."""
     dtype: "torch.dtype | str"
     """Precision of the image half's matrices."""
+    calibration: Calibration | None = None
+    """The calibration of the confidence of what it labels: see `calibrate`."""
 
     def __repr__(self) -> str:
         halves = f"image half {self.identity.image[:12]}, text half {self.identity.text[:12]}"
@@ -80,9 +84,37 @@ class Segmenter:
 
     def confidence(self, segmentation: Segmentation) -> NDArray[np.float32]:
         """Return `Segmentation.confidence`: [H0, W0] float32 in [0, 1]."""
-        vocabulary = segmentation.vocabulary
-        scores = self.scores(segmentation.encoding, vocabulary)
-        return scores_of_words(scores, segmentation.winners, len(vocabulary.words)).clip(0, 1)
+        words, winners = len(segmentation.vocabulary.words), segmentation.winners
+        scores = self.scores(segmentation.encoding, segmentation.vocabulary)
+        if segmentation.calibration is not None:
+            return calibrated_confidence(scores, winners, words, segmentation.calibration)
+        return scores_of_words(scores, winners, words).clip(0, 1)
+
+    def scores_at(self, segmentation: Segmentation, x: int, y: int) -> NDArray[np.float32]:
+        """Return the scores of all words, [K] float32, of a pixel. Raises UserError for one outside the image."""
+        check_pixel(segmentation.encoding.sizes, x, y)
+        scores = self.scores(segmentation.encoding, segmentation.vocabulary)
+        return to_array(scores(slice(y, y + 1)))[:, 0, x]
+
+    def calibrate(self, calibration: Calibration | None) -> None:
+        """Use a calibration from now on; None for none. Raises UserError, one line, if it is of another model."""
+        if calibration is not None and calibration.model != str(self.identity):
+            raise UserError(
+                f"this calibration was fitted for the model {calibration.model}, not for {self.identity}: "
+                "`opensan calibrate` fits one"
+            )
+        self.calibration = calibration
+
+    def check_calibration(self, vocabulary: Vocabulary) -> None:
+        """Warn, in one line, of words that the calibration in use was not fitted with."""
+        words = [] if self.calibration is None else self.calibration.not_fitted(vocabulary)
+        if words:
+            shown = ", ".join(map(short, words[:5])) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
+            warnings.warn(
+                f"the calibration was fitted (on {self.calibration.data}) without {shown}: "  # type: ignore[union-attr]
+                "how sure these words are may be wrong",
+                stacklevel=1,
+            )
 
     def segments(self, segmentation: Segmentation) -> Segments:
         """Return `Segmentation.segments`. Raises UserError, one line, if the model proposes no masks."""
@@ -170,6 +202,7 @@ class Segmenter:
         templates: Templates | None = None,
         segments: bool | SegmentRules = False,
         rest: bool = False,
+        threshold: float = 0.0,
         batch_size: int = 4,
     ) -> list[Segmentation]: ...
     @overload
@@ -182,6 +215,7 @@ class Segmenter:
         templates: Templates | None = None,
         segments: bool | SegmentRules = False,
         rest: bool = False,
+        threshold: float = 0.0,
         batch_size: int = 4,
     ) -> Segmentation: ...
     def segment(
@@ -193,6 +227,7 @@ class Segmenter:
         templates: Templates | None = None,
         segments: bool | SegmentRules = False,
         rest: bool = False,
+        threshold: float = 0.0,
         batch_size: int = 4,
     ) -> Segmentation | list[Segmentation]:
         """Label every pixel with one of `words`.
@@ -205,6 +240,7 @@ class Segmenter:
             segments: True to compute `Segmentation.segments` (objects, and regions of stuff) right away; or the rules
                 for them, with which they are computed on first access.
             rest: leave pixels that none of the words deserves unlabelled (-1): see `with_rest`.
+            threshold: leave pixels of less confidence unlabelled (-1), in [0, 1]: see `Segmentation.above`.
             batch_size: as for `encode`.
 
         Returns:
@@ -217,11 +253,15 @@ class Segmenter:
         rules = USUAL_RULES if isinstance(segments, bool) else segments
         if rules.stuff or rules.things:
             word_kinds(vocabulary, rules.stuff, rules.things)  # a wrong word is reported before the work
+        threshold = checked_threshold(threshold)
+        self.check_calibration(vocabulary)
         if rest:
             vocabulary = self.with_rest(vocabulary)
         many = isinstance(images, list | tuple)
         encodings = self._encoded(images, batch_size) if many else self._encoded([images], 1)
         answers = [self._label(encoding, vocabulary, rules) for encoding in encodings]
+        if threshold:
+            answers = [answer.above(threshold) for answer in answers]
         if segments is True:
             for answer in answers:
                 _ = answer.segments
@@ -240,7 +280,7 @@ class Segmenter:
         names = vocabulary.names
         background = len(vocabulary.words) > len(names)
         labels = np.where(winners < len(names), winners, np.int32(UNLABELLED)) if background else winners
-        return Segmentation(labels, names, winners, vocabulary, encoding, self, rules)
+        return Segmentation(labels, names, winners, vocabulary, encoding, self, rules, self.calibration)
 
 
 def same_shape(images: Sequence[InputImage]) -> list[list[int]]:

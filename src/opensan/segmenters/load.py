@@ -5,8 +5,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opensan.assemble.calibration import FILE_NAME, Calibration
 from opensan.choices import Dtype, Speed
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS
@@ -28,6 +30,7 @@ def load(
     max_pixels: int = MAX_PIXELS,
     text_cache: bool = True,
     threads: int | None = None,
+    calibration: str | os.PathLike[str] | None = None,
 ) -> Segmenter:
     """Load a model, ready to segment.
 
@@ -49,11 +52,64 @@ def load(
         text_cache: keep text embeddings on disk (in the user's cache folder, or where OPENSAN_CACHE says).
         threads: number of threads of an exported model's runtime; None lets the runtime choose.
             With torch, `torch.set_num_threads` decides for the whole process.
+        calibration: a file that `opensan calibrate` wrote for this model; None: the file calibration.json in the
+            model's folder, if there is one.
 
     Raises:
         ValueError: unknown model or option, a damaged file, or a missing library; one line.
         HubError: the hub did not answer; names the attempts and what works offline.
     """
+    found = find_calibration(source, calibration)  # a damaged file is reported before the model is loaded
+    segmenter = _load(
+        source,
+        device=device,
+        speed=speed,
+        dtype=dtype,
+        random_weights=random_weights,
+        max_pixels=max_pixels,
+        text_cache=text_cache,
+        threads=threads,
+    )
+    calibrate(segmenter, found)
+    return segmenter
+
+
+def find_calibration(
+    source: str | os.PathLike[str], given: str | os.PathLike[str] | None = None
+) -> tuple[Path, Calibration] | None:
+    """Read the calibration `given`, or else the one in the folder of the model `source`; None without any.
+
+    Raises UserError, one line, for a file that is missing or no calibration.
+    """
+    own = Path(source) / FILE_NAME
+    if given is None and not own.is_file():
+        return None
+    path = own if given is None else Path(given)
+    return path, Calibration.load(path)
+
+
+def calibrate(segmenter: Segmenter, found: tuple[Path, Calibration] | None) -> None:
+    """Have a segmenter use what `find_calibration` returned. Raises UserError if it is of another model."""
+    if found is None:
+        return
+    try:
+        segmenter.calibrate(found[1])
+    except UserError as error:
+        raise UserError(f"{found[0]}: {error}") from None
+
+
+def _load(
+    source: str | os.PathLike[str],
+    *,
+    device: "str | torch.device",
+    speed: Speed,
+    dtype: Dtype | None,
+    random_weights: int | None,
+    max_pixels: int,
+    text_cache: bool,
+    threads: int | None,
+) -> Segmenter:
+    """Load a model without its calibration; arguments and errors as for `load`."""
     folder = exported_folder(source)
     if folder is None:
         if find_spec("torch") is None:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from opensan import outputs
 from opensan.assemble.bands import to_array
+from opensan.assemble.calibration import Calibration, checked_threshold, distribution
 from opensan.assemble.segments import USUAL_RULES, SegmentRules, Segments
 from opensan.errors import UserError, did_you_mean, short
 from opensan.files import atomic_path
@@ -156,6 +157,7 @@ class _Answers(Protocol):
         templates: Templates | None = None,
         segments: bool | SegmentRules = False,
         rest: bool = False,
+        threshold: float = 0.0,
     ) -> "Segmentation": ...
 
     def segments(self, segmentation: "Segmentation") -> Segments: ...
@@ -169,6 +171,8 @@ class _Answers(Protocol):
     def attention_bias(self, encoding: Encoding, proposals: Sequence[int]) -> NDArray[np.float32] | None: ...
 
     def confidence(self, segmentation: "Segmentation") -> NDArray[np.float32]: ...
+
+    def scores_at(self, segmentation: "Segmentation", x: int, y: int) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -190,6 +194,10 @@ class Segmentation:
     """The segmenter that made it; None after unpickling."""
     rules: SegmentRules = USUAL_RULES
     """The thresholds of `segments`, and which words are stuff or things."""
+    calibration: Calibration | None = None
+    """The calibration of `confidence`, that of its segmenter; None: it is a score, not a probability."""
+    threshold: float = 0.0
+    """Pixels of less confidence are unlabelled, in [0, 1]."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Further data about the image or its pixels, by name, for other methods and tools."""
 
@@ -228,12 +236,41 @@ class Segmentation:
 
     @cached_property
     def confidence(self) -> NDArray[np.float32]:
-        """[H0, W0] float32 in [0, 1]: the winner's score, clipped (sum over proposals of class times mask probability).
+        """[H0, W0] float32 in [0, 1]: how sure each pixel's word is, that of `winners`.
 
-        Computed on first access; labels do not need it.
+        With a calibration, the word's probability among all words of the vocabulary. Without, the word's score, clipped
+        (sum over proposals of class times mask probability), which is not one. Computed on first access; labels do
+        not need it.
         """
         assert self.segmenter is not None  # a pickle holds the confidence
         return self.segmenter.confidence(self)
+
+    def above(self, threshold: float) -> "Segmentation":
+        """Return the same segmentation with pixels of less confidence than `threshold`, in [0, 1], unlabelled.
+
+        Raises UserError, one line, for another threshold.
+        """
+        threshold = checked_threshold(threshold)
+        labels = np.where(self.winners < len(self.names), self.winners, np.int32(UNLABELLED))
+        labels[self.confidence < threshold] = UNLABELLED
+        kept = replace(self, labels=labels, threshold=threshold)
+        kept.__dict__["confidence"] = self.confidence
+        return kept
+
+    @property
+    def below_threshold(self) -> float:
+        """Share of all pixels, in [0, 1], that are unlabelled for the threshold alone."""
+        return float(((self.labels == UNLABELLED) & (self.winners < len(self.names))).mean())
+
+    def distribution(self, x: int, y: int) -> dict[str, float]:
+        """Return the probability of every word, background words included, at a pixel: they sum to 1.
+
+        Raises UserError, one line, without a calibration, and for a pixel outside the image.
+        """
+        if self.calibration is None:
+            raise UserError("without a calibration, scores are no probabilities: load the model with calibration=FILE")
+        shares = distribution(self._model.scores_at(self, x, y), self.calibration)
+        return {word.name: float(share) for word, share in zip(self.vocabulary.words, shares, strict=True)}
 
     @cached_property
     def segments(self) -> Segments:
@@ -299,6 +336,7 @@ class Segmentation:
         templates: Templates | None = None,
         segments: bool | SegmentRules = False,
         rest: bool = False,
+        threshold: float = 0.0,
     ) -> "Segmentation":
         """Label the same image with other words; neither ViT runs. Arguments as for `Segmenter.segment`."""
         if self.segmenter is None:
@@ -306,7 +344,13 @@ class Segmentation:
                 "an unpickled segmentation has no model: use a model's segment(segmentation.encoding, words)"
             )
         return self.segmenter.segment(
-            self.encoding, words, background=background, templates=templates, segments=segments, rest=rest
+            self.encoding,
+            words,
+            background=background,
+            templates=templates,
+            segments=segments,
+            rest=rest,
+            threshold=threshold,
         )
 
     def overlay(self) -> Image.Image:
@@ -330,7 +374,15 @@ class Segmentation:
             self.confidence,
             self.vocabulary.to_dict(),
             self.encoding.model,
+            self.about_confidence(),
         )
+
+    def about_confidence(self) -> dict[str, Any]:
+        """Return what the confidence is, for records: calibrated or not and on what, and the threshold's effect."""
+        told: dict[str, Any] = {"calibrated": self.calibration is not None, "calibration": None}
+        if self.calibration is not None:
+            told["calibration"] = self.calibration.summary(self.vocabulary)
+        return told | {"threshold": self.threshold, "below_threshold": self.below_threshold}
 
     def save(
         self,
@@ -359,4 +411,5 @@ class Segmentation:
             vocabulary=self.vocabulary.to_dict(),
             model=self.encoding.model,
             segments=lambda: self.segments,
+            about_confidence=self.about_confidence(),
         )

@@ -125,6 +125,8 @@ class SanSegmenter(ProposalSegmenter):
     @undisturbed
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
         """Return the confidence, [H0, W0] float32; see `Segmentation.confidence`."""
+        if segmentation.calibration is not None:
+            return super().confidence(segmentation)
         encoding = segmentation.encoding
         probabilities = self.class_probabilities(encoding, segmentation.vocabulary)
         labels = torch.from_numpy(segmentation.winners).to(self.device)

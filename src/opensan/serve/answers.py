@@ -91,6 +91,7 @@ def _json(segmentation: Segmentation) -> bytes:
         segmentation.confidence,
         segmentation.vocabulary.to_dict(),
         segmentation.encoding.model,
+        segmentation.about_confidence(),
     )
     return _dumped(record)
 

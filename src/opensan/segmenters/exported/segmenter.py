@@ -78,6 +78,8 @@ class ExportedSegmenter(ProposalSegmenter):
 
     def confidence(self, segmentation: Segmentation) -> np.ndarray:
         """Return the confidence, [H0, W0] float32; see `Segmentation.confidence`."""
+        if segmentation.calibration is not None:
+            return super().confidence(segmentation)
         bands = self._bands(segmentation.encoding, segmentation.vocabulary)
         return np.clip(np.concatenate([scores for _, scores in bands]), 0, 1)
 
