@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import tasks
-from opensan.checkpoints import clip_weights, hub
+from opensan.checkpoints import clip_weights, hub, random_model, save_folder
 from opensan.checkpoints.official import to_official
 from opensan.checkpoints.presets import PRESETS
 from opensan.data.prepare import READERS
@@ -68,7 +68,14 @@ def instead_of_official_weights(file: Path, model: SAN, monkeypatch: pytest.Monk
         config = model.config.model_copy(update={"name": name})
         monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], config=config))
     torch.save({"model": to_official(model.state_dict(), model.config)}, file)
-    monkeypatch.setattr(hub, "download", lambda *_: file)
+    download = hub.download
+    monkeypatch.setattr(
+        hub,
+        "download",
+        lambda model, repository, *more: (
+            file if repository == hub.OFFICIAL_REPOSITORY else download(model, repository, *more)
+        ),
+    )
     monkeypatch.setattr(clip_weights, "download", lambda *_: pytest.fail("CLIP's weights are not here"))
 
 
@@ -153,6 +160,14 @@ def clips(desk: Path, _: object) -> None:
     write_clip(desk / "street.mp4", sound="aac")
 
 
+def a_hub(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An account `lab` on a hub, and a model to put there."""
+    from .hubs import hub_of_this_process
+
+    hub_of_this_process(desk / ".hub", monkeypatch)
+    save_folder(random_model("tiny", 0), desk / "runs" / "street" / "model")
+
+
 def tasks_desk(desk: Path, _: object) -> None:
     pytest.importorskip("av", reason="videos need PyAV (the extra `video`)")
     tasks.lay_out(desk)
@@ -169,4 +184,5 @@ MORE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], ...]] = {
     "docs/huge-images.md": (rasters,),
     "docs/video.md": (clips,),
     "docs/tasks.md": (tasks_desk,),
+    "docs/other-tools.md": (a_hub,),
 }

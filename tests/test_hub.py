@@ -1,6 +1,5 @@
 """Models from a hub: a real client process against a small hub on 127.0.0.1 that can fail in every way."""
 
-import hashlib
 import io
 import json
 import os
@@ -9,16 +8,16 @@ import socket
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty, Queue
 
 import pytest
 import torch
 
-from opensan.checkpoints import save_folder
+from opensan.checkpoints import preset_config, save_folder
 from opensan.checkpoints.official import to_official
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from .hubs import COMMIT, Hub, cut, fail, hang_up, stay_silent
+
 OFFICIAL = "Mendel192/san"
 
 CLIENT = """
@@ -81,97 +80,6 @@ class Client:
         self.process.wait(timeout=60)
 
 
-class Hub:
-    """The part of the hub's protocol that a download uses.
-
-    `files` maps (repository, file) to content or to a function that fails; `requests` lists the questions for files.
-    """
-
-    def __init__(self, port):
-        self.files, self.requests = {}, []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                hub.answer(self)
-
-            def do_GET(self):
-                hub.answer(self)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def put(self, repository, file, content):
-        self.files[repository, file] = content
-
-    def answer(self, request):
-        repository, asks, file = request.path.strip("/").partition("/resolve/main/")
-        if asks:  # some releases of huggingface_hub ask for other things too
-            self.requests.append((request.command, request.path))
-        content = self.files.get((repository, file))
-        if callable(content):
-            return content(request)
-        if content is None:
-            known = any(name == repository for name, _ in self.files)
-            return fail(404, "EntryNotFound" if known else "RepoNotFound")(request)
-        start_answer(request, content)
-        if request.command == "GET":
-            request.wfile.write(content)
-
-    def stop(self):
-        """Nobody listens at the port from now on; stopping twice is fine."""
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def start_answer(request, content):
-    request.send_response(200)
-    request.send_header("Content-Length", str(len(content)))
-    request.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-    request.send_header("X-Repo-Commit", COMMIT)
-    request.end_headers()
-
-
-def fail(status, code=None):
-    """A file that answers with an error, as the hub words it."""
-
-    def answer(request):
-        request.send_response(status)
-        if code:
-            request.send_header("X-Error-Code", code)
-        request.send_header("Content-Length", "0")
-        request.end_headers()
-
-    return answer
-
-
-def hang_up(request):
-    """A file whose server closes the connection without a word."""
-    request.connection.shutdown(socket.SHUT_RDWR)
-
-
-def stay_silent(request):
-    """A file whose server takes the question and does not answer until the client is gone."""
-    request.connection.settimeout(30)
-    request.connection.recv(1)
-
-
-def cut(content):
-    """A file of which the first half arrives, whenever it is asked for."""
-
-    def answer(request):
-        start_answer(request, content)
-        if request.command == "GET":
-            request.wfile.write(content[: len(content) // 2])
-            request.wfile.flush()
-            request.connection.shutdown(socket.SHUT_RDWR)
-
-    return answer
-
-
 @pytest.fixture(scope="module")
 def port():
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -216,8 +124,8 @@ def test_a_model_is_fetched_once_and_then_works_without_the_hub(client, hub, mod
     first = client.load("lab/small")
     assert first["loaded"] == "small"
     assert sorted(path for method, path in hub.requests if method == "GET") == [
+        f"/lab/small/resolve/{COMMIT}/model.safetensors",  # of the same commit, whatever is pushed meanwhile
         "/lab/small/resolve/main/config.json",
-        "/lab/small/resolve/main/model.safetensors",
     ]
     hub.requests.clear()
     assert client.load("lab/small") == first
@@ -321,3 +229,20 @@ def test_a_name_that_is_no_hub_id(client, hub):
         answer = client.load(source)
         assert answer["kind"] == "UserError" and "\n" not in answer["message"], answer
     assert not hub.requests
+
+
+def test_a_pinned_revision(client, hub, model_files):
+    publish(hub, "lab/small", model_files)
+    assert client.load(f"lab/small@{COMMIT}")["loaded"] == "small"
+    assert "no such commit" in client.refused("lab/small@never")
+    assert "no such commit" in client.refused("lab/small@refs/pr/7")
+
+
+def test_a_tokenizer_of_the_models_own_is_fetched_too(client, hub, model_files):
+    """A model whose text tower is SigLIP's reads words by a file beside its weights."""
+    config = preset_config("siglip-vit-b16").model_dump_json().encode()
+    publish(hub, "lab/own", model_files | {"config.json": config})
+    assert "tokenizer.json" in client.refused("lab/own")
+    hub.put("lab/own", "tokenizer.json", b"{}")
+    client.load("lab/own")  # the weights are another model's
+    assert ("GET", f"/lab/own/resolve/{COMMIT}/tokenizer.json") in hub.requests

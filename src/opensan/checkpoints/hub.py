@@ -2,6 +2,9 @@
 
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,7 +12,7 @@ import torch
 from opensan.checkpoints.native import WEIGHTS_NAME, load_folder
 from opensan.checkpoints.pickles import load_official
 from opensan.checkpoints.presets import PRESETS
-from opensan.config import CONFIG_NAME, ModelConfig, read_config
+from opensan.config import CONFIG_NAME, TOKENIZER_NAME, ModelConfig, read_config
 from opensan.errors import HubError, UserError, did_you_mean, reason
 from opensan.files import ASSETS, check_regular
 from opensan.model import SAN, build_san
@@ -18,7 +21,8 @@ OFFICIAL_REPOSITORY = "Mendel192/san"
 BUNDLED = {name: ASSETS / "models" / name for name in ("photo", "tiny")}
 """Models that come with the package, by name."""
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+"""A repository "owner/name", or "owner/name@REVISION": a commit, branch or tag."""
 
 
 def load_model(source: str | os.PathLike) -> SAN:
@@ -26,7 +30,7 @@ def load_model(source: str | os.PathLike) -> SAN:
 
     Args:
         source: "san-vit-b16", "san-vit-l14", "photo", "tiny"; a checkpoint folder; a .safetensors beside its
-            config.json; an official .pth; or a hub id "owner/name".
+            config.json; an official .pth; or a hub id "owner/name", with "@REVISION" at a commit, branch or tag.
 
     Raises:
         UserError: one line with the fault of the file, or the possible values of `source`.
@@ -45,14 +49,22 @@ def load_model(source: str | os.PathLike) -> SAN:
                 "and give the folder that the training writes"
             )
         return load_official(download(name, OFFICIAL_REPOSITORY, preset.official.file), preset.config)
-    if HUB_ID.fullmatch(name) and not name.endswith((".pth", ".safetensors")):
-        config = download(name, name, CONFIG_NAME)
-        return load_folder(config.parent, download(name, name, WEIGHTS_NAME))
+    if (hub_id := HUB_ID.fullmatch(name)) and not name.endswith((".pth", ".safetensors")):
+        return _load_from_hub(name, hub_id["repository"], hub_id["revision"])
     known = [*BUNDLED, *(name for name, preset in PRESETS.items() if preset.official)]
     raise UserError(
         f"no model {name!r}: it is no file or folder here; known names are {', '.join(known)}, or a hub id like "
         f"owner/name{did_you_mean(name, known)}"
     )
+
+
+def _load_from_hub(name: str, repository: str, revision: str | None) -> SAN:
+    """Load a model in this package's form from a repository; all files are of one commit."""
+    config = download(name, repository, CONFIG_NAME, INSTEAD_OF_A_MODEL, revision)
+    commit = config.parent.name  # as the hub's cache names the folders
+    if read_config(config).clip.text.own_tokenizer:
+        download(name, repository, TOKENIZER_NAME, INSTEAD_OF_A_MODEL, commit)
+    return load_folder(config.parent, download(name, repository, WEIGHTS_NAME, INSTEAD_OF_A_MODEL, commit))
 
 
 def model_on_disk() -> str:
@@ -100,7 +112,9 @@ INSTEAD_OF_A_MODEL = (
 )
 
 
-def download(model: str, repository: str, filename: str, advice: str = INSTEAD_OF_A_MODEL) -> Path:
+def download(
+    model: str, repository: str, filename: str, advice: str = INSTEAD_OF_A_MODEL, revision: str | None = None
+) -> Path:
     """Return a file from the cache, or download it. Raises HubError with the attempts and a remedy."""
     from huggingface_hub import (
         constants,
@@ -114,14 +128,15 @@ def download(model: str, repository: str, filename: str, advice: str = INSTEAD_O
     try:
         # hf_hub_download retries a silent hub for minutes, so one short request tests first whether it answers.
         try:
-            get_hf_file_metadata(hf_hub_url(repository, filename))
+            get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision))
         except HFValidationError:
             raise
         except Exception:
-            if isinstance(cached := try_to_load_from_cache(repository, filename), str):
+            if isinstance(cached := try_to_load_from_cache(repository, filename, revision=revision), str):
                 return Path(cached)
             raise
-        return Path(hf_hub_download(repository, filename))
+        with quiet_hub():
+            return Path(hf_hub_download(repository, filename, revision=revision))
     except HFValidationError as error:
         raise UserError(f"{repository!r} is not a hub id ({reason(error)})") from None
     except Exception as error:  # the transport library and its errors differ between huggingface_hub's releases
@@ -131,14 +146,43 @@ def download(model: str, repository: str, filename: str, advice: str = INSTEAD_O
         ) from None
 
 
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep huggingface_hub from writing to a log: it tells of every try, and draws its bars where there is no terminal.
+
+    On a terminal its bars stay: a model may take minutes.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    before = logging.get_verbosity()
+    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if hide:
+            enable_progress_bars()
+
+
 def _reason(error: Exception) -> str:
     """Return the reason why the hub did not provide a file, in a few words."""
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if isinstance(error, GatedRepoError):
         return "the repository is gated: ask for access on its page, then log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has no such repository, or it is private"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such commit, branch or tag"
     if isinstance(error, EntryNotFoundError):
         return "the repository has no such file"
     if isinstance(error, HfHubHTTPError):

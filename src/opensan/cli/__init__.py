@@ -19,7 +19,7 @@ from opensan.cli.demo import demo
 from opensan.cli.evaluate import evaluate
 from opensan.cli.export import export
 from opensan.cli.lab import lab
-from opensan.cli.models import convert, models, parity
+from opensan.cli.models import convert, models, parity, push
 from opensan.cli.profile import profile
 from opensan.cli.raster import segment_raster
 from opensan.cli.segment import segment
@@ -49,6 +49,7 @@ app.command(cls=Command)(similarity)
 app.command(cls=Command)(cache)
 app.command(cls=Command)(models)
 app.command(cls=Command)(convert)
+app.command(cls=Command)(push)
 app.command(cls=Command)(export)
 app.command(cls=Command)(parity)
 app.command(cls=Command)(train)

@@ -1,4 +1,4 @@
-"""`opensan models`, `opensan convert` and `opensan parity`: list named models, convert official weights, compare."""
+"""`opensan models`, `convert`, `push` and `parity`: list named models, convert official weights, publish, compare."""
 
 from pathlib import Path
 from typing import Annotated
@@ -70,6 +70,41 @@ def convert(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {model.config.name}, {parameters:,} parameters")
     print(f'use it with: opensan segment IMAGE --words "..." --model {out}')
+
+
+def push(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A folder, such as runs/street/model; or as --model.", show_default=False),
+    ],
+    repository: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.", show_default=False)
+    ],
+    private: Annotated[bool, typer.Option("--private", help="If it must be made, make it private.")] = False,
+    license: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The licence of the weights, such as mit.", show_default=False)
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Results of `opensan eval` for one data set, for the card; repeat it for more.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Upload a model to the Hugging Face hub.
+
+    What --model OWNER/NAME then takes everywhere. A model card is written from the record of the training. The token
+    is that of HF_TOKEN or `hf auth login`.
+    """
+    note(f"checking {model}")
+    from opensan.checkpoints.push import push as push_model
+
+    pushed = push_model(model, repository, private=private, license=license, evaluations=evaluation or [])
+    print(pushed.page)
+    print(f'use it with: opensan segment IMAGE --words "..." --model {repository}')
+    print(f"or, for good: --model {repository}@{pushed.commit}")
 
 
 def parity(

@@ -1,7 +1,7 @@
 """Run a training from its configuration and write the trained model's folder."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from opensan.outputs import check_writable
 from opensan.outputs.panel import PanelRow, panel
 from opensan.recipe.config import DataConfig, RecipeConfig, StartConfig, TrainingDataConfig
 from opensan.recipe.files import RunFolderFiles
+from opensan.recipe.record import write_record
 from opensan.train.checkpoint import CheckpointFolder
 from opensan.train.log import TrainingProgress
 from opensan.train.loop import RunResult, load_parameters
@@ -68,7 +69,7 @@ def run_recipe(recipe: RecipeConfig, progress: TrainingProgress | None = None) -
             panel=pictures,
             progress=progress,
         )
-        saved = on_main(lambda: _save_model(model, recipe)) if result.finished else None
+        saved = on_main(lambda: _save_model(model, recipe, data, held_out)) if result.finished else None
     return result, saved
 
 
@@ -154,8 +155,13 @@ def _panel(predict: Predictor, held_out: SegmentationDataset, count: int) -> dic
     return {"validation": panel(rows, held_out.vocabulary.names)} if rows else {}
 
 
-def _save_model(model: SAN, recipe: RecipeConfig) -> SavedModel:
-    """Write the best model of the run if validations marked one, else the last."""
+def _save_model(
+    model: SAN,
+    recipe: RecipeConfig,
+    data: Sequence[tuple[SegmentationFolder, float]],
+    held_out: SegmentationFolder | None,
+) -> SavedModel:
+    """Write the best model of the run if validations marked one, else the last, and how it was trained."""
     step = recipe.loop.steps
     best = None
     try:
@@ -165,4 +171,6 @@ def _save_model(model: SAN, recipe: RecipeConfig) -> SavedModel:
     if best:
         load_parameters(san_parameter_groups(model), best["parameters"], str(recipe.out))
         step = best["step"]
-    return SavedModel(save_folder(model, recipe.out / "model"), step)
+    saved = SavedModel(save_folder(model, recipe.out / "model"), step)
+    write_record(model, recipe, step, data, held_out)
+    return saved

@@ -29,6 +29,8 @@ from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
 if TYPE_CHECKING:
     import torch
 
+    from opensan.checkpoints.push import Pushed
+
 
 class Segmenter:
     """Base class of all segmenters. Holds no state of any image, so threads may share one object.
@@ -51,10 +53,38 @@ class Segmenter:
     """Precision of the image half's matrices."""
     calibration: Calibration | None = None
     """The calibration of the confidence of what it labels: see `calibrate`."""
+    source: str | os.PathLike[str] | None = None
+    """Argument of `opensan.load`; None for a model that was built otherwise."""
 
     def __repr__(self) -> str:
         halves = f"image half {self.identity.image[:12]}, text half {self.identity.text[:12]}"
         return f"<{type(self).__name__} {self.identity.name} on {self.device}, {self.speed}: {halves}>"
+
+    @staticmethod
+    def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> "Segmenter":
+        """Load a model by the method's usual name: `opensan.load`, whose options it takes.
+
+        `revision` is a commit, branch or tag of a hub id; `from_pretrained("lab/street", revision="v1")` is
+        `opensan.load("lab/street@v1")`.
+        """
+        from opensan.segmenters.load import load
+
+        return load(source if revision is None else f"{os.fspath(source)}@{revision}", **options)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        license: str | None = None,
+        evaluations: Sequence[str | os.PathLike[str]] = (),
+        token: str | None = None,
+    ) -> "Pushed":
+        """Upload the model that this segmenter was loaded from to a hub; see `opensan.checkpoints.push.push`.
+
+        Raises UserError, one line, if it was not loaded from a folder, a file or a name, but built or exported.
+        """
+        raise UserError(f"{self.identity.name}: only a SAN that was loaded with torch can be pushed to a hub")
 
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
         """Run images of one padded shape through the network."""

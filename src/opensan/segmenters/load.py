@@ -36,9 +36,10 @@ def load(
 
     Args:
         source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "photo", "tiny" (in the package);
-            a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name"; or an exported model:
-            its folder, or a graph in it ("exported/image.onnx"). An exported model needs no torch. With "maskclip:",
-            "two-stage:" or "mask-tokens:" before it, another method labels with its weights (docs/baselines.md).
+            a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name" ("owner/name@REVISION": a
+            commit, branch or tag); or an exported model: its folder, or a graph in it ("exported/image.onnx"). An
+            exported model needs no torch. With "maskclip:", "two-stage:" or "mask-tokens:" before it, another method
+            labels with its weights (docs/baselines.md).
         device: "auto" ("cuda" where torch finds a GPU, else "cpu"), "cpu", "cuda", "cuda:1", "mps". An exported
             model runs on the CPU.
         speed: "exact" computes the image half in float32; "fast" and "fastest" multiply matrices of the backbone, or of

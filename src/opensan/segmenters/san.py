@@ -22,6 +22,7 @@ from opensan.assemble.labels import label_map
 from opensan.assemble.resize import MaskBand, mask_bands
 from opensan.assemble.scores import band_scores, class_probabilities, label_scores
 from opensan.checkpoints import load_model, random_model
+from opensan.checkpoints.push import Pushed, push
 from opensan.choices import Speed
 from opensan.devices import checked_device
 from opensan.errors import UserError
@@ -89,6 +90,31 @@ class SanSegmenter(ProposalSegmenter):
     def prepare(self, image: np.ndarray) -> InputImage:
         """Turn an image, [H0, W0, 3] uint8 RGB, into network input; see `Segmenter.prepare`."""
         return InputImage(image, prepare(image, self.image_config))
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        license: str | None = None,
+        evaluations: Sequence[str | os.PathLike[str]] = (),
+        token: str | None = None,
+    ) -> Pushed:
+        """Upload the model that this segmenter was loaded from; see `Segmenter.push_to_hub`."""
+        if self.source is None:  # its own matrices are laid out, and may be rounded, for speed
+            raise UserError(
+                "this segmenter was built from a model in memory: write that with opensan.checkpoints.save_folder, and "
+                "push the folder with opensan.checkpoints.push.push"
+            )
+        return push(
+            self.source,
+            repository,
+            private=private,
+            license=license,
+            evaluations=evaluations,
+            token=token,
+            identity=str(self.identity),
+        )
 
     @undisturbed
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
@@ -179,7 +205,7 @@ def load_san(
 
     Args:
         source: "san-vit-b16", "san-vit-l14" (official weights, from the hub), "photo", "tiny" (in the package);
-            a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name".
+            a checkpoint folder, a .safetensors, an official .pth, or a hub id "owner/name" or "owner/name@REVISION".
         device: "auto" ("cuda" where torch finds a GPU, else "cpu"), "cpu", "cuda", "cuda:1", "mps".
         speed: "exact" computes the image half in float32; "fast" and "fastest" multiply matrices of the backbone, or of
             both networks, in bfloat16, with nearly the same labels (see docs/speed.md).
@@ -195,7 +221,11 @@ def load_san(
         HubError: the hub did not answer; names the attempts and what works offline.
     """
     model = weights_of(source, random_weights)
-    return SanSegmenter(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, text_cache=text_cache)
+    segmenter = SanSegmenter(
+        model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, text_cache=text_cache
+    )
+    segmenter.source = None if random_weights is not None else source
+    return segmenter
 
 
 def weights_of(source: str | os.PathLike, random_weights: int | None) -> SAN:
