@@ -100,6 +100,35 @@ def test_the_attention_bias_is_that_of_the_model(tiny, segmentation):
     )
 
 
+def test_what_an_sls_token_attended_to_are_weights_that_follow_the_steering(tiny, segmentation):
+    weights = tiny.attended(segmentation.encoding, [3, 0])
+    bias = tiny.attention_bias(segmentation.encoding, [3, 0])
+    assert weights.shape[:2] == bias.shape[:2] and (weights >= 0).all()
+    assert weights.sum(axis=(2, 3)).min() > 0.2 and weights.sum(axis=(2, 3)).max() <= 1 + 1e-4
+    model = tiny.model
+    pixels = torch.as_tensor(tiny.prepare(segmentation.image).prepared.pixels)[None]
+    with torch.inference_mode():
+        features = model.shallow_features(pixels)
+        steering = torch.zeros(1, model.clip.attention_heads, 2, *features.grid)
+        steering[:, :, 1, 2, 3] = 50
+        found = model.clip.attended(features, steering)
+    assert found[0, :, 1, 2, 3].min() > 0.999 and found[0, :, 0, 2, 3].max() < 0.5
+
+
+def test_the_weights_of_a_pooling_are_those_of_its_embedding():
+    photo = opensan.load("photo", text_cache=False)
+    pixels = torch.as_tensor(
+        photo.prepare(np.asarray(Image.open(SCENE).convert("RGB").resize((160, 120)))).prepared.pixels
+    )
+    with torch.inference_mode():
+        weights = photo.model.attended(pixels[None])
+        features = photo.model.shallow_features(pixels[None])
+        expected = photo.model.propose(pixels[None]).mask_embeddings
+        found = photo.model.clip.embed(weights[:, 0].flatten(2) @ features.tokens)
+    assert torch.allclose(weights.sum(dim=(1, 3, 4)), torch.ones(()), atol=1e-4)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(("x", "y"), [(640, 0), (0, 480), (-1, 3)])
 def test_a_pixel_outside_the_image_is_refused(segmentation, x, y):
     with pytest.raises(UserError, match=rf"pixel \({x}, {y}\) is outside the image of 640 x 480"):

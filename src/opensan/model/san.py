@@ -138,6 +138,18 @@ class SAN(nn.Module):
         last = answers[-1]
         return Proposals(last.mask_logits, last.mask_embeddings, last.attention_bias, auxiliary=tuple(answers[:-1]))
 
+    def attended(self, pixels: Tensor) -> Tensor | None:
+        """Return how much each proposal's embedding takes from each position of CLIP's grid: [B, N, Q, h, w].
+
+        The attention weights of the SLS tokens, a mean over the recognition layers. None if recognition has no such
+        tokens, or the backbone's family does not tell. `pixels` as for `propose`.
+        """
+        if self.config.recognition not in ("bias", "blocked"):
+            return None
+        features = self.shallow_features(pixels)
+        ((_, steering),) = self.side_adapter(pixels, features.maps, self.config.side_adapter.supervised_blocks[-1:])
+        return self.clip.attended(*self._steered(pixels, features, steering))
+
     def shallow_features(self, pixels: Tensor) -> ShallowFeatures:
         """Run the shallow layers on pixels [B, 3, H, W] (as for `propose`), resized by `clip_scale`.
 
@@ -158,16 +170,23 @@ class SAN(nn.Module):
         config = self.config
         if config.recognition == "queries":
             return F.normalize(steering, dim=-1)
+        if config.recognition == "pooling":
+            if config.recognition_scale is not None:
+                features = self._shallow(pixels, config.recognition_scale, ())
+            return pooled_embeddings(self.clip, features, steering.squeeze(1))
+        return self.clip.recognise(*self._steered(pixels, features, steering))
+
+    def _steered(self, pixels: Tensor, features: ShallowFeatures, steering: Tensor) -> tuple[ShallowFeatures, Tensor]:
+        """Return the arguments of the backbone's `recognise`."""
+        config = self.config
         if config.recognition_scale is not None:
             features = self._shallow(pixels, config.recognition_scale, ())
-        if config.recognition == "pooling":
-            return pooled_embeddings(self.clip, features, steering.squeeze(1))
         if config.recognition == "blocked":
             steering = torch.where(steering >= 0, 0.0, BLOCKED)
         side = config.side_adapter
         if config.recognition == "blocked" or side.head == "shared" or not side.bias_per_head:
             steering = steering.repeat_interleave(self.clip.attention_heads, dim=1)
-        return self.clip.recognise(features, steering)
+        return features, steering
 
     def classify(self, proposals: Proposals, text: TextClassifier) -> Tensor:
         """Return class logits [B, Q, K + 1] of the proposals, "no object" last.

@@ -126,11 +126,17 @@ def steered_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """
     q, k, v = _for_attention(q, k, v)
     queries = q.shape[2]
+    weights = _steered_weights(q, k, bias).to(v.dtype)
+    return weights[..., :1] * v[:, :, :queries] + weights[..., 1:] @ v[:, :, queries + 1 :]
+
+
+def _steered_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """Return the attention's weights, [B, N, Q, 1 + L]: to itself, then to the patches; see `steered_attention`."""
+    queries = q.shape[2]
     q = q * q.shape[-1] ** -0.5
     to_itself = (q * k[:, :, :queries]).sum(dim=-1, keepdim=True)
     to_patches = q @ k[:, :, queries + 1 :].transpose(-2, -1) + bias
-    weights = torch.cat([to_itself, to_patches], dim=-1).softmax(dim=-1).to(v.dtype)
-    return weights[..., :1] * v[:, :, :queries] + weights[..., 1:] @ v[:, :, queries + 1 :]
+    return torch.cat([to_itself, to_patches], dim=-1).softmax(dim=-1)
 
 
 def _for_attention(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -226,6 +232,12 @@ class ClipBlock(Block):
         steered = steered_attention(q[:, :, :queries], k, v, steering)
         plain = attention(*(t[:, :, queries:] for t in (q, k, v)))
         return self._finish(x, torch.cat([steered, plain], dim=2))
+
+    def attended(self, x: Tensor, steering: Tensor) -> Tensor:
+        """Return how much the SLS tokens of x [B, Q + 1 + L, C] attend to each patch, [B, N, Q, L]; see `forward`."""
+        queries = steering.shape[2]
+        q, k = _for_attention(*self._project(self.ln_1(x), 0, 2))
+        return _steered_weights(q[:, :, :queries], k, steering)[..., 1:]
 
     def values_alone(self, x: Tensor, *, residual: bool) -> tuple[Tensor, Tensor]:
         """Return what the block makes of x [B, L, C] where every token sees itself alone, and the keys, both [B, L, C].

@@ -164,6 +164,10 @@ class Segmenter:
         """Return where attention was steered for some proposals, [n, heads, h, w]; None if that is not known."""
         return None
 
+    def attended(self, encoding: Encoding, proposals: Sequence[int]) -> NDArray[np.float32] | None:
+        """Return what some proposals' embeddings are made of, weights [n, heads, h, w]; None if that is not known."""
+        return None
+
     def with_rest(self, vocabulary: Vocabulary) -> Vocabulary:
         """Add a background word for what no asked word fits. Raises UserError if the model proposes no masks."""
         raise UserError(f"the rest needs a model with mask proposals, and {self.identity.name} has none")

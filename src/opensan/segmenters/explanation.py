@@ -173,8 +173,13 @@ def named_otherwise(
     return replace(explanation, proposals=tuple(proposals))
 
 
-def rows_of(explanation: Explanation, bias: np.ndarray | None, most: int = 3) -> list[ExplainedRow]:
-    """Return the drawn parts of the leading proposals; `bias` [proposals, N, h, w] is their bias, if known."""
+def rows_of(
+    explanation: Explanation, bias: np.ndarray | None, attended: np.ndarray | None, most: int = 3
+) -> list[ExplainedRow]:
+    """Return the drawn parts of the leading proposals.
+
+    `bias` [proposals, N, h, w] and `attended` [proposals, N, h', w'] are their attention bias and weights, if known.
+    """
     rows = []
     for place, proposal in enumerate(explanation.proposals[:most]):
         otherwise = ", ".join(f"{name} {share:.2f}" for name, share in proposal.otherwise)
@@ -183,9 +188,13 @@ def rows_of(explanation: Explanation, bias: np.ndarray | None, most: int = 3) ->
             f"{proposal.word_probability:.2f}" + (f"; among all words: {otherwise}" if otherwise else "")
         )
         maps = [("its mask", proposal.picture)]
+        if attended is not None:
+            weights = attended[place].mean(axis=0)
+            maps.append(("its SLS token attended to", weights / max(float(weights.max()), 1e-12)))
         for head, values in enumerate(() if bias is None else bias[place]):
             low, high = float(values.min()), float(values.max())
-            maps.append((f"steered, head {head + 1}", (values - low) / max(high - low, 1e-12)))
+            name = f"steered, head {head + 1}" if len(bias[place]) > 1 else "where it was steered"  # type: ignore[index]
+            maps.append((name, (values - low) / max(high - low, 1e-12)))
         rows.append(ExplainedRow(caption, maps))
     return rows
 

@@ -170,6 +170,8 @@ class _Answers(Protocol):
 
     def attention_bias(self, encoding: Encoding, proposals: Sequence[int]) -> NDArray[np.float32] | None: ...
 
+    def attended(self, encoding: Encoding, proposals: Sequence[int]) -> NDArray[np.float32] | None: ...
+
     def confidence(self, segmentation: "Segmentation") -> NDArray[np.float32]: ...
 
     def scores_at(self, segmentation: "Segmentation", x: int, y: int) -> NDArray[np.float32]: ...
@@ -298,17 +300,17 @@ class Segmentation:
         return self._model.separating(self, x, y, first, second)
 
     def explained_picture(self, x: int, y: int) -> Image.Image:
-        """Draw `explain(x, y)`: the three leading proposals' masks, and where each head's attention was steered.
+        """Draw `explain(x, y)`: the three leading proposals' masks, what their SLS tokens attended to, the steering.
 
-        The steering is shown for models that run in torch, whose image half runs once more for it.
+        The latter two are shown for models that run in torch, whose image half runs again for them.
         """
         found = self.explain(x, y)
         leading = [proposal.index for proposal in found.proposals[:MOST_DRAWN]]
         bias = self._model.attention_bias(self.encoding, leading)
-        title = f"pixel ({x}, {y}): {found.word} {found.words[0].score:.2f}"
+        title = f"pixel ({x}, {y}): {found.word}, score {found.words[0].score:.2f}"
         if len(found.words) > 1:
-            title += f", before {found.words[1].name} {found.words[1].score:.2f}"
-        rows = rows_of(found, bias, MOST_DRAWN)
+            title += f"; next {found.words[1].name}, {found.words[1].score:.2f}"
+        rows = rows_of(found, bias, self._model.attended(self.encoding, leading), MOST_DRAWN)
         return outputs.explained_picture(self.image, self.encoding.sizes.image, x, y, title, rows)
 
     @property

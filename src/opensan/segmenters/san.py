@@ -166,15 +166,24 @@ class SanSegmenter(ProposalSegmenter):
         Encodings do not keep it, so the image half runs again on the image. The part of the padding is cut off.
         None if the encoding did not keep its image, or the model steers nothing.
         """
+        pixels = self._pixels(encoding)
+        return None if pixels is None else _maps_of(self.model.propose(pixels).attention_bias, encoding, proposals)
+
+    @undisturbed
+    def attended(self, encoding: Encoding, proposals: Sequence[int]) -> np.ndarray | None:
+        """Return how much some proposals' SLS tokens attended to each patch: [len(proposals), N heads, h, w].
+
+        The mean over the recognition layers, by running the image half again, as for `attention_bias`.
+        None if the encoding did not keep its image, or the model does not tell.
+        """
+        pixels = self._pixels(encoding)
+        return None if pixels is None else _maps_of(self.model.attended(pixels), encoding, proposals)
+
+    def _pixels(self, encoding: Encoding) -> torch.Tensor | None:
+        """Return the network input [1, 3, H, W] of an encoding's image, if it was kept."""
         if encoding.image is None:
             return None
-        pixels = torch.as_tensor(prepare(encoding.image, self.image_config).pixels).unsqueeze(0).to(self.device)
-        bias = self.model.propose(pixels).attention_bias
-        if bias is None:
-            return None
-        sides = zip(bias.shape[-2:], encoding.sizes.network, encoding.sizes.padded, strict=True)
-        height, width = (max(1, round(cells * network / padded)) for cells, network, padded in sides)
-        return to_array(bias[0, :, list(proposals), :height, :width].transpose(0, 1).float())
+        return torch.as_tensor(prepare(encoding.image, self.image_config).pixels).unsqueeze(0).to(self.device)
 
     def scores(self, encoding: Encoding, vocabulary: Vocabulary) -> Scores:
         """Return the function from a band of rows to all scores (tensors on the device); see `Segmenter.scores`."""
@@ -189,6 +198,15 @@ class SanSegmenter(ProposalSegmenter):
 
     def _masks(self, encoding: Encoding) -> torch.Tensor:
         return torch.as_tensor(encoding["mask_logits"], device=self.device)
+
+
+def _maps_of(maps: torch.Tensor | None, encoding: Encoding, proposals: Sequence[int]) -> np.ndarray | None:
+    """Return the maps of some proposals, of [1, N, Q, h, w], without the part of the padding: [n, N, h', w']."""
+    if maps is None:
+        return None
+    sides = zip(maps.shape[-2:], encoding.sizes.network, encoding.sizes.padded, strict=True)
+    height, width = (max(1, round(cells * network / padded)) for cells, network, padded in sides)
+    return to_array(maps[0, :, list(proposals), :height, :width].transpose(0, 1).float())
 
 
 def load_san(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opensan.config import AlignConfig
 from opensan.errors import UserError
-from opensan.model.backbones.base import Backbone, ShallowFeatures, as_tokens, weighted_means
+from opensan.model.backbones.base import Backbone, ShallowFeatures, as_tokens, mean_weights, weighted_means
 from opensan.model.backbones.libraries import library
 
 
@@ -80,6 +80,10 @@ class Align(Backbone):
     def recognise(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
         """Embed the mean of the last features, weighted by the softmax of the bias."""
         return F.normalize(weighted_means(features, attention_bias), dim=-1)
+
+    def attended(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
+        """Return the weight of each position, [B, 1, Q, h, w]."""
+        return mean_weights(features, attention_bias).unflatten(-1, features.grid).unsqueeze(1)
 
     def embed_prompts(self, tokens: Tensor) -> Tensor:
         """Embed `tokens` [P, T], padded with 0, as unit rows [P, D]."""

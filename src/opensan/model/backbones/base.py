@@ -70,6 +70,13 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def attended(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor | None:
+        """Return how much each query of `recognise` takes from each position of the grid, [B, N, Q, h, w].
+
+        The mean over the recognition layers; 0 or more, at most 1 in sum. None if the family does not tell.
+        """
+        return None
+
     def last_features(self, features: ShallowFeatures) -> Tensor:
         """Run the remaining layers unsteered: every patch's features in the joint space, [B, L, D]. Plain ViTs only."""
         raise NotImplementedError
@@ -118,5 +125,9 @@ def weighted_means(features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
 
     A bias that is equal everywhere gives the plain mean.
     """
-    weights = pool_bias(attention_bias, features.grid).softmax(dim=-1).mean(dim=1)  # [B, Q, L]
-    return weights @ features.tokens
+    return mean_weights(features, attention_bias) @ features.tokens
+
+
+def mean_weights(features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
+    """Return the weights [B, Q, L] of `weighted_means`; they sum to 1."""
+    return pool_bias(attention_bias, features.grid).softmax(dim=-1).mean(dim=1)

@@ -7,6 +7,7 @@ h w CLIP's patch grid.
 
 import math
 from collections.abc import Callable, Collection
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from opensan.config import ClipConfig, VisionConfig
 from opensan.model.backbones.base import Backbone, FeatureMap, ShallowFeatures, pool_bias
 from opensan.model.backbones.text_tower import TextTower
 from opensan.model.maps import embed_patches, resize_position_table
-from opensan.model.transformer import ClipBlocks, QuickGELU
+from opensan.model.transformer import ClipBlock, ClipBlocks, QuickGELU
 
 
 class VisionTower(nn.Module):
@@ -72,16 +73,32 @@ class ClipModel(TextTower, Backbone):
 
         The bias, max-pooled to CLIP's grid, steers Q copies of the class token (SLS tokens).
         """
-        steering = pool_bias(attention_bias, features.grid)
-        queries = steering.shape[2]
-        x = torch.cat([features.tokens[:, :1].expand(-1, queries, -1), features.tokens], dim=1)
+        x, own = self._with_queries(features, attention_bias)
         *blocks, last = self.visual.transformer.resblocks[features.last_layer :]
-        # A bias with more channels than heads is one for each block.
-        own = steering.chunk(max(1, steering.shape[1] // self.attention_heads), dim=1)
         for number, block in enumerate(blocks):
             x = block(x, steering=own[number % len(own)])
         x = last(x, steering=own[-1], only_queries=True)
         return F.normalize(self.visual.ln_post(x) @ self.visual.proj, dim=-1)
+
+    def attended(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
+        """Return how much each SLS token attends to each patch, [B, N, Q, h, w]: the mean over the blocks."""
+        x, own = self._with_queries(features, attention_bias)
+        blocks = self.visual.transformer.resblocks[features.last_layer :]
+        weights = []
+        for number, block in enumerate(blocks):
+            steering = own[-1 if number == len(blocks) - 1 else number % len(own)]
+            weights.append(cast(ClipBlock, block).attended(x, steering))
+            x = block(x, steering=steering)
+        return torch.stack(weights).mean(dim=0).unflatten(-1, features.grid)
+
+    def _with_queries(self, features: ShallowFeatures, attention_bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return Q SLS tokens before the others, [B, Q + 1 + L, C], and each block's bias, [B, N, Q, L].
+
+        A bias with more channels than heads is one for each block.
+        """
+        steering = pool_bias(attention_bias, features.grid)
+        x = torch.cat([features.tokens[:, :1].expand(-1, steering.shape[2], -1), features.tokens], dim=1)
+        return x, steering.chunk(max(1, steering.shape[1] // self.attention_heads), dim=1)
 
     def last_features(self, features: ShallowFeatures) -> Tensor:
         """Run the blocks after the shallow ones as in plain CLIP: patches in the joint space, [B, L, D]."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from opensan.config import ConvNetConfig
 from opensan.errors import UserError
-from opensan.model.backbones.base import Backbone, ShallowFeatures, as_tokens, weighted_means
+from opensan.model.backbones.base import Backbone, ShallowFeatures, as_tokens, mean_weights, weighted_means
 from opensan.model.backbones.libraries import Tower, library, timm_model
 from opensan.model.backbones.text_tower import TextTower
 from opensan.model.transformer import QuickGELU
@@ -56,6 +56,10 @@ class ConvNetClip(TextTower, Backbone):
         # timm's head pools and normalises maps: each mean is a map of one position.
         pooled = self.visual.trunk.forward_head(means.flatten(0, 1)[:, :, None, None])
         return F.normalize(self.visual.head(pooled).unflatten(0, means.shape[:2]), dim=-1)
+
+    def attended(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
+        """Return the weight of each position, [B, 1, Q, h, w]."""
+        return mean_weights(features, attention_bias).unflatten(-1, features.grid).unsqueeze(1)
 
     def blocks(self) -> list[nn.Module]:
         """Return the stages of the ConvNet."""

@@ -175,9 +175,16 @@ class EfficientNetLiteModel(TextTower, Backbone):
         bilinearly to the tower's grid: its maps are smooth, and their maximum, as for the patches of a ViT, would widen
         each proposal by a position.
         """
+        return self.embed(self._weights(features, attention_bias) @ features.tokens)
+
+    def attended(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
+        """Return the weight of each position, [B, 1, Q, h, w]."""
+        return self._weights(features, attention_bias).unflatten(-1, features.grid).unsqueeze(1)
+
+    def _weights(self, features: ShallowFeatures, attention_bias: Tensor) -> Tensor:
+        """Return the weights of the mean, [B, Q, L]; see `recognise`."""
         bias = F.interpolate(attention_bias[:, 0], size=features.grid, mode="bilinear", align_corners=False)
-        weights = F.logsigmoid(bias).flatten(2).softmax(dim=-1)
-        return self.embed(weights @ features.tokens)
+        return F.logsigmoid(bias).flatten(2).softmax(dim=-1)
 
     def embed(self, means: Tensor) -> Tensor:
         """Project mean features [..., 1280] into the space of words, as unit rows [..., D]."""
