@@ -35,6 +35,18 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    label_studio: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Be the ML backend of the Label Studio at this address, and read its images (no others).",
+            show_default=False,
+        ),
+    ] = None,
+    label_studio_key: Annotated[
+        str | None,
+        typer.Option(envvar="LABEL_STUDIO_API_KEY", help="An access token of Label Studio.", show_default=False),
+    ] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Bytes of one request.")] = 20 << 20,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of one image.")] = 25_000_000,
     max_words: Annotated[int, typer.Option(min=1, help="Words of one request, with synonyms and background.")] = 512,
@@ -64,12 +76,14 @@ def serve(
     from opensan.segmenters.load import load
     from opensan.serve import create_app
     from opensan.serve.server import bind, run
+    from opensan.serve.task_images import TaskImages
 
+    images = None if label_studio is None else TaskImages(label_studio, label_studio_key or None, limits)
     listener = bind(host, port)
     note(f"loading {model}")
     # Clients' words are cached in memory only, where their number is bounded.
     segmenter = load(model, device=device, speed=speed, max_pixels=max_pixels, text_cache=False)
-    app = create_app(segmenter, limits=limits, token=token, batch=batch, hosts=allow_host or None)
+    app = create_app(segmenter, limits=limits, token=token, batch=batch, hosts=allow_host or None, label_studio=images)
     signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.identity} at {url}"))
     if signal_number == signal.SIGINT:
         raise KeyboardInterrupt

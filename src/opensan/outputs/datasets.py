@@ -16,13 +16,10 @@ from PIL import Image
 
 from opensan.errors import UserError
 from opensan.files import atomic_path, link, write_text
-from opensan.outputs.brush import brush_rle
 from opensan.outputs.coco import run_lengths
 from opensan.outputs.colours import palette
+from opensan.outputs.label_studio import SPECK, label_studio_regions, mean_score
 from opensan.outputs.polygons import regions, without_holes
-
-SPECK = 16
-"""Polygons are made of regions of at least so many pixels; smaller ones are noise that users would have to delete."""
 
 VOC_WORDS = 254
 """VOC's 8-bit maps keep 0 for the background and 255 for "don't care"."""
@@ -201,26 +198,12 @@ def voc_palette() -> np.ndarray:
 
 
 def _write_label_studio(path: Path, labelled: Labelled) -> None:
-    height, width = labelled.labels.shape
-    confidence = labelled.confidence()
-    result = [
-        {
-            "id": f"word-{label}",
-            "type": "brushlabels",
-            "from_name": "words",
-            "to_name": "image",
-            "original_width": width,
-            "original_height": height,
-            "image_rotation": 0,
-            "score": round(confidence[label] or 0.0, 6),
-            "value": {"format": "rle", "rle": brush_rle(labelled.labels == label), "brushlabels": [name]},
-        }
-        for label, name in enumerate(labelled.names)
-        if confidence[label] is not None
-    ]
-    prediction = {"model_version": labelled.model, "result": result}
+    result = label_studio_regions(
+        "brushlabels", labelled.labels, labelled.names, labelled.confidence(), from_name="words", to_name="image"
+    )
+    prediction: dict[str, Any] = {"model_version": labelled.model, "result": result}
     if result:
-        prediction["score"] = round(sum(part["score"] for part in result) / len(result), 6)
+        prediction["score"] = mean_score(result)
     photograph = quote(f"images/{labelled.stem}{labelled.photograph.suffix}")
     task = {"data": {"image": f"/data/local-files/?d={photograph}"}, "predictions": [prediction]}
     write_text(path, _json([task]) + "\n")

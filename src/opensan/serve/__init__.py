@@ -7,6 +7,7 @@ models       the models, loaded when they are needed
 engine       the model's work, batched and off the event loop
 answers      segmentations as JSON, PNG, or what a page draws
 schemas      what clients send and get
+label_studio answers Label Studio, whose tasks' images `task_images` reads
 app          the routes
 server       uvicorn, patient with work and impatient with clients that stall
 """

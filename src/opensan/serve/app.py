@@ -1,10 +1,10 @@
 """The routes of the service."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -20,7 +20,8 @@ from opensan.segmenters.results import Encoding
 from opensan.serve import answers
 from opensan.serve.cache import EncodingCache
 from opensan.serve.engine import Engine
-from opensan.serve.limits import LEFT, Gate, Problem, ServiceLimits, problem_response, stopping
+from opensan.serve.label_studio import LabelStudioBackend
+from opensan.serve.limits import Gate, Problem, ServiceLimits, problem_response, stopping
 from opensan.serve.metrics import CONTENT_TYPE, Metrics, Observer
 from opensan.serve.models import Models
 from opensan.serve.negotiation import accepts_gzip, best_media_type
@@ -39,13 +40,13 @@ from opensan.serve.schemas import (
     text_parts,
 )
 from opensan.serve.site import add_page
+from opensan.serve.task_images import TaskImages
 from opensan.serve.uploads import uploaded
+from opensan.serve.waiting import while_there
 from opensan.vocabulary import Vocabulary
 
 SWEEP_SECONDS = 5.0
 """Seconds between removals of expired encodings."""
-
-Answer = TypeVar("Answer")
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _FORMS: dict[int | str, dict[str, Any]] = {
@@ -190,7 +191,7 @@ class Service:
             before=self.reading(segmenter, vocabulary),
             accepted=accepted,
         )
-        picture = await _while_there(request, work)
+        picture = await while_there(request, work)
         return Response(picture.content, media_type=picture.media_type, headers=picture.headers)
 
 
@@ -203,6 +204,7 @@ def create_app(
     page: bool = False,
     hosts: Collection[str] | None = None,
     others: Mapping[str, Callable[[], Segmenter]] | None = None,
+    label_studio: TaskImages | None = None,
 ) -> "Application":
     """Make the service of a model, and of others that clients may choose.
 
@@ -216,6 +218,8 @@ def create_app(
         hosts: the names by which clients call the service ("example.org", "127.0.0.1"), without a port. Requests to
             other names are refused, but for health and readiness. None: any name.
         others: functions that load further models, by name; clients choose with `?model=`. Each stays loaded.
+        label_studio: the Label Studio that the service answers as its "ML backend", and whose images it reads. Its
+            requests may carry the token as the password of basic authentication.
     """
     service = Service(Models(segmenter, others or {}), limits or ServiceLimits(), batch)
     app = FastAPIOffline(  # its pages at /docs and /redoc need no network
@@ -229,11 +233,13 @@ def create_app(
     _add_service_routes(app, api, service)
     _add_segmentation_route(api, service)
     _add_encoding_routes(api, service)
+    if label_studio is not None:
+        _add_label_studio_routes(api, service, label_studio)
     app.include_router(api)
     _add_errors(app)
     if page:
         add_page(app)
-    gate = Gate(app, service.limits, token, hosts, same_origin=page)
+    gate = Gate(app, service.limits, token, hosts, same_origin=page, basic=label_studio is not None)
     return Application(app, service, gate)
 
 
@@ -317,7 +323,7 @@ def _add_segmentation_route(api: APIRouter, service: Service) -> None:
         data, fields = await uploaded(request, {"words", "background", "templates"}, service.limits.words)
         question = question_from_form(fields)
         question.vocabulary(service.limits)  # before the work, to report mistakes early
-        encoding = await _while_there(request, service.engine.encode(data, segmenter))
+        encoding = await while_there(request, service.engine.encode(data, segmenter))
         return await service.segmented(request, encoding, question, form, confidence=confidence, accepted=True)
 
 
@@ -331,7 +337,7 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
         service.engine.check_room()
         segmenter = await service.models.get(model)
         data, _ = await uploaded(request, set())
-        encoding = await _while_there(request, service.engine.encode(data, segmenter))
+        encoding = await while_there(request, service.engine.encode(data, segmenter))
         name = service.cache.add(encoding)
         height, width = encoding.sizes.image
         response.headers["Location"] = f"/v1/encodings/{name}"
@@ -367,7 +373,39 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
             lambda: answers.point(segmenter, encoding, vocabulary, question.x, question.y),
             before=service.reading(segmenter, vocabulary),
         )
-        return await _while_there(request, work)
+        return await while_there(request, work)
+
+
+def _add_label_studio_routes(api: APIRouter, service: Service, images: TaskImages) -> None:
+    """Add the routes that Label Studio asks of an "ML backend"."""
+    backend = LabelStudioBackend(service.models.default, service.limits, images)
+
+    @api.get("/", tags=["Label Studio"], responses=_problems(*_REFUSED))
+    @api.get("/health", tags=["Label Studio"], responses=_problems(*_REFUSED))
+    async def up() -> dict[str, str]:
+        """Tell Label Studio that the service is there."""
+        return {"status": "UP", "model_class": f"opensan {service.models.default.identity}"}
+
+    @api.get("/versions", tags=["Label Studio"], responses=_problems(*_REFUSED))
+    async def versions() -> dict[str, list[str]]:
+        """Name the model's version, the only one: its identity."""
+        return {"versions": [backend.version]}
+
+    @api.post("/setup", tags=["Label Studio"], responses=_problems(*_ALWAYS))
+    async def setup(request: Request) -> dict[str, str]:
+        """Check a project's labelling configuration."""
+        return await backend.setup(await request.body())
+
+    @api.post("/predict", tags=["Label Studio"], responses=_problems(*_ALWAYS))
+    async def predict(request: Request) -> dict[str, Any]:
+        """Label the images of tasks with the labels of the configuration."""
+        service.engine.check_room()
+        return await while_there(request, backend.predict(await request.body(), service))
+
+    @api.post("/webhook", tags=["Label Studio"], responses=_problems(*_REFUSED))
+    async def webhook() -> dict[str, str]:
+        """Take note of an event: there is nothing to do, because the model does not learn from annotations."""
+        return {"status": "nothing to do"}
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -408,24 +446,3 @@ def _form(request: Request, format: Format | None) -> Format:
     if chosen is None:
         raise Problem(406, f"this can be answered as {', '.join(types)}, of which Accept allows none")
     return offered[types.index(chosen)]
-
-
-async def _while_there(request: Request, work: Awaitable[Answer]) -> Answer:
-    """Await `work`, and cancel it when the client leaves."""
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(_left(request))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Problem(LEFT, "the client left")
-        return task.result()
-    finally:
-        for each in (task, watcher):
-            each.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await each
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

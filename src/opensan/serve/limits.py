@@ -1,6 +1,8 @@
 """Limits on requests, and the responses to requests beyond them."""
 
 import asyncio
+import base64
+import binascii
 import hmac
 import math
 import re
@@ -20,8 +22,8 @@ JSON_BYTES = 1 << 20
 LEFT = 499
 """Status of requests whose client left; it is not sent, only counted."""
 
-UPLOADS = frozenset({"/v1/encodings", "/v1/segmentation"})
-"""Paths that accept images."""
+UPLOADS = frozenset({"/v1/encodings", "/v1/segmentation", "/predict", "/webhook"})
+"""Paths that accept images, or, from Label Studio, tasks with images or with masks."""
 
 OPEN = frozenset({"/healthz", "/readyz"})
 """The only paths that need no token and work under any host name and while the service stops."""
@@ -107,6 +109,7 @@ class Gate:
         token: str | None = None,
         hosts: Collection[str] | None = None,
         same_origin: bool = False,
+        basic: bool = False,
     ) -> None:
         """See `opensan.serve.create_app` for the arguments."""
         self.app = app
@@ -116,6 +119,7 @@ class Gate:
         self._token = None if token is None else token.encode()
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
         self._same_origin = same_origin
+        self._basic = basic
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -163,8 +167,10 @@ class Gate:
         if self._token is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             # Always compared, so that the time reveals nothing.
+            if basic := self._basic and scheme.lower() == b"basic":
+                given = _password(given)
             right = hmac.compare_digest(given.strip(), self._token)
-            if scheme.lower() != b"bearer" or not right:
+            if not (basic or scheme.lower() == b"bearer") or not right:
                 raise Problem(401, "this service needs a bearer token", {"WWW-Authenticate": "Bearer"})
         if _CONTROL.search(scope["path"]):  # a route's pattern ignores a final newline
             raise Problem(404, "there is no such path: it holds a control character")
@@ -222,6 +228,14 @@ class _Body:
                 raise _too_long(self._allowed)
             self._complete = not message.get("more_body", False)
         return message
+
+
+def _password(credentials: bytes) -> bytes:
+    """Return the password of basic authentication (RFC 7617), which Label Studio sends; b"" if there is none."""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 def _name(host: str) -> str:
