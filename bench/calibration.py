@@ -23,7 +23,10 @@ from opensan.lab.photo.sets import PhotoSet
 from opensan.lab.san_training import SceneDataset
 from opensan.lab.scenes import SEGMENTATION_NAMES
 
-THRESHOLDS = (0.0, 0.5, 0.7, 0.9)
+THRESHOLDS = (0.5, 0.7, 0.9)
+
+FEW = 5
+"""Words asked when few are."""
 
 
 def sets(data: Path | None, count: int) -> tuple[tuple[str, object], list[tuple[str, object]]]:
@@ -41,30 +44,27 @@ def sets(data: Path | None, count: int) -> tuple[tuple[str, object], list[tuple[
     return ("coco_small, val", PhotoSet(data, "coco_small", "val")), tested
 
 
-def measure(segmenter, dataset, count: int, calibrations, words: int | None) -> list[ConfidenceMetrics]:
-    """Return the figures with each of `calibrations`; `words`: ask only so many, those shown among them."""
+def measure(segmenter, dataset, count: int, calibrations) -> dict[tuple[int | None, int], ConfidenceMetrics]:
+    """Return the figures by the number of words asked (None: all) and the index of the calibration."""
     names = dataset.vocabulary.names
-    sums, pixels = [Confidences(len(names)) for _ in calibrations], 0
-    generator = np.random.default_rng(0)
+    sums = {(words, way): Confidences(len(names)) for words in (None, FEW) for way in range(len(calibrations))}
+    generator, pixels = np.random.default_rng(0), 0
     count = min(count, len(dataset))
     for index in (number * len(dataset) // count for number in range(count)):
         image, truth = dataset[index]
-        asked = np.arange(len(names))
-        if words is not None:
-            shown = np.unique(truth[truth >= 0])
-            others = generator.permutation(np.setdiff1d(asked, shown))
-            asked = np.sort(np.concatenate([shown, others])[: max(words, len(shown))])
-        encoding = segmenter.encode(image)
         pixels += int((truth >= 0).sum())
-        for of_calibration, calibration in zip(sums, calibrations, strict=True):
-            segmenter.calibrate(calibration)
+        shown = np.unique(truth[truth >= 0])
+        others = generator.permutation(np.setdiff1d(np.arange(len(names)), shown))
+        few = np.sort(np.concatenate([shown, others])[: max(FEW, len(shown))])
+        encoding = segmenter.encode(image)
+        for words, way in sums:
+            asked = np.arange(len(names)) if words is None else few
+            segmenter.calibrate(calibrations[way])
             answer = segmenter.segment(encoding, [dataset.vocabulary.words[word] for word in asked])
             labels = np.where(answer.labels >= 0, asked[answer.labels], -1)
-            of_calibration.add(count_confidence(truth, labels, answer.confidence, len(names)))
-    return [
-        of_calibration.metrics(pixels, calibration and calibration.to_dict())
-        for of_calibration, calibration in zip(sums, calibrations, strict=True)
-    ]
+            sums[words, way].add(count_confidence(truth, labels, answer.confidence, len(names)))
+    plain = [calibration and calibration.to_dict() for calibration in calibrations]
+    return {(words, way): found.metrics(pixels, plain[way]) for (words, way), found in sums.items()}
 
 
 def main() -> None:
@@ -84,22 +84,20 @@ def main() -> None:
         else ""
     )
     print(f"fitted on {name}: {calibration.images} images, T {calibration.temperature:.2f}{doubt}\n")
-    kept = " | ".join(f"at {threshold}" for threshold in THRESHOLDS[1:])
+    kept = " | ".join(f"at {threshold}" for threshold in THRESHOLDS)
     print(f"| set | words | confidence | ECE, % | right, % | labelled, right, mIoU (%) {kept} |")
-    print("|---|---|---|---|---|" + "---|" * (len(THRESHOLDS) - 1))
+    print("|---|---|---|---|---|" + "---|" * len(THRESHOLDS))
     for set_name, dataset in tested:
-        for words in (None, 5):
-            rows = measure(segmenter, dataset, options.images, (None, calibration), words)
-            for way, found in zip(("score", "calibrated"), rows, strict=True):
-                points = [next(p for p in found.curve if p.threshold >= value - 1e-9) for value in THRESHOLDS[1:]]
-                cells = [", ".join(map(percent, (p.labelled, p.accuracy, p.miou))) for p in points]
-                shown = "all" if words is None else str(words)
-                figures = f"{percent(found.ece)} | {percent(found.accuracy)}"
-                print(f"| {set_name} | {shown} | {way} | {figures} | {' | '.join(cells)} |", flush=True)
-                if options.pictures and words is None:
-                    options.pictures.mkdir(parents=True, exist_ok=True)
-                    file = f"{set_name.split(',')[0].replace(' ', '-')}-{way}.png"
-                    picture(found).save(options.pictures / file)
+        for (words, way), found in measure(segmenter, dataset, options.images, (None, calibration)).items():
+            points = [next(p for p in found.curve if p.threshold >= value - 1e-9) for value in THRESHOLDS]
+            cells = [", ".join(map(percent, (p.labelled, p.accuracy, p.miou))) for p in points]
+            shown, name = words or "all", ("score", "calibrated")[way]
+            figures = f"{percent(found.ece)} | {percent(found.accuracy)}"
+            print(f"| {set_name} | {shown} | {name} | {figures} | {' | '.join(cells)} |", flush=True)
+            if options.pictures and words is None:
+                options.pictures.mkdir(parents=True, exist_ok=True)
+                file = f"{set_name.split(',')[0].replace(' ', '-')}-{name}.png"
+                picture(found).save(options.pictures / file)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,16 @@ def test_json_holds_the_masks_of_the_segmenter(service, segmenter):
     assert record["unlabelled"]["pixels"] == int((expected.labels < 0).sum())
 
 
+def test_less_sure_pixels_are_unlabelled_on_demand(service, segmenter):
+    expected = segmenter.segment(photograph(), WORDS, threshold=0.6)
+    path = f"/v1/encodings/{service.encode()}/segmentation"
+    record = service.client.post(f"{path}?threshold=0.6", json={"words": WORDS}).json()
+    assert record["confidence"] == expected.about_confidence() and record["confidence"]["threshold"] == 0.6
+    assert record["unlabelled"]["pixels"] == int((expected.labels < 0).sum()) > 0
+    refused = service.client.post(f"{path}?threshold=1.5", json={"words": WORDS})
+    assert refused.status_code == 422 and "threshold" in refused.json()["detail"]
+
+
 def test_label_map_overlay_and_map(service, segmenter):
     expected = segmenter.segment(photograph(), WORDS, background=["grass"])
     name = service.encode()

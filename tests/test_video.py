@@ -397,6 +397,17 @@ def test_every_frame_is_labelled_as_if_it_were_a_photograph(small, done):
         assert one.total == expected.size
 
 
+def test_less_sure_pixels_stay_unlabelled_in_every_frame(small, done, tmp_path):
+    path, _, _, _ = done
+    with VideoRun(small, Vocabulary.parse(WORDS), path, tmp_path, steady=False, threshold=0.5) as run:
+        found = list(run.results())
+    for frame, one in zip(frames_of(path), found, strict=True):
+        expected = small.segment(frame.image, WORDS, threshold=0.5).labels
+        np.testing.assert_array_equal(outputs.read_label_map(tmp_path / f"clip.labels/{frame.number:06}.png"), expected)
+        assert sum(one.pixels) == (expected >= 0).sum()
+    assert sum(sum(one.pixels) for one in found) < sum(one.total for one in found)
+
+
 def test_the_table_has_times_and_areas(done):
     _, out, found, _ = done
     with (out / "clip.frames.csv").open(encoding="utf-8", newline="") as file:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opensan.cli.options import Device, Model, SpeedChoice
+from opensan.cli.options import Calibrated, Device, Model, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note
 from opensan.errors import UserError, install
 
@@ -17,6 +17,7 @@ _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "multipart": "python-mult
 
 def serve(
     model: Model = "san-vit-b16",
+    calibration: Calibrated = None,
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 chooses a free one.")] = 8000,
     device: Device = "auto",
@@ -82,7 +83,9 @@ def serve(
     listener = bind(host, port)
     note(f"loading {model}")
     # Clients' words are cached in memory only, where their number is bounded.
-    segmenter = load(model, device=device, speed=speed, max_pixels=max_pixels, text_cache=False)
+    segmenter = load(
+        model, device=device, speed=speed, max_pixels=max_pixels, text_cache=False, calibration=calibration
+    )
     app = create_app(segmenter, limits=limits, token=token, batch=batch, hosts=allow_host or None, label_studio=images)
     signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.identity} at {url}"))
     if signal_number == signal.SIGINT:

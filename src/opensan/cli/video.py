@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice, say_what_tiny_knows
+from opensan.cli.options import (
+    AsJson,
+    Calibrated,
+    Device,
+    ImageDtype,
+    Model,
+    Out,
+    Show,
+    SpeedChoice,
+    Threshold,
+    checked_threshold,
+    say_what_tiny_knows,
+)
 from opensan.cli.terminal import complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -24,7 +36,9 @@ def segment_video(
     background: Background = None,
     templates: Templates = None,
     model: Model = "san-vit-b16",
+    calibration: Calibrated = None,
     out: Out = Path("out"),
+    threshold: Threshold = 0.0,
     every: Annotated[
         int, typer.Option(min=1, metavar="N", help="Take every Nth frame only, in the overlay video too.")
     ] = 1,
@@ -52,6 +66,7 @@ def segment_video(
     same command goes on where it was. Needs the extra `video`.
     """
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
+    checked_threshold(threshold)
     from opensan import outputs
 
     outputs.check_writable(out)
@@ -62,10 +77,12 @@ def segment_video(
     say_what_tiny_knows(model, [video])
     from opensan.segmenters.load import load
 
-    segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels)
+    segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, calibration=calibration)
     embed_words(segmenter, vocabulary)
     try:
-        with VideoRun(segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch) as run:
+        with VideoRun(
+            segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch, threshold=threshold
+        ) as run:
             _run(run, as_json)
         if show:
             open_file(run.paths[0])

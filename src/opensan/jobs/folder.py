@@ -70,11 +70,7 @@ class Question:
 
     def settings(self, segmenter: "Segmenter") -> dict[str, Any]:
         """Return all that the results depend on, besides the images, as plain data."""
-        settings = settings_of(segmenter, self.vocabulary)
-        if self.threshold:
-            settings["threshold"] = self.threshold
-        if segmenter.calibration is not None:
-            settings["calibration"] = segmenter.calibration.to_dict()
+        settings = settings_of(segmenter, self.vocabulary, self.threshold)
         return settings if self.rules == USUAL_RULES else settings | {"segments": self.rules.to_dict()}
 
     @property

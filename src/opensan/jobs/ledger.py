@@ -137,14 +137,18 @@ def _is_link(file: Path, image: Path) -> bool:
     return file.is_symlink() or (image.exists() and file.samefile(image))
 
 
-def settings_of(segmenter: "Segmenter", vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return all that labels depend on, besides the image, as plain data."""
+def settings_of(segmenter: "Segmenter", vocabulary: Vocabulary, threshold: float = 0.0) -> dict[str, Any]:
+    """Return all that labels depend on, besides the image, as plain data; `threshold` is that of confidence."""
+    calibration = getattr(segmenter, "calibration", None)
+    more = {"threshold": threshold} if threshold else {}
     return {
         "model": str(segmenter.identity),
         "vocabulary": vocabulary.to_dict(),
         "speed": str(getattr(segmenter, "speed", "")),
         "dtype": str(getattr(segmenter, "dtype", "")).removeprefix("torch."),
         "version": VERSION,
+        **more,
+        **({} if calibration is None else {"calibration": calibration.to_dict()}),
     }
 
 

@@ -129,6 +129,7 @@ def label_video(
     templates: Templates | None = None,
     every: int = 1,
     steady: bool = True,
+    threshold: float = 0.0,
     batch: int = 1,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> VideoResults:
@@ -143,6 +144,7 @@ def label_video(
         out: the folder for the results.
         every: label each `every`-th frame only.
         steady: keep labels from flickering, by the frames before.
+        threshold: pixels of less confidence stay unlabelled, from 0 to 1.
         batch: frames that go through the model together.
         progress: called with the number of frames that are done, and of all (None if the file does not tell).
 
@@ -151,10 +153,14 @@ def label_video(
     """
     from opensan.jobs.video import VideoRun
 
+    threshold = checked_threshold(threshold)
     vocabulary = Vocabulary.parse(words, background=background, templates=templates)
     segmenter = _segmenter(model)
     segmenter.prepare_words(vocabulary)
-    with VideoRun(segmenter, vocabulary, Path(video), Path(out), every=every, steady=steady, batch=batch) as run:
+    clip, folder = Path(video), Path(out)
+    with VideoRun(
+        segmenter, vocabulary, clip, folder, every=every, steady=steady, batch=batch, threshold=threshold
+    ) as run:
         for note in run.notes:
             warnings.warn(note, stacklevel=2)
         run.notes.clear()

@@ -57,16 +57,18 @@ def answer(
     form: Format,
     confidence: bool = True,
     *,
+    threshold: float = 0.0,
     colours: Mapping[str, str] | None = None,
     compressed: bool = False,
 ) -> Picture:
     """Segment and return the response; without `confidence`, a map has labels only. PNGs are always compressed.
 
+    Pixels of less confidence than `threshold`, in [0, 1], are unlabelled.
     `colours` are those that an overlay gives to words, "#rrggbb"; the others have the palette's.
 
     Raises UserError, one line, for words that the model cannot read.
     """
-    segmentation = segmenter.segment(encoding, vocabulary)
+    segmentation = segmenter.segment(encoding, vocabulary, threshold=threshold)
     if form is Format.labels:
         return Picture(_labels(segmentation), MEDIA_TYPES[form])
     if form is Format.overlay:

@@ -104,6 +104,7 @@ _FORM = {
     }
 }
 
+_THRESHOLD = Query(ge=0, le=1, description="Pixels of less confidence are unlabelled.")
 _WITH_CONFIDENCE = Query(description="false leaves the confidences out of a map, which is then there much sooner.")
 _MODEL = Query(description="One of the names that `/v1/info` lists; by default the first.")
 
@@ -179,6 +180,7 @@ class Service:
         form: Format,
         *,
         confidence: bool = True,
+        threshold: float = 0.0,
         accepted: bool = False,
     ) -> Response:
         """Segment an encoded image and return the response in the chosen form."""
@@ -186,7 +188,14 @@ class Service:
         compressed = accepts_gzip(request.headers.get("accept-encoding", ""))
         work = self.engine.ask(
             lambda: answers.answer(
-                segmenter, encoding, vocabulary, form, confidence, colours=question.colours, compressed=compressed
+                segmenter,
+                encoding,
+                vocabulary,
+                form,
+                confidence,
+                threshold=threshold,
+                colours=question.colours,
+                compressed=compressed,
             ),
             before=self.reading(segmenter, vocabulary),
             accepted=accepted,
@@ -314,6 +323,7 @@ def _add_segmentation_route(api: APIRouter, service: Service) -> None:
         request: Request,
         format: Annotated[Format | None, Query()] = None,
         confidence: Annotated[bool, _WITH_CONFIDENCE] = True,
+        threshold: Annotated[float, _THRESHOLD] = 0.0,
         model: Annotated[str | None, _MODEL] = None,
     ) -> Response:
         """Segment an image, in one request."""
@@ -324,7 +334,9 @@ def _add_segmentation_route(api: APIRouter, service: Service) -> None:
         question = question_from_form(fields)
         question.vocabulary(service.limits)  # before the work, to report mistakes early
         encoding = await while_there(request, service.engine.encode(data, segmenter))
-        return await service.segmented(request, encoding, question, form, confidence=confidence, accepted=True)
+        return await service.segmented(
+            request, encoding, question, form, confidence=confidence, threshold=threshold, accepted=True
+        )
 
 
 def _add_encoding_routes(api: APIRouter, service: Service) -> None:
@@ -359,10 +371,13 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
         request: Request,
         format: Annotated[Format | None, Query()] = None,
         confidence: Annotated[bool, _WITH_CONFIDENCE] = True,
+        threshold: Annotated[float, _THRESHOLD] = 0.0,
     ) -> Response:
         """Label an encoded image with words; neither ViT runs."""
         form = _form(request, format)
-        return await service.segmented(request, service.kept(id), question, form, confidence=confidence)
+        return await service.segmented(
+            request, service.kept(id), question, form, confidence=confidence, threshold=threshold
+        )
 
     @api.post("/v1/encodings/{id}/point", tags=["encodings"], responses=_problems(*_ALWAYS, 404))
     async def point(id: str, question: PointQuestion, request: Request) -> PointAnswer:

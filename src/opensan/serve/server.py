@@ -30,6 +30,8 @@ def run(app: Application, listener: socket.socket, started: Callable[[str], None
     server = Server(app, lambda: started(url_of(listener)))
     # Warnings about words that the model has never seen do not belong in the log.
     warnings.filterwarnings("ignore", message="the model has never seen")
+    # Nor do those about words that a calibration was not fitted with, which the answers tell.
+    warnings.filterwarnings("ignore", message="the calibration was fitted")
     # Nor do those about odd images or forms, or clients could let the log grow without bound.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("python_multipart").setLevel(logging.ERROR)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from opensan import outputs
+from opensan.assemble.calibration import checked_threshold
 from opensan.errors import UserError
 from opensan.files import flush_folder, hold, remove_temporaries
 from opensan.jobs.folder import ahead
@@ -115,9 +116,11 @@ class VideoRun:
         every: int = 1,
         steady: bool = True,
         batch: int = 1,
+        threshold: float = 0.0,
     ) -> None:
         """Label each `every`-th frame only, and write only these to the overlay video; compute `batch` together.
 
+        Pixels of less confidence than `threshold`, in [0, 1], stay unlabelled.
         With `steady`, labels flicker less; without, a frame's labels are those that it would get as an image.
         """
         self._segmenter = segmenter
@@ -129,6 +132,7 @@ class VideoRun:
         self._every = every
         self._steadier = Steadier.of(segmenter) if steady else None
         self._batch = batch
+        self._threshold = checked_threshold(threshold)
         self._name = path.stem
         self._latest: tuple[int, Past | None] | None = None
         """Progress of this run: number of frames, and the steadier's state after them."""
@@ -212,7 +216,7 @@ class VideoRun:
 
     @property
     def _has_background(self) -> bool:
-        return len(self._vocabulary.words) > len(self._names)
+        return len(self._vocabulary.words) > len(self._names) or self._threshold > 0
 
     def _frames(self, film: Film, table: Any) -> Iterator[Done]:
         table.writerow(["frame", "seconds", *self._names, "unlabelled"])
@@ -277,7 +281,8 @@ class VideoRun:
             if self._steadier is not None:
                 encoding = self._steadier.steadied(encoding, to_array(image.prepared.pixels))
                 past = self._steadier.past
-            yield _Labelled(item.frame, self._segmenter.segment(encoding, self._vocabulary).labels, past)
+            answer = self._segmenter.segment(encoding, self._vocabulary, threshold=self._threshold)
+            yield _Labelled(item.frame, answer.labels, past)
 
     def _draw(self, labelled: _Labelled) -> _Drawn:
         frame, labels = labelled.frame, labelled.labels
@@ -314,7 +319,7 @@ class VideoRun:
         """Return all that the labels depend on: unfinished work is continued only if none of it has changed."""
         stat = self._clip.stat
         return {
-            **settings_of(self._segmenter, self._vocabulary),
+            **settings_of(self._segmenter, self._vocabulary, self._threshold),
             "video": [str(self.path.absolute()), stat.st_size, stat.st_mtime_ns],
             "every": self._every,
             "steady": self._steadier is not None,
