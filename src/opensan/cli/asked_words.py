@@ -1,7 +1,8 @@
 """Options of commands for words."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -86,10 +87,7 @@ def asked_vocabulary(
     given = {"--words": words, "--words-file": words_file, "--words-set": words_set}
     if sum(bool(value) for value in given.values()) != 1:
         raise UsageError(f"give the words by exactly one of {', '.join(given)}")
-    more: dict[str, Any] = {
-        "background": _joined("--background", background),
-        "templates": _single("--templates", templates),
-    }
+    more = _more(background, templates)
     if (file := _single("--words-file", words_file)) is not None:
         vocabulary = Vocabulary.from_file(file, **more)
     elif (ready := _single("--words-set", words_set)) is not None:
@@ -101,6 +99,15 @@ def asked_vocabulary(
         said = "|".join(word.synonyms)
         complain(f"warning: {said!r} is all one word, which gets every pixel: separate words by commas")
     return vocabulary
+
+
+def vocabularies(background: Sequence[str] | None, templates: Sequence[str] | None) -> Callable[[object], Vocabulary]:
+    """Return the function that makes a vocabulary of words that come later, with a command's other options."""
+    return partial(Vocabulary.parse, **_more(background, templates))
+
+
+def _more(background: Sequence[str] | None, templates: Sequence[str] | None) -> dict[str, Any]:
+    return {"background": _joined("--background", background), "templates": _single("--templates", templates)}
 
 
 def embed_words(segmenter: "Segmenter", vocabulary: Vocabulary) -> None:

@@ -61,7 +61,7 @@ LeastOverlap = Annotated[
 
 
 def asked_rules(
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | None,
     formats: Sequence[str],
     stuff: Sequence[str] | None,
     things: Sequence[str] | None,
@@ -70,13 +70,17 @@ def asked_rules(
     mask: float,
     overlap: float,
 ) -> "SegmentRules":
-    """Return the rules of a command's options. Raises UsageError if they are wrong, or if no format needs them."""
+    """Return the rules of a command's options. Raises UsageError if they are wrong, or if no format needs them.
+
+    Without a vocabulary it is not checked whether the words named as stuff or things are among the words.
+    """
     from opensan.assemble.kinds import word_kinds
     from opensan.assemble.segments import USUAL_RULES, SegmentRules
 
     try:
         rules = SegmentRules(score, mask, overlap, objects is Objects.parts, stuff=_names(stuff), things=_names(things))
-        word_kinds(vocabulary, rules.stuff, rules.things)
+        if vocabulary is not None:
+            word_kinds(vocabulary, rules.stuff, rules.things)
     except UserError as error:
         raise UsageError(str(error)) from None
     if rules != USUAL_RULES and not has_segments(formats):

@@ -18,6 +18,7 @@ from opensan.cli.asked_words import (
     WordsSet,
     asked_vocabulary,
     embed_words,
+    vocabularies,
 )
 from opensan.cli.objects import (
     LeastMask,
@@ -45,7 +46,17 @@ from opensan.cli.options import (
     checked_threshold,
     say_what_tiny_knows,
 )
-from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_bar
+from opensan.cli.terminal import (
+    SMALLER,
+    UsageError,
+    complain,
+    note,
+    open_file,
+    output_console,
+    print_json,
+    progress_bar,
+    telling_of_memory,
+)
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
 
@@ -64,7 +75,7 @@ def segment(
         list[Path],
         typer.Argument(
             metavar="IMAGE_OR_FOLDER...",
-            help="Images, or folders of images; - is an image on stdin.",
+            help="Images, or folders of images; - is an image on stdin, or with --lines a stream of them.",
             show_default=False,
         ),
     ],
@@ -85,7 +96,7 @@ def segment(
             metavar="LIST",
             help="What to write, of: png (label map), overlay, json (these three are the default), panoptic (numbers "
             "of objects), boxes (objects as JSON); and as data sets of all: coco, yolo, voc, labelstudio. With commas "
-            "between, or given several times.",
+            "between, or given several times. With --lines: rle (masks in the answers, the default), or files.",
             show_default=False,
             rich_help_panel=RESULTS,
         ),
@@ -114,6 +125,14 @@ def segment(
             rich_help_panel=RESULTS,
         ),
     ] = None,
+    lines: Annotated[
+        bool,
+        typer.Option(
+            "--lines",
+            help='Answer lines of JSON on stdin, {"image": ..., "id": ..., "words": ...}, by lines of JSON, in order, '
+            "until stdin ends; for -.",
+        ),
+    ] = False,
     as_json: AsJson = False,
     show: Show = False,
 ) -> None:
@@ -124,6 +143,25 @@ def segment(
     others; it is listed at the end, and the exit code is 1. Results are noted in manifest.sqlite: a stopped run of
     several images goes on with the same command, and what is done is not done again.
     """
+    if lines:
+        if images != [STDIN] or show or explain is not None:
+            raise UsageError("--lines answers a stream: give - in place of images, and neither --show nor --explain")
+        from opensan.cli.lines import answer_lines, formats_of_lines
+
+        kinds = formats_of_lines(formats)
+        default = None
+        if words or words_file or words_set:
+            default = asked_vocabulary(words, words_file, words_set, background, templates, rest)
+        rules = asked_rules(default, kinds, stuff, things, objects, least_score, least_mask, least_overlap)
+        from opensan.jobs.lines import LineQuestion
+        from opensan.segmenters.load import load
+
+        note(f"loading {model}")
+        segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, calibration=calibration)
+        parse = vocabularies(background, templates)
+        stream = LineQuestion(parse, default, out, tuple(kinds), rules, checked_threshold(threshold))
+        answer_lines(segmenter, stream, rest=rest, batch=batch)
+        return
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates, rest)
     checked_threshold(threshold)
     from opensan import outputs  # imported here, like all that --help does not need
@@ -156,7 +194,7 @@ def segment(
     embed_words(segmenter, vocabulary)
     if rest:
         vocabulary = segmenter.with_rest(vocabulary)
-    try:
+    with telling_of_memory(segmenter.device, SMALLER):
         if single:
             question = Question(vocabulary, out, tuple(dict.fromkeys(kinds)), rules, threshold)
             paths = _one(segmenter, question, jobs[0], as_json, pixel)
@@ -165,10 +203,6 @@ def segment(
         else:
             run = FolderRun(segmenter, vocabulary, jobs, out, kinds, batch=batch, rules=rules, threshold=threshold)
             _many(run, len(jobs), out, as_json)
-    except (MemoryError, RuntimeError) as error:
-        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
-            raise
-        raise UserError(f"out of memory on {segmenter.device}: try a smaller --batch, or smaller images") from None
 
 
 def _pixel(text: str, jobs: Sequence["Job"], single: bool) -> tuple[int, int]:

@@ -18,6 +18,9 @@ from opensan.files import json_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+SMALLER = "a smaller --batch, or smaller images"
+"""The remedy for a lack of memory."""
+
 INTERRUPTED = 130
 """The exit code that shells give a command stopped by Ctrl-C."""
 
@@ -111,6 +114,17 @@ def reporting_errors() -> Iterator[None]:
             message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's word for it
             complain(f"error: {message} (see {command} --help)")
             sys.exit(getattr(error, "exit_code", 2))
+
+
+@contextmanager
+def telling_of_memory(device: object, remedy: str) -> Iterator[None]:
+    """Turn a lack of memory, of the machine's or of torch's device, into a UserError with a remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
+            raise
+        raise UserError(f"out of memory on {device}: try {remedy}") from None
 
 
 def print_json(data: Any, *, indent: int | None = 1) -> None:
