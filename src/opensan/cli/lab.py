@@ -1,5 +1,6 @@
 """`opensan lab`: experiments that anyone can repeat on a laptop."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -56,19 +57,60 @@ def ablate(
         for variant in variants:
             print(f"{variant.name:<26} {variant.claim}")
         return
-    from opensan.errors import UserError
     from opensan.lab.ablation.run import Budget, Setup
     from opensan.lab.ablation.run import ablate as run_all
+
+    _check(crop, out)
+    budget = Budget(data, steps=steps, batch=batch, crop=crop, train=scenes, tests=tests)
+    _show(lambda: run_all(variants, Setup(budget, clip, root), seeds, out, say=note), out / "ablations.md")
+
+
+@lab.command(cls=Command)
+def depth(
+    seeds: Annotated[int, typer.Option(min=1, max=1_000, help="Runs of each training.")] = 3,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder for runs and results.")] = Path(
+        "depth"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every training.")] = 1_200,
+    batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 4,
+    crop: Annotated[int, typer.Option("--size", min=32, max=1_024, help="Side of a scene, a multiple of 32.")] = 64,
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes to train on.")] = 400,
+    tests: Annotated[int, typer.Option(min=1, help="Scenes to test on.")] = 100,
+    clip: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A CLIP that the lab trained. Default: that of tiny.", show_default=False),
+    ] = None,
+) -> None:
+    """Train SANs whose words are distances, and measure the depth that they read on drawn scenes.
+
+    Writes runs.csv (a line a run and reading) and depth.md (means with intervals, beside plain baselines) after every
+    run, and scenes.png (image, true depth, depth read) after the first. The same command continues after an
+    interruption.
+    """
+    from opensan.lab.ablation.run import Budget, Setup
+    from opensan.lab.depth.run import measure_depth
+
+    _check(crop, out, "--size")
+    budget = Budget(steps=steps, batch=batch, crop=crop, train=scenes, tests=tests)
+    _show(lambda: measure_depth(Setup(budget, clip, None), seeds, out, say=note), out / "depth.md")
+
+
+def _check(crop: int, out: Path, option: str = "--crop") -> None:
+    """Raise UserError, one line, unless the side suits the networks and `out` can be written to."""
+    from opensan.errors import UserError
     from opensan.outputs import check_writable
 
     if crop % 32:
-        raise UserError(f"--crop {crop}: not a multiple of 32; the nearest is {max(32, round(crop / 32) * 32)}")
+        raise UserError(f"{option} {crop}: not a multiple of 32; the nearest is {max(32, round(crop / 32) * 32)}")
     check_writable(out)
-    budget = Budget(data, steps=steps, batch=batch, crop=crop, train=scenes, tests=tests)
+
+
+def _show(work: Callable[[], list[Path]], table: Path) -> None:
+    """Do the work, and print its table and the names of its files."""
     try:
-        files = run_all(variants, Setup(budget, clip, root), seeds, out, say=note)
+        files = work()
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    output_console().print((out / "ablations.md").read_text(encoding="utf-8"), soft_wrap=True, markup=False)
+    output_console().print(table.read_text(encoding="utf-8"), soft_wrap=True, markup=False)
     for path in files:
         print(f"wrote {path}")

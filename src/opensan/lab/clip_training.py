@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opensan.config import ClipConfig, Config, ImageConfig, TextConfig, VisionConfig, parse_config
+from opensan.errors import UserError
 from opensan.files import atomic_path, write_text
 from opensan.lab.captions import lexicon
 from opensan.lab.grounds import GROUNDS
@@ -246,7 +247,10 @@ def save_clip(clip: ClipModel, config: ClipConfig, folder: Path) -> None:
 
 
 def load_clip(folder: Path) -> tuple[ClipModel, ClipConfig]:
-    """Read the model and configuration that `save_clip` wrote."""
+    """Read the model and configuration that `save_clip` wrote. Raises UserError, one line, if there are none."""
+    for name in ("config.json", "clip.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: has no {name}; a lab's CLIP is a folder that opensan.lab.clip_training wrote")
     config = parse_config(ClipConfig, _read_json(folder / "config.json"), str(folder / "config.json"))
     clip = ClipModel(config).eval()
     clip.load_state_dict(load_file(folder / "clip.safetensors"))

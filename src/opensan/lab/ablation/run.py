@@ -1,13 +1,9 @@
 """Train and test the variants, one run after the other; a run that is done is in the journal and not done again."""
 
 import hashlib
-import itertools
-import re
-import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +18,12 @@ from opensan.data.dataset import SegmentationDataset
 from opensan.errors import UserError
 from opensan.evaluation.cost import LABEL_MAP, count_baseline, count_multiply_adds, count_parameters
 from opensan.evaluation.evaluation import evaluate, segmenter_predictor
-from opensan.files import hold, write_text
-from opensan.journal import Journal
+from opensan.files import write_text
 from opensan.lab.ablation.data import Data, Templated, photographs, scenes
 from opensan.lab.ablation.table import Row, write_results
 from opensan.lab.ablation.variants import BASE, Variant
 from opensan.lab.clip_training import load_clip
+from opensan.lab.runs import each_run
 from opensan.model import SAN
 from opensan.model.backbones.clip_vit import ClipModel
 from opensan.model.identity import model_identity
@@ -78,6 +74,21 @@ class Setup:
         model = load_model("tiny")
         assert isinstance(model.clip, ClipModel) and isinstance(model.config.clip, ClipConfig)
         return model.clip, model.config.clip
+
+    def work(self) -> dict[str, Any]:
+        """Return all that results depend on, the CLIP's weights by their hash."""
+        clip, config = self.backbone()
+        digest = hashlib.sha256()
+        for name, tensor in sorted(clip.state_dict().items()):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        return {"budget": asdict(self.budget), "clip": config.model_dump(mode="json"), "weights": digest.hexdigest()}
+
+    def new_model(self, config: ModelConfig, seed: int) -> SAN:
+        """Build a SAN around the CLIP; its side adapter starts from `seed`."""
+        clip, _ = self.backbone()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return san_around(config, clip)
 
     def datasets(self) -> Data:
         """Open the data."""
@@ -152,49 +163,21 @@ def ablate(
     base = setup.base_config(clip_config)
     configs = {variant.name: variant.config(base) for variant in variants}
     data = setup.datasets()
-    out.mkdir(parents=True, exist_ok=True)
-    lock = hold(out / ".lock", f"{out}: another process runs its ablations into this folder")
-    with lock, Journal(out / "runs.sqlite") as journal:
-        if journal.begin(_work(setup)):
-            say(f"{out}: the runs there had other settings; all are done again")
-            shutil.rmtree(out / "running", ignore_errors=True)
-        for variant, seed in itertools.product(variants, range(seeds)):
-            key = f"{variant.name}, seed {seed}"
-            if journal.get(key) is not None:
-                continue
-            say(f"{key}: {setup.budget.steps if variant.trained else 0} steps")
-            running = out / "running" / re.sub(r"\W+", "-", key)
-            row = _one(variant, configs[variant.name], data, setup, seed, running)
-            journal.put(key, asdict(row))
-            shutil.rmtree(out / "running", ignore_errors=True)
-            write_results(_rows(journal), out, asdict(setup.budget))
-        return write_results(_rows(journal), out, asdict(setup.budget))
+    runs = {f"{variant.name}, seed {seed}": (variant, seed) for variant in variants for seed in range(seeds)}
 
+    def do(key: str, running: Path) -> dict[str, Any]:
+        variant, seed = runs[key]
+        return asdict(_one(variant, configs[variant.name], data, setup, seed, running))
 
-def _work(setup: Setup) -> dict[str, Any]:
-    clip, config = setup.backbone()
-    digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return {"budget": asdict(setup.budget), "clip": config.model_dump(mode="json"), "weights": digest.hexdigest()}
+    def write(rows: list[dict[str, Any]]) -> list[Path]:
+        return write_results([Row(**row) for row in rows], out, asdict(setup.budget))
 
-
-def _rows(journal: Journal) -> list[Row]:
-    return [Row(**value) for _, value in journal.items()]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+    return each_run(list(runs), setup.work(), out, do, write, say=say)
 
 
 def _one(variant: Variant, config: ModelConfig, data: Data, setup: Setup, seed: int, running: Path) -> Row:
     """Train and test one variant with one seed."""
-    clip, _ = setup.backbone()
-    with _seeded(seed):
-        model = san_around(config, clip)
+    model = setup.new_model(config, seed)
     train = Templated(data.train, variant.templates)
     seconds = 0.0
     if variant.trained:

@@ -53,15 +53,18 @@ def paired_difference(rows: Sequence[Row], base: Sequence[Row], figure: str) -> 
     """Return the mean difference from the base over seeds that both have, with Student's interval; None without any."""
     ours, theirs = ({row.seed: row.figures[figure] for row in some if figure in row.figures} for some in (rows, base))
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    if not differences:
-        return None
-    count = len(differences)
+    return mean_interval(differences) if differences else None
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return the mean of one value or more, with Student's interval."""
+    count = len(values)
     if count < 2:
-        return Interval(differences[0], math.nan)
+        return Interval(values[0], math.nan)
     from scipy.stats import t
 
-    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
-    return Interval(statistics.mean(differences), half)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return Interval(statistics.mean(values), half)
 
 
 def verdict(difference: Interval | None) -> str:
