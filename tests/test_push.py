@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import opensan
+from opensan.assemble.calibration import Calibration
 from opensan.checkpoints import save_folder
 from opensan.checkpoints.card import MARK
 from opensan.checkpoints.push import push
@@ -119,6 +121,17 @@ def test_a_push_of_the_same_is_quiet_and_changes_nothing(hub, folder, capsys):
     capsys.readouterr()
     push(folder, "lab/small")
     assert len(hub.commits) == 1 and capsys.readouterr().err == ""
+
+
+def test_a_calibration_goes_along(hub, folder):
+    segmenter = opensan.load(folder, text_cache=False)
+    facts = {"words": tuple(WORDS), "data": "squares", "images": 3, "pixels": 9, "ece_before": 0.2, "ece_after": 0.1}
+    calibration = Calibration(str(segmenter.identity), 0.5, **facts)
+    calibration.save(folder / "calibration.json")
+    push(folder, "lab/small")
+    assert opensan.load("lab/small", text_cache=False).calibration == calibration
+    replace(calibration, model="other-000000000000").save(folder / "calibration.json")
+    refused(UserError, folder, "lab/small", "calibration of another model")
 
 
 def refused(kind, source, repository, *parts, **options):

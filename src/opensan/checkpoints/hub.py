@@ -67,6 +67,18 @@ def _load_from_hub(name: str, repository: str, revision: str | None) -> SAN:
     return load_folder(config.parent, download(name, repository, WEIGHTS_NAME, INSTEAD_OF_A_MODEL, commit))
 
 
+def optional_file(source: str | os.PathLike[str], filename: str) -> Path | None:
+    """Return a file that may lie beside a hub's weights; None if there is none, or `source` is no hub id."""
+    name = os.fspath(source)
+    hub_id = HUB_ID.fullmatch(name)
+    if hub_id is None or name.endswith((".pth", ".safetensors")) or Path(name).exists():
+        return None
+    try:
+        return download(name, hub_id["repository"], filename, INSTEAD_OF_A_MODEL, hub_id["revision"])
+    except UserError:  # there is none; or no hub, which loading the model reports
+        return None
+
+
 def model_on_disk() -> str:
     """Name the best model for photographs that needs no download: the official one in the hub's cache, or `photo`."""
     from huggingface_hub import try_to_load_from_cache

@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from opensan import __version__
+from opensan.assemble.calibration import FILE_NAME as CALIBRATION_NAME
+from opensan.assemble.calibration import Calibration
 from opensan.checkpoints.card import MARK, model_card, read_evaluation, read_training
 from opensan.checkpoints.hub import HUB_ID, load_model, quiet_hub
 from opensan.checkpoints.native import WEIGHTS_NAME, load_folder, save_folder
@@ -71,6 +73,8 @@ def push(
         files = {name: folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
         if model.config.clip.text.own_tokenizer:
             files[TOKENIZER_NAME] = folder / TOKENIZER_NAME
+        if (folder / CALIBRATION_NAME).exists():
+            files[CALIBRATION_NAME] = _own_calibration(folder / CALIBRATION_NAME, model)
         card: Path | bytes = folder / "README.md"
         if not (folder / "README.md").exists():
             card = model_card(repository, model, read_training(folder, model), measured, license).encode()
@@ -117,6 +121,13 @@ def _model_folder(source: str | os.PathLike[str]) -> Iterator[tuple[Path, SAN]]:
     model = load_model(source)
     with TemporaryDirectory(prefix="opensan-") as temporary:
         yield save_folder(model, temporary), model
+
+
+def _own_calibration(path: Path, model: SAN) -> Path:
+    """Return the path of the model's calibration. Raises UserError if it is another model's."""
+    if Calibration.load(path).model != str(model_identity(model)):
+        raise UserError(f"{path}: is the calibration of another model: fit it again, or remove it")
+    return path
 
 
 def _commit(

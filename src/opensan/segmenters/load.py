@@ -78,15 +78,24 @@ def load(
 def find_calibration(
     source: str | os.PathLike[str], given: str | os.PathLike[str] | None = None
 ) -> tuple[Path, Calibration] | None:
-    """Read the calibration `given`, or else the one in the folder of the model `source`; None without any.
+    """Read the calibration `given`, or else the one in the folder or repository of the model `source`; None without.
 
     Raises UserError, one line, for a file that is missing or no calibration.
     """
+    if given is not None:
+        return Path(given), Calibration.load(given)
     own = Path(source) / FILE_NAME
-    if given is None and not own.is_file():
+    found = own if own.is_file() else _on_hub(source)
+    return None if found is None else (found, Calibration.load(found))
+
+
+def _on_hub(source: str | os.PathLike[str]) -> Path | None:
+    """Return the calibration in the hub's repository that `source` names; None without it, and for other sources."""
+    if find_spec("torch") is None:  # exported models alone, which are in folders
         return None
-    path = own if given is None else Path(given)
-    return path, Calibration.load(path)
+    from opensan.checkpoints.hub import optional_file
+
+    return optional_file(source, FILE_NAME)
 
 
 def calibrate(segmenter: Segmenter, found: tuple[Path, Calibration] | None) -> None:
