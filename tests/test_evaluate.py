@@ -389,12 +389,35 @@ def test_the_page_stands_alone(folder, tmp_path):
     assert "<script" not in text and "http" not in text
     assert "Shore &amp; sea" in text and "&lt;none&gt;" in text and "<b>tree" not in text
     assert "<link" not in text and "url(" not in text
-    sources = re.findall(r"(?:src|href)=[\"']([^\"']+)", text)
+    sources = re.findall(r"(?:src|href)=[\"']([^\"'#]+)", text)
     assert len(sources) == 4 * 7 and {source.partition(",")[0] for source in sources} == {"data:image/jpeg;base64"}
     with Image.open(io.BytesIO(base64.b64decode(sources[2].partition(",")[2]))) as picture:
         assert picture.size == (80, 60)
     order = [text.index(f"<h2>{heading}") for heading in ("Classes by IoU", "Confusions", "Worst", "Best")]
     assert order == sorted(order)
+
+
+def test_the_images_behind_the_worst_confusions_are_named_and_linked(folder, tmp_path):
+    dataset, predictor = SegmentationFolder(folder, "val"), ByColour()
+    evaluation = measure(dataset, predictor, tmp_path / "out")
+    names = [*dataset.vocabulary.names, "unlabelled"]
+    assert len(evaluation.behind) == len(evaluation.confusions) > 5
+    for pair, images in zip(evaluation.confusions, evaluation.behind, strict=True):
+        counts = []
+        for index in range(len(dataset)):
+            image, truth = dataset[index]
+            (labels,) = predictor.predict([image])
+            wrong = (truth == names.index(pair.truth)) & (labels == names.index(pair.predicted))
+            counts.append((int(wrong.sum()), index))
+        expected = sorted(((count, index) for count, index in counts if count), key=lambda one: (-one[0], one[1]))[:5]
+        assert [(image.pixels, image.index) for image in images] == expected
+        assert [image.name for image in images] == [dataset.name(index) for _, index in expected]
+    page = write_page(tmp_path / "out", dataset, predictor, evaluation, title="Shore", about={}).read_text()
+    write_report(evaluation, tmp_path / "out", title="Shore", about={})
+    linked = re.findall(r'href="#(image-\d+)"', page)
+    assert len(linked) >= 10 and all(page.count(f'id="{target}"') == 1 for target in linked)
+    rows = (tmp_path / "out" / "confusions.csv").read_text().splitlines()
+    assert rows[0].endswith(",images") and rows[1].endswith("; ".join(one.name for one in evaluation.behind[0]))
 
 
 def test_the_page_has_a_bar_of_each_class_and_confusion(folder, tmp_path):

@@ -41,6 +41,17 @@ class ImageMetrics:
 
 
 @dataclass(frozen=True)
+class ConfusedImage:
+    """An image behind a confusion."""
+
+    index: int
+    """Index in the data set."""
+    name: str
+    pixels: int
+    """Its pixels of the one class that were predicted as the other."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Result of an evaluation."""
 
@@ -53,6 +64,8 @@ class Evaluation:
     """The pairs of classes with the most wrong pixels, most first."""
     of_images: tuple[ImageMetrics, ...] = ()
     """Metrics of each image, in the data set's order; empty if they were not kept."""
+    behind: tuple[tuple[ConfusedImage, ...], ...] = ()
+    """For each of `confusions`, the images with the most of its pixels, most first; empty if they were not kept."""
     confidence: ConfidenceMetrics | None = None
     """How far confidence can be trusted; None if it was not measured."""
 

@@ -23,10 +23,17 @@ from opensan.distributed import barrier, gather_objects, on_main, rank, world_si
 from opensan.errors import UserError
 from opensan.evaluation import predictions
 from opensan.evaluation.confidence import ConfidenceCounts, count_confidence
-from opensan.evaluation.evaluation import Evaluation, ImageMetrics
+from opensan.evaluation.evaluation import ConfusedImage, Evaluation, ImageMetrics
 from opensan.evaluation.metrics import ImageCounts, count_image
 from opensan.evaluation.predictors import BatchPredictor, ModelPredictor
-from opensan.evaluation.progress import Progress, journal_path, open_progress, read_all, read_predictions
+from opensan.evaluation.progress import (
+    Progress,
+    images_behind,
+    journal_path,
+    open_progress,
+    read_all,
+    read_predictions,
+)
 from opensan.files import hold, remove_temporaries
 
 SAVE_EVERY = 15.0
@@ -155,12 +162,17 @@ def _whole(request: _Request, broken: Mapping[int, str]) -> Evaluation:
         predictions.write_list(read_predictions(request.state), request.folder / predictions.FILE_NAME)
     name = request.dataset.name
     images = [ImageMetrics(index, name(index), *whole.figures[index]) for index in sorted(whole.figures)]
+    confusions = whole.counts.worst_confusions(request.names)
+    place = {class_name: number for number, class_name in enumerate([*request.names, "unlabelled"])}
+    pairs = [place[pair.truth] * len(place) + place[pair.predicted] for pair in confusions]
+    behind = images_behind(request.state, len(request.names), pairs)
     return Evaluation(
         whole.counts.metrics(request.names),
         len(images),
         tuple(broken[index] for index in sorted(broken)),
-        tuple(whole.counts.worst_confusions(request.names)),
+        tuple(confusions),
         tuple(images),
+        tuple(tuple(ConfusedImage(index, name(index), pixels) for pixels, index in each) for each in behind),
         whole.confidences.metrics(int(whole.counts.confusion.sum()), _calibration(request))
         if request.confidence
         else None,

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from opensan.data.dataset import SegmentationDataset
-from opensan.evaluation.evaluation import Evaluation, ImageMetrics
+from opensan.evaluation.evaluation import ConfusedImage, Evaluation, ImageMetrics
 from opensan.evaluation.metrics import ClassMetrics
 from opensan.evaluation.predictors import BatchPredictor
 from opensan.evaluation.report import FIGURES, calibrated_on, percent, picture
@@ -24,6 +24,12 @@ from opensan.outputs.drawing import blend, mistakes
 
 SHOWN = 8
 """Images of each kind, best and worst."""
+
+CONFUSIONS = 5
+"""Confusions whose images are named and shown."""
+
+BEHIND = 3
+"""Images of each of these."""
 
 BARS = 30
 """Classes that are shown at once; the others are folded away."""
@@ -76,8 +82,16 @@ def write_page(
     colours = palette(len(names))
     parts = [_head(evaluation, title, about), '<div class="summary">', _bars(evaluation, colours)]
     parts += [_confusions(evaluation, dict(zip(names, colours, strict=True))), "</div>", _confidence(evaluation)]
+    parts.append(_behind(evaluation, dict(zip(names, colours, strict=True))))
     best, worst = best_and_worst(evaluation.of_images)
-    for heading, chosen in (("Worst images", worst), ("Best images", best)):
+    shown = {image.index for image in (*best, *worst)}
+    linked = {image.index for images in evaluation.behind[:CONFUSIONS] for image in images[:BEHIND]} - shown
+    others = [image for image in evaluation.of_images if image.index in linked]
+    for heading, chosen in (
+        ("Worst images", worst),
+        ("Best images", best),
+        ("Other images behind the worst confusions", others),
+    ):
         if chosen:
             parts.append(f"<h2>{heading}</h2>")
             parts += [_image(dataset, predictor, image, colours) for image in chosen]
@@ -153,6 +167,23 @@ def _confusions(evaluation: Evaluation, colours: Mapping[str, np.ndarray]) -> st
     return f"<div><h2>Confusions by pixels</h2><table><tr>{columns}{''.join(rows)}</table></div>"
 
 
+def _behind(evaluation: Evaluation, colours: Mapping[str, np.ndarray]) -> str:
+    """Return links to the images with the most pixels of the worst confusions."""
+    rows = [
+        f"<tr><td>{_label(pair.truth, colours[pair.truth])}<td>{_label(pair.predicted, colours.get(pair.predicted))}"
+        f"<td>{', '.join(map(_link, images[:BEHIND]))}"
+        for pair, images in list(zip(evaluation.confusions, evaluation.behind, strict=False))[:CONFUSIONS]
+    ]
+    if not rows:
+        return ""
+    columns = "<th>pixels of<th>taken for<th>most of them in"
+    return f"<h2>Images behind the worst confusions</h2><table><tr>{columns}{''.join(rows)}</table>"
+
+
+def _link(image: ConfusedImage) -> str:
+    return f'<a href="#image-{image.index}">{escape(image.name)}</a> ({image.pixels:,} pixels)'
+
+
 def _confidence(evaluation: Evaluation) -> str:
     """Return how far confidence can be trusted, with the picture; nothing if it was not measured."""
     confidence = evaluation.confidence
@@ -203,7 +234,7 @@ def _image(dataset: SegmentationDataset, predictor: BatchPredictor, result: Imag
     )
     line = f"mIoU {percent(result.miou)} %, pixel accuracy {percent(result.pixel_accuracy)} %"
     return (
-        f'<section><h3>{escape(result.name)} <span class="figures">{line}</span></h3>\n'
+        f'<section id="image-{result.index}"><h3>{escape(result.name)} <span class="figures">{line}</span></h3>\n'
         f'<div class="pictures">{figures}</div>\n{_legend(dataset.vocabulary.names, colours, truth, labels)}</section>'
     )
 

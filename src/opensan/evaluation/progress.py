@@ -6,7 +6,7 @@ journals, whoever wrote them: processes may be killed, and others, more or fewer
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +123,36 @@ def read_all(folder: Path, num_classes: int, confidence: bool = False) -> Whole:
                         whole.counts.add(counts)
                         whole.figures[int(key)] = counts.figures(num_classes)
     return whole
+
+
+def images_behind(folder: Path, num_classes: int, pairs: Sequence[int], most: int = 5) -> list[list[tuple[int, int]]]:
+    """Return for each pair of classes the images with the most of its pixels: (pixels, index), most pixels first.
+
+    `pairs` are flat indices of the confusion matrix's entries.
+    """
+    found: list[dict[int, int]] = [{} for _ in pairs]
+    for path in _journals(folder):
+        with Journal(path) as journal:
+            for key, value in journal.items():
+                counts = _counts(value, journal.data(key), num_classes) if key.isdecimal() else None
+                if counts is None:
+                    continue
+                of_image = dict(zip(counts.pairs.tolist(), counts.pixels.tolist(), strict=True))
+                for images, pair in zip(found, pairs, strict=True):
+                    if pair in of_image:
+                        images[int(key)] = of_image[pair]
+                        if len(images) > 2 * most:
+                            _keep_most(images, most)
+    for images in found:
+        _keep_most(images, most)
+    return [[(pixels, index) for index, pixels in images.items()] for images in found]
+
+
+def _keep_most(images: dict[int, int], most: int) -> None:
+    """Keep only the images with the most pixels, in that order; of equal ones the first."""
+    order = sorted(images.items(), key=lambda pair: (-pair[1], pair[0]))[:most]
+    images.clear()
+    images.update(order)
 
 
 def read_predictions(folder: Path) -> Iterator[str]:

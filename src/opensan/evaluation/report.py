@@ -46,6 +46,8 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, abou
     metrics = evaluation.metrics
     classes = [asdict(figures) for figures in metrics.classes]
     confusions = [asdict(pair) for pair in evaluation.confusions]
+    for pair, images in zip(confusions, evaluation.behind, strict=False):
+        pair["images"] = [image.name for image in images]
     confidence = evaluation.confidence
     plain: dict[str, Any] = {
         "title": title,
@@ -60,7 +62,7 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, title: str, abou
         plain["confidence"] = confidence.to_dict()
     write_text(folder / "metrics.json", json_text(plain, indent=2) + "\n")
     _write_table(folder / "classes.csv", classes)
-    _write_table(folder / "confusions.csv", confusions)
+    _write_table(folder / "confusions.csv", [_joined(pair) for pair in confusions])
     _write_table(folder / "images.csv", [asdict(image) for image in evaluation.of_images])
     _write_table(folder / "thresholds.csv", [] if confidence is None else [asdict(point) for point in confidence.curve])
     (folder / "reliability.png").unlink(missing_ok=True)
@@ -80,6 +82,11 @@ def _write_table(path: Path, rows: Sequence[Mapping]) -> None:
     writer.writeheader()
     writer.writerows([{key: None if value != value else value for key, value in row.items()} for row in rows])
     write_text(path, buffer.getvalue())
+
+
+def _joined(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a table with lists as text."""
+    return {key: "; ".join(value) if isinstance(value, list) else value for key, value in row.items()}
 
 
 def markdown(evaluation: Evaluation, *, title: str, about: Mapping[str, str]) -> str:
