@@ -16,11 +16,11 @@ _HOME = {
     "label_folder": "opensan.jobs.runs",
     "label_video": "opensan.jobs.runs",
     "evaluate": "opensan.evaluation.run",
-    "tune_words": "opensan.tune.run",
     "AnySegmenter": "opensan.segmenters.base",
     "Segmenter": "opensan.segmenters.base",
     "SanSegmenter": "opensan.segmenters.san",
     "Encoding": "opensan.segmenters.results",
+    "Index": "opensan.index.collection",
     "Segmentation": "opensan.segmenters.results",
     "Vocabulary": "opensan.vocabulary",
     "ModelConfig": "opensan.config",
@@ -29,6 +29,7 @@ _HOME = {
 __all__ = [
     "AnySegmenter",
     "Encoding",
+    "Index",
     "ModelConfig",
     "SanSegmenter",
     "Segmentation",
@@ -39,18 +40,17 @@ __all__ = [
     "label_folder",
     "label_video",
     "load",
-    "tune_words",
 ]
 
 if TYPE_CHECKING:
     from opensan.config import ModelConfig
     from opensan.evaluation.run import evaluate
+    from opensan.index.collection import Index
     from opensan.jobs.runs import label_folder, label_video
     from opensan.segmenters.base import AnySegmenter, Segmenter
     from opensan.segmenters.load import load
     from opensan.segmenters.results import Encoding, Segmentation
     from opensan.segmenters.san import SanSegmenter
-    from opensan.tune.run import tune_words
     from opensan.vocabulary import Vocabulary
 
 

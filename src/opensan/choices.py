@@ -17,6 +17,3 @@ ExportDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 AblationData = Literal["scenes", "photographs"]
 """Images that ablations are trained and tested on: drawn ones, or CamVid and LabelMeFacade."""
-
-Tuned = Literal["vectors", "context", "both"]
-"""Parts of words that `opensan tune words` fits: a vector for each word, one offset for all words, or both."""

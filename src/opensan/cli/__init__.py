@@ -18,6 +18,7 @@ from opensan.cli.data import data
 from opensan.cli.demo import demo
 from opensan.cli.evaluate import evaluate
 from opensan.cli.export import export
+from opensan.cli.index import index
 from opensan.cli.lab import lab
 from opensan.cli.models import convert, models, parity, push
 from opensan.cli.profile import profile
@@ -27,7 +28,6 @@ from opensan.cli.serve import serve
 from opensan.cli.similarity import similarity
 from opensan.cli.terminal import Command, Commands, reporting_errors
 from opensan.cli.train import train
-from opensan.cli.tune import tune
 from opensan.cli.ui import ui
 from opensan.cli.video import segment_video
 from opensan.cli.words import words
@@ -58,7 +58,7 @@ app.command(cls=Command)(profile)
 app.command(cls=Command)(serve)
 app.command(cls=Command)(ui)
 app.add_typer(data)
-app.add_typer(tune)
+app.add_typer(index)
 app.add_typer(lab)
 
 

@@ -1,0 +1,231 @@
+"""`opensan index`: encode collections of images once, and search them with any words."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from opensan.cli.options import MODEL, AsJson, Device, ImageDtype, SpeedChoice
+from opensan.cli.terminal import (
+    Command,
+    Commands,
+    UsageError,
+    complain,
+    note,
+    output_console,
+    print_json,
+    progress_of_steps,
+)
+
+if TYPE_CHECKING:
+    from opensan.index.answers import Answer
+
+SHOWN = 10
+"""Most files of one content that are named."""
+
+index = typer.Typer(name="index", cls=Commands, rich_markup_mode=None)
+
+Folder = Annotated[Path, typer.Argument(metavar="INDEX", help="The index: a folder.", show_default=False)]
+IndexModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="As for opensan segment; the model that made the index, if not given.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+
+
+@index.callback(invoke_without_command=True)
+def _help(context: typer.Context) -> None:
+    """Encode collections of images once, and search them with any words."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@index.command(cls=Command)
+def add(
+    folder: Folder,
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Images, or folders of images.", show_default=False),
+    ],
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="For a new index: keep encodings whole, so that relabel gives the labels of segment."
+        ),
+    ] = False,
+    model: IndexModel = None,
+    device: Device = "auto",
+    speed: SpeedChoice = "exact",
+    dtype: ImageDtype = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images computed together, if their shapes agree.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Encode images into an index, which is made if there is none.
+
+    A stopped run goes on with the same command; images that have changed since are encoded again. A new index is of
+    --model san-vit-b16 unless another one is given.
+    """
+    from opensan.index.collection import Index
+
+    console = output_console()
+    collection = Index(folder, model, device=device, speed=speed, dtype=dtype)
+    note(f"loading {model or 'the model'}")
+    done = 0
+    try:
+        with progress_of_steps() as show:
+
+            def tell(count: int, total: int) -> None:
+                nonlocal done
+                done = count
+                show("encoding", count, total)
+
+            added = collection.add([*images], exact=exact, batch=batch, progress=tell)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{done} images encoded; the same command goes on") from None
+    for path, other in (added.same + added.moved)[:SHOWN]:
+        complain(f"{path}: has the content of {other}, and shares its encoding")
+    if (more := len(added.same + added.moved) - SHOWN) > 0:
+        complain(f"{more} more files have the content of others")
+    for reason in added.broken:
+        complain(f"error: {reason}")
+    counts = {name: getattr(added, name) for name in ("new", "changed", "unchanged")}
+    counts |= {name: len(getattr(added, name)) for name in ("same", "moved", "broken")}
+    if as_json:
+        print_json({"index": str(folder), **counts})
+    else:
+        told = ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "new")
+        console.print(f"{told}: {collection.info()['images']} images in {folder}", soft_wrap=True)
+    if added.broken:
+        raise typer.Exit(1)
+
+
+@index.command(cls=Command)
+def search(
+    folder: Folder,
+    words: Annotated[
+        str,
+        typer.Argument(metavar="WORD", help='What to find: "zebra crossing"; | joins synonyms.', show_default=False),
+    ],
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--and", metavar="WORD", help="A word that must be in the image too.", show_default=False),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--not", metavar="WORD", help="A word that must not be in the image.", show_default=False),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORDS",
+            help="Contrast words, with which the word competes for each region: words, or a ready set; none. "
+            "Default: the words of all bundled sets.",
+            show_default=False,
+        ),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(metavar="region|area", help="Score images by their best region, or by the word's area.")
+    ] = "region",
+    top: Annotated[int, typer.Option(min=1, help="Number of images.")] = 50,
+    least: Annotated[float, typer.Option(min=0, max=1, help="Least probability of a region that is listed.")] = 0.5,
+    every: Annotated[
+        bool, typer.Option("--all", help="Look at all proposals, also where an index of the vectors proposes some.")
+    ] = False,
+    model: IndexModel = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Find the images of an index that show a word, with the matching regions."""
+    from opensan.index.collection import Index
+
+    collection = Index(folder, model, device=device)
+    answer = collection.search(
+        words,
+        also=also or (),
+        without=without or (),
+        against=_contrast(against),
+        by=by,  # type: ignore[arg-type]
+        top=top,
+        least=least,
+        approximate=False if every else None,
+    )
+    if as_json:
+        print_json(answer.to_dict(), indent=None)
+        return
+    _print(answer)
+
+
+@index.command(cls=Command)
+def info(folder: Folder, as_json: AsJson = False) -> None:
+    """Tell what is in an index."""
+    from opensan.index.collection import Index
+
+    told = Index(folder).info()
+    if as_json:
+        print_json(told)
+        return
+    console = output_console()
+    console.print(f"{told['images']:,} images, {told['proposals']:,} proposals, {told['bytes'] / 1e6:,.1f} MB")
+    console.print(f"model {told['model']} ({told['source'] or 'made in a program'}), speed {told['speed']}")
+    console.print("exact: encodings are kept whole" if told["exact"] else "not exact: vectors in half precision")
+
+
+@index.command(cls=Command)
+def remove(
+    folder: Folder,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Images, or folders: all below.", show_default=False),
+    ] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="Also images whose files are gone.")] = False,
+) -> None:
+    """Remove images from an index; the files themselves stay."""
+    from opensan.index.collection import Index
+
+    if not images and not missing:
+        raise UsageError("name images or folders to remove, or give --missing")
+    collection = Index(folder)
+    count = collection.remove([*(images or [])], missing=missing)
+    output_console().print(f"{count} removed: {collection.info()['images']} images in {folder}", soft_wrap=True)
+
+
+@index.command(cls=Command)
+def compact(folder: Folder) -> None:
+    """Merge an index's files and drop what was removed; build an index of the vectors if there are many."""
+    from opensan.index.collection import Index
+
+    collection = Index(folder)
+    before = collection.info()["bytes"]
+    collection.compact()
+    after = collection.info()["bytes"]
+    output_console().print(f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now, in {folder}", soft_wrap=True)
+
+
+def _contrast(text: str | None) -> Any:
+    """Return the contrast words of --against."""
+    from opensan.vocabulary import Vocabulary, ready_sets
+
+    if text is None:
+        return None
+    if text == "none":
+        return ()
+    return Vocabulary.ready(text) if text in ready_sets() else text
+
+
+def _print(answer: "Answer") -> None:
+    """Print a line an image."""
+    console = output_console()
+    for match in answer:
+        best = match.regions[0]
+        box = ",".join(map(str, best.box))
+        console.print(
+            f"{match.score:.3f}  {match.path}  {len(match.regions)} regions, best {best.probability:.2f} at {box}",
+            soft_wrap=True,
+        )
+    looked = "the likely ones of" if answer.approximate else "all"
+    console.print(f"{len(answer)} images, of {looked} {answer.images:,}", soft_wrap=True)

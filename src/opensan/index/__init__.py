@@ -1,0 +1,11 @@
+"""Encoded collections that are searched and labelled with any words.
+
+rows        encodings of images as rows of tables, and back
+store       tables on disk, with versions
+head        the file that says which versions of the tables are the index
+writer      changes that appear at once or not at all
+adding      images that are encoded into the index
+scoring     the model's own rule over stored proposals
+answers     images and regions that a search returns
+collection  the object that a user holds
+"""

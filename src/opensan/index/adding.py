@@ -1,0 +1,169 @@
+"""Encode images into an index: each once, again if it has changed, and on from where a stopped run was."""
+
+import filecmp
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opensan.files import absolute
+from opensan.images import ImageError
+from opensan.index.rows import ImageRow
+from opensan.index.writer import Change, Writer
+from opensan.jobs.folder import MAX_THREADS, ahead
+from opensan.jobs.ledger import Stamp
+
+if TYPE_CHECKING:
+    from opensan.segmenters.proposals import ProposalSegmenter
+    from opensan.segmenters.results import InputImage
+
+COMMIT_AFTER = 10.0
+"""Seconds of work after which it is committed."""
+
+COMMIT_IMAGES = 64
+"""Images after which they are committed, in any case."""
+
+
+@dataclass
+class Added:
+    """Result of `Index.add`."""
+
+    new: int = 0
+    """Images that were encoded for the first time."""
+    changed: int = 0
+    """Images that were encoded again, as their files have changed."""
+    unchanged: int = 0
+    """Images that were in the index already."""
+    same: list[tuple[Path, str]] = field(default_factory=list)
+    """Files with the content of another one, and that one: they share its proposals."""
+    moved: list[tuple[Path, str]] = field(default_factory=list)
+    """Files with the content of another one that is gone, and that one's path: they replace it."""
+    broken: list[str] = field(default_factory=list)
+    """Reasons, one line each, why images can't be read."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An image in memory, and its file."""
+
+    path: Path
+    stamp: Stamp
+    image: "InputImage"
+
+
+class Adding:
+    """One run of adding images."""
+
+    def __init__(
+        self, writer: Writer, segmenter: "ProposalSegmenter", batch: int, progress: Callable[[int, int], None] | None
+    ) -> None:
+        """`progress` is called with the number of images that are done, and of those to be done."""
+        self._writer, self._segmenter, self._batch, self._progress = writer, segmenter, batch, progress
+        self._first = {_key(row.stamp): row for row in writer.images.values() if row.same_as < 0}
+        self._change = Change()
+        self._since = time.monotonic()
+        self.added = Added()
+
+    def run(self, paths: Sequence[Path]) -> Added:
+        """Add the images at `paths`, each listed once. Committed images stay if this raises anything."""
+        pending = [path for path in paths if not self._is_known(path)]
+        self.added.unchanged = len(paths) - len(pending)
+        done = 0
+        with ThreadPoolExecutor(min(self._batch, MAX_THREADS)) as readers:
+            for group in self._groups(ahead(readers, self._read, pending, self._batch)):
+                self._encode([item for item in group if isinstance(item, _Read)])
+                self.added.broken += [item for item in group if isinstance(item, str)]
+                done += len(group)
+                self._commit(at_once=len(self._change) >= COMMIT_IMAGES)
+                if self._progress is not None:
+                    self._progress(done, len(pending))
+        self._commit(at_once=True)
+        self._writer.finish()
+        return self.added
+
+    def _is_known(self, path: Path) -> bool:
+        row = self._writer.images.get(str(absolute(path)))
+        return row is not None and row.stamp.still_holds(path)
+
+    def _read(self, path: Path) -> _Read | str:
+        try:
+            stamp = Stamp.of(path)  # before reading, so that the next run notices a replacement
+            return _Read(path, stamp, self._segmenter.read(path))
+        except ImageError as error:
+            return str(error)
+        except OSError as error:
+            return f"{path}: can't be read ({error.strerror or error})"
+
+    def _groups(self, items: Iterator[_Read | str]) -> Iterator[list[_Read | str]]:
+        group = []
+        for item in items:
+            group.append(item)
+            if len(group) >= self._batch:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _encode(self, items: Sequence[_Read]) -> None:
+        """Encode those images whose content is not in the index."""
+        new = [item for item in items if not self._is_same(item)]
+        if not new:
+            return
+        encodings = self._segmenter.encode_read([item.image for item in new], batch_size=self._batch)
+        for item, encoding in zip(new, encodings, strict=True):
+            self._segmenter.check_encoding(encoding)
+            row = self._replacing(item)
+            self._change.encoded.append((row, encoding))
+            self._first[_key(item.stamp)] = row
+
+    def _replacing(self, item: _Read, same_as: ImageRow | None = None) -> ImageRow:
+        """Return the row of a file that is not in the index as it is now; an earlier row of it is retired."""
+        path = str(absolute(item.path))
+        if (before := self._writer.images.get(path)) is not None:
+            self._commit(at_once=True)  # rows must be on disk to be replaced
+            self._writer.retire(before, self._change)
+            self.added.changed += 1
+        elif same_as is None:
+            self.added.new += 1
+        row = ImageRow(self._writer.new_id(), path, item.stamp, *([] if same_as is None else [same_as.id]))
+        self._writer.images[path] = row
+        self._writer.note_same(row)
+        return row
+
+    def _is_same(self, item: _Read) -> bool:
+        """Return whether another file in the index has this content, after noting that."""
+        other = self._first.get(_key(item.stamp))
+        other = other and self._writer.images.get(other.path)
+        if other is None or other.path == str(absolute(item.path)) or other.stamp.crc32 != item.stamp.crc32:
+            return False
+        if not Path(other.path).exists():
+            if str(absolute(item.path)) in self._writer.images:
+                return False
+            self._commit(at_once=True)  # the row must be on disk to be changed
+            new = ImageRow(other.id, str(absolute(item.path)), item.stamp)
+            self._writer.move(other, new, self._change)
+            self._first[_key(item.stamp)] = new
+            self.added.moved.append((item.path, other.path))
+            return True
+        try:
+            equal = filecmp.cmp(item.path, other.path, shallow=False)
+        except OSError:
+            return False
+        if equal:
+            self._change.same.append(self._replacing(item, other))
+            self.added.same.append((item.path, other.path))
+        return equal
+
+    def _commit(self, *, at_once: bool) -> None:
+        """Commit what is done, if it is much or `at_once`."""
+        if len(self._change) and (at_once or time.monotonic() - self._since >= COMMIT_AFTER):
+            change, self._change = self._change, Change()
+            self._writer.commit(change)
+            self._since = time.monotonic()
+
+
+def _key(stamp: Stamp) -> tuple[int, int]:
+    """Return what files of equal content have in common."""
+    return stamp.size, stamp.crc32

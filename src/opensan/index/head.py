@@ -1,0 +1,75 @@
+"""The head of an index: index.json, which names the versions of the tables that belong together.
+
+It is replaced by a rename. Whatever a stopped writer has added to the tables since is no part of the index.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opensan.errors import UserError, reason
+from opensan.files import json_text, write_text
+from opensan.structures import Identity
+
+NAME = "index.json"
+FORMAT = 1
+"""Version of the tables and of this file, to be increased when an older package can't read them."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The state of an index."""
+
+    model: Identity
+    source: str
+    """Argument of `opensan.load` that made the model: a name, or an absolute path."""
+    speed: str
+    dtype: str
+    exact: bool
+    """Whether the encodings are kept whole, so that labels are those of `segment` to the pixel."""
+    width: int
+    """Numbers of a proposal's vector."""
+    versions: Mapping[str, int] = field(default_factory=dict)
+    """Version of each table."""
+    next_id: int = 1
+    """The next image's number. Numbers are never used again."""
+    images: int = 0
+    proposals: int = 0
+
+    def write(self, folder: Path) -> None:
+        """Write it to the folder, all or nothing."""
+        write_text(folder / NAME, json_text({"format": FORMAT, **asdict(self)}) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Head":
+        """Read it. Raises UserError, one line, where there is no index, a damaged one, or one of a newer format."""
+        path = folder / NAME
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{folder}: no index (there is no {NAME}); `opensan index add` makes one") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: can't be read ({reason(error)}); {REMEDY}") from None
+        try:
+            return cls._parse(path, data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}: damaged ({reason(error)}); {REMEDY}") from None
+
+    @classmethod
+    def _parse(cls, path: Path, data: Any) -> "Head":
+        if (form := data.pop("format")) != FORMAT:
+            newer = isinstance(form, int) and form > FORMAT
+            raise UserError(
+                f"{path}: format {form}, and this version of opensan reads {FORMAT}"
+                + ("; update opensan" if newer else f"; {REMEDY}")
+            )
+        versions = {str(name): int(version) for name, version in data.pop("versions").items()}
+        return cls(Identity(**data.pop("model")), versions=versions, **data)
+
+
+REMEDY = "copy the index from a backup, or add the images to a new one"
+"""Remedy in messages about a damaged index."""
