@@ -78,7 +78,7 @@ def test_panoptic_quality_is_that_of_torchmetrics():
             ours.update(truth, true_classes, ids, classes)
         expected = theirs.compute().numpy().reshape(-1, 3)[:CLASSES]
         assert np.allclose(np.nan_to_num(single.qualities()), np.nan_to_num(expected), atol=1e-6)
-    assert (ours.found > 50).all() and (ours.wrong > 50).all() and (ours.missed > 50).all()
+    assert (ours.matched > 50).all() and (ours.wrong > 50).all() and (ours.missed > 50).all()
 
 
 def test_a_segment_mostly_on_unlabelled_pixels_is_not_counted():

@@ -17,3 +17,6 @@ ExportDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 AblationData = Literal["scenes", "photographs"]
 """Images that ablations are trained and tested on: drawn ones, or CamVid and LabelMeFacade."""
+
+Objects = Literal["parts", "proposals"]
+"""How objects of one word are told apart: by connected parts of its region, or by the model's proposals."""

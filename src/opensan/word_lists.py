@@ -196,7 +196,7 @@ def _refuse_numbers(lines: list[tuple[int, str]]) -> None:
     """Raise UserError if every line has a number before or behind its word; "class 0, class 1" are words."""
     parts = [_BESIDE_NUMBER.fullmatch(line) for _, line in lines]
     names = {part["name"] for part in parts if part}
-    every = len(parts) > 1 and any(all(part and part[place] for part in parts) for place in ("first", "last"))
+    every = len(parts) > 1 and any(all(part and part[end] for part in parts) for end in ("first", "last"))
     if every and len(names) == len(parts):
         raise UserError(f"every line has a number, as line {lines[0][0]} {short(lines[0][1])}: {_NUMBERS_REMEDY}")
 

@@ -61,7 +61,7 @@ def evaluate(
     instances: Annotated[
         bool, typer.Option("--instances", help="Also measure objects: average precision (AP).")
     ] = False,
-    objects: ObjectsBy = Objects.parts,
+    objects: ObjectsBy = "parts",
     confidence: Annotated[
         bool,
         typer.Option("--confidence", help="Also measure how far confidence can be trusted, and what thresholds keep."),
@@ -269,7 +269,7 @@ class _Run:
 
         assert self.segmenter is not None
         console = output_console()
-        rules = replace(USUAL_RULES, parts=self.objects is Objects.parts)
+        rules = replace(USUAL_RULES, parts=self.objects == "parts")
         with progress_of(console, "measuring objects") as progress:
             found = evaluate_objects(self.segmenter, prepared.dataset, rules, progress=progress)
         write_text(self.out / prepared.name / "objects.json", json_text(found.to_dict(), indent=2) + "\n")

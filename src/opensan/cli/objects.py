@@ -1,11 +1,11 @@
 """Options of commands for objects, and their table."""
 
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opensan.choices import Objects
 from opensan.cli.terminal import UsageError
 from opensan.errors import UserError
 from opensan.vocabulary import Vocabulary
@@ -18,13 +18,6 @@ if TYPE_CHECKING:
 
 OBJECTS = "Objects (formats panoptic, boxes)"
 """Group of options in the help."""
-
-
-class Objects(StrEnum):
-    """Ways to tell objects of one word apart."""
-
-    parts = "parts"
-    proposals = "proposals"
 
 
 Stuff = Annotated[
@@ -78,7 +71,7 @@ def asked_rules(
     from opensan.assemble.segments import USUAL_RULES, SegmentRules
 
     try:
-        rules = SegmentRules(score, mask, overlap, objects is Objects.parts, stuff=_names(stuff), things=_names(things))
+        rules = SegmentRules(score, mask, overlap, objects == "parts", stuff=_names(stuff), things=_names(things))
         if vocabulary is not None:
             word_kinds(vocabulary, rules.stuff, rules.things)
     except UserError as error:

@@ -24,7 +24,7 @@ class PanopticCounts:
     def __init__(self, classes: int) -> None:
         self.iou = np.zeros(classes)
         """[K]: IoU summed over the true positives."""
-        self.found, self.wrong, self.missed = (np.zeros(classes, dtype=np.int64) for _ in range(3))
+        self.matched, self.wrong, self.missed = (np.zeros(classes, dtype=np.int64) for _ in range(3))
         """[K] each: true positives, false positives, false negatives."""
 
     def update(self, truth: np.ndarray, truth_classes: Sequence[int], ids: np.ndarray, classes: Sequence[int]) -> None:
@@ -50,17 +50,17 @@ class PanopticCounts:
         iou = np.where(true_class[:, None] == own_class[None], common[1:, 1:] / np.maximum(union, 1), 0)
         true_index, index = np.nonzero(iou > 0.5)
         np.add.at(self.iou, true_class[true_index], iou[true_index, index])
-        np.add.at(self.found, true_class[true_index], 1)
+        np.add.at(self.matched, true_class[true_index], 1)
         np.add.at(self.missed, np.delete(true_class, true_index), 1)
         left = np.setdiff1d(np.flatnonzero(2 * unlabelled <= areas), index)
         np.add.at(self.wrong, own_class[left], 1)
 
     def qualities(self) -> np.ndarray:
         """Return [K, 3]: PQ, SQ and RQ of each class in [0, 1]; nan for a class without true or predicted segments."""
-        weight = self.found + 0.5 * self.wrong + 0.5 * self.missed
+        weight = self.matched + 0.5 * self.wrong + 0.5 * self.missed
         with np.errstate(invalid="ignore"):
-            recognised = self.found / weight
-        shape = np.divide(self.iou, self.found, out=np.zeros_like(self.iou), where=self.found > 0)
+            recognised = self.matched / weight
+        shape = np.divide(self.iou, self.matched, out=np.zeros_like(self.iou), where=self.matched > 0)
         return np.stack([shape * recognised, np.where(np.isnan(recognised), np.nan, shape), recognised], axis=1)
 
 
@@ -160,14 +160,14 @@ class ObjectEvaluation:
 
 def classes_with_objects(dataset: ObjectDataset) -> list[str]:
     """Return the names of the classes of which there are objects in the data set. Images that are broken are passed."""
-    found: set[int] = set()
+    labels_of_objects: set[int] = set()
     for index in range(len(dataset)):
         try:
             labels, objects = dataset[index][1], dataset.objects(index)
         except (UserError, OSError):
             continue
-        found |= set(np.unique(labels[objects > 0]).tolist())
-    return [name for label, name in enumerate(dataset.vocabulary.names) if label in found]
+        labels_of_objects |= set(np.unique(labels[objects > 0]).tolist())
+    return [name for label, name in enumerate(dataset.vocabulary.names) if label in labels_of_objects]
 
 
 def evaluate_objects(
@@ -204,7 +204,7 @@ def evaluate_objects(
             panoptic, precision, labels, objects, segmenter.segment(image, dataset.vocabulary, segments=rules).segments
         )
     qualities = panoptic.qualities()
-    true_counts = panoptic.found + panoptic.missed
+    true_counts = panoptic.matched + panoptic.missed
     return ObjectEvaluation(
         len(dataset) - len(broken),
         tuple(broken),

@@ -75,7 +75,7 @@ class Similarity:
 def _farthest(cosines: np.ndarray, words: list[str], others: list[str], count: int) -> list[Far]:
     order = cosines.max(axis=1).argsort(kind="stable")[:count]
     nearest = cosines.argmax(axis=1)
-    return [Far(words[one], others[nearest[one]], float(cosines[one, nearest[one]])) for one in order]
+    return [Far(words[index], others[nearest[index]], float(cosines[index, nearest[index]])) for index in order]
 
 
 def named_vocabulary(source: str) -> Vocabulary:

@@ -312,13 +312,13 @@ class GeoRaster:
             return tuple(bands)
         described = [(text or "").strip().lower() for text in self._file.descriptions]
         if all(described.count(colour) == 1 for colour in ("red", "green", "blue")):
-            found = tuple(described.index(colour) + 1 for colour in ("red", "green", "blue"))
-            if found != (1, 2, 3):
+            colour_bands = tuple(described.index(colour) + 1 for colour in ("red", "green", "blue"))
+            if colour_bands != (1, 2, 3):
                 self.notes.append(
-                    f"{self.path}: bands {','.join(map(str, found))} are seen as red, green and blue, as they are "
-                    "described; --bands chooses others"
+                    f"{self.path}: bands {','.join(map(str, colour_bands))} are seen as red, green and blue, as they "
+                    "are described; --bands chooses others"
                 )
-            return found
+            return colour_bands
         named = self._file.colorinterp
         colours = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
         if all(colour in named for colour in colours):
@@ -400,14 +400,14 @@ class GeoRaster:
     def _look_for_clumps(self, values: list[np.ndarray], limits: np.ndarray) -> None:
         """Add a note if all bands' values form two distant groups: one may mean "no data", and reduces the contrast."""
         alone = []
-        for found, (low, high) in zip(values, limits.astype(np.float64), strict=True):
-            inside = np.unique(found.astype(np.float64).clip(low, high))
+        for band_values, (low, high) in zip(values, limits.astype(np.float64), strict=True):
+            inside = np.unique(band_values.astype(np.float64).clip(low, high))
             gaps = np.diff(inside)
             if len(inside) < 3 or gaps.max() < WIDE_GAP * (high - low):
                 return
             widest = int(gaps.argmax())
             lower = inside[widest] - low < high - inside[widest + 1]  # the narrower group
-            alone.append(found.min() if lower else found.max())
+            alone.append(band_values.min() if lower else band_values.max())
         self.notes.append(
             f"{self.path}: hardly any contrast: there are values near {alone[0]:g}, and all others far from it, which "
             f"the stretch turns into one brightness. If it means no data, say so: --nodata {alone[0]:g}"

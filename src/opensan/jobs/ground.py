@@ -108,14 +108,14 @@ class Ground:
         polygons = [[self._sides_cut(ring) for ring in (region.outline, *region.holes)] for region in regions]
         points = np.concatenate([ring for rings in polygons for ring in rings]).astype(np.float64)
         placed = np.round(self._degrees(points), self._decimals) if self.on_earth else self._coordinates(points)
-        start, found = 0, []
+        start, geometries = 0, []
         for rings in polygons:
             moved = []
             for ring in rings:
                 moved.append(placed[start : start + len(ring)])
                 start += len(ring)
-            found.append(self._geometry(moved))
-        return found
+            geometries.append(self._geometry(moved))
+        return geometries
 
     def _geometry(self, rings: list[np.ndarray]) -> dict[str, Any] | None:
         if not all(np.isfinite(ring).all() for ring in rings):

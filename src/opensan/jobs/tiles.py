@@ -199,7 +199,7 @@ class _Work:
 
     def _encode(self, images: list[np.ndarray]) -> list[Encoding]:
         prepared = [self._segmenter.prepare(image).prepared for image in images]
-        return self._segmenter.encode_prepared([InputImage(None, one) for one in prepared]) if prepared else []
+        return self._segmenter.encode_prepared([InputImage(None, pixels) for pixels in prepared]) if prepared else []
 
     @torch.inference_mode()
     def _ask(self, encoding: Encoding, valid: np.ndarray | None) -> _Tile:

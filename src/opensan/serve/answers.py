@@ -168,11 +168,11 @@ def point(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, x: i
     except UserError as error:
         raise Problem(422, str(error)) from None
     probabilities = to_array(segmenter.class_probabilities(encoding, vocabulary))
-    found = explain_pixel(to_array(encoding["mask_logits"]), probabilities, encoding.sizes, vocabulary, x, y)
+    explanation = explain_pixel(to_array(encoding["mask_logits"]), probabilities, encoding.sizes, vocabulary, x, y)
     return PointAnswer(
         x=x,
         y=y,
-        words=[PointWord(**vars(word)) for word in found.words],
+        words=[PointWord(**vars(word)) for word in explanation.words],
         proposals=[
             PointProposal(
                 index=proposal.index,
@@ -182,7 +182,7 @@ def point(segmenter: Segmenter, encoding: Encoding, vocabulary: Vocabulary, x: i
                 word=proposal.word,
                 picture=base64.b64encode(_png(_grey(proposal.picture))).decode("ascii"),
             )
-            for proposal in found.proposals
+            for proposal in explanation.proposals
         ],
     )
 

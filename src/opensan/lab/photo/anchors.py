@@ -58,7 +58,7 @@ def anchored_start(adapter: SideAdapter, grid: int) -> None:
         cells = F.interpolate(maps, size=(grid, grid), mode="bilinear", align_corners=False)
         adapter.query_position.copy_(cells[0].flatten(1).T)
         content = torch.eye(config.width) - directions.T @ directions
-        fused = (cast(MapProjection, one).projection for one in adapter.fusion.values())
+        fused = (cast(MapProjection, projection).projection for projection in adapter.fusion.values())
         for into in (adapter.patch_embedding, *fused):
             weight, bias = cast(Tensor, into.weight), cast(Tensor, into.bias)
             weight.copy_((content @ weight.flatten(1)).view_as(weight))
@@ -82,7 +82,7 @@ def _copy_from_the_same_position(block: SideBlock, directions: Tensor, content: 
 def alike_is_together(model: SAN, batch: CropBatch) -> None:
     """Start the masks of `model`: pixels that look as a query does, compared with the mean of all, are in its mask."""
     head = model.side_adapter.head
-    pixels, queries = (cast(nn.Linear, one.layers[-1]) for one in (head.pixel_mlp, head.query_mlp))
+    pixels, queries = (cast(nn.Linear, perceptron.layers[-1]) for perceptron in (head.pixel_mlp, head.query_mlp))
     head.query_mlp.load_state_dict(head.pixel_mlp.state_dict())
     seen: list[Tensor] = []
     with pixels.register_forward_hook(lambda _module, _inputs, answer: seen.append(answer)):
@@ -132,8 +132,8 @@ class AnchoredTask(nn.Module):
         losses: dict[str, Tensor] = {}
         for number, layer in enumerate((proposals, *proposals.auxiliary)):
             suffix = f"_{number - 1}" if number else ""
-            found = self._losses(layer, batch, wanted)
-            losses |= {f"loss_{name}{suffix}": value for name, value in found.items()}
+            layer_losses = self._losses(layer, batch, wanted)
+            losses |= {f"loss_{name}{suffix}": value for name, value in layer_losses.items()}
         return losses
 
     def _losses(self, layer: Proposals, batch: CropBatch, wanted: Tensor) -> dict[str, Tensor]:

@@ -76,8 +76,8 @@ class PixelHead(nn.Module):
         """`words`: all that it can say; `sets`: the words of each data set, among which its losses choose."""
         super().__init__()
         self.words = tuple(words)
-        place = {word: index for index, word in enumerate(words)}
-        self.columns = [torch.tensor([place[word] for word in names]) for names in sets]
+        index_of = {word: index for index, word in enumerate(words)}
+        self.columns = [torch.tensor([index_of[word] for word in names]) for names in sets]
         self.layers = nn.Sequential(
             nn.GroupNorm(1, channels),
             nn.Conv2d(channels, 128, 1),
@@ -93,8 +93,10 @@ class PixelHead(nn.Module):
     def logits(self, features: ShallowFeatures) -> Tensor:
         """Return [B, K, h, w] at stride 8."""
         grid = features.maps[1].grid
-        maps = [one.tokens.transpose(1, 2).unflatten(2, one.grid) for one in features.maps.values()]
-        resized = [F.interpolate(one, size=grid, mode="bilinear", align_corners=False) for one in maps]
+        maps = [
+            feature_map.tokens.transpose(1, 2).unflatten(2, feature_map.grid) for feature_map in features.maps.values()
+        ]
+        resized = [F.interpolate(feature_map, size=grid, mode="bilinear", align_corners=False) for feature_map in maps]
         return self.layers(torch.cat(resized, dim=1))
 
     def forward(self, batch: CropBatch, prepared: None) -> dict[str, Tensor]:
@@ -105,12 +107,12 @@ class PixelHead(nn.Module):
 def pixel_head(model: SAN, root: Path, shares: Mapping[str, tuple[float, int]], out: Path) -> PixelHead:
     """Train a pixel head on the masks that `photo` is trained on, without cut-outs."""
     sets = {name: PhotoSet(root, name, "train", masks_of_novel=False) for name in shares}
-    names = [one.vocabulary.names for one in sets.values()]
+    names = [dataset.vocabulary.names for dataset in sets.values()]
     words = list(dict.fromkeys(word for own in names for word in own))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         head = PixelHead(sum(model.clip.layer_widths.values()), words, names)
-    sources = tuple(Crops(one, model, AUGMENT, VARIANTS, number) for number, one in enumerate(sets.values()))
+    sources = tuple(Crops(dataset, model, AUGMENT, VARIANTS, number) for number, dataset in enumerate(sets.values()))
     parameters, own = zip(*head.named_parameters(), strict=True)
     groups = [ParameterGroup(parameters, own, HEAD_LOOP.learning_rate, 0.01)]
     mixture = DatasetMixture(sources, tuple(share for share, _ in shares.values()))

@@ -95,8 +95,8 @@ class Crops:
         return Crop(pixels, coarse, _narrow(shallow_features(self.model, pixels[None], self.model.config.image)))
 
     def collate(self, samples: list[Crop]) -> CropBatch:
-        images, labels = (torch.stack([getattr(one, part) for one in samples]) for part in ("image", "labels"))
-        return CropBatch(images, labels, _joined([one.features for one in samples]), self.number)
+        images, labels = (torch.stack([getattr(sample, part) for sample in samples]) for part in ("image", "labels"))
+        return CropBatch(images, labels, _joined([sample.features for sample in samples]), self.number)
 
 
 @torch.no_grad()
@@ -106,7 +106,9 @@ def shallow_features(model: SAN, images: Tensor, config: ImageConfig) -> Shallow
 
 
 def _narrow(features: ShallowFeatures) -> ShallowFeatures:
-    maps = {layer: FeatureMap(one.tokens.half(), one.grid) for layer, one in features.maps.items()}
+    maps = {
+        layer: FeatureMap(feature_map.tokens.half(), feature_map.grid) for layer, feature_map in features.maps.items()
+    }
     return ShallowFeatures(maps, features.tokens.half(), features.grid, features.last_layer)
 
 
@@ -114,7 +116,7 @@ def _joined(parts: Sequence[ShallowFeatures]) -> ShallowFeatures:
     """Return a batch in single precision."""
     first = parts[0]
     maps = {
-        layer: FeatureMap(torch.cat([one.maps[layer].tokens for one in parts]).float(), first.maps[layer].grid)
+        layer: FeatureMap(torch.cat([part.maps[layer].tokens for part in parts]).float(), first.maps[layer].grid)
         for layer in first.maps
     }
-    return ShallowFeatures(maps, torch.cat([one.tokens for one in parts]).float(), first.grid, first.last_layer)
+    return ShallowFeatures(maps, torch.cat([part.tokens for part in parts]).float(), first.grid, first.last_layer)

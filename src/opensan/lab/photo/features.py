@@ -51,25 +51,25 @@ def feature_map(tower: EfficientNetLite, image: np.ndarray, short_side: int) -> 
 
 def region_means(features: torch.Tensor, labels: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Return (label, mean feature [1280] float16) of every label >= 0 in `labels` [H, W] that is large enough."""
-    found = []
+    regions = []
     for label in np.unique(labels[labels >= 0]).tolist():
         mask = torch.from_numpy(labels == label).float()[None, None]
         share = F.adaptive_avg_pool2d(mask, (features.shape[1], features.shape[2]))[0, 0]
         if share.sum() >= LEAST_CELLS:
             mean = (features * share).flatten(1).sum(1) / share.sum()
-            found.append((label, mean.half().numpy()))
-    return found
+            regions.append((label, mean.half().numpy()))
+    return regions
 
 
 def window_means(features: torch.Tensor, generator: np.random.Generator) -> list[np.ndarray]:
     """Return the mean over the whole map, and means over random windows."""
     height, width = features.shape[1:]
-    found = [features.mean((1, 2)).half().numpy()]
+    means = [features.mean((1, 2)).half().numpy()]
     for _ in range(WINDOWS):
         rows, columns = (int(generator.integers(1, max(2, side * 2 // 3))) for side in (height, width))
         top, left = int(generator.integers(height - rows + 1)), int(generator.integers(width - columns + 1))
-        found.append(features[:, top : top + rows, left : left + columns].mean((1, 2)).half().numpy())
-    return found
+        means.append(features[:, top : top + rows, left : left + columns].mean((1, 2)).half().numpy())
+    return means
 
 
 def collect(tower: EfficientNetLite, root: Path, name: str, split: str, out: Path) -> None:
@@ -103,14 +103,14 @@ def collect_food(tower: EfficientNetLite, root: Path, out: Path) -> None:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     generator = np.random.default_rng(0)
     whole, said, windows = [], [], []
-    for index, (name, one) in enumerate(sorted(meta.items())[::2]):
+    for index, (name, record) in enumerate(sorted(meta.items())[::2]):
         image = open_image(folder / "images" / f"{name}.jpg")
         image = np.ascontiguousarray(image[:, ::-1]) if index % 2 else image
         features = feature_map(tower, image, SHORT_SIDES[index % 2])
-        found = window_means(features, generator)
-        windows.extend(found)
-        whole.append(found[0])
-        said.append(json.dumps([(one["title"] or "").lower(), *(tag.lower() for tag in one["tags"] or ())]))
+        means = window_means(features, generator)
+        windows.extend(means)
+        whole.append(means[0])
+        said.append(json.dumps([(record["title"] or "").lower(), *(tag.lower() for tag in record["tags"] or ())]))
     _save(out, regions=np.stack(whole), words=np.array(said), windows=np.stack(windows))
 
 

@@ -143,16 +143,16 @@ def train(
 ) -> RunResult:
     """Train on the masks of all sets but those of NOVEL words, in place. Resumes."""
     sets = {name: PhotoSet(root, name, "train", masks_of_novel=False) for name in shares}
-    assert not {word for one in sets.values() for word in one.vocabulary.names} & set(NOVEL)
+    assert not {word for dataset in sets.values() for word in dataset.vocabulary.names} & set(NOVEL)
     cut_outs = CutOuts([PhotoSet(root, name, "train", masks_of_novel=False) for name in CUT_FROM])
     sources = tuple(
-        Crops(one, model, AUGMENT, shares[name][1], number, None if name in NOT_ONTO else cut_outs)
-        for number, (name, one) in enumerate(sets.items())
+        Crops(dataset, model, AUGMENT, shares[name][1], number, None if name in NOT_ONTO else cut_outs)
+        for number, (name, dataset) in enumerate(sets.items())
     )
     task = AnchoredTask(
         model,
-        [classifier(points, one.vocabulary) for one in sets.values()],
-        [others(name, one.vocabulary) for name, one in sets.items()],
+        [classifier(points, dataset.vocabulary) for dataset in sets.values()],
+        [others(name, dataset.vocabulary) for name, dataset in sets.items()],
         WEIGHTS,
     )
     generator = np.random.default_rng(0)

@@ -103,7 +103,7 @@ class NamedPhotographs:
     """Photographs of all sets, drawn by the sets' shares, those with rare words more often (a `TrainingSource`)."""
 
     def __init__(self, sets: Sequence[NamedSet]) -> None:
-        self.of = [(number, one) for number, own in enumerate(sets) for one in own.photographs]
+        self.of = [(number, photograph) for number, own in enumerate(sets) for photograph in own.photographs]
         chances = [own.share * _chances(own) for own in sets]
         self._limits = np.cumsum(np.concatenate(chances) / sum(own.share for own in sets))
 
@@ -114,10 +114,12 @@ class NamedPhotographs:
         return f"photograph {index}"
 
     def load(self, index: int, generator: np.random.Generator) -> tuple[int, Proposed]:
-        place = min(int(np.searchsorted(self._limits, generator.random())), len(self.of) - 1)
-        number, one = self.of[place]
-        noise = torch.from_numpy(generator.standard_normal(one.means.shape, dtype=np.float32))
-        return number, Proposed(one.means.float() * (1 + NOISE * noise), one.masks.float(), one.labels)
+        index = min(int(np.searchsorted(self._limits, generator.random())), len(self.of) - 1)
+        number, photograph = self.of[index]
+        noise = torch.from_numpy(generator.standard_normal(photograph.means.shape, dtype=np.float32))
+        return number, Proposed(
+            photograph.means.float() * (1 + NOISE * noise), photograph.masks.float(), photograph.labels
+        )
 
     def collate(self, samples: list[tuple[int, Proposed]]) -> NamedBatch:
         sets, photographs = zip(*samples, strict=True)
@@ -126,7 +128,7 @@ class NamedPhotographs:
 
 def _chances(own: NamedSet) -> np.ndarray:
     """Weigh photographs by the root of how rare their rarest word is; the sum is 1."""
-    shown = present([one.labels for one in own.photographs], len(own.words))
+    shown = present([photograph.labels for photograph in own.photographs], len(own.words))
     rarest = torch.where(shown, shown.sum(0), len(shown)).amin(1).double()
     return (rarest**-0.5 / (rarest**-0.5).sum()).numpy()
 
@@ -141,7 +143,7 @@ class Names(nn.Module):
         assert not {word for own in sets for word in own.words} & set(NOVEL)
         projection = model.clip.projection
         self.first = [projection.weight.detach().float().clone(), projection.bias.detach().float().clone()]
-        self.weight, self.bias = (nn.Parameter(one.clone()) for one in self.first)
+        self.weight, self.bias = (nn.Parameter(tensor.clone()) for tensor in self.first)
         self.no_object = nn.Parameter(model.no_object_row().detach().float().clone())
         self.scale = float(model.clip.logit_scale.exp())
         self.rows = [word_rows(model, own.words) for own in sets]
@@ -160,11 +162,11 @@ class Names(nn.Module):
         """Share nothing between the micro-batches of a step."""
 
     def forward(self, batch: NamedBatch, prepared: None) -> dict[str, Tensor]:
-        means = torch.stack([one.means for one in batch.photographs])
+        means = torch.stack([photograph.means for photograph in batch.photographs])
         seen = F.normalize(F.linear(means, self.weight, self.bias), dim=-1)
         losses = [
-            pixel_loss(self._probabilities(own, self.rows[number]), one, self.rests[number])
-            for own, one, number in zip(seen, batch.photographs, batch.sets, strict=True)
+            pixel_loss(self._probabilities(own, self.rows[number]), photograph, self.rests[number])
+            for own, photograph, number in zip(seen, batch.photographs, batch.sets, strict=True)
         ]
         now = (self.weight, self.bias)
         moved = [(new - old).square().sum() / old.square().sum() for new, old in zip(now, self.first, strict=True)]
@@ -176,22 +178,22 @@ def word_rows(model: SAN, words: Sequence[str]) -> Tensor:
     return TextEncoder(model, disk_cache=False).classifier(Vocabulary.parse(list(words))).rows.detach()
 
 
-def pixel_loss(probabilities: Tensor, one: Proposed, rest: Tensor) -> Tensor:
+def pixel_loss(probabilities: Tensor, photograph: Proposed, rest: Tensor) -> Tensor:
     """Compare what the proposals vote for with the labels of a photograph: mean negative logarithm, a scalar.
 
     Args:
         probabilities: [Q, K] of the words.
-        one: the photograph.
+        photograph: its proposals, masks and labels.
         rest: [K] bool: words for unlabelled pixels, of which any will do.
 
     Among labelled pixels, each word's count by the root of how many it has, so that small things count for more.
     """
-    votes = probabilities.T @ one.masks
+    votes = probabilities.T @ photograph.masks
     share = votes / votes.sum(0).clamp(min=1e-12)
-    labelled, other = one.labels > UNLABELLED, (one.labels == UNLABELLED) & rest.any()
+    labelled, other = photograph.labels > UNLABELLED, (photograph.labels == UNLABELLED) & rest.any()
     points = (labelled | other).sum().clamp(min=1)
-    right = share.T[labelled].gather(1, one.labels[labelled, None])[:, 0]
-    weight = one.labels[labelled].bincount(minlength=1)[one.labels[labelled]].float().rsqrt()
+    right = share.T[labelled].gather(1, photograph.labels[labelled, None])[:, 0]
+    weight = photograph.labels[labelled].bincount(minlength=1)[photograph.labels[labelled]].float().rsqrt()
     weight = weight / weight.sum().clamp(min=1e-12) * len(right)
     unnamed = share[rest][:, other].sum(0)
     losses = (weight * (right + 1e-6).log()).sum() + GROUND * (unnamed + 1e-6).log().sum()

@@ -61,16 +61,16 @@ def collect_proposals(model: SAN, dataset: PhotoSet, most: int, mirrored: bool, 
     if not out.exists():
         count = min(most, len(dataset))
         tensors: dict[str, Tensor] = {}
-        for number, index in enumerate(place * len(dataset) // count for place in range(count)):
+        for number, index in enumerate(step * len(dataset) // count for step in range(count)):
             image, labels = dataset[index]
             views = [(image, labels, model.config.image.short_side)]
             if mirrored:
                 flipped = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(labels[:, ::-1])
                 views.append((*flipped, OTHER_SIDES[number % len(OTHER_SIDES)]))
             for view, inputs in enumerate(views):
-                found, name = propose(model, *inputs), f"{number * len(views) + view:05}"
-                tensors |= {f"{name}.means": found.means.half(), f"{name}.masks": found.masks.half()}
-                tensors[f"{name}.labels"] = found.labels.short()
+                proposed, name = propose(model, *inputs), f"{number * len(views) + view:05}"
+                tensors |= {f"{name}.means": proposed.means.half(), f"{name}.masks": proposed.masks.half()}
+                tensors[f"{name}.labels"] = proposed.labels.short()
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(out) as path:
             save_file(tensors, path)
@@ -80,7 +80,7 @@ def collect_proposals(model: SAN, dataset: PhotoSet, most: int, mirrored: bool, 
 def _read(tensors: Mapping[str, Tensor]) -> list[Proposed]:
     names = sorted({name.split(".")[0] for name in tensors})
     means, masks, labels = ([tensors[f"{name}.{part}"] for name in names] for part in ("means", "masks", "labels"))
-    return [Proposed(*one) for one in zip(means, masks, (one.long() for one in labels), strict=True)]
+    return [Proposed(*values) for values in zip(means, masks, (values.long() for values in labels), strict=True)]
 
 
 def present(labels: Sequence[Tensor], words: int) -> Tensor:

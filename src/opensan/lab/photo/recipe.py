@@ -143,7 +143,7 @@ def baselines(sources: Sources, points: WordPoints, out: Path) -> None:
     for way, made in ways.items():
         predictor = made()
         figures[way] = {name: measure(predictor, listed[name]()) for name in BASELINE_TESTS}
-        shown = ", ".join(f"{name} {100 * found['miou']:.1f}" for name, found in figures[way].items())
+        shown = ", ".join(f"{name} {100 * figure['miou']:.1f}" for name, figure in figures[way].items())
         print(f"{way}: {shown}", flush=True)
         write_text(out / "baselines.json", json.dumps(figures, indent=1) + "\n")
 

@@ -34,12 +34,12 @@ class Joined:
         return len(self._at)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        part, place = self._at[index]
-        return part[place]
+        part, number = self._at[index]
+        return part[number]
 
     def name(self, index: int) -> str:
-        part, place = self._at[index]
-        return part.name(place)
+        part, number = self._at[index]
+        return part.name(number)
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,19 @@ def measure(predictor: Callable[[Vocabulary, int], Predictor], test: Test, limit
             labels = plain(image)
             return np.where(labels == UNLABELLED, len(test.words), labels)
 
-    found = evaluate(predict, test.dataset, limit=limit)
-    assert not found.broken, found.broken[0]
-    ious = {one.name: one.iou for one in found.metrics.classes if one.name in test.words and one.pixels}
+    evaluation = evaluate(predict, test.dataset, limit=limit)
+    assert not evaluation.broken, evaluation.broken[0]
+    ious = {
+        scores.name: scores.iou for scores in evaluation.metrics.classes if scores.name in test.words and scores.pixels
+    }
     novel = [iou for word, iou in ious.items() if word in NOVEL]
     base = [iou for word, iou in ious.items() if word not in NOVEL]
     return {
-        "photographs": found.images,
+        "photographs": evaluation.images,
         "miou": _mean(list(ious.values())),
         "base": _mean(base),
         "novel": _mean(novel),
-        "pixel_accuracy": found.metrics.pixel_accuracy,
+        "pixel_accuracy": evaluation.metrics.pixel_accuracy,
         "iou": {word: round(iou, 4) for word, iou in ious.items()},
     }
 

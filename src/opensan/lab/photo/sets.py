@@ -136,7 +136,7 @@ def divided(root: Path, name: str) -> dict[str, list[str]]:
     if spec.runs:
         end = len(names) * 85 // 100
         return {"train": names[: end - 2], "val": [], "test": names[end:]}
-    groups = sorted({spec.group(one) for one in names})
+    groups = sorted({spec.group(name) for name in names})
     # Every fourth group is for testing and, of those of COCO, every tenth of the others for choosing settings.
     side = {group: "test" if index % 4 == 3 else "train" for index, group in enumerate(groups)}
     if name == "coco_small":
@@ -146,7 +146,7 @@ def divided(root: Path, name: str) -> dict[str, list[str]]:
         side |= {group: "train" for group in divided(root, "coco_stuff")["train"] if group in side}
     elif name != "pets":
         side = {group: "test" if index % 6 == 3 else "train" for index, group in enumerate(groups)}
-    return {split: [one for one in names if side[spec.group(one)] == split] for split in ("train", "val", "test")}
+    return {split: [name for name in names if side[spec.group(name)] == split] for split in ("train", "val", "test")}
 
 
 class PhotoSet:
@@ -176,14 +176,14 @@ class PhotoSet:
         self.folder = root / spec.folder
         self.names = divided(root, name)[split]
         classes = (self.folder / "classes.txt").read_text(encoding="utf-8").splitlines()
-        renamed = [spec.rename.get(one, spec.only or one) for one in classes]
+        renamed = [spec.rename.get(name, spec.only or name) for name in classes]
         if words is None:
             own = dict.fromkeys(word for word in (*renamed, *spec.also) if word is not None)
             words = [word for word in own if masks_of_novel or word not in NOVEL]
         self.vocabulary = Vocabulary.parse([*words, *(["background"] if background else [])])
-        place = {word: index for index, word in enumerate(words)}
+        index_of = {word: index for index, word in enumerate(words)}
         rest = len(words) if background else UNLABELLED
-        values = [rest if word is None else place.get(word, rest) for word in renamed]
+        values = [rest if word is None else index_of.get(word, rest) for word in renamed]
         if not masks_of_novel:
             values = [HIDDEN if word in NOVEL else value for word, value in zip(renamed, values, strict=True)]
         self._label_of_value = np.array(values, dtype=np.int16)

@@ -64,7 +64,7 @@ class Sentences:
             self.texts += ([(number, word)] * 3 + others) * weights[number]
         self.tokens = self._seen_tokens()
         """Every token that training reads, in order, so that the end of text stays the largest."""
-        self._place = {token: place for place, token in enumerate(self.tokens)}
+        self._place = {token: index for index, token in enumerate(self.tokens)}
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -84,7 +84,9 @@ class Sentences:
 
     def _seen_tokens(self) -> list[int]:
         texts = {text for _, text in self.texts}
-        return sorted({token for text in texts for one in TEMPLATES for token in tokenize(one.replace("{}", text))})
+        return sorted(
+            {token for text in texts for template in TEMPLATES for token in tokenize(template.replace("{}", text))}
+        )
 
 
 class TextTask(nn.Module):
@@ -102,8 +104,8 @@ class TextTask(nn.Module):
         """Share nothing between the micro-batches of a step."""
 
     def forward(self, batch: Prompts, prepared: None) -> dict[str, Tensor]:
-        found = self.tower.embed_prompts(batch.tokens)
-        cosines = found @ self.points.T
+        rows = self.tower.embed_prompts(batch.tokens)
+        cosines = rows @ self.points.T
         near = 1 - cosines.gather(1, batch.words[:, None]).mean()
         return {"loss_near": 5 * near, "loss_choice": F.cross_entropy(SCALE * cosines, batch.words)}
 

@@ -36,7 +36,7 @@ class WordNet:
                 parts = line.split()
                 count = int(parts[2])
                 lemma = parts[0].replace("_", " ")
-                self.senses[lemma] = tuple(int(one) for one in parts[-count:])
+                self.senses[lemma] = tuple(int(offset) for offset in parts[-count:])
                 if int(parts[-count - 1]):
                     self.in_use.add(lemma)
 
@@ -56,17 +56,17 @@ class ImageNetWords:
     def __init__(self, wordnet: WordNet, synsets: list[str]) -> None:
         """`synsets`: "n01440764", ... in the order of the classifier's rows."""
         self.wordnet = wordnet
-        self.classes = [int(one[1:]) for one in synsets]
+        self.classes = [int(synset[1:]) for synset in synsets]
         below: dict[int, set[int]] = {}
         for index, offset in enumerate(self.classes):
             pending, seen = [offset], set()
             while pending:
-                one = pending.pop()
-                if one not in seen:
-                    seen.add(one)
-                    below.setdefault(one, set()).add(index)
-                    pending.extend(wordnet.synsets[one].parents)
-        self.below = {offset: tuple(sorted(found)) for offset, found in below.items()}
+                ancestor = pending.pop()
+                if ancestor not in seen:
+                    seen.add(ancestor)
+                    below.setdefault(ancestor, set()).add(index)
+                    pending.extend(wordnet.synsets[ancestor].parents)
+        self.below = {offset: tuple(sorted(rows)) for offset, rows in below.items()}
         """Synset -> the classes (rows) that are kinds of it, itself included."""
 
     @cached_property
@@ -75,16 +75,18 @@ class ImageNetWords:
 
         A class's own names come first: "mouse" is the animal for WordNet, and a class of ImageNet only as a device.
         """
-        found: dict[str, int] = {}
+        offset_of: dict[str, int] = {}
         for offset in self.classes:
             for lemma in self.wordnet.synsets[offset].lemmas[:1]:
-                found.setdefault(lemma.lower(), offset)
+                offset_of.setdefault(lemma.lower(), offset)
         for offset in self.below:
             for lemma in self.wordnet.synsets[offset].lemmas:
                 word = lemma.lower()
-                if word not in found:
-                    found[word] = next((one for one in self.wordnet.senses[word] if one in self.below), offset)
-        return found
+                if word not in offset_of:
+                    offset_of[word] = next(
+                        (sense for sense in self.wordnet.senses[word] if sense in self.below), offset
+                    )
+        return offset_of
 
     def wider(self, word: str, steps: int) -> int | None:
         """Find the nearest synset with classes below that is at most `steps` above the first meaning of `word`."""

@@ -149,7 +149,7 @@ class Lexicon:
 def lexicon(imagenet: ImageNetWords, set_words: Iterable[str], food: Sequence[list[str]]) -> Lexicon:
     """Collect words; ambiguous names stay with the first who has them."""
     rows_of_classes = reversed(list(enumerate(imagenet.classes)))
-    first_names = {imagenet.wordnet.synsets[one].lemmas[0]: row for row, one in rows_of_classes}
+    first_names = {imagenet.wordnet.synsets[offset].lemmas[0]: row for row, offset in rows_of_classes}
     words: list[str] = []
     classes: list[tuple[int, ...]] = []
     names: dict[int, list[str]] = {}
@@ -253,8 +253,8 @@ def food_words(food: Sequence[list[str]]) -> list[str]:
 
 def tags_of(food: Sequence[list[str]], tags: Sequence[str]) -> np.ndarray:
     """Mark [photographs, tags] the words that a photograph's title or tags have."""
-    said = [{word for text in one for word in _tag_words(text)} for one in food]
-    return np.array([[tag in one for tag in tags] for one in said])
+    said = [{word for text in texts for word in _tag_words(text)} for texts in food]
+    return np.array([[tag in spoken for tag in tags] for spoken in said])
 
 
 def _tag_words(text: str) -> list[str]:
@@ -357,12 +357,12 @@ _TENSORS = ("weight", "bias", "scale", "table")
 
 def may_be_compared(words: Sequence[str]) -> np.ndarray:
     """Mark [K, K] the columns that are wrong answers for a region called as the row (or right: the diagonal)."""
-    place = {word: index for index, word in enumerate(words)}
+    index_of = {word: index for index, word in enumerate(words)}
     compared = np.ones((len(words), len(words)), dtype=bool)
     for group in ALIKE:
-        members = [place[word] for word in group.split(",") if word in place]
+        members = [index_of[word] for word in group.split(",") if word in index_of]
         compared[np.ix_(members, members)] = False
-    compared[:, [place[word] for word in NOVEL if word in place]] = False
+    compared[:, [index_of[word] for word in NOVEL if word in index_of]] = False
     np.fill_diagonal(compared, True)
     return compared
 
@@ -382,7 +382,7 @@ class WordBatch:
 
     def to(self, device: torch.device) -> "WordBatch":
         """Return the same on `device`."""
-        return WordBatch(*(getattr(self, one.name).to(device) for one in fields(self)))
+        return WordBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class FeatureSamples:
@@ -447,4 +447,4 @@ def fit(task: WordTask, samples: FeatureSamples, out: Path, loop: LoopConfig = L
 def load_food(path: Path) -> tuple[np.ndarray, list[list[str]]]:
     """Features of whole photographs [N, 1280], and what is said of each."""
     with np.load(path) as data:
-        return data["regions"], [json.loads(one) for one in data["words"].tolist()]
+        return data["regions"], [json.loads(line) for line in data["words"].tolist()]

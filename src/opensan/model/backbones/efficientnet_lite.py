@@ -53,13 +53,13 @@ def stages(variant: str) -> list[_Stage]:
     last = len(_STAGES) - 1
     return [
         _Stage(
-            one.repeats if index in (0, last) else math.ceil(one.repeats * depth),
-            one.kernel,
-            one.stride,
-            one.expansion,
-            _rounded(one.width * width),
+            stage.repeats if index in (0, last) else math.ceil(stage.repeats * depth),
+            stage.kernel,
+            stage.stride,
+            stage.expansion,
+            _rounded(stage.width * width),
         )
-        for index, one in enumerate(_STAGES)
+        for index, stage in enumerate(_STAGES)
     ]
 
 
@@ -157,13 +157,13 @@ class EfficientNetLiteModel(TextTower, Backbone):
 
     def shallow_features(self, pixels: Tensor, last_layer: int, keep: Collection[int]) -> ShallowFeatures:
         """Run the whole tower; the tokens are the last features, which recognition takes the mean of."""
-        found = self.visual(pixels.to(memory_format=torch.channels_last))
+        features_of = self.visual(pixels.to(memory_format=torch.channels_last))
         maps = {
-            layer: FeatureMap(found[stride].flatten(2).transpose(1, 2), tuple(found[stride].shape[2:]))
+            layer: FeatureMap(features_of[stride].flatten(2).transpose(1, 2), tuple(features_of[stride].shape[2:]))
             for layer, stride in enumerate(TAPS, start=1)
             if layer in keep
         }
-        features = self.visual.features(found[32])
+        features = self.visual.features(features_of[32])
         tokens, grid = features.flatten(2).transpose(1, 2), (features.shape[2], features.shape[3])
         return ShallowFeatures(maps=maps, tokens=tokens, grid=grid, last_layer=last_layer)
 
@@ -247,7 +247,7 @@ def _variant_of(state: Mapping[str, Tensor]) -> str:
     width = state["_conv_head.weight"].shape[1] if "_conv_head.weight" in state else 0
     for variant in VARIANTS:
         planned = stages(variant)
-        if len(blocks) == sum(one.repeats for one in planned) and width == planned[-1].width:
+        if len(blocks) == sum(stage.repeats for stage in planned) and width == planned[-1].width:
             return variant
     raise UserError(
         f"weights of {len(blocks)} blocks and {width} channels are of no variant known here: {', '.join(VARIANTS)}"
