@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,14 @@ import opensan
 from opensan import images
 from opensan.checkpoints import load_model
 from opensan.config import ModelConfig
+from opensan.errors import UserError
 from opensan.model.maps import adaptive_max_pool
 from opensan.segmenters.exported import requirements
+from opensan.segmenters.san import SanSegmenter
 from opensan.structures import TextClassifier
 from opensan.text.encoder import TextEncoder
 from opensan.vocabulary import Vocabulary
+from opensan.word_lists import TunedWords
 
 from .conftest import lively_model
 
@@ -113,13 +117,45 @@ def test_smaller_files_answer_alike(converted, exported, model, format, dtype, d
     assert weights[0] < size * weights[1] + 200_000  # what is no weight takes as much in any
 
 
-def test_known_words_need_no_text_tower(exported, tmp_path):
-    whole = opensan.load(exported, text_cache=False)
+@pytest.fixture
+def without_text(exported, tmp_path):
+    """The exported model without its text tower."""
     folder = shutil.copytree(exported, tmp_path / "without")
     (folder / "text.onnx").unlink()
     manifest = json.loads((folder / "export.json").read_text()) | {"text": False}
     (folder / "export.json").write_text(json.dumps(manifest))
-    san = opensan.load(folder, text_cache=False)
+    return folder
+
+
+def test_tuned_words_need_no_text_tower_and_answer_as_with_torch(model, without_text):
+    torch_model = SanSegmenter(model, text_cache=False)
+    chance = np.random.default_rng(3)
+    rows = tuple((word, chance.standard_normal(24).astype("<f2").tobytes()) for word in ("meadow", "sky"))
+    identity = torch_model.identity
+    words = replace(Vocabulary.parse("meadow, sky"), tuned=TunedWords("", identity.image, identity.text, rows))
+    exported = opensan.load(without_text, text_cache=False)
+    answer = exported.segment(check.SCENE, words)
+    assert (answer.labels == torch_model.segment(check.SCENE, words).labels).mean() > 0.99
+    with pytest.raises(UserError, match="exported without its text tower"):
+        exported.segment(check.SCENE, "meadow, sky")
+    with pytest.raises(UserError, match="tuned for the model"):
+        exported.segment(check.SCENE, replace(words, tuned=replace(words.tuned, image="0" * 64)))
+
+
+def test_words_that_are_tuned_are_exported_as_their_texts_are(model, tmp_path):
+    """The file keeps rows by their prompts, which others may ask with."""
+    identity = SanSegmenter(model, text_cache=False).identity
+    tuned = TunedWords("", identity.image, identity.text, (("car", b"\0\1" * 24),))
+    (plain := tmp_path / "plain").mkdir()
+    exporting._describe(model, tmp_path, "onnx", "float32", False, replace(KNOWN, tuned=tuned))
+    exporting._describe(model, plain, "onnx", "float32", False, KNOWN)
+    files = [folder / "words.safetensors" for folder in (tmp_path, plain)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_known_words_need_no_text_tower(exported, without_text):
+    whole = opensan.load(exported, text_cache=False)
+    san = opensan.load(without_text, text_cache=False)
     assert np.array_equal(
         san.segment(check.SCENE, "sky,street", background="car").labels,
         whole.segment(check.SCENE, "sky,street", background="car").labels,
@@ -130,12 +166,12 @@ def test_known_words_need_no_text_tower(exported, tmp_path):
     )
     with pytest.raises(ValueError, match=r"word 'dog': .* knows only road, street, car, sky"):
         san.segment(check.SCENE, "sky,dog")
-    (folder / "words.safetensors").write_bytes(b"nothing")
+    (without_text / "words.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"words\.safetensors: not embedded words"):
-        opensan.load(folder)
-    (folder / "words.safetensors").unlink()
+        opensan.load(without_text)
+    (without_text / "words.safetensors").unlink()
     with pytest.raises(ValueError, match="without text tower and words"):
-        opensan.load(folder, text_cache=False).segment(check.SCENE, "sky")
+        opensan.load(without_text, text_cache=False).segment(check.SCENE, "sky")
 
 
 def test_words_embedded_at_export_are_those_of_the_model(exported, model):

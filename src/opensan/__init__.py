@@ -16,6 +16,7 @@ _HOME = {
     "label_folder": "opensan.jobs.runs",
     "label_video": "opensan.jobs.runs",
     "evaluate": "opensan.evaluation.run",
+    "tune_words": "opensan.tune.run",
     "AnySegmenter": "opensan.segmenters.base",
     "Segmenter": "opensan.segmenters.base",
     "SanSegmenter": "opensan.segmenters.san",
@@ -40,6 +41,7 @@ __all__ = [
     "label_folder",
     "label_video",
     "load",
+    "tune_words",
 ]
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from opensan.segmenters.load import load
     from opensan.segmenters.results import Encoding, Segmentation
     from opensan.segmenters.san import SanSegmenter
+    from opensan.tune.run import tune_words
     from opensan.vocabulary import Vocabulary
 
 

@@ -20,3 +20,6 @@ AblationData = Literal["scenes", "photographs"]
 
 Objects = Literal["parts", "proposals"]
 """How objects of one word are told apart: by connected parts of its region, or by the model's proposals."""
+
+Tuned = Literal["vectors", "context", "both"]
+"""Parts of words that `opensan tune words` fits: a vector for each word, one offset for all words, or both."""

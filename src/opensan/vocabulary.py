@@ -16,7 +16,15 @@ from typing import Any
 
 from opensan.errors import UserError, short
 from opensan.files import ASSETS
-from opensan.word_lists import lines_of, listed_names, read_text, read_words, without_invisible, word_list
+from opensan.word_lists import (
+    TunedWords,
+    lines_of,
+    listed_names,
+    read_text,
+    read_words,
+    without_invisible,
+    word_list,
+)
 
 UNLABELLED = -1
 """The label of pixels without a word: those of absorbing (background) words."""
@@ -56,7 +64,7 @@ Templates = str | os.PathLike[str] | Sequence[str]
 
 _CLASSES = ASSETS / "classes"
 _WORD_KEYS = {"name", "text", "synonyms", "prompts", "background", "nothing"}
-_VOCABULARY_KEYS = {"words", "background", "templates"}
+_VOCABULARY_KEYS = {"words", "background", "templates", "tuned"}
 # Control characters would reach the terminal; a line break would split a word in files with a word a line;
 # lone surrogates (undecodable bytes of a command line) can't be written.
 _BAR = re.compile("[|｜]")
@@ -102,6 +110,8 @@ class Vocabulary:
 
     words: tuple[Word, ...]
     templates: tuple[str, ...] = TEMPLATE_SETS["vild"]
+    tuned: TunedWords | None = None
+    """Vectors that were found on labelled images, for one model alone; None: all rows are what the text half makes."""
 
     def __post_init__(self):
         _check_words(self.words, list(_places(self.words)))
@@ -123,6 +133,23 @@ class Vocabulary:
     def row_class(self) -> list[int]:
         """[R] the class (0..K-1, absorbing words included) of each text row; ascending."""
         return [index for index, word in enumerate(self.words) for _ in word.synonyms]
+
+    @functools.cached_property
+    def tuned_rows(self) -> dict[int, bytes]:
+        """The rows (0..R-1) that `tuned` has a vector for, and the vectors."""
+        if self.tuned is None:
+            return {}
+        known = {_key(text): vector for text, vector in self.tuned.rows}
+        texts = (text for word in self.words for text in word.synonyms)
+        return {row: known[key] for row, text in enumerate(texts) if (key := _key(text)) in known}
+
+    def find(self, text: str) -> int | None:
+        """Return the index in `words` of the word with this name or synonym; None if there is none."""
+        return self._places.get(_key(text))
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {_key(text): n for n, word in enumerate(self.words) for text in (word.name, *word.synonyms)}
 
     def with_rest(self) -> "Vocabulary":
         """Add a background word for what none of the words fits; the text of the first word stands in for its own."""
@@ -168,16 +195,18 @@ class Vocabulary:
             return cls.from_file(spec, background=background, templates=templates)
         if isinstance(spec, str):
             spec = word_list(spec)
+        tuned = None
         if isinstance(spec, Vocabulary):
-            words, own_templates = spec.words, spec.templates
+            words, own_templates, tuned = spec.words, spec.templates, spec.tuned
         elif isinstance(spec, Mapping):
             words, own_templates = _words_and_templates(spec)
+            tuned = TunedWords.parse(spec["tuned"]) if "tuned" in spec else None
         else:
             words, own_templates = _words(spec), TEMPLATE_SETS["vild"]
         absorbing = tuple(replace(word, absorbs=True) for word in _words(background))
         if isinstance(spec, Vocabulary) and not absorbing and templates is None:
             return spec
-        return cls(words + absorbing, own_templates if templates is None else _templates(templates))
+        return cls(words + absorbing, own_templates if templates is None else _templates(templates), tuned)
 
     @classmethod
     def from_file(
@@ -187,7 +216,8 @@ class Vocabulary:
 
         Args:
             path: `.json` and `.yaml` hold a list as in `parse`, `{"names": [...]}` like the ready sets, or an object
-                with "words", "background" and "templates". Anything else is text, a word a line: `|` separates
+                with "words", "background", "templates" and "tuned" (which may name a file that `opensan tune words`
+                wrote, beside this one). Anything else is text, a word a line: `|` separates
                 synonyms, commas belong to the name, blank lines are skipped, and `#` at the start of a line or after
                 white space begins a comment.
             background: as in `parse`.
@@ -202,6 +232,8 @@ class Vocabulary:
             if places is not None:
                 spec = tuple(_named(text, source) for text, source in zip(spec, places, strict=True))
                 _check_words(spec, places)
+            elif isinstance(spec, Mapping) and isinstance(file := spec.get("tuned"), str):
+                spec = {**spec, "tuned": TunedWords.from_file(path.parent / file).to_dict()}
             return cls.parse(spec, background=background, templates=templates)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -213,13 +245,21 @@ class Vocabulary:
             raise UserError(f"no ready label set is called {short(name)}: choose from {', '.join(ready_sets())}")
         return cls.from_file(_CLASSES / f"{name}.json", background=background, templates=templates)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON; `parse` reads it back to an equal vocabulary."""
-        return {
+    def to_dict(self, *, vectors: bool = False) -> dict[str, Any]:
+        """Return plain data for JSON; `parse` reads it back to an equal vocabulary.
+
+        Of tuned words, it holds the checksum of the vectors, or these themselves if `vectors`: only then it can be
+        read back.
+        """
+        plain: dict[str, Any] = {
             "words": [_word_to_plain(word) for word in self.words if not word.absorbs],
             "background": [_word_to_plain(word) for word in self.words if word.absorbs],
             "templates": list(self.templates),
         }
+        if self.tuned is not None:
+            digest = {"model": self.tuned.model, "sha256": self.tuned.digest}
+            plain["tuned"] = self.tuned.to_dict() if vectors else digest
+        return plain
 
 
 def ready_source_ids(name: str) -> list[int] | None:
@@ -294,7 +334,9 @@ def _words_and_templates(data: Mapping) -> tuple[tuple[Word, ...], tuple[str, ..
         return _words(_list_of({"names": listed_names(data["names"])}, "names")), TEMPLATE_SETS["vild"]
     for key in data:
         if key not in _VOCABULARY_KEYS:
-            raise UserError(f'unknown key {short(key)}: a vocabulary has "words", "background" and "templates"')
+            raise UserError(
+                f'unknown key {short(key)}: a vocabulary has "words", "background", "templates" and "tuned"'
+            )
     background = _words(_list_of(data, "background")) if "background" in data else ()
     templates = data.get("templates", "vild")
     # Data from other people may name a template set, but not a file to read.

@@ -4,7 +4,10 @@ Commands, Python, the service and files all read words here, so that one rule ho
 """
 
 import ast
+import base64
+import binascii
 import codecs
+import hashlib
 import html
 import io
 import itertools
@@ -13,6 +16,7 @@ import re
 import tokenize
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,96 @@ _NUMBERS_REMEDY = "give the names alone; in a list of classes, put the number be
 _BESIDE_NUMBER = re.compile(r"(?P<first>\d+\s+)?(?P<name>\S.*?)(?P<last>\s+\d+)?")
 """A line of a word file, and a number that stands before or behind the word."""
 _HEADINGS = {"name", "names", "word", "words", "class", "classes", "label", "labels", "category", "categories"}
+
+
+_TUNED_KEYS = {"model", "image", "text", "rows", "context", "about"}
+_MOST_TUNED_BYTES = 1 << 15
+"""Bytes of one vector: 16,384 numbers."""
+
+
+@dataclass(frozen=True)
+class TunedWords:
+    """Vectors that take the place of words' text rows, or are added to them, in one model (`opensan tune words`).
+
+    A vector is D float16 numbers, little-endian. Nothing here knows D: the model that they are used with checks it.
+    """
+
+    model: str
+    """Name of the model; for people."""
+    image: str
+    """Hash of the image half of the model."""
+    text: str
+    """Hash of its text half."""
+    rows: tuple[tuple[str, bytes], ...] = ()
+    """(text, vector): the row of a word's text (name or synonym), in the place of what the text half makes of it."""
+    context: bytes | None = None
+    """What is added to the rows of all other texts, before they are brought to unit length; None: nothing."""
+    about: str = "{}"
+    """How the vectors were found, as JSON; for people."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that answers depend on, 64 hexadecimal digits."""
+        parts = (self.image, self.text, self.rows, self.context)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @classmethod
+    def parse(cls, data: object) -> "TunedWords":
+        """Read plain data that `to_dict` made. Raises UserError, one line, on any other."""
+        if isinstance(data, Mapping) and set(data) == {"model", "sha256"}:
+            raise UserError(
+                '"tuned" names its vectors by their checksum alone, as results do: give the word file of '
+                "`opensan tune words`, which holds them"
+            )
+        wanted = 'an object with "model", "image", "text" and "rows", which `opensan tune words` writes'
+        if not isinstance(data, Mapping) or not {"image", "text"} <= set(data) <= _TUNED_KEYS:
+            raise UserError(f'"tuned" must be {wanted}, not {short(data)}')
+        rows = data.get("rows", {})
+        texts = [data.get(key, "") for key in ("model", "image", "text")]
+        if not isinstance(rows, Mapping) or not all(isinstance(text, str) for text in (*texts, *rows)):
+            raise UserError(f'"tuned" must be {wanted}')
+        context = data.get("context")
+        model, image, text = texts
+        return cls(
+            model,
+            image,
+            text,
+            rows=tuple((text, _vector(vector, short(text))) for text, vector in rows.items()),
+            context=None if context is None else _vector(context, "the context"),
+            about=json.dumps(data.get("about", {}), sort_keys=True, ensure_ascii=False),
+        )
+
+    @classmethod
+    def from_file(cls, path: Path) -> "TunedWords":
+        """Read the vectors of a word file that `opensan tune words` wrote. Raises UserError, one line."""
+        try:
+            data = _from_json(read_text(path))
+            if not isinstance(data, Mapping) or not isinstance(data.get("tuned"), Mapping):
+                raise UserError("holds no tuned words; `opensan tune words` writes such files")
+            return cls.parse(data["tuned"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; `parse` reads it back to equal vectors."""
+        plain: dict[str, Any] = {"model": self.model, "image": self.image, "text": self.text}
+        if about := json.loads(self.about):
+            plain["about"] = about
+        if self.context is not None:
+            plain["context"] = base64.b64encode(self.context).decode()
+        plain["rows"] = {text: base64.b64encode(vector).decode() for text, vector in self.rows}
+        return plain
+
+
+def _vector(text: object, of: str) -> bytes:
+    """Return the bytes of a vector in base64. Raises UserError, one line."""
+    try:
+        vector = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    except (binascii.Error, ValueError):
+        vector = b""
+    if not vector or len(vector) % 2 or len(vector) > _MOST_TUNED_BYTES:
+        raise UserError(f'"tuned": the vector of {of} is damaged: it must be float16 numbers in base64')
+    return vector
 
 
 def word_list(text: str) -> Any:

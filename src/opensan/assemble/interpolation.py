@@ -52,6 +52,16 @@ def masks_at(mask_logits: np.ndarray, sizes: ImageSizes, row: int, column: int) 
     return _sigmoid(down[row] @ mask_logits @ across[column])
 
 
+def masks_of_pixels(mask_logits: np.ndarray, sizes: ImageSizes, pixels: np.ndarray) -> np.ndarray:
+    """Return mask probabilities [n, Q] at pixels of the image, [n, 2] row and column; mask_logits is [Q, h, w]."""
+    down, across = interpolation_matrices((mask_logits.shape[1], mask_logits.shape[2]), sizes)
+    parts = [np.zeros((0, len(mask_logits)), np.float32)]
+    for start in range(0, len(pixels), 512):  # [Q, 512, w] at a time
+        rows, columns = pixels[start : start + 512].T
+        parts.append(_sigmoid(((down[rows] @ mask_logits) * across[columns]).sum(axis=2)).T)
+    return np.concatenate(parts)
+
+
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -x))
 

@@ -28,6 +28,7 @@ from opensan.cli.serve import serve
 from opensan.cli.similarity import similarity
 from opensan.cli.terminal import Command, Commands, reporting_errors
 from opensan.cli.train import train
+from opensan.cli.tune import tune
 from opensan.cli.ui import ui
 from opensan.cli.video import segment_video
 from opensan.cli.words import words
@@ -59,6 +60,7 @@ app.command(cls=Command)(serve)
 app.command(cls=Command)(ui)
 app.add_typer(data)
 app.add_typer(index)
+app.add_typer(tune)
 app.add_typer(lab)
 
 

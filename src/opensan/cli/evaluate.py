@@ -45,6 +45,14 @@ def evaluate(
         str | None,
         typer.Option(help="The list of images. Default: the data set's own for this, or val.", show_default=False),
     ] = None,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Words of `opensan tune words`: vectors for the classes.",
+            show_default=False,
+        ),
+    ] = None,
     out: Out = Path("evaluation"),
     device: Device = "auto",
     speed: SpeedChoice = "exact",
@@ -112,6 +120,8 @@ def evaluate(
         raise UsageError("--calibration changes no label, so only --confidence measures it: give both")
     if tta and (panoptic or instances):
         raise UsageError("--panoptic and --instances measure single views: leave out --tta")
+    if from_predictions is not None and tuned is not None:
+        raise UsageError("--tuned is about a model's words; --from-predictions has no model")
     from torch import OutOfMemoryError
 
     from opensan.devices import chosen_device
@@ -125,6 +135,8 @@ def evaluate(
         if root is not None:
             folders += find_sets(root)
         sets = [open_set(folder, split) for folder in folders]
+        if tuned is not None:
+            _tune(sets, tuned)
         _check_names(sets, out)
         if panoptic or instances:
             for prepared in sets:
@@ -318,6 +330,21 @@ def _check_names(sets: Sequence["PreparedSet"], out: Path) -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise UsageError(f"two data sets are called {sorted(twice)[0]!r}: measure them with an --out each")
     check_writable(out)
+
+
+def _tune(sets: Sequence["PreparedSet"], file: Path) -> None:
+    """Give the sets' classes the vectors of tuned words. Raises UserError if these are of no class of a set."""
+    from dataclasses import replace
+
+    from opensan.word_lists import TunedWords
+
+    words = TunedWords.from_file(file)
+    for prepared in sets:
+        vocabulary = replace(prepared.dataset.vocabulary, tuned=words)
+        if words.context is None and not vocabulary.tuned_rows:
+            names = ", ".join(text for text, _ in words.rows)
+            raise UserError(f"{file}: has vectors of {names}, and none of them is a class of {prepared.name}")
+        prepared.dataset.vocabulary = vocabulary
 
 
 def _check_objects(prepared: "PreparedSet") -> None:

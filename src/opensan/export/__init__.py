@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,6 +112,7 @@ def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool, wor
         seen_tokens=None if unseen is None else tuple((~unseen).nonzero()[0].tolist()),
     )
     if words is not None:
+        words = replace(words, tuned=None)  # the rows are kept by their prompts, which tuned words do not follow
         EmbeddedWords.of(words, encoder.rows(words), manifest.text_tower).save(folder / WORDS_NAME)
     if format in RUNTIME:
         own_tokenizer = model.config.clip.text.own_tokenizer

@@ -86,6 +86,7 @@ class SanSegmenter(ProposalSegmenter):
         # Words are computed in float32 at any speed: they take little time, and all speeds share their cache.
         self._propose = prepare_image_half(self.model, self.device, speed, self.dtype)
         self.text = TextEncoder(self.model, disk_cache=text_cache, identity=self.identity.text)
+        self.text.model = self.identity
 
     def prepare(self, image: np.ndarray) -> InputImage:
         """Turn an image, [H0, W0, 3] uint8 RGB, into network input; see `Segmenter.prepare`."""

@@ -99,6 +99,11 @@ _FORM = {
                     "anyOf": [{"enum": ["vild", "single"]}, _JSON_LIST],
                     "description": '"vild", "single", or a JSON list of texts.',
                 },
+                "tuned": {
+                    **_JSON_LIST,
+                    "pattern": r"^\s*\{",
+                    "description": "What `opensan tune words` wrote as `tuned`.",
+                },
             },
         }
     }
@@ -330,7 +335,7 @@ def _add_segmentation_route(api: APIRouter, service: Service) -> None:
         service.engine.check_room()
         form = _form(request, format)
         segmenter = await service.models.get(model)
-        data, fields = await uploaded(request, {"words", "background", "templates"}, service.limits.words)
+        data, fields = await uploaded(request, {"words", "background", "templates", "tuned"}, service.limits.words)
         question = question_from_form(fields)
         question.vocabulary(service.limits)  # before the work, to report mistakes early
         encoding = await while_there(request, service.engine.encode(data, segmenter))

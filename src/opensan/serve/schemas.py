@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 from opensan.errors import UserError
 from opensan.serve.limits import Problem, ServiceLimits
 from opensan.vocabulary import Vocabulary, Word
-from opensan.word_lists import word_list
+from opensan.word_lists import TunedWords, word_list
 
 PROMPTS_AT_ONCE = 256
 """Prompts embedded while other requests wait: about a second of B/16 on a CPU."""
@@ -57,6 +58,17 @@ class WordSpec(_Strict):
     background: bool = Field(False, description="It takes pixels, and they are answered as unlabelled.")
 
 
+class TunedSpec(_Strict):
+    """Vectors of words for one model."""
+
+    model: str = Field("", max_length=200, description="Name of the model.")
+    image: str = Field(max_length=200, description="Hash of its image half.")
+    text: str = Field(max_length=200, description="Hash of its text half.")
+    rows: dict[str, str] = Field({}, description="Word or synonym to its vector: float16, little-endian, base64.")
+    context: str | None = Field(None, description="A vector that is added to the rows of all other words.")
+    about: dict[str, Any] = Field({}, description="How they were found; not used.")
+
+
 Words = _CommaString | Annotated[list[_Synonyms | WordSpec], Field(json_schema_extra={"minItems": 1})]
 Background = Annotated[str, WithJsonSchema(comma_string(or_blank=True))] | list[_Synonyms | WordSpec]
 
@@ -76,6 +88,9 @@ class Question(_Strict):
         | None
     ) = Field(None, description='The prompts: a set\'s name, or texts with one "{}" each.')
 
+    tuned: TunedSpec | None = Field(
+        None, description="Vectors in the place of words' texts: what `opensan tune words` wrote as `tuned`."
+    )
     colours: dict[_Text, Annotated[str, Field(pattern=_COLOUR)]] | None = Field(
         None, description="Colours of words in an overlay; other words have the palette's."
     )
@@ -97,6 +112,8 @@ class Question(_Strict):
             vocabulary = Vocabulary.parse(
                 _plain(self.words), background=_plain(self.background), templates=self.templates
             )
+            if self.tuned is not None:
+                vocabulary = replace(vocabulary, tuned=TunedWords.parse(self.tuned.model_dump(exclude_none=True)))
         except UserError as error:
             raise Problem(422, str(error)) from None
         if unknown := sorted(set(self.colours or ()).difference(vocabulary.names)):
@@ -107,6 +124,8 @@ class Question(_Strict):
         texts = [*_texts(self.words), *_texts(self.background)]
         if len(texts) > limits.words:
             raise Problem(422, f"{len(texts):,} words and synonyms are more than the limit of {limits.words:,}")
+        if self.tuned is not None and len(self.tuned.rows) > limits.words:
+            raise Problem(422, f"{len(self.tuned.rows):,} tuned vectors are more than the limit of {limits.words:,}")
         templates = self.templates if isinstance(self.templates, list) else []
         if len(templates) > limits.templates:
             raise Problem(422, f"{len(templates):,} templates are more than the limit of {limits.templates:,}")
@@ -210,9 +229,9 @@ def question_from_form(fields: Mapping[str, Sequence[str]]) -> Question:
 
 
 def _from_field(name: str, texts: Sequence[str]) -> Any:
-    if name != "templates":  # these may hold commas
+    if name not in ("templates", "tuned"):  # these may hold commas
         return texts[0] if len(texts) == 1 else [word for text in texts for word in Question._listed(text)]
-    if len(texts) > 1 or not texts[0].lstrip().startswith("["):
+    if len(texts) > 1 or not texts[0].lstrip().startswith(("[", "{")):
         return texts[0] if len(texts) == 1 else list(texts)
     try:
         return json.loads(texts[0])
@@ -256,6 +275,7 @@ _FORMS = {
     "words": 'must be text, or a list of texts or of objects with a "name" (and "text", "synonyms", "prompts", '
     '"background")',
     "background": "must be text, or a list like words",
+    "tuned": "must be what `opensan tune words` wrote",
     "templates": 'must be "vild", "single", or a list of texts',
 }
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from opensan.config import AnyTextConfig, SiglipTextConfig
 from opensan.errors import UserError, short
-from opensan.structures import PromptTree
+from opensan.structures import Identity, PromptTree
 from opensan.text.cache import TextCache, default_folder
 from opensan.text.prompt_tree import prompt_trees
 from opensan.text.tokenizer import FileTokenizer, clip_tokenizer
@@ -111,6 +111,8 @@ class TextRows:
     depends on later tokens."""
     tokenize: Callable[[str], list[int]] = staticmethod(tokenize)
     """The tokens of a prompt, special ones included."""
+    model: Identity | None = None
+    """Identity of the segmenter whose words are embedded, which tuned words must be of; None: there is no segmenter."""
 
     @property
     def most_nodes(self) -> int:
@@ -159,11 +161,14 @@ class TextRows:
         """Return the vocabulary as unit rows [R, D], float32; one thread at a time.
 
         A row is the mean of its prompts' unit embeddings, normalised again (paper, section 4.1; ViLD's ensemble).
-        Rows that are equal up to rounding are equal in every bit.
+        Rows that are equal up to rounding are equal in every bit. Tuned words have the vectors that were found for them
+        (`Vocabulary.tuned`), which need no text tower.
         `progress` is called with the number of prompts that are embedded, and of all that must be.
         Warns about words that consist of tokens the model was never trained on.
-        Raises ValueError, one line naming the word, if a prompt has more tokens than the model reads.
+        Raises ValueError, one line naming the word, if a prompt has more tokens than the model reads, or if the words
+        were tuned for another model.
         """
+        tuned = self._tuned(vocabulary)
         tower = self._current_tower()
         if self._folder and self._disk_of != tower.identity:
             self._disk = TextCache(self._folder, tower.identity, self.dimension)
@@ -171,8 +176,9 @@ class TextRows:
         rows = vocabulary.prompts()
         names = [vocabulary.words[index].name for index in vocabulary.row_class]
         keys = [row_key(tower.identity, row) for row in rows]
-        embeddings = self._remembered(keys)
-        missing = [index for index, key in enumerate(keys) if key not in embeddings]
+        plain = [index for index in range(len(rows)) if index not in tuned]
+        embeddings = self._remembered([keys[index] for index in plain])
+        missing = [index for index in plain if keys[index] not in embeddings]
         missing = list({keys[index]: index for index in missing}.values())
         self._refuse_long_prompts(rows, names, missing)
         total, done = sum(len(rows[index]) for index in missing), 0.0
@@ -190,10 +196,38 @@ class TextRows:
             if self._disk:
                 self._disk.write(fresh)
             embeddings.update(fresh)
-        for key in keys:
-            self._rows.put(key, embeddings[key], 1)
+        for index in plain:
+            self._rows.put(keys[index], embeddings[keys[index]], 1)
         self._warn_of_unseen_words(vocabulary)
-        return with_equal_rows(np.stack([embeddings[key] for key in keys]))
+        if vocabulary.tuned is not None and vocabulary.tuned.context is not None:
+            offset = self._read_vector(vocabulary.tuned.context, "the context")
+            embeddings = {key: _unit(row + offset) for key, row in embeddings.items()}
+        return with_equal_rows(np.stack([tuned[i] if i in tuned else embeddings[key] for i, key in enumerate(keys)]))
+
+    def _tuned(self, vocabulary: Vocabulary) -> dict[int, np.ndarray]:
+        """Return the rows that were tuned, [D] unit length. Raises UserError if that was for another model."""
+        words = vocabulary.tuned
+        if words is None:
+            return {}
+        if self.model is None or not self.model.is_of(words.image, words.text):
+            here = "another one" if self.model is None else str(self.model)
+            raise UserError(
+                f"these words were tuned for the model {words.model} (image half {words.image[:12]}, text half "
+                f"{words.text[:12]}), and this is {here}: use them with that model, or tune words for this one"
+            )
+        texts = [text for word in vocabulary.words for text in word.synonyms]
+        return {
+            row: _unit(self._read_vector(vector, short(texts[row]))) for row, vector in vocabulary.tuned_rows.items()
+        }
+
+    def _read_vector(self, vector: bytes, of: str) -> np.ndarray:
+        numbers = np.frombuffer(vector, dtype="<f2").astype(np.float32)
+        if numbers.shape != (self.dimension,) or not np.isfinite(numbers).all():
+            raise UserError(
+                f'"tuned": the vector of {of} has {len(numbers)} numbers, or some that are not finite; this model '
+                f"has vectors of {self.dimension}"
+            )
+        return numbers
 
     def _remembered(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """Return the rows that memory or disk holds."""
@@ -224,7 +258,7 @@ class TextRows:
         places = np.array([numbers[prompt] for prompt in prompts])
         embeddings = np.concatenate(parts)[places.argsort()]
         means = np.stack([embeddings[member].mean(axis=0) for member in members])
-        return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+        return _unit(means)
 
     def _tokens(self, text: str, name: str) -> list[int]:
         """Return the tokens of a prompt. Raises UserError if the model can't read so many."""
@@ -255,7 +289,11 @@ class TextRows:
         names: list[str] = []
         if unseen is None:
             return names
+        first = 0
         for word in vocabulary.words:
+            row, first = first, first + len(word.synonyms)
+            if any(index in vocabulary.tuned_rows for index in range(row, first)):
+                continue  # it means what the images showed
             texts = {
                 word.synonyms[0]: word.prompts or word.synonyms[:1],
                 **{text: (text,) for text in word.synonyms[1:]},
@@ -276,6 +314,11 @@ class TextRows:
             warnings.warn(
                 f"the model has never seen a word of: {listed}{more}; results for them mean nothing", stacklevel=2
             )
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Return vectors [..., D] at unit length."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
 class Recent(Generic[Value]):

@@ -59,6 +59,7 @@ class DenseSegmenter(Segmenter):
         self.identity = baseline_identity(own, "maskclip", options)
         self.model.to(self.device)
         self.text = TextEncoder(self.model, disk_cache=text_cache, identity=own.text)
+        self.text.model = self.identity
 
     @undisturbed
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:

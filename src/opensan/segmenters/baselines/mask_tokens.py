@@ -75,6 +75,7 @@ class MaskTokenSegmenter(SanSegmenter):
         self.options = options
         self.relative = None if options.relative is None else load_relative(model, options.relative).to(self.device)
         self.identity = baseline_identity(self.identity, "mask-tokens", _with_content(options))
+        self.text.model = self.identity
 
     @undisturbed
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:

@@ -44,6 +44,7 @@ class TwoStageSegmenter(SanSegmenter):
         self.trained_words = _read_words(options.trained)
         words = options.model_copy(update={"trained": ",".join(sorted(self.trained_words))})
         self.identity = baseline_identity(self.identity, "two-stage", words)
+        self.text.model = self.identity
 
     @undisturbed
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:

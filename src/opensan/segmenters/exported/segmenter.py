@@ -57,6 +57,7 @@ class ExportedSegmenter(ProposalSegmenter):
             disk_cache=text_cache,
             tokenizer=_read_tokenizer(folder / TOKENIZER_NAME) if clip.text.own_tokenizer else None,
         )
+        self.text.model = self.identity
 
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
         """Run images of one padded shape through the network."""
