@@ -73,7 +73,8 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarr
     """Read one image as uint8 RGB [H0, W0, 3], a new contiguous array.
 
     `source` is a path, the bytes of an image file, a PIL image, a uint8 numpy array ([H0, W0] grey, [H0, W0, 3] RGB or
-    [H0, W0, 4] RGBA), or a uint8 torch tensor ([3, H0, W0], or [H0, W0, 3] if its first dimension isn't 3).
+    [H0, W0, 4] RGBA), a uint8 torch tensor ([3, H0, W0], or [H0, W0, 3] if its first dimension isn't 3), or a uint8
+    `tv_tensors.Image` of torchvision ([1, H0, W0] grey, [3, H0, W0], or [4, H0, W0] RGBA).
     EXIF rotation is applied; transparency is blended with white, as viewers show it; 16-bit grey is scaled by its full
     range (65,535 is white); of an animation the first frame is taken; colour profiles are ignored.
 
@@ -338,11 +339,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _channels_last(tensor: "torch.Tensor") -> np.ndarray:
     array = tensor.detach().cpu()
-    if array.ndim == 3 and array.shape[0] == 3:
-        array = array.permute(1, 2, 0)
+    if array.ndim == 3 and (array.shape[0] == 3 or (_is_tv_image(tensor) and array.shape[0] in (1, 4))):
+        array = array[0] if array.shape[0] == 1 else array.permute(1, 2, 0)
     if str(array.dtype) == "torch.bfloat16":  # numpy has none; any float is refused below
         array = array.float()
     return array.numpy()
+
+
+def _is_tv_image(tensor: "torch.Tensor") -> bool:
+    """Return whether it is a `torchvision.tv_tensors.Image`, whose channels are first, also one (grey) or four."""
+    tv_tensors = sys.modules.get("torchvision.tv_tensors")
+    return tv_tensors is not None and isinstance(tensor, tv_tensors.Image)
 
 
 def _from_array(array: np.ndarray, name: str, max_pixels: int) -> np.ndarray:

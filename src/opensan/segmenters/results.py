@@ -27,6 +27,7 @@ from opensan.assemble.segments import USUAL_RULES, SegmentRules, Segments
 from opensan.errors import UserError, did_you_mean, short
 from opensan.files import atomic_path
 from opensan.images import PreparedImage
+from opensan.segmenters.conversions import Conversions
 from opensan.segmenters.explanation import Explanation, rows_of
 from opensan.structures import ImageSizes
 from opensan.vocabulary import UNLABELLED, Templates, Vocabulary
@@ -178,7 +179,7 @@ class _Answers(Protocol):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Segmentation:
+class Segmentation(Conversions):
     """Result of a segmentation: a word for every pixel.
 
     A pickle of it holds all but the model, confidence included: it can be shown and saved, not relabelled.
