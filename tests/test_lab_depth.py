@@ -177,6 +177,8 @@ def test_wrong_settings_are_refused_in_one_line(tmp_path, run):
     (tmp_path / "file").write_text("")
     for arguments, problem in (
         (["--size", 100, "-o", tmp_path / "out"], "--size 100: not a multiple of 32; the nearest is 96"),
+        (["--only", "in ordr"], "--only: no training 'in ordr'; did you mean 'in order'"),
+        (["--only", "magic"], "--only: no training 'magic': \"in order\", "),
         (["-o", tmp_path / "file"], "cannot write there"),
         (["--clip", tmp_path, "-o", tmp_path / "out"], f"{tmp_path}: has no config.json; a lab's CLIP is a folder"),
     ):

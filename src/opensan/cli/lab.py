@@ -67,13 +67,17 @@ def ablate(
 
 @lab.command(cls=Command)
 def depth(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A training; again for more. Default: all.", show_default=False),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1_000, help="Runs of each training.")] = 3,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder for runs and results.")] = Path(
         "depth"
     ),
     steps: Annotated[int, typer.Option(min=1, help="Steps of every training.")] = 1_200,
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 4,
-    crop: Annotated[int, typer.Option("--size", min=32, max=1_024, help="Side of a scene, a multiple of 32.")] = 64,
+    crop: Annotated[int, typer.Option("--size", min=32, max=1_024, help="Side of a scene, a multiple of 32.")] = 96,
     scenes: Annotated[int, typer.Option(min=1, help="Scenes to train on.")] = 400,
     tests: Annotated[int, typer.Option(min=1, help="Scenes to test on.")] = 100,
     clip: Annotated[
@@ -88,11 +92,12 @@ def depth(
     interruption.
     """
     from opensan.lab.ablation.run import Budget, Setup
-    from opensan.lab.depth.run import measure_depth
+    from opensan.lab.depth.run import chosen, measure_depth
 
+    variants = chosen(only or [])
     _check(crop, out, "--size")
     budget = Budget(steps=steps, batch=batch, crop=crop, train=scenes, tests=tests)
-    _show(lambda: measure_depth(Setup(budget, clip, None), seeds, out, say=note), out / "depth.md")
+    _show(lambda: measure_depth(variants, Setup(budget, clip, None), seeds, out, say=note), out / "depth.md")
 
 
 def _check(crop: int, out: Path, option: str = "--crop") -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opensan.data.augment import AugmentConfig
+from opensan.errors import UserError, did_you_mean
 from opensan.files import atomic_path
 from opensan.lab.ablation.run import Setup
 from opensan.lab.depth.measures import DepthMeasures, DepthScenes, LabelledDepthScenes, measure_baselines
@@ -48,14 +49,35 @@ VARIANTS = (
 """All trainings, in the order in which they are run."""
 
 
-def measure_depth(setup: Setup, seeds: int, out: Path, *, say: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """Run every variant with `seeds` seeds, and write the table to `out` after each run, and a picture after the first.
+def chosen(only: Sequence[str]) -> list[DepthVariant]:
+    """Return the variants of these names, in the order of `VARIANTS`; all, if none is named.
 
-    A run that was stopped goes on where it was; other settings begin a new table, and say so. Returns the files.
+    Raises UserError, one line, for an unknown name.
+    """
+    names = [variant.name for variant in VARIANTS]
+    for name in only:
+        if name not in names:
+            hint = did_you_mean(name, names) or ": " + ", ".join(f'"{known}"' for known in names)
+            raise UserError(f"--only: no training {name!r}{hint}")
+    return [variant for variant in VARIANTS if not only or variant.name in only]
+
+
+def measure_depth(
+    variants: Sequence[DepthVariant],
+    setup: Setup,
+    seeds: int,
+    out: Path,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Path]:
+    """Run every variant with `seeds` seeds, and write the table to `out` after each run.
+
+    A picture of what the first variant's first seed read is written after its run. A run that was stopped goes on where
+    it was; other settings begin a new table, and say so. Returns the files.
     """
     size = (setup.budget.crop, setup.budget.crop)
     train, test = DepthScenes(7, setup.budget.train, size), DepthScenes(TEST_SEED, setup.budget.tests, size)
-    runs = {f"{variant.name}, seed {seed}": (variant, seed) for variant in VARIANTS for seed in range(seeds)}
+    runs = {f"{variant.name}, seed {seed}": (variant, seed) for variant in variants for seed in range(seeds)}
 
     def do(key: str, running: Path) -> dict[str, Any]:
         if key == BASELINE:
