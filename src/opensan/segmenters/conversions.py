@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 
 from opensan.errors import UserError, install
 from opensan.outputs import mean_confidence
+from opensan.segmenters.fiftyone_labels import fiftyone_detections, fiftyone_segmentation, mask_targets
 
 if TYPE_CHECKING:
+    from fiftyone import Detections as FiftyOneDetections
+    from fiftyone import Segmentation as FiftyOneSegmentation
     from supervision import Detections
 
     from opensan.assemble.segments import Segments
@@ -124,6 +127,21 @@ class Conversions:
             "area": torch.from_numpy(rows.areas),
             "semantic": tv_tensors.Mask(torch.from_numpy(self.labels.astype(np.int64))),
         }
+
+    def to_fiftyone(self, segments: bool = False) -> "FiftyOneSegmentation | FiftyOneDetections":
+        """Return `fiftyone.Segmentation` for a field of a sample; with `segments=True`, `fiftyone.Detections`.
+
+        The mask's values are the index into `names` + 1, and 0 for unlabelled: `mask_targets` names them for the data
+        set. A detection is one of `self.segments`, with its mask, its score as confidence, and `kind`.
+
+        Raises UserError, one line, if FiftyOne is not installed or, with `segments=True`, the model proposes no masks.
+        """
+        return fiftyone_detections(self.segments) if segments else fiftyone_segmentation(self.labels, len(self.names))
+
+    @property
+    def mask_targets(self) -> dict[int, str]:
+        """The words by the values of `to_fiftyone`'s mask: what `dataset.default_mask_targets` takes."""
+        return mask_targets(self.names)
 
 
 def _rows_of_segments(segments: "Segments", names: list[str], size: tuple[int, ...]) -> Rows:
