@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """What libraries of detection know of an image: a row for each region of a word, or for each segment."""
+    """Table of what libraries of detection know of an image: a row for each region of a word, or for each segment."""
 
     masks: NDArray[np.bool_]
     """[N, H0, W0]"""

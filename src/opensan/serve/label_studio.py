@@ -72,8 +72,8 @@ class LabelStudioBackend:
     async def predict(self, body: bytes, service: "Service") -> dict[str, Any]:
         """Return a prediction for each task, in their order.
 
-        A task whose image can't be read has no regions, and an `error`; if that is so for all of them, the request is
-        refused. Raises Problem as the service's other routes.
+        A task whose image can't be read has an `error` in place of a prediction; if that is so for all of them, the
+        request is refused. Raises Problem as the service's other routes.
         """
         if self._requests >= self._limits.waiting:
             raise busy(f"{self._requests} requests of Label Studio are waiting already: try again later", 1)
@@ -97,7 +97,7 @@ class LabelStudioBackend:
                     if problem.status_code not in (413, 422):  # not about this task
                         raise
                     problems.append(Problem(problem.status_code, f"task {short(task.get('id'))}: {problem.detail}"))
-                    results.append({"result": [], "model_version": self.version, "error": problems[-1].detail})
+                    results.append({"error": problems[-1].detail})  # which Label Studio logs, and asks again later
             if tasks and len(problems) == len(tasks):
                 raise problems[0]
             return {"results": results, "model_version": self.version}
