@@ -66,7 +66,7 @@ class TunedWords:
     rows: tuple[tuple[str, bytes], ...] = ()
     """(text, vector): the row of a word's text (name or synonym), in the place of what the text half makes of it."""
     context: bytes | None = None
-    """What is added to the rows of all other texts, before they are brought to unit length; None: nothing."""
+    """A vector that is added to the rows of all other texts, before they are brought to unit length; None: nothing."""
     about: str = "{}"
     """How the vectors were found, as JSON; for people."""
 

@@ -8,7 +8,17 @@ import typer
 from opensan.choices import Tuned
 from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary
 from opensan.cli.options import RESULTS, AsJson, Device, Model
-from opensan.cli.terminal import Command, Commands, complain, note, output_console, print_json, progress_of_steps
+from opensan.cli.suggestions import suggest
+from opensan.cli.terminal import (
+    Command,
+    Commands,
+    UsageError,
+    complain,
+    note,
+    output_console,
+    print_json,
+    progress_of_steps,
+)
 from opensan.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,13 +39,13 @@ def _help(context: typer.Context) -> None:
 @tune.command("words", cls=Command)
 def tune_words(
     data: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            metavar="DATA",
+            metavar="[DATA]",
             help="Labelled images: a folder with images/, labels/ and classes.txt, or a .json file of points.",
             show_default=False,
         ),
-    ],
+    ] = None,
     words: Words = None,
     words_file: WordsFile = None,
     words_set: WordsSet = None,
@@ -56,10 +66,34 @@ def tune_words(
         Tuned,
         typer.Option(help="A vector for each labelled word, one offset for all words (context), or both."),
     ] = "vectors",
+    without_labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="In place of DATA: images without labels. Other texts and templates are tried, and suggested.",
+            show_default=False,
+        ),
+    ] = None,
+    descriptions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help='With --without-labels: texts of your own to try, {"car": ["a parked car"]}.',
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Fits with other pixels; their mean is written.")] = 3,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE.json", help="The tuned words.", rich_help_panel=RESULTS)
-    ] = Path("tuned.json"),
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE.json",
+            help="The words. Default: tuned.json; with --without-labels, nothing is written.",
+            show_default=False,
+            rich_help_panel=RESULTS,
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -67,9 +101,31 @@ def tune_words(
 
     Writes a word file with the vectors in it, for --words-file everywhere, with this model alone. Figures are those of
     images that were left out; if none of them gets better, nothing is written, and the exit code is 1.
+    With --without-labels, other texts for the words and other templates are tried on a folder, and those that make the
+    answers surer are suggested, with figures.
     """
+    if (data is None) == (without_labels is None):
+        raise UsageError("give either labelled images, or --without-labels and a folder of images")
+    if without_labels is None and descriptions is not None:
+        raise UsageError("--descriptions belongs to --without-labels")
     asked = words or words_file or words_set or background or templates
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates) if asked else None
+    if without_labels is not None:
+        if out is not None:
+            _check_out(out, tuned=False)
+        suggest(
+            without_labels,
+            vocabulary,
+            model=model,
+            device=device,
+            images=images,
+            descriptions=descriptions,
+            out=out,
+            as_json=as_json,
+        )
+        return
+    assert data is not None  # see above
+    out = out or Path("tuned.json")
     _check_out(out)
     from opensan.segmenters.load import load_with_torch
     from opensan.tune import run
@@ -102,14 +158,16 @@ def tune_words(
         raise typer.Exit(1)
 
 
-def _check_out(out: Path) -> None:
-    """Raise UserError if the file can't be written, or holds words that are not tuned: somebody's own list."""
+def _check_out(out: Path, *, tuned: bool = True) -> None:
+    """Raise UserError if the file can't be written, or is there and holds no tuned words, but somebody's own list."""
     from opensan.outputs import check_writable
     from opensan.word_lists import TunedWords
 
     if out.suffix.lower() != ".json":
-        raise UserError(f"--out {out}: the tuned words are a .json file")
+        raise UserError(f"--out {out}: words are written as a .json file")
     check_writable(out.absolute().parent)
+    if out.exists() and not tuned:
+        raise UserError(f"--out {out}: is there already: choose another name")
     if out.exists():
         try:
             TunedWords.from_file(out)
