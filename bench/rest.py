@@ -26,12 +26,12 @@ from opensan.vocabulary import Vocabulary, Word
 
 WAYS = {
     "nothing: as without --rest": (0, 0.0),
-    'a half of "no object"': (0, 0.5),
+    'of "no object" what the model says (--rest)': (0, None),
     "64 contrast words": (64, 0.0),
     '64 words, 0.15 of "no object"': (64, 0.15),
     '64 words, 0.3 of "no object"': (64, 0.3),
 }
-"""Way -> number of contrast words, share of "no object"."""
+"""Way -> number of contrast words, factor of "no object" (None: `rest_share` of the model's configuration)."""
 
 SETS = {"animals6": None, "coco_small": None, "camvid": "test.txt"}
 
@@ -129,18 +129,20 @@ class Measured:
         return [100 * value for value in (np.mean(self.areas), np.mean(self.misses), *right, iou)]
 
 
-def measure(segmenter, words: list[str], samples: list[Sample], asked_count: int, draws: int) -> dict[str, list[float]]:
+def measure(
+    segmenter, words: list[str], samples: list[Sample], asked_count: int, draws: int, ways
+) -> dict[str, list[float]]:
     """Return the figures of each way: AUROC, FPR95, unknown pixels right, asked pixels right, mIoU."""
 
     def rows(vocabulary: Vocabulary) -> np.ndarray:
         return to_array(segmenter.text.classifier(vocabulary).rows)
 
-    names = list(contrast.pool())
+    names = list(contrast.pool()) if any(WAYS[way][0] for way in ways) else words
     unseen = set(segmenter.text.unseen_texts(Vocabulary(tuple(map(Word, names)))))
     names = [name for name in names if name not in unseen]
     pool, own = rows(contrast.pool_vocabulary(names)), rows(Vocabulary(tuple(map(Word, words))))
     null, scale = to_array(segmenter.model.no_object_row()), float(segmenter.model.clip.logit_scale.exp())
-    found = {way: Measured(len(words)) for way in (*WAYS, "all words of the set named")}
+    found = {way: Measured(len(words)) for way in (*ways, "all words of the set named")}
     generator = np.random.default_rng(0)
     for image in samples:
         shown = np.unique(image.truth[image.truth >= 0])
@@ -149,9 +151,13 @@ def measure(segmenter, words: list[str], samples: list[Sample], asked_count: int
             others = [word for word in range(len(words)) if word != first]
             asked = np.array([first, *generator.permutation(others)[: asked_count - 1]])
             vocabulary = Vocabulary(tuple(Word(words[word]) for word in asked))
-            chosen = contrast.choose(names, pool, vocabulary, own[asked], 64)
-            among = pool[[names.index(name) for name in chosen]]
-            for way, (count, share) in WAYS.items():
+            among = pool[:0]
+            if any(WAYS[way][0] for way in ways):
+                chosen = contrast.choose(names, pool, vocabulary, own[asked], 64)
+                among = pool[[names.index(name) for name in chosen]]
+            for way in ways:
+                count, share = WAYS[way]
+                share = segmenter.rest_share if share is None else share
                 table = np.concatenate([own[asked], among[:count], null])
                 probabilities = softmax(scale * image.embeddings @ table.T)
                 scores = probabilities[:, :-1].T @ image.masks
@@ -179,15 +185,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder of animals6, coco_small and camvid; without: scenes")
     parser.add_argument("--images", type=int, default=24, help="images of each set")
     parser.add_argument("--draws", type=int, default=2, help="times that words are drawn for an image")
+    parser.add_argument("--share", type=float, help='the factor of "no object"; default: the model\'s')
+    parser.add_argument("--without-contrast", action="store_true", help="leave out the ways with contrast words")
     options = parser.parse_args()
+    ways = [way for way, (count, _) in WAYS.items() if not (count and options.without_contrast)]
     segmenter = opensan.load(options.model)
+    segmenter.rest_share = options.share or segmenter.rest_share
     print(
         "| set | words | way | AUROC | FPR95 | others right | asked right | mIoU |\n|---|---|---|---|---|---|---|---|"
     )
     for name, words, samples in sets(segmenter, options.data, options.images):
         for count in (1, 3, 10):
             if count < len(words):
-                for way, row in measure(segmenter, words, samples, count, options.draws).items():
+                for way, row in measure(segmenter, words, samples, count, options.draws, ways).items():
                     print(
                         f"| {name} | {count} | {way} | " + " | ".join(f"{value:.1f}" for value in row) + " |",
                         flush=True,

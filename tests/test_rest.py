@@ -12,7 +12,8 @@ from opensan.errors import UserError
 from opensan.files import ASSETS
 from opensan.lab.san_training import SceneDataset
 from opensan.lab.scenes import SEGMENTATION_NAMES
-from opensan.vocabulary import NOTHING, Vocabulary, Word
+from opensan.model.identity import model_identity
+from opensan.vocabulary import Vocabulary, Word
 
 from .test_any_segmenter import WORDS, ColourSegmenter, stripes
 
@@ -57,24 +58,33 @@ def test_background_words_and_the_rest_both_count(tiny):
 def test_the_rest_is_a_share_of_no_object_and_changes_no_other_probability(tiny):
     encoding = tiny.encode(str(SCENE))
     plain = Vocabulary.parse("brick, sand|beach, night sky")
-    before, after = (tiny.class_probabilities(encoding, words) for words in (plain, plain.with_rest()))
+    before, after = (tiny.class_probabilities(encoding, words) for words in (plain, plain.with_rest(tiny.rest_share)))
     assert (before - after[:, :3]).abs().max() < 1e-5
-    assert (after[:, 3] - NOTHING * (1 - before.sum(1))).abs().max() < 1e-5
+    assert (after[:, 3] - tiny.rest_share * (1 - before.sum(1))).abs().max() < 1e-5
     scores = score_maps(encoding["mask_logits"], after, encoding.sizes)
     expected = np.where(scores.argmax(0).numpy() < 3, scores.argmax(0).numpy(), -1)
     assert (tiny.segment(encoding, plain, rest=True).labels == expected).mean() > 0.999
 
 
 def test_the_name_of_the_rest_may_be_an_asked_word():
-    words = Vocabulary.parse("none of these, brick").with_rest().words
+    words = Vocabulary.parse("none of these, brick").with_rest(0.5).words
     assert len({word.name for word in words}) == 3 and words[-1].absorbs
 
 
 def test_a_vocabulary_with_a_share_is_read_back():
     words = Vocabulary((Word("brick"), Word("sand", absorbs=True, nothing=0.3)))
     assert Vocabulary.parse(json.loads(json.dumps(words.to_dict()))) == words
-    with pytest.raises(UserError, match='"nothing" must be a share from 0 to 1, not 2'):
-        Vocabulary.parse([{"name": "sand", "nothing": 2}])
+    with pytest.raises(UserError, match='"nothing" must be a factor from 0 to 10, not 20'):
+        Vocabulary.parse([{"name": "sand", "nothing": 20}])
+
+
+def test_each_model_has_its_own_share_which_is_no_part_of_its_identity(tiny):
+    photo = opensan.load("photo", text_cache=False)
+    assert tiny.rest_share == 0.5 and photo.rest_share > 1
+    assert photo.with_rest(Vocabulary.parse("dog")).words[-1].nothing == photo.rest_share
+    other = photo.model.snapshot()
+    other.config = other.config.model_copy(update={"rest_share": 0.5})
+    assert model_identity(other) == photo.identity
 
 
 def test_a_model_without_proposals_says_so():

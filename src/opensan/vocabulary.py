@@ -32,8 +32,8 @@ UNLABELLED = -1
 REST = "none of these"
 """Name of the background word that `Vocabulary.with_rest` adds."""
 
-NOTHING = 0.5
-"""Share of "no object" that is this word's: see docs/results.md for others, and for contrast words in its place."""
+MOST_NOTHING = 10
+"""The most that a word may have of the probability of "no object", as a factor of it."""
 
 MAX_WORDS = 65_534
 """Label maps are written as 16-bit PNG at most, with 65,535 for unlabelled."""
@@ -87,8 +87,8 @@ class Word:
     absorbs: bool = False
     """A background or "other" word: it takes pixels, and they are reported as unlabelled."""
     nothing: float = 0.0
-    """The share of the probability of "no object" that a background word without a text of its own has, in [0, 1]; 0
-    for all other words."""
+    """What a background word without a text of its own has of the probability of "no object", as a factor of it, in
+    [0, 10]; 0 for all other words."""
 
     def __post_init__(self):
         for field in ("synonyms", "prompts"):
@@ -151,13 +151,16 @@ class Vocabulary:
     def _places(self) -> dict[str, int]:
         return {_key(text): n for n, word in enumerate(self.words) for text in (word.name, *word.synonyms)}
 
-    def with_rest(self) -> "Vocabulary":
-        """Add a background word for what none of the words fits; the text of the first word stands in for its own."""
+    def with_rest(self, share: float) -> "Vocabulary":
+        """Add a background word for what none of the words fits, with `share` of "no object" (`Word.nothing`).
+
+        The text of the first word stands in for its own.
+        """
         first = self.words[0]
         sentences = first.prompts or tuple(template.replace("{}", first.synonyms[0]) for template in self.templates)
         taken = {_key(text) for word in self.words for text in (word.name, *word.synonyms)}
         name = next(name for count in itertools.count() if _key(name := REST + " +" * count) not in taken)
-        return replace(self, words=(*self.words, Word(name, prompts=sentences, absorbs=True, nothing=NOTHING)))
+        return replace(self, words=(*self.words, Word(name, prompts=sentences, absorbs=True, nothing=share)))
 
     def prompts(self) -> list[list[str]]:
         """Return the prompts of each of the R text rows, in `row_class`'s order; a row is the mean of its prompts."""
@@ -304,8 +307,8 @@ def _word(entry: object, source: str) -> Word:
     if not isinstance(entry.get("background", False), bool):
         raise UserError(f'{source}: "background" must be true or false, not {short(entry["background"])}')
     nothing = entry.get("nothing", 0.0)
-    if isinstance(nothing, bool) or not isinstance(nothing, int | float) or not 0 <= nothing <= 1:
-        raise UserError(f'{source}: "nothing" must be a share from 0 to 1, not {short(nothing)}')
+    if isinstance(nothing, bool) or not isinstance(nothing, int | float) or not 0 <= nothing <= MOST_NOTHING:
+        raise UserError(f'{source}: "nothing" must be a factor from 0 to {MOST_NOTHING}, not {short(nothing)}')
     prompts = _texts(entry, "prompts", source)
     synonyms = (text, *_texts(entry, "synonyms", source))
     return Word(entry["name"], synonyms, prompts or None, entry.get("background", False), float(nothing))

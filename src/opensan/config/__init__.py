@@ -31,6 +31,7 @@ from opensan.config.encoders import (
     VisionConfig,
 )
 from opensan.config.model import (
+    REST_SHARE,
     ImageConfig,
     ModelConfig,
     SideAdapterConfig,
@@ -46,6 +47,7 @@ from opensan.config.reading import (
 __all__ = [
     "CONFIG_NAME",
     "EXPORT_NAME",
+    "REST_SHARE",
     "TOKENIZER_NAME",
     "AlignConfig",
     "AlignTextConfig",

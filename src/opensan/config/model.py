@@ -54,6 +54,13 @@ class ImageConfig(Config):
     std: tuple[Deviation, Deviation, Deviation] = (68.5005327, 66.6321579, 70.32316305)
 
 
+REST_SHARE = 0.5
+"""The default of `ModelConfig.rest_share`: see docs/results.md for others, and for contrast words in its place."""
+
+MOST_REST = 10.0
+"""The highest `ModelConfig.rest_share`."""
+
+
 class ModelConfig(Config):
     """Everything needed to build a SAN; the content of a checkpoint folder's config.json."""
 
@@ -73,8 +80,10 @@ class ModelConfig(Config):
     trained_clip: Literal["none", "position", "whole"] = "position"
     """The part of CLIP's image tower that is trained too: nothing, its position table, or all of it."""
     image: ImageConfig = ImageConfig()
+    rest_share: Annotated[float, Field(gt=0, le=MOST_REST)] = REST_SHARE
+    """What "none of these" gets of the probability of "no object", as a factor. The identity does not depend on it."""
     format: Literal[1] = 1
-    unwritten: ClassVar[Collection[str]] = ("recognition", "recognition_scale", "trained_clip")
+    unwritten: ClassVar[Collection[str]] = ("recognition", "recognition_scale", "trained_clip", "rest_share")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def model_identity(model: SAN) -> Identity:
 
 def image_identity(model: SAN) -> str:
     """Hash all parts that encodings and scores depend on: all but the text tower. 64 hexadecimal digits."""
-    data = model.config.model_dump(mode="json")
+    data = _config(model)
     data["clip"].pop("text", None)
     text = {f"clip.{name}" for name in model.clip.state_dict() if model.clip.is_text(name)}
     return _hash(data, {name: tensor for name, tensor in model.state_dict().items() if name not in text})
@@ -46,7 +47,14 @@ def frozen_identity(model: SAN) -> str:
     """Hash the parts that training does not change, and the configuration. 64 hexadecimal digits."""
     trained = {parameter.name for parameter in model.trained()}
     frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
-    return _hash(model.config.model_dump(mode="json"), frozen)
+    return _hash(_config(model), frozen)
+
+
+def _config(model: SAN) -> dict[str, Any]:
+    """Return the configuration, but for the share of "none of these", which is a part of the vocabulary."""
+    data = model.config.model_dump(mode="json")
+    data.pop("rest_share", None)
+    return data
 
 
 def _hash(config: dict, tensors: Mapping[str, Tensor]) -> str:

@@ -12,6 +12,7 @@ from opensan.assemble.bands import Scores, first_equal, to_array
 from opensan.assemble.interpolation import mask_bands
 from opensan.assemble.kinds import word_kinds
 from opensan.assemble.segments import Segments, find_segments
+from opensan.config import REST_SHARE
 from opensan.errors import UserError, did_you_mean, short
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.explanation import (
@@ -39,6 +40,8 @@ class ProposalSegmenter(Segmenter):
 
     text: TextRows
     """The text half: it embeds words."""
+    rest_share: float = REST_SHARE
+    """What "none of these" gets of "no object": `ModelConfig.rest_share`."""
     has_no_object = True
     """Whether `class_probabilities` leaves out a probability of "no object" that the model learned."""
 
@@ -93,7 +96,7 @@ class ProposalSegmenter(Segmenter):
         """Add a background word that takes the pixels that no asked word deserves; see `Vocabulary.with_rest`."""
         if not self.has_no_object:
             raise UserError(f'the rest needs a model that learned "no object", and {self.identity.name} did not')
-        return vocabulary.with_rest()
+        return vocabulary.with_rest(self.rest_share)
 
     def segments(self, segmentation: Segmentation) -> Segments:
         """Return the segments by `segmentation.rules`; see `Segmentation.segments`."""
@@ -138,7 +141,7 @@ Probabilities = TypeVar("Probabilities", "torch.Tensor", np.ndarray)
 
 
 def with_nothing(probabilities: Probabilities, vocabulary: Vocabulary) -> Probabilities:
-    """Give words without a text (`Word.nothing`) their share of "no object", in class probabilities [Q, K], in place.
+    """Give words without a text (`Word.nothing`) their part of "no object", in class probabilities [Q, K], in place.
 
     The other words' probabilities become those of the softmax without these words.
     """

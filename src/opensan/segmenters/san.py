@@ -79,6 +79,7 @@ class SanSegmenter(ProposalSegmenter):
         self.dtype = _matrix_dtype(self.device, speed, dtype)
         self.max_pixels = max_pixels
         self.image_config = model.config.image
+        self.rest_share = model.config.rest_share
         # The caller's model is unchanged, so that a training may continue with it.
         self.model = model.snapshot()
         self.identity = model_identity(self.model)

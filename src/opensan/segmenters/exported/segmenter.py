@@ -39,6 +39,7 @@ class ExportedSegmenter(ProposalSegmenter):
         self.identity = Identity(config.name, manifest.image, manifest.text_tower)
         self.max_pixels = max_pixels
         self.image_config = config.image
+        self.rest_share = config.rest_share
         self.device = "cpu"
         self.speed, self.dtype = manifest.format, manifest.dtype
 
