@@ -15,9 +15,12 @@ from PIL import Image
 from scipy import ndimage
 
 from opensan.files import link
-from opensan.outputs.datasets import DATASETS, Labelled, Member
+from opensan.outputs.dataset_files import Labelled, Member
+from opensan.outputs.datasets import DATASETS
+from opensan.outputs.object_datasets import OBJECT_DATASETS
 from opensan.outputs.polygons import regions, without_holes
 
+OF_REGIONS = [dataset for name, dataset in DATASETS.items() if name not in OBJECT_DATASETS]
 NAMES = ["background", "Night Sky", "#1 road", "café: old", "<sea> & sand", "cafe  old", "Background 2"]
 IMAGES = ["a.jpg.jpg", "a.png.png", "deep/a.jpg", "my photo.jpg"]
 """Equal stems of one folder keep their suffix in their names; there are equal stems of two folders, and spaces."""
@@ -43,9 +46,9 @@ def made(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
         members.append(Member(place, path.suffix))
         present = np.isin(np.arange(len(NAMES)), labels)
         confidence = [0.5 if there else None for there in present]
-        for dataset in DATASETS.values():
+        for dataset in OF_REGIONS:
             dataset.add(folder / "out", Labelled(place, path, labels, NAMES, lambda: confidence, "tiny"))  # noqa: B023
-    for dataset in DATASETS.values():
+    for dataset in OF_REGIONS:
         dataset.complete(folder / "out", members, NAMES)
     (folder / "out").rename(folder / "moved")
     shutil.rmtree(folder / "images")

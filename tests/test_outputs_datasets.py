@@ -16,9 +16,12 @@ from scipy import ndimage
 from opensan.data.prepare import READERS
 from opensan.data.prepare.engine import prepare
 from opensan.outputs.brush import brush_rle
-from opensan.outputs.datasets import DATASETS, SPECK, Labelled, Member, check_words
+from opensan.outputs.dataset_files import Labelled, Member
+from opensan.outputs.datasets import DATASETS, SPECK, check_words
+from opensan.outputs.object_datasets import OBJECT_DATASETS
 from opensan.outputs.polygons import regions, signed_area, simplified, without_holes
 
+OF_REGIONS = [dataset for name, dataset in DATASETS.items() if name not in OBJECT_DATASETS]
 NAMES = ["road", "café: old", "<sky> & sea", "never"]
 PLACES = ["a", "deep/images/b.c"]
 
@@ -146,12 +149,12 @@ def made(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
         Image.fromarray(np.uint8(60 * (maps[place] + 1))).save(photograph)
         present = np.bincount(maps[place].ravel() + 1, minlength=5)[1:] > 0
         confidence = [0.5 if there else None for there in present]
-        for dataset in DATASETS.values():
+        for dataset in OF_REGIONS:
             dataset.add(
                 folder / "out",
                 Labelled(place, photograph, maps[place], NAMES, lambda: confidence, "tiny-1"),  # noqa: B023
             )
-    for dataset in DATASETS.values():
+    for dataset in OF_REGIONS:
         dataset.complete(folder / "out", [Member(place, ".jpg") for place in PLACES], NAMES)
     return folder / "out", maps
 

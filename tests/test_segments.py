@@ -207,7 +207,7 @@ def test_the_command_writes_and_tells(tmp_path, capsys):
     [
         (["--format", "boxes", "--least-overlap", "1.5"], "must be from 0 to 1"),
         (["--format", "boxes", "--stuff", "brick", "--things", "brick"], "both stuff and thing"),
-        (["--stuff", "brick"], "need --format panoptic or boxes"),
+        (["--stuff", "brick"], "need a --format that is made of objects: panoptic, boxes, coco-instances"),
     ],
 )
 def test_wrong_options_end_the_command_before_the_work(options, message, tmp_path, capsys):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from opensan.assemble.segments import SegmentRules, Segments
 
-OBJECTS = "Objects (formats panoptic, boxes)"
+OBJECTS = "Objects"
 """Group of options in the help."""
 
 
@@ -77,7 +77,9 @@ def asked_rules(
     except UserError as error:
         raise UsageError(str(error)) from None
     if rules != USUAL_RULES and not has_segments(formats):
-        raise UsageError("options for objects need --format panoptic or boxes, which are made of objects")
+        from opensan.outputs import SEGMENT_FORMATS
+
+        raise UsageError(f"options for objects need a --format that is made of objects: {', '.join(SEGMENT_FORMATS)}")
     return rules
 
 

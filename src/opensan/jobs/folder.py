@@ -24,7 +24,8 @@ from opensan.errors import UserError
 from opensan.files import absolute
 from opensan.images import ImageError
 from opensan.jobs.ledger import LONGEST_WAIT, Ledger, Record, Stamp, settings_key, settings_of
-from opensan.outputs.datasets import DATASETS, Dataset, Labelled, Member
+from opensan.outputs.dataset_files import Dataset, Labelled, Member
+from opensan.outputs.datasets import DATASETS
 from opensan.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -286,6 +287,7 @@ def _write(question: Question, job: Job, source: Stamp, segmentation: "Segmentat
             segmentation.names,
             lambda: outputs.mean_confidence(segmentation.labels, segmentation.confidence, len(segmentation.names)),
             segmentation.encoding.model,
+            lambda: segmentation.segments,
         )
         for dataset in question.datasets:
             dataset.add(question.out, labelled)

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 from opensan import outputs
 from opensan.assemble.calibration import checked_threshold
+from opensan.assemble.kinds import word_kinds
+from opensan.assemble.segments import USUAL_RULES, SegmentRules
 from opensan.errors import UserError
 from opensan.files import absolute
 from opensan.images import list_images
@@ -55,6 +57,7 @@ def label_folder(
     formats: Sequence[str] = ("png", "overlay", "json"),
     background: Iterable[Any] = (),
     templates: Templates | None = None,
+    segments: SegmentRules = USUAL_RULES,
     threshold: float = 0.0,
     batch: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -68,8 +71,10 @@ def label_folder(
         words: as for `Segmenter.segment`; so are `background` and `templates`.
         model: a segmenter that `opensan.load` returned, or what `opensan.load` takes.
         out: the folder for the results.
-        formats: of "png", "overlay", "json", "panoptic", "boxes"; and data sets of all images: "coco", "yolo", "voc",
-            "labelstudio".
+        formats: of "png", "overlay", "json", "panoptic", "boxes"; and data sets of all images, of regions ("coco",
+            "yolo", "voc", "labelstudio") or of objects ("coco-instances", "coco-panoptic", "yolo-instances",
+            "yolo-boxes").
+        segments: the rules of objects, for the formats that are made of them.
         threshold: pixels of less confidence stay unlabelled, from 0 to 1.
         batch: images of one shape that go through the model together.
         progress: called with the number of images that are done, and of all.
@@ -81,11 +86,14 @@ def label_folder(
     paths = [Path(path) for path in (images if isinstance(images, list | tuple) else [images])]  # type: ignore[arg-type]
     vocabulary = Vocabulary.parse(words, background=background, templates=templates)
     threshold = checked_threshold(threshold)
+    word_kinds(vocabulary, segments.stuff, segments.things)  # a wrong word is reported before the work
     results = FolderResults(Path(out))
     jobs = plan_folder(paths, results.out, formats)
     segmenter = _segmenter(model)
     segmenter.prepare_words(vocabulary)
-    with FolderRun(segmenter, vocabulary, jobs, results.out, formats, batch=batch, threshold=threshold) as run:
+    with FolderRun(
+        segmenter, vocabulary, jobs, results.out, formats, batch=batch, rules=segments, threshold=threshold
+    ) as run:
         for note in run.notes:
             warnings.warn(note, stacklevel=2)
         results.earlier = len(jobs) - len(run.pending)

@@ -20,6 +20,7 @@ from opensan.outputs.colours import UNLABELLED_COLOUR, palette
 from opensan.outputs.datasets import DATASETS, check_words
 from opensan.outputs.drawing import format_share, overlay
 from opensan.outputs.explained import explained_picture
+from opensan.outputs.object_datasets import OBJECT_DATASETS
 from opensan.outputs.segments import segments_picture, segments_record
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ FORMATS = {
 }
 """Format -> the end of its file's name, after the stem."""
 
-SEGMENT_FORMATS = ("panoptic", "boxes")
+SEGMENT_FORMATS = ("panoptic", "boxes", *OBJECT_DATASETS)
 """The formats that are made of segments: objects, and regions of stuff."""
 
 _OVERLAY_COMPRESSION = 3

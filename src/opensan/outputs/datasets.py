@@ -1,12 +1,9 @@
 """Write many images' label maps as one data set, for annotation tools and training: COCO, YOLO, VOC, Label Studio.
 
-Each data set is a folder of its own, with the images (as links) in it. Each image's own files are written with it;
-files about all images are assembled at the end from these, one at a time.
+Here are those of regions, one a word; `object_datasets` has those of objects.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,77 +12,26 @@ import numpy as np
 from PIL import Image
 
 from opensan.errors import UserError
-from opensan.files import atomic_path, link, write_text
+from opensan.files import atomic_path, write_text
 from opensan.outputs.coco import run_lengths
 from opensan.outputs.colours import palette
+from opensan.outputs.dataset_files import (
+    Dataset,
+    Labelled,
+    Member,
+    as_json,
+    finish_instances,
+    finish_yolo,
+    parts,
+    write_separated,
+    yolo_stem,
+)
 from opensan.outputs.label_studio import SPECK, label_studio_regions, mean_score
+from opensan.outputs.object_datasets import OBJECT_DATASETS
 from opensan.outputs.polygons import regions, without_holes
 
 VOC_WORDS = 254
 """VOC's 8-bit maps keep 0 for the background and 255 for "don't care"."""
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """An image with its labels."""
-
-    stem: str
-    """Its name in the data set, without suffix: "0001", or "deep/er/0001"."""
-    photograph: Path
-    labels: np.ndarray
-    """[H, W] int, index into `names`, or -1 for unlabelled."""
-    names: Sequence[str]
-    confidence: Callable[[], Sequence[float | None]]
-    """Returns each word's mean over its pixels, in [0, 1], None without any; called only by formats that store it."""
-    model: str
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A kind of data set: its folder in the results, and how its files are written."""
-
-    folder: str
-    photographs: str
-    """The sub-folder with links to the images."""
-    pattern: str
-    """The path of an image's own file, given its {stem}."""
-    write: Callable[[Path, Labelled], None]
-    """Writes an image's own file."""
-    finish: Callable[[Path, Sequence["Member"], Sequence[str]], None]
-    """Writes the files about all images (in their order) and the words, to the folder."""
-    finished: tuple[str, ...]
-    """The files that `finish` writes."""
-    rename: Callable[[str], str] = str
-    """Converts an image's stem to the name that this kind of data set needs."""
-
-    def paths(self, stem: str, suffix: str) -> tuple[str, str]:
-        """Return the image's link and its own file, relative to the results."""
-        stem = self.rename(stem)
-        return (
-            f"{self.folder}/{self.photographs}/{stem}{suffix}",
-            f"{self.folder}/{self.pattern.format(stem=stem)}",
-        )
-
-    def add(self, out: Path, labelled: Labelled) -> None:
-        """Write one image's own files into the results folder `out`."""
-        photograph, own = (out / path for path in self.paths(labelled.stem, labelled.photograph.suffix))
-        for path in (photograph, own):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        link(labelled.photograph, photograph, symbolic=False)
-        self.write(own, labelled)
-
-    def complete(self, out: Path, members: Sequence["Member"], names: Sequence[str]) -> None:
-        """Write the files about all images; the words are `names`."""
-        self.finish(out / self.folder, members, names)
-
-
-@dataclass(frozen=True)
-class Member:
-    """An image of a data set."""
-
-    stem: str
-    suffix: str
-    """Suffix of its file, with the dot."""
 
 
 def _write_coco(path: Path, labelled: Labelled) -> None:
@@ -104,33 +50,11 @@ def _write_coco(path: Path, labelled: Labelled) -> None:
         }
         for label, rle in run_lengths(labelled.labels, len(labelled.names)).items()
     ]
-    write_text(path, _json({"width": width, "height": height, "annotations": annotations}) + "\n")
+    write_text(path, as_json({"width": width, "height": height, "annotations": annotations}) + "\n")
 
 
 def _finish_coco(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
-    def images() -> Iterator[str]:
-        for number, (member, part) in enumerate(zip(members, _parts(folder, members), strict=True), 1):
-            size = {"width": part["width"], "height": part["height"]}
-            yield _json({"id": number, "file_name": f"{member.stem}{member.suffix}", **size})
-
-    def annotations() -> Iterator[str]:
-        count = 0
-        for number, part in enumerate(_parts(folder, members), 1):
-            for annotation in part["annotations"]:
-                count += 1
-                yield _json({"id": count, "image_id": number, **annotation})
-
-    categories = [{"id": label + 1, "name": name, "supercategory": ""} for label, name in enumerate(names)]
-    (folder / "annotations").mkdir(exist_ok=True)
-    with (
-        atomic_path(folder / "annotations" / "instances_all.json") as temporary,
-        temporary.open("w", encoding="utf-8") as file,
-    ):
-        file.write(f'{{"info": {{"description": "made by opensan"}}, "categories": {_json(categories)},\n"images": [')
-        _write_separated(file.write, images())
-        file.write('],\n"annotations": [')
-        _write_separated(file.write, annotations())
-        file.write("]}\n")
+    finish_instances(folder, members, range(len(names)), names)
 
 
 def _write_yolo(path: Path, labelled: Labelled) -> None:
@@ -142,20 +66,6 @@ def _write_yolo(path: Path, labelled: Labelled) -> None:
                 corners = (polygon / (width, height)).ravel()
                 lines.append(f"{region.label} " + " ".join(f"{value:.6f}" for value in corners))
     write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def _yolo_stem(stem: str) -> str:
-    """Rename folders called "images": training tools replace the last "images" in an image's path by "labels"."""
-    return "/".join(f"{part}_" if part == "images" else part for part in stem.split("/"))
-
-
-def _finish_yolo(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
-    import yaml
-
-    photographs = (f"./images/{_yolo_stem(member.stem)}{member.suffix}\n" for member in members)
-    write_text(folder / "all.txt", "".join(photographs))
-    data = {"path": str(folder.absolute()), "train": "all.txt", "val": "all.txt", "names": dict(enumerate(names))}
-    write_text(folder / "data.yaml", yaml.safe_dump(data, allow_unicode=True, sort_keys=False))
 
 
 def _write_voc(path: Path, labelled: Labelled) -> None:
@@ -206,7 +116,7 @@ def _write_label_studio(path: Path, labelled: Labelled) -> None:
         prediction["score"] = mean_score(result)
     photograph = quote(f"images/{labelled.stem}{labelled.photograph.suffix}")
     task = {"data": {"image": f"/data/local-files/?d={photograph}"}, "predictions": [prediction]}
-    write_text(path, _json([task]) + "\n")
+    write_text(path, as_json([task]) + "\n")
 
 
 def _finish_label_studio(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
@@ -214,7 +124,7 @@ def _finish_label_studio(folder: Path, members: Sequence[Member], names: Sequenc
 
     with atomic_path(folder / "tasks.json") as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("[")
-        _write_separated(file.write, (_json(task) for tasks in _parts(folder, members) for task in tasks))
+        write_separated(file.write, (as_json(task) for tasks in parts(folder, members) for task in tasks))
         file.write("]\n")
     labels = [
         f'    <Label value={quoteattr(name)} background="#{bytes(colour).hex()}"/>\n'
@@ -227,29 +137,14 @@ def _finish_label_studio(folder: Path, members: Sequence[Member], names: Sequenc
     write_text(folder / "config.xml", config)
 
 
-def _parts(folder: Path, members: Iterable[Member]) -> Iterator[Any]:
-    """Yield the images' own JSON files, one after the other."""
-    for member in members:
-        yield json.loads((folder / "parts" / f"{member.stem}.json").read_bytes())
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _write_separated(write: Callable[[str], object], records: Iterable[str]) -> None:
-    for number, record in enumerate(records):
-        write(("," if number else "") + "\n" + record)
-
-
 DATASETS: Mapping[str, Dataset] = {
     "coco": Dataset(
         "coco", "images", "parts/{stem}.json", _write_coco, _finish_coco, ("annotations/instances_all.json",)
     ),
     "yolo": Dataset(
-        *("yolo", "images", "labels/{stem}.txt", _write_yolo, _finish_yolo),
+        *("yolo", "images", "labels/{stem}.txt", _write_yolo, finish_yolo),
         ("all.txt", "data.yaml"),
-        rename=_yolo_stem,
+        rename=yolo_stem,
     ),
     "voc": Dataset(
         *("voc", "JPEGImages", "SegmentationClass/{stem}.png", _write_voc, _finish_voc),
@@ -259,6 +154,7 @@ DATASETS: Mapping[str, Dataset] = {
         *("labelstudio", "images", "parts/{stem}.json", _write_label_studio, _finish_label_studio),
         ("tasks.json", "config.xml"),
     ),
+    **OBJECT_DATASETS,
 }
 
 

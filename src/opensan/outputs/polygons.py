@@ -231,6 +231,29 @@ def without_holes(region: Region, least: int) -> list[np.ndarray]:
     return parts
 
 
+def as_one_ring(pieces: Iterable[Region], least: int) -> np.ndarray:
+    """Return regions with their holes as one ring [N, 2] float64, simplified: for formats of one polygon an object.
+
+    Rings are joined by a line between near corners, there and back, so that filling by the even-odd rule gives the
+    pixels. Regions and holes of fewer than `least` pixels are left out, but never the largest region.
+    """
+    from scipy.spatial import cKDTree
+
+    ordered = sorted(pieces, key=lambda region: -region.pixels)
+    rings = []
+    for number, piece in enumerate(ordered):
+        if number == 0 or piece.pixels >= least:
+            rings.append(_drawable(piece.outline))
+            rings += [_drawable(hole) for hole in piece.holes if -signed_area(hole) >= least]
+    path = rings[0]
+    for ring in rings[1:]:
+        distances, nearest = cKDTree(path).query(ring)
+        begin = int(distances.argmin())
+        at = int(nearest[begin])
+        path = np.concatenate([path[: at + 1], ring[begin:], ring[: begin + 1], path[at:]])
+    return path
+
+
 def _drawable(outline: np.ndarray) -> np.ndarray:
     ring = simplified(outline)
     return ring if len(ring) >= 3 else outline.astype(np.float64)  # a speck
