@@ -1,5 +1,6 @@
 """The web page: words, colours, explanations, comparisons, downloads."""
 
+import base64
 import io
 import json
 import re
@@ -9,6 +10,7 @@ from urllib.error import HTTPError
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from opensan.outputs import overlay as overlay_of
 from opensan.outputs import palette, read_label_map
@@ -134,6 +136,27 @@ def test_hover_and_click_tell_the_region(page, segmenter):
     page.get_by_label("Close this explanation").click()
     expect(page.locator("#inspect")).to_be_hidden()
     expect(page.locator("#mask")).to_be_hidden()
+
+
+def test_the_part_under_the_pointer_has_a_line_around_it(page, segmenter):
+    open_picture(page)
+    words_of(page, "night sky, brick, green heart, ")
+    settled(page)
+    box = page.locator("#pointing").bounding_box()
+    labels = segmenter.segment(PLAYGROUND, ["night sky", "brick", "green heart"]).labels
+    for x, y in ((380, 80), (320, 20)):
+        page.mouse.move(box["x"] + (x + 0.5) / 640 * box["width"], box["y"] + (y + 0.5) / 480 * box["height"])
+        expect(page.locator("#object")).to_be_visible()
+        _, _, data = page.evaluate('document.getElementById("object").toDataURL()').partition(",")
+        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        light = (drawn[:, :, 3] == 255) & (drawn[:, :, 0] == 255)
+        parts, _ = ndimage.label(labels == labels[y, x], np.ones((3, 3)))
+        part = ndimage.binary_dilation(parts == parts[y, x], iterations=3)
+        assert light.sum() > 50 and part[light].mean() > 0.97
+        inner = ndimage.binary_erosion(parts == parts[y, x], iterations=7)
+        assert light[inner].mean() < 0.02
+    page.mouse.move(5, 5)
+    expect(page.locator("#object")).to_be_hidden()
 
 
 def test_pasted_lists_become_words(page):

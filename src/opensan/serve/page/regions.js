@@ -93,6 +93,37 @@ function regions(small, distance, stride) {
   return found;
 }
 
+/**
+ * The connected part, also across corners, of one label that {x, y} is in, on a map reduced to at most GRID pixels a
+ * side: {label, step, columns, rows, inside} with 1 in `inside` [rows * columns] where it is. null where {x, y} lies on
+ * something too thin for that.
+ */
+export function partAt(labels, width, height, { x, y }) {
+  const step = Math.max(1, Math.ceil(Math.max(width, height) / GRID));
+  const [columns, rows] = [Math.ceil(width / step), Math.ceil(height / step)];
+  const middle = (cell, size) => Math.min(size - 1, cell * step + (step >> 1));
+  const labelOf = (column, row) => labels[middle(row, height) * width + middle(column, width)];
+  const label = labels[y * width + x];
+  const [first, top] = [Math.floor(x / step), Math.floor(y / step)];
+  if (labelOf(first, top) !== label) return null;
+  const inside = new Uint8Array(columns * rows);
+  const waiting = [top * columns + first];
+  inside[waiting[0]] = 1;
+  while (waiting.length) {
+    const at = waiting.pop();
+    const [column, row] = [at % columns, Math.floor(at / columns)];
+    for (let down = Math.max(0, row - 1); down <= Math.min(rows - 1, row + 1); down++) {
+      for (let across = Math.max(0, column - 1); across <= Math.min(columns - 1, column + 1); across++) {
+        const next = down * columns + across;
+        if (inside[next] || labelOf(across, down) !== label) continue;
+        inside[next] = 1;
+        waiting.push(next);
+      }
+    }
+  }
+  return { label, step, columns, rows, inside };
+}
+
 /** Clears outlines (1 in `outlines`, [height * width]) that are many in a small area. */
 export function withoutCrowds(outlines, width, height) {
   const most = MOST_OUTLINE * (2 * REACH + 1) ** 2;

@@ -1,7 +1,7 @@
 // The photograph and what lies over it: colours and names, the border between two sides, the cursor, a proposal's mask.
 
 import { ink } from "./colours.js";
-import { namePlaces, withoutCrowds } from "./regions.js";
+import { namePlaces, partAt, withoutCrowds } from "./regions.js";
 import { css } from "./words.js";
 
 const BORDER = 0xff202020; // ABGR: dark, opaque
@@ -29,6 +29,8 @@ export class Stage {
       shown: null, // {labels, words}: what was painted last
     }));
     this.mask = element("mask");
+    this.object = element("object");
+    this.part = null; // the part under the cursor, and the labels that it is of
     this.pointing = element("pointing");
     this.cross = element("cross");
     this.tip = element("tip");
@@ -57,7 +59,7 @@ export class Stage {
     this.size = { width: bitmap.width, height: bitmap.height };
     this.step = Math.max(1, Math.ceil(Math.sqrt((bitmap.width * bitmap.height) / MOST_PIXELS)));
     const [width, height] = [Math.ceil(bitmap.width / this.step), Math.ceil(bitmap.height / this.step)];
-    const canvases = [this.photo, this.grey, this.mask, ...this.layers.flatMap(({ muted, overlay }) => [muted, overlay])];
+    const canvases = [this.photo, this.grey, this.mask, this.object, ...this.layers.flatMap(({ muted, overlay }) => [muted, overlay])];
     for (const canvas of canvases) Object.assign(canvas, { width, height });
     this.photo.getContext("2d").drawImage(bitmap, 0, 0, width, height);
     mute(this.photo, this.grey);
@@ -118,6 +120,7 @@ export class Stage {
       layer.shown = null;
       for (const each of [context, grey]) each.clearRect(0, 0, overlay.width, overlay.height);
       this.#writeNames(layer);
+      this.#outline();
       return;
     }
     context.putImageData(this.#coloured(labels, words), 0, 0);
@@ -127,6 +130,28 @@ export class Stage {
     grey.drawImage(overlay, 0, 0);
     layer.shown = { labels, words };
     this.#writeNames(layer);
+    this.#outline();
+  }
+
+  /** Draws a line around the connected part of a word that the cursor is in. */
+  #outline() {
+    const { cursor } = this;
+    const { width, height } = this.size;
+    const shown = cursor && this.layers[this.sideAt(cursor.x)].shown;
+    const named = shown && shown.words[shown.labels[cursor.y * width + cursor.x]];
+    if (!named) {
+      this.object.hidden = true;
+      this.part = null;
+      return;
+    }
+    const { labels } = shown;
+    const old = this.part;
+    const cell = old && Math.floor(cursor.y / old.step) * old.columns + Math.floor(cursor.x / old.step);
+    if (old?.labels === labels && old.label === labels[cursor.y * width + cursor.x] && old.inside[cell]) return;
+    const part = partAt(labels, width, height, cursor);
+    this.part = part && { ...part, labels };
+    this.object.hidden = !part;
+    if (part) drawOutline(this.object, part, this.step);
   }
 
   #coloured(labels, words) {
@@ -209,6 +234,7 @@ export class Stage {
   moveTo(cursor) {
     this.cursor = cursor;
     if (!cursor) this.cross.hidden = true;
+    this.#outline();
     this.onRead(cursor);
   }
 
@@ -274,6 +300,7 @@ export class Stage {
       const far = Math.max(1, Math.round(Math.max(width, height) / (event.shiftKey ? 10 : 60)));
       this.cursor = this.#inside(from.x + direction[0] * far, from.y + direction[1] * far);
       this.#mark(this.cursor);
+      this.#outline();
       this.onRead(this.cursor, true);
     });
     this.pointing.addEventListener("blur", () => this.moveTo(null));
@@ -314,6 +341,27 @@ function mute(photo, grey) {
     data[at] = data[at + 1] = data[at + 2] = level;
   }
   grey.getContext("2d").putImageData(picture, 0, 0);
+}
+
+/** Draws a light line inside and a dark one outside a part's edge; `scale` is the labels' pixels to one of `canvas`. */
+function drawOutline(canvas, { step, columns, rows, inside }, scale) {
+  const small = document.createElement("canvas");
+  Object.assign(small, { width: columns, height: rows });
+  const picture = new ImageData(columns, rows);
+  const out = new Uint32Array(picture.data.buffer);
+  for (let row = 0, at = 0; row < rows; row++) {
+    for (let column = 0; column < columns; column++, at++) {
+      const edge =
+        (column > 0 && inside[at - 1] !== inside[at]) || (column + 1 < columns && inside[at + 1] !== inside[at]) ||
+        (row > 0 && inside[at - columns] !== inside[at]) || (row + 1 < rows && inside[at + columns] !== inside[at]);
+      if (edge) out[at] = inside[at] ? 0xffffffff : BORDER;
+    }
+  }
+  small.getContext("2d").putImageData(picture, 0, 0);
+  const target = canvas.getContext("2d");
+  target.clearRect(0, 0, canvas.width, canvas.height);
+  target.imageSmoothingEnabled = false;
+  target.drawImage(small, 0, 0, (columns * step) / scale, (rows * step) / scale);
 }
 
 /** Fills `canvas` with a shade that is clear where the mask is bright. */
