@@ -330,6 +330,101 @@ def test_the_disk_is_full(index, photos, monkeypatch):
     assert index.add(photos).new == 1
 
 
+def test_an_exact_index_relabels_as_segment_labels_to_the_pixel(tmp_path, tiny):
+    words = "grass, night sky, brick, wood, green heart, red circle"
+    index = opensan.Index(tmp_path / "exact", tiny)
+    index.add(SCENES, exact=True)
+    for path, segmentation in index.relabel(words, background="sky"):
+        expected = tiny.segment(path, words, background="sky")
+        assert np.array_equal(segmentation.labels, expected.labels)
+        assert np.array_equal(segmentation.confidence, expected.confidence)
+    assert index.info()["exact"] and opensan.Index(tmp_path / "exact", tiny).add(SCENES).unchanged == 3
+    copy = shutil.copytree(index.folder, tmp_path / "copy")
+    (half,) = [file for file in (copy / "images.lance" / "data").iterdir() if file.stat().st_size > 10_000]
+    half.write_bytes(half.read_bytes()[:-5_000])
+    with pytest.raises(UserError, match="damaged"):
+        list(opensan.Index(copy, tiny).relabel(words))
+
+
+def test_stored_masks_relabel_nearly_alike(scenes):
+    words = "grass, night sky, brick, wood, green heart, red circle"
+    for path, segmentation in scenes.relabel(words):
+        expected = scenes.segmenter.segment(path, words)
+        assert (segmentation.labels == expected.labels).mean() > 0.9
+
+
+def test_an_exact_index_is_made_from_the_start(index, photos):
+    with pytest.raises(UserError, match="is no exact index, and can't become one"):
+        index.add(photos, exact=True)
+
+
+def test_relabelled_files_are_those_of_segment(tmp_path, capsys, monkeypatch):
+    from opensan.cli import main
+
+    folder, words = tmp_path / "scenes.index", "grass, night sky, brick, wood"
+    assert run(capsys, "add", folder, SCENES, "--model", "tiny", "--exact")[0] == 0
+    relabelled = run(
+        capsys, "relabel", folder, "--words", words, "--out", tmp_path / "a", "--format", "png,overlay,coco"
+    )
+    assert relabelled[0] == 0 and relabelled[1].endswith(f"3 of 3 images done, results in {tmp_path / 'a'}\n")
+    again = run(capsys, "relabel", folder, "--words", words, "--out", tmp_path / "a", "--format", "png,overlay,coco")
+    assert "3 of 3 images done, 3 of them earlier" in again[1]
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "segment",
+                str(SCENES),
+                "-m",
+                "tiny",
+                "-w",
+                words,
+                "-o",
+                str(tmp_path / "b"),
+                "--format",
+                "png,overlay,coco",
+            ]
+        )
+    files = sorted(path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file())
+    assert len(files) > 9
+    for file in files:
+        if file.name != "manifest.sqlite":
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_an_image_that_changed_is_not_relabelled(index, photos, tmp_path):
+    picture(photos / "0.png", 77)
+    paths, stored = index.stored_segmenter()
+    with pytest.raises(UserError, match="has changed since it was added"):
+        stored.read(paths[0])
+
+
+def test_answers_are_written_as_a_page_json_and_coco(tmp_path, capsys):
+    folder, photos = tmp_path / "scenes.index", tmp_path / "photos"
+    shutil.copytree(SCENES, photos)
+    assert run(capsys, "add", folder, photos, "--model", "tiny")[0] == 0
+    (photos / "court.png").unlink()
+    page, plain, coco = (tmp_path / name for name in ("page.html", "answer.json", "found.coco.json"))
+    code, out, err = run(capsys, "search", folder, "grass", "--not", "<b>", "--against", "none", "--out", page)
+    assert code == 1 and "never read '<b>'" in err
+    code, out, err = run(capsys, "search", folder, "grass|green", "--and", "wood", "--out", page)
+    assert (code, out.splitlines()[-1]) == (0, f"wrote {page}")
+    assert err.count("\n") == 1 and "court.png" in err
+    text = page.read_text()
+    assert text.count("data:image/jpeg;base64,") == 3 and "grass, and wood</h1>" in text and "<script" not in text
+    assert run(capsys, "search", folder, "grass", "--out", plain)[0] == 0
+    assert json.loads(plain.read_text())["matches"][0]["score"] > 0.5
+    assert run(capsys, "search", folder, "grass", "--out", coco)[0] == 0
+    from faster_coco_eval import COCO
+
+    data = COCO(str(coco))
+    capsys.readouterr()
+    best = data.loadAnns(data.getAnnIds(imgIds=[1]))[0]
+    assert data.annToMask(best).sum() == best["area"] > 0.2 * 480 * 640
+    assert run(capsys, "search", folder, "grass", "--out", tmp_path / "page.txt")[0] == 2
+    code, _, err = run(capsys, "search", folder, "grass", "--out", tmp_path / "missing" / "page.html")
+    assert code == 1 and "cannot write there" in err
+
+
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
     from opensan.cli import main
 

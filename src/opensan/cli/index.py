@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opensan.cli.options import MODEL, AsJson, Device, ImageDtype, SpeedChoice
+from opensan.cli.asked_words import (
+    Background,
+    Rest,
+    Templates,
+    Words,
+    WordsFile,
+    WordsSet,
+    asked_vocabulary,
+    embed_words,
+)
+from opensan.cli.options import MODEL, RESULTS, AsJson, Device, ImageDtype, Out, SpeedChoice
+from opensan.cli.segment import label_many
 from opensan.cli.terminal import (
     Command,
     Commands,
@@ -136,6 +147,18 @@ def search(
     every: Annotated[
         bool, typer.Option("--all", help="Look at all proposals, also where an index of the vectors proposes some.")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Also write a page with pictures (.html), everything with masks (.json), or a COCO data set "
+            "(.coco.json).",
+            show_default=False,
+            rich_help_panel=RESULTS,
+        ),
+    ] = None,
     model: IndexModel = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -143,6 +166,8 @@ def search(
     """Find the images of an index that show a word, with the matching regions."""
     from opensan.index.collection import Index
 
+    if out is not None and out.suffix.lower() not in (".html", ".json"):
+        raise UsageError(f"--out {out}: write to a name that ends in .html, .json or .coco.json")
     collection = Index(folder, model, device=device)
     answer = collection.search(
         words,
@@ -154,10 +179,55 @@ def search(
         least=least,
         approximate=False if every else None,
     )
+    if out is not None:
+        _write(out, answer, collection.segmenter.max_pixels)
     if as_json:
         print_json(answer.to_dict(), indent=None)
         return
     _print(answer)
+    if out is not None:
+        output_console().print(f"wrote {out}", soft_wrap=True)
+
+
+@index.command(cls=Command)
+def relabel(
+    folder: Folder,
+    words: Words = None,
+    words_file: WordsFile = None,
+    words_set: WordsSet = None,
+    background: Background = None,
+    templates: Templates = None,
+    rest: Rest = False,
+    out: Out = Path("out"),
+    formats: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="LIST", help="What to write: as for opensan segment.", rich_help_panel=RESULTS
+        ),
+    ] = "png,json",
+    model: IndexModel = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Label all images of an index with other words, without running the image half of the model again.
+
+    The files and their names are those of opensan segment. For an exact index so are the labels, to the pixel.
+    """
+    from opensan import outputs
+    from opensan.index.collection import Index
+    from opensan.jobs.folder import FolderRun, plan
+
+    vocabulary = asked_vocabulary(words, words_file, words_set, background, templates, rest)
+    kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
+    outputs.check_formats_of_many(kinds, len(vocabulary.names))
+    outputs.check_writable(out)
+    collection = Index(folder, model, device=device)
+    paths, segmenter = collection.stored_segmenter(pixels="overlay" in kinds)
+    embed_words(segmenter, vocabulary)
+    if rest:
+        vocabulary = segmenter.with_rest(vocabulary)
+    jobs = plan(paths, paths)
+    label_many(FolderRun(segmenter, vocabulary, jobs, out, kinds), len(jobs), out, as_json)
 
 
 @index.command(cls=Command)
@@ -215,6 +285,22 @@ def _contrast(text: str | None) -> Any:
     if text == "none":
         return ()
     return Vocabulary.ready(text) if text in ready_sets() else text
+
+
+def _write(path: Path, answer: "Answer", max_pixels: int) -> None:
+    """Write an answer in the form that the file's name says."""
+    from opensan.errors import writing
+    from opensan.files import json_text, write_text
+
+    with writing(path):
+        if path.suffix.lower() == ".html":
+            from opensan.index.page import write_page
+
+            for line in write_page(path, answer, max_pixels=max_pixels):
+                complain(f"warning: {line}")
+        else:
+            coco = path.name.lower().endswith(".coco.json")
+            write_text(path, json_text(answer.to_coco() if coco else answer.to_dict()) + "\n")
 
 
 def _print(answer: "Answer") -> None:

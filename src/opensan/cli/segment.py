@@ -201,7 +201,7 @@ def segment(
                 open_file(paths["overlay"])
         else:
             run = FolderRun(segmenter, vocabulary, jobs, out, kinds, batch=batch, rules=rules, threshold=threshold)
-            _many(run, len(jobs), out, as_json)
+            label_many(run, len(jobs), out, as_json)
 
 
 def _pixel(text: str, jobs: Sequence["Job"], single: bool) -> tuple[int, int]:
@@ -271,7 +271,7 @@ def _plain(image: Path, areas: dict[str, float], unlabelled: float, files: Seque
     return {"image": str(image), "areas": areas, "unlabelled": unlabelled, "files": list(files)}
 
 
-def _many(run: "FolderRun", count: int, out: Path, as_json: bool) -> None:
+def label_many(run: "FolderRun", count: int, out: Path, as_json: bool) -> None:
     """Segment many images, with a line an image on stdout, of JSON if wanted.
 
     Exits with 1 if an image was broken, with 130 on Ctrl-C; written files stay.

@@ -20,7 +20,7 @@ from opensan.evaluation.predictors import BatchPredictor
 from opensan.evaluation.report import FIGURES, calibrated_on, percent, picture
 from opensan.files import write_text
 from opensan.outputs.colours import palette
-from opensan.outputs.drawing import blend, mistakes
+from opensan.outputs.drawing import blend, jpeg_url, mistakes
 
 SHOWN = 8
 """Images of each kind, best and worst."""
@@ -228,7 +228,7 @@ def _image(dataset: SegmentationDataset, predictor: BatchPredictor, result: Imag
         mistakes(image, truth, labels, colours),
     )
     figures = "".join(
-        f'<figure><img src="{_data_url(pixels)}" alt="{kind}" width="{pixels.shape[1]}" height="{pixels.shape[0]}">'
+        f'<figure><img src="{jpeg_url(pixels)}" alt="{kind}" width="{pixels.shape[1]}" height="{pixels.shape[0]}">'
         f"<figcaption>{kind}</figcaption></figure>"
         for kind, pixels in zip(_PICTURES, drawn, strict=True)
     )
@@ -237,13 +237,6 @@ def _image(dataset: SegmentationDataset, predictor: BatchPredictor, result: Imag
         f'<section id="image-{result.index}"><h3>{escape(result.name)} <span class="figures">{line}</span></h3>\n'
         f'<div class="pictures">{figures}</div>\n{_legend(dataset.vocabulary.names, colours, truth, labels)}</section>'
     )
-
-
-def _data_url(pixels: np.ndarray) -> str:
-    """Return a picture [H, W, 3] as a URL that holds it, as JPEG."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
 def _legend(names: Sequence[str], colours: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> str:

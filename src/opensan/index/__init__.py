@@ -7,5 +7,7 @@ writer      changes that appear at once or not at all
 adding      images that are encoded into the index
 scoring     the model's own rule over stored proposals
 answers     images and regions that a search returns
+page        an answer as a page of pictures
+relabel     labels from what is stored
 collection  the object that a user holds
 """

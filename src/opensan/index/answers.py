@@ -115,3 +115,27 @@ class Answer(Sequence[Match]):
             "approximate": self.approximate,
             "matches": [match.to_dict() for match in self.matches],
         }
+
+    def to_coco(self) -> dict[str, Any]:
+        """Return the regions as a COCO data set of one category, the searched word; `score` is the probability."""
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for number, match in enumerate(self.matches, 1):
+            height, width = match.size
+            images.append({"id": number, "file_name": match.path, "width": width, "height": height})
+            for region in match.regions:
+                mask = region.mask
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": 1,
+                        "segmentation": region.to_dict()["rle"],
+                        "area": int(mask.sum()),
+                        "bbox": list(region.box),
+                        "iscrowd": 0,
+                        "score": round(region.probability, DIGITS),
+                    }
+                )
+        categories = [{"id": 1, "name": self.question["search"]}]
+        return {"images": images, "annotations": annotations, "categories": categories}

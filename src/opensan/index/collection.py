@@ -7,9 +7,9 @@ for match in index.search("zebra crossing"):
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -19,13 +19,16 @@ from opensan.images import list_images
 from opensan.index.adding import Added, Adding
 from opensan.index.answers import Answer, Match, Region
 from opensan.index.head import Head
-from opensan.index.rows import ABOUT, NOT_THE_SAME, SIZES, cells, sizes_of
+from opensan.index.relabel import StoredSegmenter, each_encoding, only, stored_encodings
+from opensan.index.rows import ABOUT, NOT_THE_SAME, SIZES, ImageRow, cells, sizes_of
 from opensan.index.scoring import By, Query, distinct, parse_query, probabilities, score_images, vectors_of
 from opensan.index.store import IMAGES, PROPOSALS, Store
 from opensan.index.writer import LONGEST_WAIT, Change, writing
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.load import load
 from opensan.segmenters.proposals import ProposalSegmenter, with_proposals
+from opensan.segmenters.results import Encoding, Segmentation
+from opensan.vocabulary import Templates, Vocabulary
 
 MOST_REGIONS = 10
 """Regions of an image in an answer."""
@@ -172,9 +175,50 @@ class Index:
 
     def paths(self) -> list[str]:
         """Return the images' paths, in the order in which they were added."""
-        return self._reading(
-            lambda head, store: [row["path"] for row in sorted(store.rows(IMAGES, ["id", "path"]), key=_by_id)]
+        return [row.path for row in self._rows()]
+
+    def encodings(self) -> Iterator[tuple[str, Encoding]]:
+        """Yield each image's path and its encoding, as far as it is stored, in the order in which they were added.
+
+        Those of an exact index are what `encode` returned; others have the masks' cells and vectors in half precision.
+        """
+        for row, encoding in each_encoding(self._encodings_of, self._rows()):
+            yield row.path, encoding
+
+    def relabel(
+        self,
+        words: Any,
+        *,
+        background: Iterable[Any] = (),
+        templates: Templates | None = None,
+        rest: bool = False,
+    ) -> Iterator[tuple[str, Segmentation]]:
+        """Yield each image's path and its labels with other words; the model's image half does not run.
+
+        Arguments as for `Segmenter.segment`. Labels of an exact index are those of `segment`, to the pixel.
+        """
+        vocabulary = Vocabulary.parse(words, background=background, templates=templates)
+        segmenter = self._segmenter_of(Head.read(self.folder))
+        for path, encoding in self.encodings():
+            yield path, segmenter.segment(encoding, vocabulary, rest=rest)
+
+    def stored_segmenter(self, *, pixels: bool = False) -> tuple[list[Path], Segmenter]:
+        """Return the images, and a segmenter that takes their encodings from the index, for a `FolderRun`.
+
+        With `pixels` it reads the images too, for results that show them.
+        """
+        head = Head.read(self.folder)
+        rows = self._rows()
+        if not rows:
+            raise UserError(f"{self.folder}: has no images; add some with `opensan index add`")
+        stored = StoredSegmenter(
+            self._segmenter_of(head),
+            {row.path: row for row in rows},
+            lambda number: only(self._encodings_of([number]), number),
+            exact=head.exact,
+            pixels=pixels,
         )
+        return [Path(row.path) for row in rows], cast(Segmenter, stored)
 
     def remove(self, images: Paths = (), *, missing: bool = False, wait: float = LONGEST_WAIT) -> int:
         """Remove images from the index; their files stay. Returns their number.
@@ -271,6 +315,14 @@ class Index:
                     raise
         raise AssertionError
 
+    def _rows(self) -> list[ImageRow]:
+        """Return the rows of all images, in the order in which they were added."""
+        rows = self._reading(lambda head, store: list(map(ImageRow.of, store.rows(IMAGES, ABOUT))))
+        return sorted(rows, key=lambda row: row.id)
+
+    def _encodings_of(self, ids: Sequence[int]) -> dict[int, Encoding]:
+        return self._reading(lambda head, store: stored_encodings(head, store, ids))
+
     def _ranked(
         self, segmenter: ProposalSegmenter, store: Store, query: Query, top: int, approximate: bool
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -339,10 +391,6 @@ def _regions(about: dict[str, Any], rows: list[tuple[float, dict[str, Any]]], le
 
 def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-
-
-def _by_id(row: dict[str, Any]) -> int:
-    return row["id"]
 
 
 def _dtype(segmenter: Segmenter) -> str:

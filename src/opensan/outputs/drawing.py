@@ -1,5 +1,7 @@
 """Draw label maps for people: colours and names over the image, and a legend beside it that never covers it."""
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -134,6 +136,13 @@ def blend(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndar
         mixed[outline] = (mixed[outline] * OUTLINE_BRIGHTNESS).astype(np.uint16)
         blended[top:bottom] = mixed
     return blended
+
+
+def jpeg_url(pixels: np.ndarray) -> str:
+    """Return a picture [H, W, 3] uint8 as a URL that holds it, as JPEG, for a page of one file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
 def mistakes(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, colours: np.ndarray) -> np.ndarray:
