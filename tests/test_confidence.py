@@ -238,6 +238,24 @@ def test_a_wrong_threshold_is_refused_before_the_work(tmp_path, run, threshold):
     assert code == 2 and err == f"error: --threshold {threshold}: must be from 0 to 1\n"
 
 
+def test_a_stream_tells_what_its_confidence_is_and_refuses_a_wrong_threshold(tiny, tmp_path, run, monkeypatch):
+    import io
+    import sys
+
+    path = calibration(tiny).save(tmp_path / "c.json")
+    line = json.dumps({"image": str(SCENE), "words": ASKED}) + "\n"
+    arguments = ["segment", "-", "--lines", "-m", "tiny", "--calibration", path, "--threshold"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line.encode())))
+    code, out, err = run(*arguments, "0.9")
+    answer = json.loads(out)
+    assert code == 0 and answer["confidence"]["calibrated"], err
+    assert (
+        answer["confidence"]["threshold"] == 0.9 and answer["confidence"]["below_threshold"] == answer["unlabelled"] > 0
+    )
+    code, _, err = run(*arguments, "1.2")
+    assert code == 2 and err == "error: --threshold 1.2: must be from 0 to 1\n"
+
+
 def test_a_folder_is_labelled_anew_with_another_threshold_or_calibration(tiny, tmp_path, run):
     path = calibration(tiny).save(tmp_path / "c.json")
     for name in ("a.png", "b.png"):

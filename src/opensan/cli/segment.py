@@ -142,6 +142,7 @@ def segment(
     others; it is listed at the end, and the exit code is 1. Results are noted in manifest.sqlite: a stopped run of
     several images goes on with the same command, and what is done is not done again.
     """
+    checked_threshold(threshold)
     if lines:
         if images != [STDIN] or show or explain is not None:
             raise UsageError("--lines answers a stream: give - in place of images, and neither --show nor --explain")
@@ -158,11 +159,10 @@ def segment(
         note(f"loading {model}")
         segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, calibration=calibration)
         parse = vocabularies(background, templates)
-        stream = LineQuestion(parse, default, out, tuple(kinds), rules, checked_threshold(threshold))
+        stream = LineQuestion(parse, default, out, tuple(kinds), rules, threshold)
         answer_lines(segmenter, stream, rest=rest, batch=batch)
         return
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates, rest)
-    checked_threshold(threshold)
     from opensan import outputs  # imported here, like all that --help does not need
 
     listed = ",".join(formats) if formats is not None else "png,overlay,json"

@@ -226,6 +226,7 @@ def _labelled(segmenter: "Segmenter", question: LineQuestion, line: _Line, encod
         found: dict[str, Any] = {
             "areas": segmentation.areas,
             "unlabelled": float((segmentation.labels < 0).mean()),
+            "confidence": segmentation.about_confidence(),
             "files": [],
         }
         if question.of_files:
