@@ -34,6 +34,7 @@ NOT_RUN = {
     r"opensan --install-completion": "changes the shell's settings",
     r"docker .*": "needs Docker",
     r"pytest .*": "runs with the other tests",
+    r"opensan .*--on ray.*": "needs Ray: tests/test_on_ray.py",
     r"torchrun .*": "starts processes: tests/test_trainer_parallel.py and tests/test_evaluate.py have several",
     r"python bench/.*": "takes minutes",
     r"python -m opensan\.lab\..*": "takes hours",

@@ -20,6 +20,7 @@ from opensan.cli.asked_words import (
     embed_words,
     vocabularies,
 )
+from opensan.cli.many_machines import Address, On, PerGpu, Workers, check_engine, loading_of, running_on_ray
 from opensan.cli.objects import (
     LeastMask,
     LeastOverlap,
@@ -132,6 +133,10 @@ def segment(
             "until stdin ends; for -.",
         ),
     ] = False,
+    on: On = None,
+    workers: Workers = None,
+    workers_per_gpu: PerGpu = 1,
+    address: Address = None,
     as_json: AsJson = False,
     show: Show = False,
 ) -> None:
@@ -143,6 +148,7 @@ def segment(
     several images goes on with the same command, and what is done is not done again.
     """
     checked_threshold(threshold)
+    check_engine(on, workers, address, {"--lines": lines, "--show": show, "--explain": explain, "-": STDIN in images})
     if lines:
         if images != [STDIN] or show or explain is not None:
             raise UsageError("--lines answers a stream: give - in place of images, and neither --show nor --explain")
@@ -187,6 +193,12 @@ def segment(
     if show and not (single and "overlay" in kinds):
         raise UsageError("--show opens the overlay of a single image: give one image, and overlay among --format")
     pixel = None if explain is None else _pixel(explain, jobs, single)
+    if workers is not None:
+        question = Question(vocabulary, out, tuple(dict.fromkeys(kinds)), rules, threshold)
+        loading = loading_of(model, device, speed, dtype, max_pixels, calibration)
+        with running_on_ray(workers, address, loading, question, rest, jobs, batch, workers_per_gpu) as run:
+            label_many(run, len(jobs), out, as_json)
+        return
     note(f"loading {model}")
     say_what_tiny_knows(model, [job.image for job in jobs])
     segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, calibration=calibration)

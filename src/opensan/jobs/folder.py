@@ -12,7 +12,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -179,12 +179,20 @@ def label_one(segmenter: "Segmenter", question: Question, job: Job) -> Written |
     Any process may do it, in any order. Whoever drives it adds the records to a `Ledger`, as `FolderRun` does, and at
     the end calls `complete_data_sets`. Raises UserError if the disk is full or can't be written to.
     """
-    read = _read(segmenter, question, job)
-    if isinstance(read, Broken):
-        return read
-    (encoding,) = segmenter.encode_read([read.image])
-    segmentation = question.label(segmenter, encoding)
-    return _write(question, job, read.source, segmentation)
+    return label_some(segmenter, question, [job])[0]
+
+
+def label_some(segmenter: "Segmenter", question: Question, jobs: Sequence[Job]) -> list[Written | Broken]:
+    """Label several images, as `label_one` does; those of one padded shape go through the network together."""
+    items = [_read(segmenter, question, job) for job in jobs]
+    images = [item.image for item in items if isinstance(item, _Read)]
+    encodings = segmenter.encode_read(images, batch_size=len(jobs))
+    return [
+        _write(question, item.job, item.source, question.label(segmenter, encodings.pop(0)))
+        if isinstance(item, _Read)
+        else item
+        for item in items
+    ]
 
 
 def label_single(
@@ -366,6 +374,12 @@ class FolderRun:
 
         Raises UserError where no results can be written. What was done by then is complete.
         """
+        with closing(self.labelled()) as labelled:
+            yield from labelled
+        complete_data_sets(self._question, self._jobs, self._ledger.records)
+
+    def labelled(self) -> Generator[Written | Broken]:
+        """Do the pending jobs, in about their order, and note what is complete."""
         threads = min(self._batch, MAX_THREADS)
         writing: deque[Future[Written | Broken]] = deque()
         with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
@@ -384,7 +398,6 @@ class FolderRun:
                     del segmentation
             while writing:
                 yield writing.popleft().result()
-        complete_data_sets(self._question, self._jobs, self._ledger.records)
 
     def _complete(self, job: Job, source: Stamp, segmentation: "Segmentation") -> Written | Broken:
         written = _write(self._question, job, source, segmentation)

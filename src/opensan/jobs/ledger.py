@@ -267,8 +267,13 @@ class Ledger:
 
     def add(self, record: Record) -> None:
         """Record that an image's files are complete. Threads may call it."""
-        self._journal.put(_IMAGE + record.stem, record.plain)
-        self.records[record.stem] = record
+        self.add_all([record])
+
+    def add_all(self, records: Iterable[Record]) -> None:
+        """Record that the files of several images are complete: one transaction, as each waits for the disk."""
+        added = {record.stem: record for record in records}
+        self._journal.put_all((_IMAGE + stem, record.plain, b"") for stem, record in added.items())
+        self.records.update(added)
 
 
 class SingleResult:
