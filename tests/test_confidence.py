@@ -329,6 +329,38 @@ def test_a_calibration_is_fitted_on_a_data_set(folder, tmp_path, model_folder, r
     assert fit_calibration(segmenter, dataset, "shore, val")[0] == found  # whatever calibration is in use
 
 
+def test_a_stopped_fit_continues_and_a_damaged_progress_begins_anew(folder, tmp_path, small_model, monkeypatch):  # noqa: F811
+    from opensan.evaluation import calibrate
+    from opensan.segmenters.san import SanSegmenter
+
+    monkeypatch.setattr(calibrate, "SAVE_EVERY", 0)
+    dataset, segmenter = SegmentationFolder(folder, "val"), SanSegmenter(small_model)
+    whole, _ = fit_calibration(segmenter, dataset, "shore, val")
+    kept, seen = tmp_path / "kept.sqlite", []
+
+    def stop_at(last):
+        def progress(done, total):
+            seen.append(done)
+            if done == last:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_calibration(segmenter, dataset, "shore, val", kept=kept, progress=stop_at(5))
+    assert seen == [1, 2, 3, 4, 5]
+    seen.clear()
+    assert fit_calibration(segmenter, dataset, "shore, val", kept=kept, progress=stop_at(0))[0] == whole
+    assert seen == [5, 6, 7] and not kept.exists()  # the fifth was not yet saved
+    kept.write_bytes(b"no journal" * 100)
+    assert fit_calibration(segmenter, dataset, "shore, val", kept=kept)[0] == whole
+    with pytest.raises(KeyboardInterrupt):
+        fit_calibration(segmenter, dataset, "shore, val", kept=kept, progress=stop_at(3))
+    seen.clear()
+    fit_calibration(segmenter, dataset, "shore, val", kept=kept, images=3, progress=stop_at(0))
+    assert seen == [1, 2, 3]  # other images
+
+
 # The figures
 
 

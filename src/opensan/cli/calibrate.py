@@ -35,10 +35,12 @@ def calibrate(
     """Fit a calibration, with which confidences are probabilities, on labelled images.
 
     Use it with --calibration FILE, or copy it as calibration.json into the model's folder. It changes no label.
+    The same command continues after an interruption.
     """
     from opensan.errors import writing
     from opensan.evaluation.calibrate import fit_calibration
     from opensan.evaluation.sets import open_set
+    from opensan.files import hold
     from opensan.outputs import check_writable
     from opensan.segmenters.load import load
 
@@ -50,10 +52,17 @@ def calibrate(
     embed_words(segmenter, prepared.dataset.vocabulary)
     name = f"{prepared.name}, {prepared.dataset.split}"
     console = output_console()
-    with progress_of(console, "calibrating") as progress:
-        found, broken = fit_calibration(segmenter, prepared.dataset, name, images=images, progress=progress)
-    with writing(out):
-        found.save(out)
+    busy = f"{out}: another calibration is writing there; wait for it, or choose another --out"
+    kept = out.with_name(f"{out.name}.progress.sqlite")
+    with hold(out.with_name(f".{out.name}.lock"), busy), progress_of(console, "calibrating") as progress:
+        try:
+            found, broken = fit_calibration(
+                segmenter, prepared.dataset, name, images=images, kept=kept, progress=progress
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on where it was") from None
+        with writing(out):
+            found.save(out)
     if as_json:
         print_json(found.to_dict())
     else:

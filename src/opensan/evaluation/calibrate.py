@@ -6,7 +6,10 @@ pixels of each image are enough: neighbours tell the same.
 Letters: K words, N pixels, T temperatures, S steps of the best score.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -14,6 +17,8 @@ from opensan.assemble.bands import BAND_FLOATS, row_bands, to_array
 from opensan.assemble.calibration import Calibration
 from opensan.data.dataset import SegmentationDataset
 from opensan.errors import UserError
+from opensan.evaluation.measure import SAVE_EVERY, MeasurableDataset
+from opensan.journal import Journal
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.results import Encoding
 from opensan.vocabulary import Vocabulary
@@ -33,6 +38,7 @@ PIXELS = 2000
 GAIN = 0.005
 """Share of the loss that a second temperature must save on images it was not fitted on."""
 
+_SUMS = "sums"
 _LEAST = 1e-6
 """A probability is at least this, and at most 1 less this, so that one pixel cannot cost without bound."""
 
@@ -101,6 +107,25 @@ class Fit:
             doubtful_below=first / STEPS,
         )
 
+    def to_bytes(self) -> bytes:
+        """Return all sums; `restore` reads them."""
+        return b"".join(np.ascontiguousarray(sums, dtype="<f8").tobytes() for sums in self._sums)
+
+    def restore(self, data: bytes, images: int) -> bool:
+        """Take over sums of `to_bytes` over so many images. Returns whether they were such."""
+        values = np.frombuffer(data, dtype="<f8") if len(data) % 8 == 0 else np.empty(0)
+        sizes = [sums.size for sums in self._sums]
+        if len(values) != sum(sizes) or not np.isfinite(values).all():
+            return False
+        for sums, part in zip(self._sums, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
+            sums[:] = part.reshape(sums.shape)
+        self.images = images
+        return True
+
+    @property
+    def _sums(self) -> tuple[np.ndarray, ...]:
+        return self.loss, self.bins, self.plain
+
     def _split(self) -> int:
         """Return the step of the best score below which a second temperature helps; 0 if none does."""
         losses = np.zeros(STEPS + 1)
@@ -136,6 +161,7 @@ def fit_calibration(
     name: str,
     *,
     images: int | None = None,
+    kept: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Calibration, list[str]]:
     """Fit a calibration on a data set with its own words; and name the images that could not be read.
@@ -145,6 +171,8 @@ def fit_calibration(
         dataset: images and labels on which the model was not trained.
         name: what the data is called in the file.
         images: only so many, spread evenly over the data set.
+        kept: a file for the progress, from which the same call continues if it was stopped; removed at the end. The
+            data set must have a `fingerprint` then.
         progress: called with the number of images that are done, and of all.
 
     Raises:
@@ -153,7 +181,10 @@ def fit_calibration(
     vocabulary, fit = dataset.vocabulary, Fit()
     count = len(dataset) if images is None else min(images, len(dataset))
     broken: list[str] = []
-    for done, index in enumerate((number * len(dataset) // count for number in range(count)), 1):
+    state = None if kept is None else _State(kept, _work(segmenter, dataset, count))
+    begun = 0 if state is None else state.restore(fit, broken)
+    for done in range(begun + 1, count + 1):
+        index = (done - 1) * len(dataset) // count
         try:
             image, truth = dataset[index]
         except (UserError, OSError) as error:
@@ -166,8 +197,52 @@ def fit_calibration(
                     scores_at(segmenter, encoding, vocabulary, chosen), truth.ravel()[chosen], len(vocabulary.names)
                 )
         progress(done, count)
+        if state is not None:
+            state.save(fit, done, broken)
+    if state is not None:
+        state.end()
     words = tuple(dict.fromkeys(text for word in vocabulary.words for text in (word.name, *word.synonyms)))
     return fit.calibration(str(segmenter.identity), words, name), broken
+
+
+def _work(segmenter: Segmenter, dataset: SegmentationDataset, count: int) -> dict[str, object]:
+    """Return all that a fit depends on."""
+    return {
+        "model": str(segmenter.identity),
+        "speed": [segmenter.speed, str(segmenter.dtype)],
+        "data": cast(MeasurableDataset, dataset).fingerprint(),
+        "images": count,
+    }
+
+
+class _State:
+    """The progress of a fit on disk: sums over the first images, written now and then."""
+
+    def __init__(self, path: Path, work: Mapping[str, object]) -> None:
+        self._journal = Journal(path)
+        if self._journal.damaged:
+            self._journal.damaged.unlink()
+        self._journal.begin(work)
+        self._saved = time.monotonic()
+
+    def restore(self, fit: Fit, broken: list[str]) -> int:
+        """Take over what an earlier run did, and return its number of images."""
+        value = self._journal.get(_SUMS)
+        if not isinstance(value, dict) or not fit.restore(self._journal.data(_SUMS), int(value.get("images", 0))):
+            return 0
+        broken += map(str, value.get("broken", []))
+        return int(value.get("done", 0))
+
+    def save(self, fit: Fit, done: int, broken: list[str]) -> None:
+        """Write the sums over the first `done` images, if the last time is long ago."""
+        if time.monotonic() - self._saved >= SAVE_EVERY:
+            self._journal.put(_SUMS, {"done": done, "images": fit.images, "broken": broken}, fit.to_bytes())
+            self._saved = time.monotonic()
+
+    def end(self) -> None:
+        """Remove the file."""
+        self._journal.close()
+        self._journal.path.unlink(missing_ok=True)
 
 
 def _chosen(truth: np.ndarray, seed: int) -> np.ndarray:
