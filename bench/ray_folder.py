@@ -6,7 +6,7 @@ speed: a folder is labelled by turns in this process and by workers on this mach
 seconds are those of all processes. worker: while a command labels the folder, its workers get SIGKILL, one at a time,
 as soon as the ledger has grown. driver: the command gets SIGKILL at random moments after its first results, and is
 started again. At the end each image must have its files, equal to those of an undisturbed run in one process, and one
-row of the ledger.
+row of the ledger. files: CPU seconds to read a JPEG of 640x640 and to write its results, and their bytes.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,30 @@ def measure_speed(folder: Path, top: Path, workers: int, rounds: int) -> None:
                 )
 
 
+def measure_files(top: Path, count: int = 12) -> None:
+    """Medians over drawn images; noise of a camera would make JPEGs larger, and label maps too."""
+    segmenter = opensan.load("tiny", device="cpu")
+    seconds: dict[str, list[float]] = {"read": [], **{name: [] for name in (*FORMATS, "overlay")}}
+    sizes: dict[str, list[int]] = {name: [] for name in seconds}
+    for number in range(count):
+        image = top / f"{number}.jpg"
+        Image.fromarray(make_scene(3, number, (640, 640), split="test").image).save(image, quality=90)
+        began = time.process_time()
+        read = segmenter.read(image)
+        seconds["read"].append(time.process_time() - began)
+        sizes["read"].append(image.stat().st_size)
+        (encoding,) = segmenter.encode_read([read])
+        segmentation = segmenter.segment(encoding, WORDS)
+        for name in (*FORMATS, "overlay"):
+            began = time.process_time()
+            (path,) = segmentation.save(top / "files", f"{number}", [name]).values()
+            seconds[name].append(time.process_time() - began)
+            sizes[name].append(path.stat().st_size)
+    for name, values in seconds.items():
+        cost, size = 1000 * statistics.median(values[2:]), statistics.median(sizes[name])
+        print(f"files: {name}: {cost:.0f} ms of CPU, {size / 1000:.0f} kB", flush=True)
+
+
 def start(folder: Path, out: Path, workers: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "opensan", "segment", str(folder), "--words", WORDS, "--model", "tiny"]
     options = ["--out", str(out), "--format", ",".join(FORMATS), "--json", "--device", "cpu"]
@@ -183,7 +208,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", default="speed,worker,driver")
+    parser.add_argument("--only", default="speed,worker,driver,files")
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -195,10 +220,14 @@ def main() -> None:
             Image.fromarray(make_scene(3, number, (120, 160), split="test").image).save(folder / f"{number:04}.png")
         vocabulary = opensan.Vocabulary.parse(WORDS)
         jobs = plan(list_images([folder]), [folder])
+        wanted = args.only.split(",")
+        if "files" in wanted:
+            measure_files(top)
+        if wanted == ["files"]:
+            return
         with FolderRun(opensan.load("tiny", device="cpu"), vocabulary, jobs, top / "whole", FORMATS) as run:
             assert sum(isinstance(result, Written) for result in run.results()) == args.images
         whole = contents(top / "whole")
-        wanted = args.only.split(",")
         if "worker" in wanted:
             kill_workers(folder, top / "killed-workers", whole, args.images, args)
         if "driver" in wanted:

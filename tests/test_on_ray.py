@@ -180,8 +180,9 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_lost_or_done_twice(ray, m
     folder = photographs(tmp_path / "in", 12)
     deaths = iter([False, True, False, False, True, True, False, True] + [False] * 100)
     ray.dies = lambda call: call.method == "label" and next(deaths)
-    written, broken, _ = on_workers(model_folder, folder, tmp_path / "out", count=3, batch=2)
+    written, broken, notes = on_workers(model_folder, folder, tmp_path / "out", count=3, batch=2)
     assert len(written) == len(set(written)) == 12 and not broken and len(ray.actors) > 3
+    assert len(notes) == 4 and all("a worker died: another is started" in line for line in notes)
     assert sorted(record["place"] for record in records(tmp_path / "out")) == written
     run_folder(segmenter, folder, tmp_path / "one")
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
@@ -329,15 +330,15 @@ def test_without_ray_one_line_says_how_to_install_it(model_folder, run, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (260 MB; the extra `ray`)")
-def test_ray_itself_and_a_worker_that_is_killed(model_folder, segmenter, tmp_path, monkeypatch):
-    """The first worker to label is killed from outside, by its own image."""
+def test_ray_itself_and_a_worker_that_is_killed(model_folder, segmenter, tmp_path, capfd):
     folder = photographs(tmp_path / "in", 12)
     run_folder(segmenter, folder, tmp_path / "one", ("png", "json"))
     out = tmp_path / "out"
     out.mkdir()
     with cluster(None, 2):
         question = Question(Vocabulary.parse(WORDS), out, ("png", "json"))
-        workers = Workers(2, loading(model_folder), question)
+        notes: list[str] = []
+        workers = Workers(2, loading(model_folder), question, note=notes.append)
         jobs = plan(list_images([folder]), [folder])
         import ray
 
@@ -348,6 +349,8 @@ def test_ray_itself_and_a_worker_that_is_killed(model_folder, segmenter, tmp_pat
             found += results
     assert len(found) == 12 and all(isinstance(result, Written) for result in found)
     assert contents(out) == contents(tmp_path / "one") and len(records(out)) == 12
+    assert any("a worker died" in line for line in notes)
+    assert capfd.readouterr().out == ""  # where results are
 
 
 def test_the_example_for_kubernetes_is_whole():

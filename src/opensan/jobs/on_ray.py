@@ -9,6 +9,7 @@ a worker, its machine or the driver, the same command makes what is missing, and
 import os
 import re
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -156,6 +157,8 @@ def cluster(address: str | None, workers: int) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the Ray cluster at {address or 'this machine'} can't be reached ({reason(error)})") from None
+    # Ray tells of dead workers on stdout, where results are, and has no setting for it; `Workers` tells of them itself.
+    sys.modules["ray._private.worker"].__dict__["_worker_logs_enabled"] = False
     try:
         yield
     finally:
@@ -318,6 +321,7 @@ class Workers:
                 else:
                     self._ready.remove(worker)
                     self._start()
+                    self._note("a worker died: another is started, and its images are given out again")
                     if len(culprits := lost[worker.calls[0]]) == 1:  # it was working on this image
                         (job,) = culprits
                         deaths[job.stem] = deaths.get(job.stem, 0) + 1
