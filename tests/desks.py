@@ -168,6 +168,11 @@ def a_hub(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_folder(random_model("tiny", 0), desk / "runs" / "street" / "model")
 
 
+def a_cache_of_datasets(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets", reason="the library `datasets` is not installed")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", desk / ".cache")
+
+
 def tasks_desk(desk: Path, _: object) -> None:
     pytest.importorskip("av", reason="videos need PyAV (the extra `video`)")
     tasks.lay_out(desk)
@@ -184,5 +189,5 @@ MORE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], ...]] = {
     "docs/huge-images.md": (rasters,),
     "docs/video.md": (clips,),
     "docs/tasks.md": (tasks_desk,),
-    "docs/other-tools.md": (a_hub,),
+    "docs/other-tools.md": (a_hub, a_cache_of_datasets),
 }

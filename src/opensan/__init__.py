@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "opensan.segmenters.load",
+    "Labeller": "opensan.jobs.labeller",
     "label_folder": "opensan.jobs.runs",
     "label_video": "opensan.jobs.runs",
     "evaluate": "opensan.evaluation.run",
@@ -31,6 +32,7 @@ __all__ = [
     "AnySegmenter",
     "Encoding",
     "Index",
+    "Labeller",
     "ModelConfig",
     "SanSegmenter",
     "Segmentation",
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from opensan.config import ModelConfig
     from opensan.evaluation.run import evaluate
     from opensan.index.collection import Index
+    from opensan.jobs.labeller import Labeller
     from opensan.jobs.runs import label_folder, label_video
     from opensan.segmenters.base import AnySegmenter, Segmenter
     from opensan.segmenters.load import load
