@@ -5,8 +5,8 @@
 For each gap: the words before, and tuned as vectors, as a context, and as both; mean IoU over the words asked for, on
 test images that no fit saw, at up to 500 pixels of each word in each. "Others" are the mean IoU of words without
 labels: in drawn scenes those of the same test images that the labelled images did not show; for photographs the words
-of another set, on its images, asked together with the tuned ones. Each figure is the mean of draws of labelled images,
-with a 95 % interval of their mean (Student's t). Times are of the fits alone, on the threads that torch has.
+of another set, on its images, asked together with the tuned ones. Each gain is the mean over draws of labelled images,
+with its 95 % interval (Student's t). Seconds are of processors, of the fits alone.
 """
 
 import argparse
@@ -133,9 +133,9 @@ def run(gap: Gap, seeds: int, ways: Sequence[Tuned], fits: int, cache: dict) -> 
     """Return a line of figures for each way, number of labelled images and draw of them."""
     segmenter = opensan.load(gap.model)
     text = segmenter.text.classifier(gap.words)
-    start = time.perf_counter()
+    start = time.process_time()
     test = sampled(segmenter, gap.test, gap.words)
-    seconds = (time.perf_counter() - start) / len(gap.test)
+    seconds = (time.process_time() - start) / len(gap.test)
     samples = sampled(segmenter, gap.pool, gap.words)
     other = None
     if gap.other is not None:
@@ -160,9 +160,9 @@ def run(gap: Gap, seeds: int, ways: Sequence[Tuned], fits: int, cache: dict) -> 
             if of_draw not in others_before:
                 others_before[of_draw] = of_others(gap.words, before, labelled)
             for way in ways:
-                start = time.perf_counter()
+                start = time.process_time()
                 tuning = fit_samples(segmenter, [samples[i] for i in chosen], gap.words, text, way, fits)
-                took = time.perf_counter() - start
+                took = time.process_time() - start
                 own = measured(segmenter, test, tuning.vocabulary, len(gap.words.names))
                 asked = labelled if gap.other is None else np.ones(len(own), bool)
                 lines.append(
@@ -192,7 +192,7 @@ def mean(values: np.ndarray) -> float:
 def table(lines: Sequence[dict]) -> str:
     """Return the figures as Markdown."""
     rows = [
-        "| gap | labelled images | fitted | asked, before | after | others, before | after | steps | seconds |",
+        "| gap | labelled images | fitted | asked words, before | gain | others, before | gain | steps | seconds |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name in dict.fromkeys(line["gap"] for line in lines):
@@ -201,21 +201,24 @@ def table(lines: Sequence[dict]) -> str:
                 found = [one for one in lines if (one["gap"], one["images"], one["what"]) == (name, shots, way)]
                 if not found:
                     continue
-                keys = ("before", "after", "others before", "others after")
-                cells = [interval([line[key] for line in found]) for key in keys]
+                cells = []
+                for whose in ("", "others "):
+                    before, after = (
+                        np.array([line[f"{whose}{when}"] for line in found]) for when in ("before", "after")
+                    )
+                    cells += [f"{100 * np.mean(before):.1f}", interval(100 * (after - before))]
                 steps = "/".join(str(line["steps"]) for line in found)
                 seconds = np.mean([line["seconds"] for line in found])
                 rows.append(f"| {name} | {shots} | {way} | {' | '.join(cells)} | {steps} | {seconds:.1f} |")
     return "\n".join(rows)
 
 
-def interval(values: Sequence[float]) -> str:
-    """Return the mean in percent, with the half width of its 95 % interval unless all are equal."""
-    percent = 100 * np.array(values)
-    if len(percent) < 2 or np.ptp(percent) < 1e-9:
-        return f"{percent.mean():.1f}"
-    half = student.ppf(0.975, len(percent) - 1) * percent.std(ddof=1) / len(percent) ** 0.5
-    return f"{percent.mean():.1f} ± {half:.1f}"
+def interval(gains: np.ndarray) -> str:
+    """Return the mean with the half width of its 95 % interval, unless all are equal."""
+    if len(gains) < 2 or np.ptp(gains) < 1e-9:
+        return f"{gains.mean():+.1f}"
+    half = student.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5
+    return f"{gains.mean():+.1f} ± {half:.1f}"
 
 
 def main() -> None:

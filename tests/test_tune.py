@@ -19,7 +19,7 @@ from opensan.segmenters.san import SanSegmenter
 from opensan.structures import Identity
 from opensan.tune.examples import PIXELS_OF_A_WORD, example_of, read_examples
 from opensan.tune.run import encode_examples
-from opensan.tune.vectors import folds, pixel_scores
+from opensan.tune.vectors import confusion, folds, pixel_scores
 from opensan.vocabulary import Vocabulary
 from opensan.word_lists import TunedWords
 
@@ -222,6 +222,29 @@ def test_of_a_large_word_some_pixels_are_kept_and_all_are_counted():
     assert (labels[tuple(example.pixels.T)] == example.labels).all()
 
 
+def test_figures_of_a_sample_stand_for_the_whole_image(segmenter):
+    """Of a word with many pixels, each that was kept counts for many."""
+    words = Vocabulary.parse("road, sky, tree")
+    image = np.asarray(picture(3, (120, 90)))
+    labels = np.zeros((90, 120), np.int16)
+    labels[:2] = 1
+    (sample,) = encode_examples(segmenter, [example_of("one", image, labels, words)])
+    pixels = confusion(segmenter.model, segmenter.text.classifier(words), sample)
+    assert abs(pixels.sum(axis=1) - np.array([88 * 120, 240, 0])).max() <= 3
+    found = segmenter.segment(image, words).labels
+    whole = np.bincount(found[labels == 0], minlength=3) / (88 * 120)
+    np.testing.assert_allclose(pixels[0, :3] / pixels[0].sum(), whole, atol=0.08)
+
+
+def test_the_rest_keeps_the_vectors(segmenter):
+    tuned = replace(Vocabulary.parse(WORDS), tuned=vectors(segmenter, sky=1))
+    assert segmenter.with_rest(tuned).tuned_rows == tuned.tuned_rows
+    plain, rest = (
+        segmenter.class_probabilities(segmenter.encode(picture()), one) for one in (tuned, segmenter.with_rest(tuned))
+    )
+    torch.testing.assert_close(rest[:, : len(WORDS)], plain, rtol=1e-4, atol=1e-6)
+
+
 def test_folders_with_and_without_lists_are_read(tmp_path):
     pairs = drawn(4)
     with_lists, without = (on_disk(tmp_path / name, pairs, name == "lists") for name in ("lists", "plain"))
@@ -275,6 +298,7 @@ POINT = {"image": "a.png", "word": "sky", "x": 1, "y": 2}
         ([{"image": "a.png", "word": "sky"}], 'point 1 needs either "x" and "y"'),
         ([POINT | {"points": [[1, 2]]}], 'point 1 needs either "x" and "y"'),
         ([POINT | {"x": 60}], r"the point \(60, 2\) is outside a.png, which is 60x45"),
+        ([POINT | {"word": "sky|air"}], "point 1 is of 'sky.air': name one word"),
         ([POINT | {"image": "b.png"}], "the image 'b.png' is not in"),
         ([POINT, POINT | {"word": "road"}], r"the point \(1, 2\) of a.png is both 'sky' and 'road'"),
         ([POINT | {"word": "sk"}], "has labels of 'sk', which is not among the words; did you mean 'sky'?"),

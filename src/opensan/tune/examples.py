@@ -199,6 +199,8 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
 def _point(entry: object, where: str) -> dict[str, Any]:
     if not isinstance(entry, Mapping) or not all(isinstance(entry.get(key), str) for key in ("image", "word")):
         raise UserError(f'{where} needs "image" and "word", both text: {short(entry)}')
+    if "|" in entry["word"]:
+        raise UserError(f"{where} is of {short(entry['word'])}: name one word; the words asked for may have synonyms")
     shapes = [key for key in _SHAPES if key in entry]
     if "x" in entry or "y" in entry:
         shapes, places = [*shapes, "x"], [[entry.get("x"), entry.get("y")]]
