@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 import opensan
 from opensan.tune.suggest import _with_texts, suggest_words
-from tune import gaps, mean, measured, sampled
+from tune import NAMES, gaps, mean, measured, sampled
 
 
 def run(gap, images: int) -> dict:
@@ -70,14 +70,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/suggest.json"))
     parser.add_argument("--images", type=int, default=12, help="images without labels")
     parser.add_argument("--tests", type=int, default=50, help="test images of each gap")
-    parser.add_argument("--only", help="the one gap of this name")
+    parser.add_argument("--only", choices=NAMES, help="the one gap of this name")
     options = parser.parse_args()
     lines = []
-    for gap in gaps(options.data, options.images, options.tests):
-        if options.only in (None, gap.name):
-            lines.append(run(gap, options.images))
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(lines, indent=1))
+    for gap in gaps(options.data, options.images, options.tests, options.only):
+        lines.append(run(gap, options.images))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(lines, indent=1))
     print(table(lines))
 
 

@@ -12,7 +12,7 @@ with its 95 % interval (Student's t). Seconds are of processors, of the fits alo
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,22 +89,26 @@ def photographs(root: Path, name: str, pool: int, tests: int, change=None, title
     return Gap(title or name, "photo", words, train, test)
 
 
-def gaps(root: Path | None, pool: int, tests: int) -> list[Gap]:
-    """Return all gaps that there are images for."""
-    scenes = Vocabulary.parse(list(SEGMENTATION_NAMES))
-    drawn = [SceneDataset(seed, n, (240, 320), "test", SEGMENTATION_NAMES) for n, seed in ((pool, 11), (tests, 12))]
-    sets = [[(pale(image), labels) for image, labels in map(one.__getitem__, range(len(one)))] for one in drawn]
-    found = [Gap("scenes as chalk", "tiny", scenes, *sets)]
+NAMES = ("scenes as chalk", "camvid", "camvid, dark and blurred", "labelmefacade", "lums_road", "dhcn_corridor")
+
+
+def gap_of(name: str, root: Path | None, pool: int, tests: int) -> Gap:
+    """Return a gap, with `pool` images to label and `tests` to measure on."""
     if root is None:
-        return found
-    corridor = photographs(root, "dhcn_corridor", pool, tests)
-    streets = photographs(root, "camvid", pool, tests)
-    found.append(replace(streets, other=corridor))
-    found.append(replace(photographs(root, "camvid", pool, tests, dark, "camvid, dark and blurred"), other=corridor))
-    found.append(replace(photographs(root, "labelmefacade", pool, tests), other=corridor))
-    found.append(replace(photographs(root, "lums_road", pool, tests), other=corridor))
-    found.append(replace(corridor, other=streets))
-    return found
+        drawn = [SceneDataset(seed, n, (240, 320), "test", SEGMENTATION_NAMES) for n, seed in ((pool, 11), (tests, 12))]
+        sets = [[(pale(image), labels) for image, labels in map(one.__getitem__, range(len(one)))] for one in drawn]
+        return Gap(name, "tiny", Vocabulary.parse(list(SEGMENTATION_NAMES)), *sets)
+    folder, _, way = name.partition(", ")
+    gap = photographs(root, folder, pool, tests, dark if way else None, name)
+    other = "camvid" if folder == "dhcn_corridor" else "dhcn_corridor"
+    return replace(gap, other=photographs(root, other, 1, tests))
+
+
+def gaps(root: Path | None, pool: int, tests: int, only: str | None) -> Iterator[Gap]:
+    """Yield the gap called `only`, or all that there are images for."""
+    for name in NAMES[: 1 if root is None else None]:
+        if only in (None, name):
+            yield gap_of(name, None if name == NAMES[0] else root, pool, tests)
 
 
 def sampled(segmenter, pairs: Sequence[Pair], words: Vocabulary) -> list[Sample]:
@@ -229,8 +233,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="draws of labelled images")
     parser.add_argument("--pool", type=int, default=40, help="images that can be labelled")
     parser.add_argument("--tests", type=int, default=50, help="test images of each gap")
-    parser.add_argument("--only", help="the one gap of this name")
-    parser.add_argument("--skip", help="a gap to leave out")
+    parser.add_argument("--only", choices=NAMES, help="the one gap of this name")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--fits", type=int, default=3, help="fits of each draw, whose mean is measured")
     parser.add_argument("--show", nargs="+", type=Path, help="print the table of figures that were written, and stop")
@@ -239,11 +242,10 @@ def main() -> None:
         print(table([line for file in options.show for line in json.loads(file.read_text())]))
         return
     lines, cache = [], {}
-    for gap in gaps(options.data, options.pool, options.tests):
-        if options.only in (None, gap.name) and gap.name != options.skip:
-            lines += run(gap, options.seeds, options.ways, options.fits, cache)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(lines, indent=1))
+    for gap in gaps(options.data, options.pool, options.tests, options.only):
+        lines += run(gap, options.seeds, options.ways, options.fits, cache)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(lines, indent=1))
     print(table(lines))
 
 
