@@ -188,6 +188,22 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_lost_or_done_twice(ray, m
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
+def test_what_a_dead_worker_had_is_done_at_the_end(ray, model_folder, tmp_path):
+    """Where something kills workers again and again, no image is its victim three times and called broken."""
+    folder = photographs(tmp_path / "in", 6)
+    called = []
+
+    def dies(call) -> bool:
+        if call.method != "label":
+            return False
+        called.append([job.stem for job in call.arguments[1]])
+        return len(called) == 1
+
+    ray.dies = dies
+    written, broken, _ = on_workers(model_folder, folder, tmp_path / "out", count=1)
+    assert len(written) == 6 and not broken and called[0] in called[-2:]
+
+
 def test_an_image_that_kills_workers_is_broken_in_the_end(ray, model_folder, tmp_path):
     folder = photographs(tmp_path / "in", 6)
     ray.dies = lambda call: call.method == "label" and any(job.stem == "1/001" for job in call.arguments[1])

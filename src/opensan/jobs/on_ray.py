@@ -328,8 +328,8 @@ class Workers:
                         if deaths[job.stem] == TRIES:
                             lost.pop(worker.calls[0])
                             results.append(Broken(job, f"{job.image}: {TRIES} workers died while they labelled it"))
-                for jobs_again in lost.values():
-                    waiting.extendleft([job] for job in jobs_again)  # each by itself, to find the one that kills
+                for jobs_again in lost.values():  # at the end, as another kill may be near; singly, to find a culprit
+                    waiting.extend([job] for job in jobs_again)
                 worker.calls.clear()
             if results:
                 yield results
