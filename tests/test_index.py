@@ -157,6 +157,15 @@ def test_one_content_under_two_names_is_encoded_once_and_said(index, photos):
     assert index.add(photos).changed == 1
 
 
+def test_copies_in_one_batch_are_encoded_once(tmp_path, photos, small):
+    for name in ("a.png", "b.png"):
+        shutil.copy(photos / "0.png", photos / name)
+    index = opensan.Index(tmp_path / "index", small)
+    added = index.add(photos, batch=6)
+    assert (added.new, len(added.same)) == (4, 2)
+    assert index.info()["images"] == 6 and len(index.search("cat", against=["dog"])) == 4
+
+
 def test_a_file_that_moved_keeps_its_encoding(index, photos):
     before = content(index)[1]
     (photos / "3.png").rename(photos / "moved.png")

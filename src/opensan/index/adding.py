@@ -108,6 +108,12 @@ class Adding:
 
     def _encode(self, items: Sequence[_Read]) -> None:
         """Encode those images whose content is not in the index."""
+        first: dict[tuple[int, int], _Read] = {}
+        copies = [item for item in items if first.setdefault(_key(item.stamp), item) is not item]
+        if copies:  # of images that are not in the index yet
+            self._encode(list(first.values()))
+            self._encode(copies)
+            return
         new = [item for item in items if not self._is_same(item)]
         if not new:
             return

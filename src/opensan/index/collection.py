@@ -8,6 +8,7 @@ for match in index.search("zebra crossing"):
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -159,7 +160,10 @@ class Index:
     def info(self) -> dict[str, Any]:
         """Return what is in the index, as plain data."""
         head = Head.read(self.folder)
-        size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        size = 0
+        for path in self.folder.rglob("*"):
+            with suppress(FileNotFoundError):  # a writer removes old files
+                size += path.stat().st_size if path.is_file() else 0
         return {
             "index": str(self.folder),
             "images": head.images,
