@@ -12,11 +12,13 @@ from PIL import Image
 from opensan.files import write_text
 from opensan.images import ImageError, open_image
 from opensan.index.answers import Answer, Match
-from opensan.outputs.colours import palette
-from opensan.outputs.drawing import NO_IMAGE, blend, jpeg_url
+from opensan.outputs.drawing import NO_IMAGE, jpeg_url, muted
 
 LONG_SIDE = 400
 """Longest side of the pictures, in pixels."""
+
+OUTLINE = (230, 25, 75)
+"""Colour around the regions."""
 
 _STYLE = """
 :root { color-scheme: light }
@@ -83,16 +85,25 @@ def _item(match: Match, pixels: np.ndarray | None) -> str:
 
 
 def _picture(match: Match, pixels: np.ndarray | None) -> np.ndarray:
-    """Draw an image with the union of its regions in colour, reduced: [h, w, 3] uint8."""
+    """Draw an image, reduced, in colour inside its regions and pale outside: [h, w, 3] uint8."""
     height, width = match.size
     scale = min(1.0, LONG_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     shown = np.zeros((height, width), dtype=bool)
     for region in match.regions:
         shown |= region.mask
-    labels = np.asarray(Image.fromarray(shown.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)).astype(np.int32)
+    inside = np.asarray(Image.fromarray(shown).resize(size, Image.Resampling.NEAREST))
     if pixels is None:
-        small = np.full((size[1], size[0], 3), NO_IMAGE, dtype=np.uint8)
+        small = np.full((*inside.shape, 3), NO_IMAGE, dtype=np.uint8)
     else:
         small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0))
-    return blend(small, labels - 1, palette(1))
+    drawn = np.where(inside[..., None], small, muted(small)[..., None])
+    drawn[_edge(inside)] = OUTLINE
+    return drawn
+
+
+def _edge(inside: np.ndarray) -> np.ndarray:
+    """Return the pixels outside regions [h, w] bool that lie beside them, two pixels wide."""
+    from scipy import ndimage  # here, so that the package imports quickly
+
+    return ndimage.binary_dilation(inside, np.ones((3, 3)), iterations=2) & ~inside
