@@ -522,3 +522,40 @@ def test_folders_of_equal_names_do_not_replace_each_other(segmenter, tmp_path):
     assert {path.name: path.read_bytes() for path in out.rglob("*.png")} == before
     moved = one.rename(tmp_path / "elsewhere")
     assert run_folder(segmenter, moved, out)[0] == []  # known by their content
+
+
+def test_images_come_from_a_list(model_folder, segmenter, tmp_path, monkeypatch, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.chdir(tmp_path)
+    folder = photographs(Path("in"), 4)
+    images = [str(path) for path in list_images([folder])]
+    Path("list.txt").write_text("\n".join([images[2], "", images[0], images[2], "in/missing.png"]) + "\n")
+    asked = ["-w", WORDS, "-m", str(model_folder), "--format", "png"]
+    with pytest.raises(SystemExit) as ended:
+        main(["segment", "@list.txt", "-o", "out", *asked])
+    assert ended.value.code == 1 and "missing.png: can't be read" in capsys.readouterr().err
+    run_folder(segmenter, folder, Path("whole"))
+    found, whole = contents(Path("out")), contents(Path("whole"))
+    assert len(found) == 2 and found.items() <= whole.items()
+    pyarrow.parquet.write_table(pyarrow.table({"path": images[:2], "label": [1, 2]}), "list.parquet")
+    results = opensan.label_folder("@list.parquet", WORDS, model=segmenter, out="again", formats=["png"])
+    assert [str(written.job.image) for written in results.written] == images[:2]
+    Path("empty.txt").write_text("\n")
+    Path("bad.parquet").write_text("no table")
+    pyarrow.parquet.write_table(pyarrow.table({"path": [1, 2]}), "numbers.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"file": ["a"]}), "other.parquet")
+    for names, said in (
+        (["@nowhere.txt"], "nowhere.txt: the list of images can't be read (No such file or directory)"),
+        (["@in"], "in: not a regular file"),
+        (["@empty.txt"], "empty.txt: the list names no images"),
+        (["@bad.parquet"], "bad.parquet: not a parquet file"),
+        (["@numbers.parquet"], 'has no column "path" of text'),
+        (["@other.parquet"], 'has no column "path" of text'),
+        (["@list.txt", "in"], "@list.txt: a list of images stands alone"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["segment", *names, "-o", "out", *asked])
+        told = capsys.readouterr().err
+        assert said in told and told.count("\n") == 1, told

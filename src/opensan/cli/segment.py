@@ -75,7 +75,8 @@ def segment(
         list[Path],
         typer.Argument(
             metavar="IMAGE_OR_FOLDER...",
-            help="Images, or folders of images; - is an image on stdin, or with --lines a stream of them.",
+            help="Images, or folders of images; @FILE is a list of them (a path a line, or parquet); - is an image on "
+            "stdin, or with --lines a stream of them.",
             show_default=False,
         ),
     ],

@@ -12,8 +12,8 @@ from opensan import outputs
 from opensan.assemble.calibration import checked_threshold
 from opensan.assemble.kinds import word_kinds
 from opensan.assemble.segments import USUAL_RULES, SegmentRules
-from opensan.errors import UserError
-from opensan.files import absolute
+from opensan.errors import UserError, install, reason
+from opensan.files import absolute, check_regular
 from opensan.images import list_images
 from opensan.jobs.folder import Broken, FolderRun, Job, Written, plan, without_results
 from opensan.segmenters.base import Segmenter
@@ -39,13 +39,59 @@ class FolderResults:
 
 
 def plan_folder(images: Sequence[Path], out: Path, formats: Sequence[str]) -> list[Job]:
-    """List the images of files and folders, and plan their results' paths. Raises UserError, one line."""
+    """List the images of files and folders, and plan their results' paths. Raises UserError, one line.
+
+    A single "@FILE" is a list of images: see `read_list`. Those that are missing are found broken by the run.
+    """
+    lists = [path for path in images if str(path).startswith("@") and not path.exists()]
+    if lists and len(images) > 1:
+        raise UserError(f"{lists[0]}: a list of images stands alone")
+    if lists:
+        listed = read_list(Path(str(lists[0])[1:]))
+        return plan(listed, listed)
     datasets = [name for name in formats if name in outputs.DATASETS]
     if datasets and absolute(out) in map(absolute, images):
         raise UserError(
             f"{out}: {datasets[0]} links to the images, so it can't be in their folder; choose another folder"
         )
     return plan(without_results(list_images(images), images, out), images)
+
+
+def read_list(file: Path) -> list[Path]:
+    """Read a list of images, each once: text with a path a line, or a parquet file with a column "path".
+
+    Paths are relative to the current folder. Raises UserError, one line, if it can't be read or names nothing.
+    """
+    check_regular(file)
+    try:
+        if file.suffix == ".parquet":
+            names = _column(file)
+        else:
+            names = [os.fsdecode(line) for line in file.read_bytes().splitlines()]
+    except OSError as error:
+        raise UserError(f"{file}: the list of images can't be read ({reason(error)})") from None
+    paths = [Path(name) for name in dict.fromkeys(names) if name.strip()]
+    if not paths:
+        raise UserError(f"{file}: the list names no images")
+    return paths
+
+
+def _column(file: Path) -> list[str]:
+    """Return the column "path" of a parquet file."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{file}: parquet needs pyarrow: {install('huggingface')}") from None
+    try:
+        schema = pyarrow.parquet.read_schema(file)
+        kind = schema.field("path").type if "path" in schema.names else None
+        if kind not in (pyarrow.string(), pyarrow.large_string()):
+            raise UserError(f'{file}: has no column "path" of text')
+        names = pyarrow.parquet.read_table(file, columns=["path"])["path"].to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file}: not a parquet file ({reason(error)})") from None
+    return [name for name in names if name is not None]
 
 
 def label_folder(
