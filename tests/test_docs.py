@@ -64,7 +64,7 @@ def after_training() -> None:
 
 def after_huge_images() -> None:
     for name in ("orthophoto", "satellite"):
-        told = ("labels.tif", "polygons.geojson", "preview.png")
+        told = ("labels.tif", "labels.tif.aux.xml", "labels.qml", "polygons.geojson", "preview.png")
         assert {path.name for path in Path("out").glob(f"{name}.*")} == {f"{name}.{end}" for end in told}
 
 

@@ -406,7 +406,8 @@ def arguments(scene, out):
 def test_the_command_writes_all_its_results_and_nothing_else(tmp_path, scene, capsys):
     out = tmp_path / "out"
     assert not run(*arguments(scene, out))
-    files = {"scene.labels.tif", "scene.polygons.geojson", "scene.preview.png"}
+    styles = {"scene.labels.qml", "scene.labels.tif.aux.xml"}
+    files = {"scene.labels.tif", "scene.polygons.geojson", "scene.preview.png", *styles}
     assert {path.name for path in out.iterdir()} == {"manifest.sqlite"} | files
     with rasterio.open(out / "scene.labels.tif") as file:
         assert (file.height, file.width, file.crs.to_epsg()) == (400, 500, 32632)

@@ -81,8 +81,9 @@ def segment_raster(
 ) -> None:
     """Label an image of any size, by overlapping tiles, in little memory.
 
-    Writes STEM.labels.tif (a GeoTIFF with the image's coordinates; words in the tag WORDS), STEM.polygons.geojson and
-    STEM.preview.png. The same command continues a run that was stopped in any way. Needs the extra `geo`.
+    Writes STEM.labels.tif (a GeoTIFF with the image's coordinates; words in the tag WORDS), STEM.labels.qml (its style
+    in QGIS), STEM.polygons.geojson and STEM.preview.png. The same command continues a run that was stopped in any way.
+    Needs the extra `geo`.
     """
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
     chosen = _numbers("--bands", bands, int)
@@ -215,15 +216,18 @@ def _write(
 ) -> None:
     from opensan import outputs
     from opensan.files import atomic_path
-    from opensan.jobs import geotiff
+    from opensan.jobs import geotiff, raster_styles
 
     console = output_console()
     label_path, preview = out / f"{result.name}{LABELS}", out / f"{result.name}{PREVIEW}"
     outlines = [out / f"{result.name}.polygons.geojson"] if polygons else []
-    for line in result.replace([label_path, preview, *outlines]):
+    style = raster_styles.style_path(label_path)
+    for line in result.replace([label_path, style, preview, *outlines]):
         complain(line)
     note("writing the label raster")
     pixels = geotiff.write_labels(label_path, strips, raster, names)
+    raster_styles.write_style(label_path, names)
+    raster_styles.write_categories(label_path, names)
     total = raster.size[0] * raster.size[1]
     areas = {name: int(count) / total for name, count in zip(names, pixels, strict=True)}
     with atomic_path(preview) as temporary:
@@ -232,18 +236,18 @@ def _write(
         outputs.overlay(picture, small, names, areas).save(temporary)
     if contrast := raster.contrast_note(picture):
         complain(f"warning: {contrast}")
-    written = [f"wrote {label_path}", f"wrote {preview}"]
+    written = [f"wrote {path}" for path in (label_path, style, preview)]
     for path in outlines:
         note("writing polygons")
         count, nowhere = geotiff.write_polygons(path, label_path, names, min_pixels=min_pixels)
         written.append(f"wrote {path} ({count:,} polygons)")
         if nowhere:
             complain(f"warning: {nowhere:,} regions reach beyond the earth's edge: they have no polygon in {path}")
-    result.add([label_path, preview, *outlines])
+    result.add([label_path, style, preview, *outlines])
     metres = geotiff.word_square_metres(label_path, len(names))
     hectares = {} if metres is None else dict(zip(names, metres / 10_000, strict=True))
     if as_json:
-        paths = [str(path) for path in (label_path, preview, *outlines)]
+        paths = [str(path) for path in (label_path, style, preview, *outlines)]
         print_json({"image": str(raster.path), "areas": areas, "hectares": hectares or None, "files": paths})
         return
     table = word_table(
