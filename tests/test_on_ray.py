@@ -149,7 +149,7 @@ def on_workers(model_folder, folder: Path, out: Path, count=2, words=WORDS, batc
         question = Question(Vocabulary.parse(words), out, formats)
         workers = Workers(count, loading(model_folder) | options, question, note=notes.append)
         jobs = plan(list_images([folder]), [folder])
-        with RayRun(workers, jobs, out, batch=batch) as run, closing(run.results()) as found:
+        with RayRun(workers, jobs, batch=batch) as run, closing(run.results()) as found:
             results = list(found)
             notes += run.notes
     written = [result.job.stem for result in results if isinstance(result, Written)]
@@ -358,7 +358,7 @@ def test_ray_itself_and_a_worker_that_is_killed(model_folder, segmenter, tmp_pat
         jobs = plan(list_images([folder]), [folder])
         import ray
 
-        with RayRun(workers, jobs, out) as run, closing(run.results()) as results:
+        with RayRun(workers, jobs) as run, closing(run.results()) as results:
             found = [next(results)]
             (pid,) = {ray.get(workers._ready[0].actor.__ray_call__.remote(lambda self: os.getpid()))}
             os.kill(pid, signal.SIGKILL)

@@ -114,4 +114,4 @@ def running_on_ray(
     note(f"starting {workers} workers with {loading['source']}")
     with cluster(address, workers), telling_of_memory("a worker", SMALLER):
         hired = Workers(workers, loading, question, rest=rest, per_gpu=per_gpu, note=complain)
-        yield RayRun(hired, jobs, question.out, batch=batch)
+        yield RayRun(hired, jobs, batch=batch)

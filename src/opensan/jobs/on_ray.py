@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from opensan.errors import UserError, install, reason
@@ -355,7 +354,7 @@ def _cause(error: BaseException) -> str:
 class RayRun(FolderRun):
     """A run over a folder, as FolderRun, whose images are labelled by `workers`."""
 
-    def __init__(self, workers: Workers, jobs: Sequence[Job], out: Path, *, batch: int = 1) -> None:
+    def __init__(self, workers: Workers, jobs: Sequence[Job], *, batch: int = 1) -> None:
         """Wait for the first worker. Raises UserError, one line, if none can start, and as FolderRun does."""
         described: Any = workers.first()
         question = described.question
@@ -363,7 +362,7 @@ class RayRun(FolderRun):
             described,
             question.vocabulary,
             jobs,
-            out,
+            question.out,
             question.formats,
             batch=batch,
             rules=question.rules,
