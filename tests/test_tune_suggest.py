@@ -75,6 +75,19 @@ def test_only_what_surely_raises_both_figures_is_suggested():
     assert suggest._applied(words, changes).words[0].synonyms == ("tarmac",)
     assert suggest._applied(words, changes).words[1] == words.words[1]
     assert not replace(changes[0], surely=(0.1, 0.0)).suggested
+    assert not replace(changes[0], loses=("sky",)).suggested
+
+
+def test_words_that_lose_half_of_their_pixels_are_named():
+    words = Vocabulary.parse("road, sky, tree")
+    own, changed = np.zeros((1, 1000), int), np.zeros((1, 1000), int)
+    own[0, :100], changed[0, :49] = 1, 1  # half of it and one more
+    own[0, 100:104] = 2  # too few to count
+    answers = [suggest._Answers(winners, np.ones(1), np.ones(1)) for winners in (own, changed)]
+    found = suggest._change(*answers, words, "sky", ("air",), "yours")
+    assert found.loses == ("sky",) and found.area == 0.049 and found.moved == 0.055
+    changed[0, :50] = 1
+    assert not suggest._change(*answers, words, "sky", ("air",), "yours").loses
 
 
 def test_an_interval_needs_two_images():

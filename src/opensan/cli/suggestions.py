@@ -61,7 +61,10 @@ def suggest(
     )
     console.print(_table(result.changes))
     if not changed:
-        console.print("nothing is suggested: no change raises both figures surely", soft_wrap=True)
+        console.print(
+            "nothing is suggested: no change raises both figures surely, with every word keeping its pixels",
+            soft_wrap=True,
+        )
         return
     console.print("* is suggested: both figures rise by more than the images differ. They know no labels: look first.")
     if out is not None:
@@ -76,7 +79,7 @@ def _table(changes: "Sequence[Change]") -> "Table":
     from rich.text import Text
 
     table = Table(box=box.SIMPLE)
-    for title in ("word", "texts in its place", "agreement", "margin", "pixels moved"):
+    for title in ("word", "texts in its place", "agreement", "margin", "pixels moved", "words that lose"):
         table.add_column(title, justify="left" if title.startswith(("word", "texts")) else "right")
     shown: dict[str, int] = {}
     for change in changes:
@@ -90,5 +93,6 @@ def _table(changes: "Sequence[Change]") -> "Table":
             f"{100 * change.agreement:+.1f}",
             f"{100 * change.margin:+.1f}",
             f"{100 * change.moved:.1f} %",
+            Text(", ".join(change.loses)),
         )
     return table

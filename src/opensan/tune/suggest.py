@@ -2,8 +2,9 @@
 
 Two figures tell without labels how sure the answers are: the share of pixels whose word stays the same when the image
 is mirrored or made smaller, and the margin between the two best words' shares of a pixel's score. A text is suggested
-where both rise, by more than the images differ among themselves. Neither knows what is right: docs/results.md says how
-often they were.
+where both rise by more than the images differ among themselves. A word whose text fits nothing any more gives its
+pixels to others, and both figures rise: so no change is suggested with which a word loses half of its pixels. Neither
+figure knows what is right: docs/results.md says how often they were.
 Letters: I images, V views, Q queries, K words, n pixels.
 """
 
@@ -31,6 +32,9 @@ SMALLER = 0.75
 
 GRID = 24
 """Pixels along each side of an image that are compared."""
+
+LEAST = 0.005
+"""Share of the pixels that a word must have for its loss to count."""
 
 STYLES: Mapping[str, tuple[str, ...]] = {
     **TEMPLATE_SETS,
@@ -67,15 +71,23 @@ class Change:
     """The word's share of the pixels with it, in [0, 1]; 1 for templates."""
     moved: float
     """Share of the pixels that get another word."""
+    loses: tuple[str, ...] = ()
+    """Words that had pixels (LEAST of all) and lose more than half of them."""
 
     @property
     def suggested(self) -> bool:
-        """Whether both figures rise by more than the images differ."""
-        return min(self.surely) > 0
+        """Whether both figures rise by more than the images differ, and no word gives up its pixels for that."""
+        return min(self.surely) > 0 and not self.loses
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return {**vars(self), "texts": list(self.texts), "surely": list(self.surely), "suggested": self.suggested}
+        return {
+            **vars(self),
+            "texts": list(self.texts),
+            "surely": list(self.surely),
+            "loses": list(self.loses),
+            "suggested": self.suggested,
+        }
 
 
 @dataclass(frozen=True)
@@ -256,6 +268,8 @@ def _change(
     own: _Answers, answers: _Answers, words: Vocabulary, word: str, texts: tuple[str, ...], origin: str
 ) -> Change:
     differences = answers.agreement - own.agreement, answers.margin - own.margin
+    areas = [np.bincount(one.winners[one.winners >= 0], minlength=len(words.words)) for one in (own, answers)]
+    lost = (areas[0] >= LEAST * areas[0].sum()) & (2 * areas[1] < areas[0])
     place = next((place for place, one in enumerate(words.words) if one.name == word), None)
     return Change(
         word,
@@ -266,6 +280,7 @@ def _change(
         surely=(_low(differences[0]), _low(differences[1])),
         area=1.0 if place is None else float((answers.winners == place).mean()),
         moved=float((answers.winners != own.winners).mean()),
+        loses=tuple(one.name for one, gone in zip(words.words, lost, strict=True) if gone),
     )
 
 
