@@ -17,6 +17,8 @@ from opensan.data.prepare import READERS
 from opensan.data.prepare.engine import prepare
 from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.files import ASSETS
+from opensan.outputs.brush import brush_rle
+from opensan.outputs.datasets import DATASETS
 from opensan.outputs.object_datasets import OBJECT_DATASETS
 from opensan.outputs.polygons import as_one_ring, regions
 
@@ -166,6 +168,54 @@ def test_supervision_reads_yolo(made, kind):
                 assert mask[inner].mean() > 0.97 and outer[mask].mean() > 0.97
 
 
+def test_label_studio_gets_a_brush_for_each_segment(made):
+    out, expected = made
+    tasks = json.loads((out / "labelstudio-panoptic/tasks.json").read_text())
+    for task, (place, segments) in zip(tasks, expected.items(), strict=True):
+        assert task["data"]["image"].endswith(f"images/{place}.png")
+        result = task["predictions"][0]["result"]
+        assert len({region["id"] for region in result}) == len(result) == len(segments)
+        for region, segment in zip(result, segments, strict=True):
+            assert region["value"]["brushlabels"] == [segment.word]
+            assert region["score"] == pytest.approx(segment.score, abs=1e-6)
+            assert region["value"]["rle"] == brush_rle(segment.mask)
+
+
+def test_label_studios_own_converter_reads_the_brushes(made):
+    brush = pytest.importorskip("label_studio_sdk.converter.brush")
+    out, expected = made
+    tasks = json.loads((out / "labelstudio-panoptic/tasks.json").read_text())
+    for task, segments in zip(tasks, expected.values(), strict=True):
+        for region, segment in zip(task["predictions"][0]["result"], segments, strict=True):
+            values = np.array(brush.decode_rle(region["value"]["rle"])).reshape(*segment.mask.shape, 4)
+            np.testing.assert_array_equal(values[..., 3] > 0, segment.mask)
+
+
+@pytest.mark.parametrize("kind", ["yolo-boxes", "yolo-instances"])
+def test_ultralytics_reads_yolo(made, kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("YOLO_OFFLINE", "1")
+    pytest.importorskip("ultralytics")
+    from ultralytics.data.dataset import YOLODataset
+    from ultralytics.data.utils import check_det_dataset
+
+    out, expected = made
+    found = check_det_dataset(str(out / kind / "data.yaml"), autodownload=False)
+    task = "segment" if kind == "yolo-instances" else "detect"
+    data = YOLODataset(img_path=found["val"], data=found, task=task, augment=False, imgsz=320)
+    read = {Path(label["im_file"]).stem: label for label in data.labels}
+    for place, segments in expected.items():
+        label = read[Path(place).name]
+        height, width = segments.ids.shape
+        assert [found["names"][int(number)] for number in label["cls"].ravel()] == [s.word for s in things(segments)]
+        for (x, y, across, down), segment in zip(
+            label["bboxes"] * (width, height, width, height), things(segments), strict=True
+        ):
+            left, top, *size = segment.box
+            expected_box = (left + size[0] / 2, top + size[1] / 2, *size)
+            np.testing.assert_allclose((x, y, across, down), expected_box, atol=1.5)
+
+
 def inside(ring: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Which pixels' centres are in a polygon, by the even-odd rule."""
     rows, columns = np.mgrid[: shape[0], : shape[1]] + 0.5
@@ -193,6 +243,13 @@ def test_small_parts_and_holes_are_left_out_of_the_ring_but_not_the_largest():
     expected[2:12, 2:12] = True
     np.testing.assert_array_equal(inside(ring, mask.shape), expected)
     assert inside(as_one_ring(regions(np.where(mask[14:], 0, -1)), 16), (6, 30)).sum() == 1
+
+
+def test_the_help_names_every_data_set(capsys):
+    with pytest.raises(SystemExit):
+        main(["segment", "--help"])
+    said = "".join(capsys.readouterr().out.split())  # lines are broken at hyphens
+    assert all(f"{name}," in said or f"{name}(" in said for name in DATASETS)
 
 
 def test_the_command_takes_options_of_objects_with_a_set_of_objects(tmp_path, capsys):

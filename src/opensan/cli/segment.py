@@ -96,7 +96,8 @@ def segment(
             "--format",
             metavar="LIST",
             help="What to write, of: png (label map), overlay, json (these three are the default), panoptic (numbers "
-            "of objects), boxes (objects as JSON); and as data sets of all: coco, yolo, voc, labelstudio. With commas "
+            "of objects), boxes (objects as JSON); and as data sets of all: coco, yolo, voc, labelstudio (regions), "
+            "coco-instances, coco-panoptic, labelstudio-panoptic, yolo-instances, yolo-boxes (objects). With commas "
             "between, or given several times. With --lines: rle (masks in the answers, the default), or files.",
             show_default=False,
             rich_help_panel=RESULTS,

@@ -118,8 +118,8 @@ def label_folder(
         model: a segmenter that `opensan.load` returned, or what `opensan.load` takes.
         out: the folder for the results.
         formats: of "png", "overlay", "json", "panoptic", "boxes"; and data sets of all images, of regions ("coco",
-            "yolo", "voc", "labelstudio") or of objects ("coco-instances", "coco-panoptic", "yolo-instances",
-            "yolo-boxes").
+            "yolo", "voc", "labelstudio") or of objects ("coco-instances", "coco-panoptic",
+            "labelstudio-panoptic", "yolo-instances", "yolo-boxes").
         segments: the rules of objects, for the formats that are made of them.
         threshold: pixels of less confidence stay unlabelled, from 0 to 1.
         batch: images of one shape that go through the model together.

@@ -5,8 +5,6 @@ Here are those of regions, one a word; `object_datasets` has those of objects.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -14,7 +12,6 @@ from PIL import Image
 from opensan.errors import UserError
 from opensan.files import atomic_path, write_text
 from opensan.outputs.coco import run_lengths
-from opensan.outputs.colours import palette
 from opensan.outputs.dataset_files import (
     Dataset,
     Labelled,
@@ -22,11 +19,9 @@ from opensan.outputs.dataset_files import (
     as_json,
     finish_instances,
     finish_yolo,
-    parts,
-    write_separated,
     yolo_stem,
 )
-from opensan.outputs.label_studio import SPECK, label_studio_regions, mean_score
+from opensan.outputs.label_studio import SPECK, finish_tasks, label_studio_regions, write_task
 from opensan.outputs.object_datasets import OBJECT_DATASETS
 from opensan.outputs.polygons import regions, without_holes
 
@@ -111,30 +106,7 @@ def _write_label_studio(path: Path, labelled: Labelled) -> None:
     result = label_studio_regions(
         "brushlabels", labelled.labels, labelled.names, labelled.confidence(), from_name="words", to_name="image"
     )
-    prediction: dict[str, Any] = {"model_version": labelled.model, "result": result}
-    if result:
-        prediction["score"] = mean_score(result)
-    photograph = quote(f"images/{labelled.stem}{labelled.photograph.suffix}")
-    task = {"data": {"image": f"/data/local-files/?d={photograph}"}, "predictions": [prediction]}
-    write_text(path, as_json([task]) + "\n")
-
-
-def _finish_label_studio(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
-    from xml.sax.saxutils import quoteattr  # half of the network code of Python comes with it
-
-    with atomic_path(folder / "tasks.json") as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write("[")
-        write_separated(file.write, (as_json(task) for tasks in parts(folder, members) for task in tasks))
-        file.write("]\n")
-    labels = [
-        f'    <Label value={quoteattr(name)} background="#{bytes(colour).hex()}"/>\n'
-        for name, colour in zip(names, palette(len(names)), strict=True)
-    ]
-    config = (
-        '<View>\n  <Image name="image" value="$image" zoom="true"/>\n'
-        f'  <BrushLabels name="words" toName="image">\n{"".join(labels)}  </BrushLabels>\n</View>\n'
-    )
-    write_text(folder / "config.xml", config)
+    write_task(path, labelled, result)
 
 
 DATASETS: Mapping[str, Dataset] = {
@@ -151,7 +123,7 @@ DATASETS: Mapping[str, Dataset] = {
         ("ImageSets/Segmentation/all.txt", "labelmap.txt"),
     ),
     "labelstudio": Dataset(
-        *("labelstudio", "images", "parts/{stem}.json", _write_label_studio, _finish_label_studio),
+        *("labelstudio", "images", "parts/{stem}.json", _write_label_studio, finish_tasks),
         ("tasks.json", "config.xml"),
     ),
     **OBJECT_DATASETS,

@@ -5,11 +5,16 @@ A region is plain data in the form of https://labelstud.io/guide/predictions: an
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
+from opensan.files import atomic_path, write_text
 from opensan.outputs.brush import brush_rle
+from opensan.outputs.colours import palette
+from opensan.outputs.dataset_files import Labelled, Member, as_json, parts, write_separated
 from opensan.outputs.polygons import regions, without_holes
 from opensan.outputs.regions import name_places
 
@@ -90,3 +95,32 @@ def _points(labels: np.ndarray, _: Sequence[float | None]) -> _Values:
 
 
 _KINDS = {"brushlabels": _brushes, "polygonlabels": _polygons, "keypointlabels": _points}
+
+
+def write_task(path: Path, labelled: Labelled, result: Sequence[Mapping[str, Any]]) -> None:
+    """Write an image's task, with `result` as its prediction, in a list as Label Studio imports it."""
+    prediction: dict[str, Any] = {"model_version": labelled.model, "result": result}
+    if result:
+        prediction["score"] = mean_score(result)
+    photograph = quote(f"images/{labelled.stem}{labelled.photograph.suffix}")
+    task = {"data": {"image": f"/data/local-files/?d={photograph}"}, "predictions": [prediction]}
+    write_text(path, as_json([task]) + "\n")
+
+
+def finish_tasks(folder: Path, members: Sequence[Member], names: Sequence[str]) -> None:
+    """Write the tasks of all images, and the labelling configuration with a brush for each of `names`."""
+    from xml.sax.saxutils import quoteattr  # half of the network code of Python comes with it
+
+    with atomic_path(folder / "tasks.json") as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write("[")
+        write_separated(file.write, (as_json(task) for tasks in parts(folder, members) for task in tasks))
+        file.write("]\n")
+    labels = [
+        f'    <Label value={quoteattr(name)} background="#{bytes(colour).hex()}"/>\n'
+        for name, colour in zip(names, palette(len(names)), strict=True)
+    ]
+    config = (
+        '<View>\n  <Image name="image" value="$image" zoom="true"/>\n'
+        f'  <BrushLabels name="words" toName="image">\n{"".join(labels)}  </BrushLabels>\n</View>\n'
+    )
+    write_text(folder / "config.xml", config)

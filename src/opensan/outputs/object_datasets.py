@@ -1,6 +1,6 @@
-"""Write many images' objects as one data set, for training and measuring: COCO's instances and panoptic, and YOLO.
+"""Write many images' objects as one data set: COCO's instances and panoptic, Label Studio, and YOLO.
 
-Objects are the segments of things. Segments of stuff are regions, which only the panoptic data set holds.
+Objects are the segments of things. Segments of stuff are regions, which only the panoptic data sets hold.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from opensan.outputs.dataset_files import (
     write_coco,
     yolo_stem,
 )
-from opensan.outputs.label_studio import SPECK
+from opensan.outputs.label_studio import SPECK, finish_tasks, label_studio_regions, write_task
 from opensan.outputs.polygons import as_one_ring, regions
 from opensan.outputs.segments import segments_picture
 
@@ -118,6 +118,14 @@ def _write_yolo_boxes(path: Path, labelled: Labelled) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
+def _write_label_studio(path: Path, labelled: Labelled) -> None:
+    segments = _segments(labelled)
+    words, scores = [segment.word for segment in segments], [segment.score for segment in segments]
+    # A region for each segment, not for each word.
+    result = label_studio_regions("brushlabels", segments.ids - 1, words, scores, from_name="words", to_name="image")
+    write_task(path, labelled, result)
+
+
 def _yolo(folder: str, write: Callable[[Path, Labelled], None]) -> Dataset:
     files = ("all.txt", "data.yaml")
     return Dataset(folder, "images", "labels/{stem}.txt", write, finish_yolo, files, rename=yolo_stem)
@@ -133,6 +141,10 @@ OBJECT_DATASETS: Mapping[str, Dataset] = {
         ("annotations/panoptic_all.json",),
         drawing="annotations/panoptic_all/{stem}.png",
         draw=_draw_panoptic,
+    ),
+    "labelstudio-panoptic": Dataset(
+        *("labelstudio-panoptic", "images", "parts/{stem}.json", _write_label_studio, finish_tasks),
+        ("tasks.json", "config.xml"),
     ),
     "yolo-instances": _yolo("yolo-instances", _write_yolo_instances),
     "yolo-boxes": _yolo("yolo-boxes", _write_yolo_boxes),
