@@ -16,6 +16,7 @@ import yaml
 
 import opensan
 from opensan.errors import UserError
+from opensan.files import temporary_path
 from opensan.images import list_images
 from opensan.jobs import on_ray
 from opensan.jobs.folder import Broken, Question, Written, plan
@@ -179,7 +180,16 @@ def test_results_are_those_of_one_process_and_each_continues_the_other(
 def test_a_worker_that_dies_is_replaced_and_nothing_is_lost_or_done_twice(ray, model_folder, segmenter, tmp_path):
     folder = photographs(tmp_path / "in", 12)
     deaths = iter([False, True, False, False, True, True, False, True] + [False] * 100)
-    ray.dies = lambda call: call.method == "label" and next(deaths)
+
+    def dies(call) -> bool:
+        if call.method != "label" or not next(deaths):
+            return False
+        half = temporary_path(tmp_path / "out" / f"{call.arguments[1][0].stem}.labels.png")
+        half.parent.mkdir(exist_ok=True)
+        half.write_bytes(b"half")
+        return True
+
+    ray.dies = dies
     written, broken, notes = on_workers(model_folder, folder, tmp_path / "out", count=3, batch=2)
     assert len(written) == len(set(written)) == 12 and not broken and len(ray.actors) > 3
     assert len(notes) == 4 and all("a worker died: another is started" in line for line in notes)

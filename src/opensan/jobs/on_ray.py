@@ -214,6 +214,8 @@ class Workers:
         self._note = note
         self._starting: dict[Any, _Hired] = {}
         self._ready: list[_Hired] = []
+        self.died = False
+        """Whether a worker died while it labelled, and so may have left a temporary file."""
         self._failed = 0
         """Workers that died while they started, since the last that did not."""
         self._most_failed = TRIES * count
@@ -320,6 +322,7 @@ class Workers:
                 else:
                     self._ready.remove(worker)
                     self._start()
+                    self.died = True
                     self._note("a worker died: another is started, and its images are given out again")
                     if len(culprits := lost[worker.calls[0]]) == 1:  # it was working on this image
                         (job,) = culprits
@@ -379,3 +382,5 @@ class RayRun(FolderRun):
             self._ledger.add_all([result.record for result in results if isinstance(result, Written)])
             for result in results:
                 yield replace(result, job=own[result.job.stem])
+        if self._workers.died:  # nobody writes any more
+            self._ledger.remove_left_over(path for job in self.pending for path in self._question.paths(job))
