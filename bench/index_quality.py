@@ -4,12 +4,13 @@
 
 DIR holds images/, labels/ (index PNGs, 255 unknown) and classes.txt, whose first line is the background. For every
 class that at least --least images show, the index is searched with the other classes, the bundled words or nothing as
-contrast, and by region or by area; precision at 10 is the share of the first ten images (or of as many as show the
+contrast, by region and by area; precision at 10 is the share of the first ten images (or of as many as show the
 class, if fewer) in which the class is labelled. `segment` on every image, with all classes, orders images by the area
 of the word's pixels. --scenes N draws lab scenes for `tiny` instead.
 """
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument("--model", default="photo")
     parser.add_argument("--scenes", type=int, default=0, help="draw so many lab scenes into --data")
     parser.add_argument("--least", type=int, default=3, help="images that show a class")
+    parser.add_argument("--words", type=int, default=1000, help="most classes, the most frequent ones")
+    parser.add_argument("--labelled", type=int, default=20, help="images whose labels are compared")
     parser.add_argument("--as-it-is", action="store_true", help="measure the images that the index has, and add none")
     options = parser.parse_args()
     if options.scenes and not options.data.exists():
@@ -46,6 +49,7 @@ def main() -> None:
         if path.stem in present
     }
     words = [name for name in names[1:] if sum(name in on for on in shown.values()) >= options.least]
+    words = sorted(words, key=lambda word: -sum(word in on for on in shown.values()))[: options.words]
     unseen = index.segmenter.unseen_texts(opensan.Vocabulary.parse(words))
     words = [word for word in words if word not in unseen]
     print(json.dumps({"images": len(shown), "words": len(words)}))
@@ -62,7 +66,7 @@ def main() -> None:
             seconds = (time.perf_counter() - began) / len(words)
             line = {"against": contrast, "by": by, "precision at 10": round(float(np.mean(found)), 4)}
             print(json.dumps({**line, "seconds a search": round(seconds, 3)}), flush=True)
-    print(json.dumps({"labels like segment's": likeness(index, words)}))
+    print(json.dumps({"labels like segment's": likeness(index, words, options.labelled)}))
 
 
 def precision(ranked: list[str], word: str, shown: dict[str, set[str]]) -> float:
@@ -70,10 +74,10 @@ def precision(ranked: list[str], word: str, shown: dict[str, set[str]]) -> float
     return sum(word in shown[Path(path).stem] for path in ranked[:wanted]) / wanted
 
 
-def likeness(index: opensan.Index, words: list[str]) -> dict[str, float]:
+def likeness(index: opensan.Index, words: list[str], count: int) -> dict[str, float]:
     """Return the share of pixels whose label stays, if less than the whole encoding is kept."""
     same: dict[str, list[float]] = {"pruned": [], "pruned, half vectors": [], "and masks as cells": []}
-    for _, encoding in index.encodings():
+    for _, encoding in itertools.islice(index.encodings(), count):
         masks, vectors = to_array(encoding["mask_logits"]), to_array(encoding["mask_embeddings"])
         kept = (masks > 0).any(axis=(1, 2))
         half = vectors[kept].astype(np.float16).astype(np.float32)

@@ -6,6 +6,7 @@ A proposal's probability of a word is the softmax over the asked words, the cont
 Letters: n proposals, A asked words, D embedding.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -75,8 +76,7 @@ def parse_query(
     if unseen := segmenter.unseen_texts(vocabulary):
         raise UserError(f"the model has never read {short(unseen[0])}: nothing can be found by it; choose another word")
     if against is None:
-        contrast = bundled_words()
-        contrast = bundled_words(segmenter.unseen_texts(contrast))
+        contrast = _bundled(tuple(segmenter.unseen_texts(_bundled())))
     else:
         contrast = Vocabulary.parse(against) if against else None  # type: ignore[assignment]
     taken = {text.strip().lower() for word in asked for text in (word.name, *word.synonyms)}
@@ -86,6 +86,12 @@ def parse_query(
         if not taken & {text.strip().lower() for text in (word.name, *word.synonyms)}
     )
     return Query(Vocabulary((*asked, *others)), len(also), by)
+
+
+@functools.lru_cache(4)
+def _bundled(unseen: tuple[str, ...] = ()) -> Vocabulary:
+    """Return the words of all bundled label sets, which are read from files, without those that a model never read."""
+    return bundled_words(unseen)
 
 
 def _one_word(text: str) -> Word:
