@@ -166,6 +166,13 @@ def test_copies_in_one_batch_are_encoded_once(tmp_path, photos, small):
     assert index.info()["images"] == 6 and len(index.search("cat", against=["dog"])) == 4
 
 
+def test_a_file_that_becomes_a_copy_of_another_stays_in_the_index(index, photos):
+    shutil.copy(photos / "0.png", photos / "1.png")
+    added = index.add(photos)
+    assert (added.changed, len(added.same)) == (1, 1)
+    assert len(index.paths()) == 4 and index.add(photos).unchanged == 4
+
+
 def test_a_file_that_moved_keeps_its_encoding(index, photos):
     before = content(index)[1]
     (photos / "3.png").rename(photos / "moved.png")

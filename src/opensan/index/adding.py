@@ -158,7 +158,8 @@ class Adding:
         except OSError:
             return False
         if equal:
-            self._change.same.append(self._replacing(item, other))
+            row = self._replacing(item, other)  # may commit, which begins another change
+            self._change.same.append(row)
             self.added.same.append((item.path, other.path))
         return equal
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NOT_THE_SAME = -1
 """Value of `same_as` for an image with proposals of its own."""
 
-STEEP = 6.0
+STEEP = 4.0
 """Logit of a stored mask inside, and its negative outside: such masks agree with labels best (docs/results.md)."""
 
 SAMPLES = 4
