@@ -435,7 +435,7 @@ def test_options_that_commands_share_are_spelled_the_same(run, tmp_path, model_f
 def test_help_is_in_groups_and_whole(run):
     _, said, _ = run("segment", "--help")
     titles = [line for line in said.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Arguments:", "Words:", "Model:", "Results:", "Objects:", "Options:"]
+    assert titles == ["Arguments:", "Words:", "Model:", "Results:", "Objects:", "Many machines:", "Options:"]
     assert "..." not in run("--help")[1].partition("Commands:")[2]
 
 
