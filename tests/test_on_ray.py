@@ -92,9 +92,6 @@ class StandIn(types.ModuleType):
     def is_initialized(self) -> bool:
         return True
 
-    def nodes(self) -> list[dict]:
-        return [{}]
-
     def cluster_resources(self) -> dict:
         return self.resources
 
@@ -288,7 +285,7 @@ def test_each_worker_gets_its_device_from_ray(ray, model_folder, tmp_path, devic
     assert ray.asked["num_gpus"] == asked
     with pytest.raises(ZeroDivisionError):
         Workers(1, {"device": device}, question, per_gpu=4)
-    assert ray.asked["num_gpus"] == asked / 4 and ray.asked["num_cpus"] == (os.cpu_count() or 1)
+    assert ray.asked["num_gpus"] == asked / 4 and ray.asked["num_cpus"] == 1
 
 
 def test_the_rest_and_the_threshold_are_asked_of_workers(ray, model_folder, run, tmp_path):
@@ -399,3 +396,20 @@ def test_the_example_for_kubernetes_is_whole():
         assert container["image"] == pods[0]["containers"][0]["image"]
     cores = int(pods[1]["containers"][0]["resources"]["requests"]["cpu"])
     assert int(arguments[arguments.index("--workers") + 1]) == group["maxReplicas"] * cores
+
+
+@pytest.mark.parametrize(("workers", "cores"), [(1, 4), (2, 2), (3, 1), (9, 1)])
+def test_this_machine_is_divided_among_workers_and_a_cluster_gives_each_a_core(ray, monkeypatch, workers, cores):
+    """A worker that asked a cluster for more cores than a machine there has would wait for ever."""
+    started = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray._private.worker", types.ModuleType("ray._private.worker"))
+    ray.init = lambda address, num_cpus=None, **_: started.append((address, num_cpus))
+    ray.shutdown = lambda: None
+    with cluster(None, workers) as cpus:
+        assert cpus == cores
+    with cluster("auto", workers) as cpus:
+        assert cpus == 1
+    assert started == [("local", workers * cores), ("auto", None)]

@@ -112,6 +112,6 @@ def running_on_ray(
     from opensan.jobs.on_ray import RayRun, Workers, cluster
 
     note(f"starting {workers} workers with {loading['source']}")
-    with cluster(address, workers), telling_of_memory("a worker", SMALLER):
-        hired = Workers(workers, loading, question, rest=rest, per_gpu=per_gpu, note=complain)
+    with cluster(address, workers) as cpus, telling_of_memory("a worker", SMALLER):
+        hired = Workers(workers, loading, question, rest=rest, cpus=cpus, per_gpu=per_gpu, note=complain)
         yield RayRun(hired, jobs, batch=batch)

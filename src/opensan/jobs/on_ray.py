@@ -130,10 +130,11 @@ def check_ray() -> None:
 
 
 @contextmanager
-def cluster(address: str | None, workers: int) -> Iterator[None]:
+def cluster(address: str | None, workers: int) -> Iterator[int]:
     """Connect to a Ray cluster, by default that of RAY_ADDRESS; without any, start one on this machine.
 
-    Raises UserError, one line, if the cluster can't be reached.
+    Yields the cores, and so torch's threads, for each of `workers`: this machine is divided among them. Raises
+    UserError, one line, if the cluster can't be reached.
     """
     check_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its authors
@@ -141,17 +142,17 @@ def cluster(address: str | None, workers: int) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
+        yield 1
         return
     address = address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    cpus = 1 if address else max(1, (os.cpu_count() or 1) // workers)
     try:
         if address:
             _check_port(address)
             ray.init(address=address, **quiet)
         else:  # the workers get paths and return figures: little goes through the object store
-            cpus = workers * cpus_of_a_worker(workers)
-            ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=80 << 20, **quiet)
+            ray.init("local", num_cpus=workers * cpus, include_dashboard=False, object_store_memory=80 << 20, **quiet)
     except (OSError, RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as error:
         if isinstance(error, UserError):
             raise
@@ -159,14 +160,9 @@ def cluster(address: str | None, workers: int) -> Iterator[None]:
     # Ray tells of dead workers on stdout, where results are, and has no setting for it; `Workers` tells of them itself.
     sys.modules["ray._private.worker"].__dict__["_worker_logs_enabled"] = False
     try:
-        yield
+        yield cpus
     finally:
         ray.shutdown()
-
-
-def cpus_of_a_worker(workers: int) -> int:
-    """Return the cores, and so torch's threads, of each of `workers` on this machine."""
-    return max(1, (os.cpu_count() or 1) // workers)
 
 
 def _check_port(address: str) -> None:
@@ -192,10 +188,11 @@ class Workers:
         question: Question,
         *,
         rest: bool = False,
+        cpus: int = 1,
         per_gpu: int = 1,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Start `count` workers, `per_gpu` of which share a GPU; `note` gets messages, one line each.
+        """Start `count` workers of `cpus` cores, `per_gpu` of which share a GPU; `note` gets messages, one line each.
 
         The other arguments are those of `Worker`.
 
@@ -207,7 +204,7 @@ class Workers:
         if device not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {device}: each worker gets its device from Ray: choose auto, cpu or cuda")
         gpus = 1 / per_gpu if device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU")) else 0
-        cpus = cpus_of_a_worker(count) if len(ray.nodes()) == 1 else 1
+        self._needs = f"{cpus} CPUs and {gpus:g} GPUs"
         kind: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(Worker)
         out = absolute(question.out)
         self._hire = lambda: kind.remote(dict(loading), replace(question, out=out), rest)
@@ -253,8 +250,8 @@ class Workers:
                 free = ray.available_resources()
                 cpus, gpus = free.get("CPU", 0), free.get("GPU", 0)
                 self._note(
-                    f"waiting for a worker: the cluster has {cpus:g} CPUs and {gpus:g} GPUs free; it may be adding "
-                    "machines, or the models are being loaded"
+                    f"waiting for a worker, which needs {self._needs}: the cluster has {cpus:g} and {gpus:g} free; it "
+                    "may be adding machines, or the models are being loaded"
                 )
 
     def _started(self, ref: Any) -> Described | Refusal | None:
