@@ -87,8 +87,8 @@ class Word:
     absorbs: bool = False
     """A background or "other" word: it takes pixels, and they are reported as unlabelled."""
     nothing: float = 0.0
-    """What a background word without a text of its own has of the probability of "no object", as a factor of it, in
-    [0, 10]; 0 for all other words."""
+    """Factor by which a background word without a text of its own gets the probability of "no object", in [0, 10]; 0
+    for all other words."""
 
     def __post_init__(self):
         for field in ("synonyms", "prompts"):

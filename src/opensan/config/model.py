@@ -81,7 +81,7 @@ class ModelConfig(Config):
     """The part of CLIP's image tower that is trained too: nothing, its position table, or all of it."""
     image: ImageConfig = ImageConfig()
     rest_share: Annotated[float, Field(gt=0, le=MOST_REST)] = REST_SHARE
-    """What "none of these" gets of the probability of "no object", as a factor. The identity does not depend on it."""
+    """Factor by which "none of these" gets the probability of "no object". The identity does not depend on it."""
     format: Literal[1] = 1
     unwritten: ClassVar[Collection[str]] = ("recognition", "recognition_scale", "trained_clip", "rest_share")
 

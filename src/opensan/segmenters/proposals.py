@@ -41,7 +41,7 @@ class ProposalSegmenter(Segmenter):
     text: TextRows
     """The text half: it embeds words."""
     rest_share: float = REST_SHARE
-    """What "none of these" gets of "no object": `ModelConfig.rest_share`."""
+    """Factor by which "none of these" gets the probability of "no object": `ModelConfig.rest_share`."""
     has_no_object = True
     """Whether `class_probabilities` leaves out a probability of "no object" that the model learned."""
 
