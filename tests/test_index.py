@@ -462,6 +462,7 @@ def test_the_commands(tmp_path, capsys):
     told = json.loads(out)
     assert (told["not"], told["against"]) == (["green heart"], 0)
     assert told["matches"][0]["regions"][0]["rle"]["size"] == [480, 640]
+    assert opensan.Index(folder).segmenter.identity.name == "tiny"  # that of the index
     code, out, _ = run(capsys, "info", folder, "--json")
     assert json.loads(out)["images"] == 3
     assert run(capsys, "remove", folder, SCENES / "court.png")[1] == f"1 removed: 2 images in {folder}\n"

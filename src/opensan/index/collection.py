@@ -264,8 +264,10 @@ class Index:
 
     @property
     def segmenter(self) -> ProposalSegmenter:
-        """The model, which is loaded when it is needed first."""
+        """The model, which is loaded when it is needed first: that of the index, unless another one was given."""
         if self._segmenter is None:
+            if self._model is None and (head := self._head_if_any()) is not None:
+                return self._segmenter_of(head)
             model = "san-vit-b16" if self._model is None else self._model
             loaded = model if isinstance(model, Segmenter) else load(model, **self._options)
             self._segmenter = with_proposals(loaded, "an index")
