@@ -195,6 +195,17 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_lost_or_done_twice(ray, m
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
+def test_workers_serve_several_runs(ray, model_folder, tmp_path):
+    folder, out = photographs(tmp_path / "in", 3), tmp_path / "out"
+    out.mkdir()
+    workers = Workers(2, loading(model_folder), Question(Vocabulary.parse(WORDS), out, ("png",)))
+    images = list_images([folder])
+    for number in (2, 3):
+        with RayRun(workers, plan(images[:number], [folder]), batch=2) as run, closing(run.results()) as results:
+            assert len(list(results)) == number - (number == 3) * 2
+    assert len(ray.actors) == 2
+
+
 def test_what_a_dead_worker_had_is_done_at_the_end(ray, model_folder, tmp_path):
     """Where something kills workers again and again, no image is its victim three times and called broken."""
     folder = photographs(tmp_path / "in", 6)

@@ -211,6 +211,7 @@ class Workers:
         self._note = note
         self._starting: dict[Any, _Hired] = {}
         self._ready: list[_Hired] = []
+        self._described: Described | None = None
         self.died = False
         """Whether a worker died while it labelled, and so may have left a temporary file."""
         self._failed = 0
@@ -225,12 +226,12 @@ class Workers:
         self._starting[actor.describe.remote()] = _Hired(actor)
 
     def first(self) -> Described:
-        """Wait for the first worker, and return its description. Raises UserError if none can start."""
-        while True:
+        """Return the description of the first worker, once it is there. Raises UserError if none can start."""
+        while self._described is None:
             self._check()
             for ref in self._wait(list(self._starting)):
-                if isinstance(described := self._started(ref), Described):
-                    return described
+                self._started(ref)
+        return self._described
 
     def _check(self) -> None:
         if not self._starting and not self._ready:
@@ -254,8 +255,8 @@ class Workers:
                     "may be adding machines, or the models are being loaded"
                 )
 
-    def _started(self, ref: Any) -> Described | Refusal | None:
-        """Take a worker that has started into service, or say why not; None if it died."""
+    def _started(self, ref: Any) -> None:
+        """Take a worker that has started into service, or say why not."""
         import ray
 
         worker = self._starting.pop(ref)
@@ -266,7 +267,7 @@ class Workers:
             self._refusal = f"workers die while they start ({_cause(error)})"
             if self._failed < self._most_failed:
                 self._start()
-            return None
+            return
         except ray.exceptions.RayError as error:
             raise UserError(f"a worker can't start ({_cause(error)})") from None
         if isinstance(described, Refusal):
@@ -274,7 +275,7 @@ class Workers:
         else:
             self._failed = 0
             self._ready.append(worker)
-        return described
+            self._described = self._described or described
 
     def _dismiss(self, worker: _Hired, refusal: Refusal) -> None:
         import ray
