@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from opensan.assemble.bands import to_array
+from opensan.assemble.interpolation import masks_at
 from opensan.errors import UserError
 from opensan.segmenters.san import SanSegmenter
 from opensan.tune import suggest
@@ -62,6 +64,9 @@ def test_the_figures_are_those_of_the_labels(segmenter):
     same = (there == mirrored[:, ::-1][np.ix_(rows, columns)].ravel()).mean()
     assert two.agreement[0] == pytest.approx(same, abs=0.01)
     assert 0 < own.margin[0] < 1
+    flipped, masks = seen.views[1]
+    corner = masks_at(to_array(flipped["mask_logits"]), flipped.sizes, 0, image.shape[1] - 1)
+    np.testing.assert_allclose(masks[0], corner, rtol=1e-4)  # of the pixel that was on the left
 
 
 def change(word: str, text: str, margin: float, low: float) -> Change:
