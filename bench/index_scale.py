@@ -21,7 +21,7 @@ import pyarrow as pa
 
 import opensan
 from opensan.index.head import Head
-from opensan.index.rows import schemas
+from opensan.index.rows import SIZES, schemas
 from opensan.index.scoring import vectors_of
 from opensan.index.store import Store
 from opensan.vocabulary import Vocabulary
@@ -97,10 +97,12 @@ def build(folder: Path, count: int, like: Head, options: argparse.Namespace) -> 
     """Write generated rows, `STEP` proposals a commit."""
     rng = np.random.default_rng(0)
     source = Store(options.like, like.versions)
-    batches = list(source.batches("proposals", ["vector", "area", "box", "mask"]))
+    rows = source.rows("images", schemas(like.width)["images"].names)
+    image = rows[0] | {"encoding": None, "same_as": -1}
+    alike = [row["id"] for row in rows if all(row[name] == image[name] for name in SIZES)]
+    batches = list(source.batches("proposals", ["vector", "area", "box", "mask"], "image", alike))
     vectors = np.concatenate([vectors_of(batch) for batch in batches]).astype(np.float32)
     rest = pa.Table.from_batches(batches).drop_columns(["vector"])
-    image = source.rows("images", schemas(like.width)["images"].names)[0] | {"encoding": None, "same_as": -1}
     store = Store.create(folder, schemas(like.width))
     schema = schemas(like.width)["proposals"]
     for start in range(0, count, STEP):
