@@ -25,11 +25,12 @@ ALIKE = 0.6
 """The probability that an object looks like the one before it."""
 
 
-def train(out: Path, steps: int, batch: int) -> None:
+def train(out: Path, steps: int, batch: int, learning_rate: float) -> None:
     """Continue the training of `tiny` for objects, and save `out`/model. Resumes."""
     model = load_model("tiny")
     dataset = SceneDataset(11, 2_000, (192, 256), "masks", BASE_NAMES, ALIKE)
-    loop = LoopConfig(steps=steps, batch_size=batch, learning_rate=4e-4, warmup=10, save_every=20, log_every=10)
+    settings = {"warmup": 10, "save_every": 20, "log_every": 10}
+    loop = LoopConfig(steps=steps, batch_size=batch, learning_rate=learning_rate, **settings)
     config = SanTrainingConfig(
         loop=loop,
         augment=AugmentConfig(short_sides=(160, 192), crop=(128, 128), colour_jitter=False),
@@ -60,12 +61,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/objects"))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--model", action="append", help="for `measure`; may be given several times")
     parser.add_argument("--scenes", type=int, default=100, help="test scenes of `measure`")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.command == "train":
-        train(options.out, options.steps, options.batch)
+        train(options.out, options.steps, options.batch, options.learning_rate)
     else:
         measure(options.model or ["tiny"], options.scenes)
 

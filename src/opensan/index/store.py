@@ -140,7 +140,7 @@ class Store:
                 if "image" not in known:
                     proposals.create_scalar_index("image")
                 if "vector" not in known:
-                    proposals.create_index(metric="dot", vector_column_name="vector", index_type="IVF_PQ")
+                    proposals.create_index(metric="dot", vector_column_name="vector", index_type="IVF_SQ")
             for table in self._tables.values():
                 table.optimize(cleanup_older_than=NEVER)
 
