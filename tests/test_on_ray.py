@@ -319,6 +319,7 @@ def test_options_that_contradict_each_other(ray, model_folder, run, tmp_path, mo
     for options, said in (
         (("--workers", 2), "are for --on ray"),
         (("--address", "auto"), "are for --on ray"),
+        (("--workers-per-gpu", 2), "is for --on ray"),
         (("--on", "ray"), "--on ray needs --workers N"),
         (("--on", "ray", "--workers", 0), "--workers"),
         (("--on", "dask", "--workers", 1), "--on"),

@@ -23,3 +23,9 @@ Objects = Literal["parts", "proposals"]
 
 Tuned = Literal["vectors", "context", "both"]
 """Parts of words that `opensan tune words` fits: a vector for each word, one offset for all words, or both."""
+
+Engine = Literal["ray"]
+"""Engine that spreads images over processes or machines."""
+
+SearchBy = Literal["region", "area"]
+"""How a search scores an image for a word: by its best region's probability, or by the mean score of its pixels."""

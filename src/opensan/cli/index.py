@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opensan.choices import SearchBy
 from opensan.cli.asked_words import (
     Background,
     Rest,
@@ -15,7 +16,7 @@ from opensan.cli.asked_words import (
     asked_vocabulary,
     embed_words,
 )
-from opensan.cli.options import MODEL, RESULTS, AsJson, Device, ImageDtype, Out, SpeedChoice
+from opensan.cli.options import MODEL, RESULTS, AsJson, Device, ImageDtype, Out, SpeedChoice, listed_formats
 from opensan.cli.segment import label_many
 from opensan.cli.terminal import (
     Command,
@@ -139,9 +140,7 @@ def search(
             show_default=False,
         ),
     ] = None,
-    by: Annotated[
-        str, typer.Option(metavar="region|area", help="Score images by their best region, or by the word's area.")
-    ] = "region",
+    by: Annotated[SearchBy, typer.Option(help="Score images by their best region, or by the word's area.")] = "region",
     top: Annotated[int, typer.Option(min=1, help="Number of images.")] = 50,
     least: Annotated[float, typer.Option(min=0, max=1, help="Least probability of a region that is listed.")] = 0.5,
     every: Annotated[
@@ -174,7 +173,7 @@ def search(
         also=also or (),
         without=without or (),
         against=_contrast(against),
-        by=by,  # type: ignore[arg-type]
+        by=by,
         top=top,
         least=least,
         approximate=False if every else None,
@@ -218,7 +217,7 @@ def relabel(
     from opensan.jobs.folder import FolderRun, plan
 
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates, rest)
-    kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
+    kinds = listed_formats([formats])
     outputs.check_formats_of_many(kinds, len(vocabulary.names))
     outputs.check_writable(out)
     collection = Index(folder, model, device=device)

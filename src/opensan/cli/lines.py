@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from opensan.cli.asked_words import embed_words
+from opensan.cli.options import listed_formats
 from opensan.cli.terminal import SMALLER, UsageError, telling_of_memory
 from opensan.errors import UserError
 
@@ -21,7 +22,7 @@ def formats_of_lines(listed: Sequence[str] | None) -> list[str]:
     """Return the formats of --format, by default masks in the answers. Raises UsageError for those of no stream."""
     from opensan.jobs.lines import RLE, check_formats_of_lines
 
-    formats = [RLE] if listed is None else [kind.strip() for kind in ",".join(listed).split(",") if kind.strip()]
+    formats = [RLE] if listed is None else listed_formats(listed)
     try:
         check_formats_of_lines(formats)
     except UserError as error:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opensan.choices import Engine
 from opensan.cli.terminal import SMALLER, UsageError, complain, note, telling_of_memory
 
 if TYPE_CHECKING:
@@ -15,12 +15,6 @@ if TYPE_CHECKING:
 
 MACHINES = "Many machines"
 """Group of options in the help."""
-
-
-class Engine(StrEnum):
-    """Engines that spread work."""
-
-    ray = "ray"
 
 
 On = Annotated[
@@ -67,10 +61,14 @@ Address = Annotated[
 ]
 
 
-def check_engine(on: Engine | None, workers: int | None, address: str | None, alone: Mapping[str, object]) -> None:
+def check_engine(
+    on: Engine | None, workers: int | None, address: str | None, per_gpu: int, alone: Mapping[str, object]
+) -> None:
     """Raise UsageError if these options contradict each other, or those given of `alone`; UserError without Ray."""
     if on is None and (workers is not None or address is not None):
         raise UsageError("--workers and --address are for --on ray")
+    if on is None and per_gpu != 1:
+        raise UsageError("--workers-per-gpu is for --on ray")
     if on is None:
         return
     if workers is None:

@@ -95,8 +95,8 @@ def push(
 ) -> None:
     """Upload a model to the Hugging Face hub.
 
-    What --model OWNER/NAME then takes everywhere. A model card is written from the record of the training. The token
-    is that of HF_TOKEN or `hf auth login`.
+    From then on, every command takes it as --model OWNER/NAME. A model card is written from the record of the training.
+    The token is that of HF_TOKEN or `hf auth login`.
     """
     note(f"checking {model}")
     from opensan.checkpoints.push import push as push_model

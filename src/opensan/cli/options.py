@@ -83,6 +83,11 @@ Threshold = Annotated[
 ]
 
 
+def listed_formats(given: Iterable[str]) -> list[str]:
+    """Return the formats of --format, each of whose values is one format or a list with commas."""
+    return [kind.strip() for kind in ",".join(given).split(",") if kind.strip()]
+
+
 def checked_threshold(value: float) -> float:
     """Return the value of --threshold. Raises UsageError, one line, unless it is from 0 to 1."""
     if not 0 <= value <= 1:

@@ -44,6 +44,7 @@ from opensan.cli.options import (
     SpeedChoice,
     Threshold,
     checked_threshold,
+    listed_formats,
     say_what_tiny_knows,
 )
 from opensan.cli.terminal import (
@@ -150,7 +151,8 @@ def segment(
     several images goes on with the same command, and what is done is not done again.
     """
     checked_threshold(threshold)
-    check_engine(on, workers, address, {"--lines": lines, "--show": show, "--explain": explain, "-": STDIN in images})
+    alone = {"--lines": lines, "--show": show, "--explain": explain, "-": STDIN in images}
+    check_engine(on, workers, address, workers_per_gpu, alone)
     if lines:
         if images != [STDIN] or show or explain is not None:
             raise UsageError("--lines answers a stream: give - in place of images, and neither --show nor --explain")
@@ -173,8 +175,7 @@ def segment(
     vocabulary = asked_vocabulary(words, words_file, words_set, background, templates, rest)
     from opensan import outputs  # imported here, like all that --help does not need
 
-    listed = ",".join(formats) if formats is not None else "png,overlay,json"
-    kinds = [kind.strip() for kind in listed.split(",") if kind.strip()]
+    kinds = listed_formats(formats if formats is not None else ["png,overlay,json"])
     try:
         outputs.check_formats_of_many(kinds, len(vocabulary.names))
     except UserError as error:

@@ -14,15 +14,16 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from opensan.choices import SearchBy
 from opensan.errors import UserError
 from opensan.files import absolute
 from opensan.images import list_images
 from opensan.index.adding import Added, Adding
 from opensan.index.answers import Answer, Match, Region
-from opensan.index.head import Head
+from opensan.index.head import NAME, Head
 from opensan.index.relabel import StoredSegmenter, each_encoding, only, stored_encodings
 from opensan.index.rows import ABOUT, NOT_THE_SAME, SIZES, ImageRow, cells, sizes_of
-from opensan.index.scoring import By, Query, distinct, parse_query, probabilities, score_images, vectors_of
+from opensan.index.scoring import Query, distinct, parse_query, probabilities, score_images, vectors_of
 from opensan.index.store import IMAGES, PROPOSALS, Store
 from opensan.index.writer import LONGEST_WAIT, Change, writing
 from opensan.segmenters.base import Segmenter
@@ -114,7 +115,7 @@ class Index:
         also: Iterable[str] = (),
         without: Iterable[str] = (),
         against: Any = None,
-        by: By = "region",
+        by: SearchBy = "region",
         top: int = 50,
         least: float = 0.5,
         approximate: bool | None = None,
@@ -277,7 +278,7 @@ class Index:
         try:
             return Head.read(self.folder)
         except UserError:
-            if (self.folder / "index.json").exists():
+            if (self.folder / NAME).exists():
                 raise
             return None
 

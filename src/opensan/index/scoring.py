@@ -9,11 +9,12 @@ Letters: n proposals, A asked words, D embedding.
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from opensan.assemble.bands import to_array
+from opensan.choices import SearchBy
 from opensan.errors import UserError, short
 from opensan.segmenters.explanation import bundled_words
 from opensan.segmenters.results import Encoding
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from opensan.segmenters.proposals import ProposalSegmenter
-
-By = Literal["region", "area"]
-"""Ways to score an image for a word: its best region's probability, or the mean score of its pixels."""
 
 _ONE = ImageSizes((1, 1), (1, 1), (1, 1))
 
@@ -39,7 +37,7 @@ class Query:
     """The asked words, then the contrast words, which absorb."""
     also: int
     """Number of words that must be there too; they follow the first."""
-    by: By = "region"
+    by: SearchBy = "region"
 
     @property
     def asked(self) -> list[str]:
@@ -53,7 +51,7 @@ def parse_query(
     also: Iterable[str],
     without: Iterable[str],
     against: object,
-    by: By,
+    by: SearchBy,
 ) -> Query:
     """Make a query.
 
@@ -68,7 +66,7 @@ def parse_query(
     Raises:
         UserError: an empty query, several words in one, or words the model has never read; one line.
     """
-    if by not in ("region", "area"):
+    if by not in get_args(SearchBy):
         raise UserError(f"images are scored by region or by area, not by {short(by)}")
     also, without = ([text] if isinstance(text, str) else list(text) for text in (also, without))
     asked = [_one_word(text) for text in (words, *also, *without)]
@@ -130,10 +128,10 @@ def score_images(
     for batch in batches:
         if batch.num_rows == 0:
             continue
-        found = probabilities(segmenter, vectors_of(batch), query)
+        regions = probabilities(segmenter, vectors_of(batch), query)
         images.append(batch.column("image").to_numpy())
-        areas.append(found[:, 0] * batch.column("area").to_numpy())
-        best.append(found)
+        areas.append(regions[:, 0] * batch.column("area").to_numpy())
+        best.append(regions)
     if not images:
         return np.zeros(0, np.int64), np.zeros(0, np.float32)
     ids, places = np.unique(np.concatenate(images), return_inverse=True)

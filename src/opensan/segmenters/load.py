@@ -60,7 +60,7 @@ def load(
         ValueError: unknown model or option, a damaged file, or a missing library; one line.
         HubError: the hub did not answer; names the attempts and what works offline.
     """
-    found = find_calibration(source, calibration)  # a damaged file is reported before the model is loaded
+    chosen = find_calibration(source, calibration)  # a damaged file is reported before the model is loaded
     segmenter = _load(
         source,
         device=device,
@@ -71,7 +71,7 @@ def load(
         text_cache=text_cache,
         threads=threads,
     )
-    calibrate(segmenter, found)
+    calibrate(segmenter, chosen)
     return segmenter
 
 
@@ -85,8 +85,8 @@ def find_calibration(
     if given is not None:
         return Path(given), Calibration.load(given)
     own = Path(source) / FILE_NAME
-    found = own if own.is_file() else _on_hub(source)
-    return None if found is None else (found, Calibration.load(found))
+    path = own if own.is_file() else _on_hub(source)
+    return None if path is None else (path, Calibration.load(path))
 
 
 def _on_hub(source: str | os.PathLike[str]) -> Path | None:
@@ -98,14 +98,15 @@ def _on_hub(source: str | os.PathLike[str]) -> Path | None:
     return optional_file(source, FILE_NAME)
 
 
-def calibrate(segmenter: Segmenter, found: tuple[Path, Calibration] | None) -> None:
+def calibrate(segmenter: Segmenter, chosen: tuple[Path, Calibration] | None) -> None:
     """Have a segmenter use what `find_calibration` returned. Raises UserError if it is of another model."""
-    if found is None:
+    if chosen is None:
         return
+    path, calibration = chosen
     try:
-        segmenter.calibrate(found[1])
+        segmenter.calibrate(calibration)
     except UserError as error:
-        raise UserError(f"{found[0]}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _load(
