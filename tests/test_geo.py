@@ -417,6 +417,29 @@ def test_the_command_writes_all_its_results_and_nothing_else(tmp_path, scene, ca
     assert "scene.labels.tif" in printed
 
 
+def labels_in(path):
+    with rasterio.open(path) as file:
+        return file.read(1)
+
+
+def test_pixels_that_no_word_deserves_or_of_little_confidence_are_unlabelled(tmp_path, scene, capsys):
+    """As `segment` leaves them, whose image is one tile; and work of another threshold is done again."""
+    from opensan import load
+
+    out = tmp_path / "out"
+    asked = [*arguments(scene, out), "--tile", 500]
+    model = load("tiny")
+    with rasterio.open(scene) as file:
+        pixels = np.ascontiguousarray(file.read().transpose(1, 2, 0))
+    middle = float(np.median(model.segment(pixels, "sand,snow,grass,water").confidence))
+    for options, settings in ((["--rest"], {"rest": True}), (["--threshold", middle], {"threshold": middle})):
+        assert not run(*asked, *options)
+        expected = model.segment(pixels, "sand,snow,grass,water", **settings).labels
+        labels = labels_in(out / "scene.labels.tif").astype(int)
+        assert 0 < (labels == 255).mean() < 1
+        assert (np.where(labels == 255, -1, labels) != expected).mean() < 0.01  # tiles have no padding
+
+
 def test_a_killed_command_goes_on_where_it_was(tmp_path, scene, capsys):
     """Killed by itself in the middle of a strip's writing; the second run computes only what is missing."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -510,6 +533,9 @@ def test_hectares_of_web_mercator_are_those_of_the_ground(tmp_path, capsys):
         (("--bands", "red"), 2, "--bands takes numbers"),
         (("--stretch", "98,2"), 2, "the lower one first"),
         (("--overlap", "150"), 1, "choose 0 to 100"),
+        (("--threshold", "1.5"), 2, "must be from 0 to 1"),
+        (("--calibration", "none.json"), 1, "none.json: can't be read"),
+        (("--model", "maskclip:tiny"), 1, "needs a model with mask proposals"),
     ],
 )
 def test_mistakes_are_told_in_a_line(tmp_path, scene, capsys, option, code, message):

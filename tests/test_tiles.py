@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from opensan.assemble.calibration import Calibration
 from opensan.assemble.resize import mask_bands
 from opensan.jobs.strips import StripFile
 from opensan.jobs.tiles import ArrayRaster, Tiling, border_weights, label_by_tiles, tile_starts
@@ -66,7 +67,7 @@ def test_an_image_of_one_tile_is_segmented_as_ever(small, picture):
 
 
 def blended_plainly(segmenter, picture, vocabulary, tiling):
-    """Scores of all words at all pixels: each tile's, weighted, added to one big array."""
+    """Scores of all words at all pixels: each tile's, weighted, added to one big array, by the sum of weights."""
     scores = torch.zeros(len(vocabulary.words), *tiling.size)
     total = torch.zeros(tiling.size)
     for top in tiling.tops:
@@ -80,7 +81,11 @@ def blended_plainly(segmenter, picture, vocabulary, tiling):
             tile = torch.einsum("qk,qyx->kyx", segmenter.class_probabilities(encoding, vocabulary), masks)
             scores[:, *window] += tile * weight
             total[window] += weight
-    winners = (scores / total).argmax(dim=0).numpy()
+    return scores / total
+
+
+def labels_of(scores, vocabulary):
+    winners = scores.argmax(dim=0).numpy()
     return np.where(winners < len(vocabulary.names), winners, -1)
 
 
@@ -88,9 +93,37 @@ def blended_plainly(segmenter, picture, vocabulary, tiling):
 def test_the_labels_are_those_of_blended_scores(small, picture, tile, overlap):
     tiling = Tiling.plan(picture.shape[:2], tile, overlap)
     labels = np.concatenate(list(label_by_tiles(small, ArrayRaster(picture), WORDS, tiling, batch_size=2)))
-    expected = blended_plainly(small, picture, WORDS, tiling)
+    expected = labels_of(blended_plainly(small, picture, WORDS, tiling), WORDS)
     assert len(np.unique(expected)) > 1 or tiling.count == 2  # two tiles see nearly the whole, and one word
     assert (labels != expected).mean() < 1e-4  # a tie may fall either way in the last bit
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_pixels_of_less_confidence_are_unlabelled(small, picture, temperature):
+    """Confidence is of the blended scores; with a calibration, the share of the word among all words."""
+    tiling = Tiling.plan(picture.shape[:2], 96, 20)
+    scores = blended_plainly(small, picture, WORDS, tiling)
+    confidence = scores.max(dim=0).values.clamp(0, 1).numpy()
+    if temperature is not None:
+        confidence = (scores.log() / temperature).softmax(dim=0).max(dim=0).values.numpy()
+        known = tuple(word.name for word in WORDS.words)
+        small.calibrate(Calibration(str(small.identity), temperature, known, "none", 1, 1, 0.5, 0.5))
+    threshold = float(np.median(confidence))
+    try:
+        labels = np.concatenate(list(label_by_tiles(small, ArrayRaster(picture), WORDS, tiling, threshold=threshold)))
+    finally:
+        small.calibration = None
+    expected = np.where(confidence < threshold, -1, labels_of(scores, WORDS))
+    clear = abs(confidence - threshold) > 1e-5
+    assert 0.1 < (expected == -1).mean() < 0.9
+    assert (labels != expected)[clear].mean() < 1e-4
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
+def test_a_threshold_that_is_no_share_is_refused(small, picture, threshold):
+    tiling = Tiling.plan(picture.shape[:2], 96, 20)
+    with pytest.raises(ValueError, match=r"^the threshold of confidence must be from 0 to 1"):
+        next(label_by_tiles(small, ArrayRaster(picture), WORDS, tiling, threshold=threshold))
 
 
 def test_going_on_from_a_strip_gives_the_same_strips(small, picture):

@@ -6,8 +6,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
-from opensan.cli.options import AsJson, Device, ImageDtype, Model, Out, Show, SpeedChoice, say_what_tiny_knows
+from opensan.cli.asked_words import (
+    Background,
+    Rest,
+    Templates,
+    Words,
+    WordsFile,
+    WordsSet,
+    asked_vocabulary,
+    embed_words,
+)
+from opensan.cli.options import (
+    AsJson,
+    Calibrated,
+    Device,
+    ImageDtype,
+    Model,
+    Out,
+    Show,
+    SpeedChoice,
+    Threshold,
+    checked_threshold,
+    say_what_tiny_knows,
+)
 from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_bar
 from opensan.cli.word_table import word_table
 from opensan.errors import UserError
@@ -17,7 +38,7 @@ if TYPE_CHECKING:
     from opensan.jobs.ledger import SingleResult
     from opensan.jobs.strips import StripFile
     from opensan.jobs.tiles import Tiling
-    from opensan.segmenters.san import SanSegmenter
+    from opensan.segmenters.base import Segmenter
     from opensan.vocabulary import Vocabulary
 
 LABELS, PREVIEW = ".labels.tif", ".preview.png"
@@ -35,8 +56,11 @@ def segment_raster(
     words_set: WordsSet = None,
     background: Background = None,
     templates: Templates = None,
+    rest: Rest = False,
     model: Model = "san-vit-b16",
+    calibration: Calibrated = None,
     out: Out = Path("out"),
+    threshold: Threshold = 0.0,
     tile: Annotated[
         int | None,
         typer.Option(
@@ -85,7 +109,8 @@ def segment_raster(
     in QGIS), STEM.polygons.geojson and STEM.preview.png. The same command continues a run that was stopped in any way.
     Needs the extra `geo`.
     """
-    vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
+    vocabulary = asked_vocabulary(words, words_file, words_set, background, templates, rest)
+    checked_threshold(threshold)
     chosen = _numbers("--bands", bands, int)
     percentiles = _numbers("--stretch", stretch, float)
     if percentiles and not (len(percentiles) == 2 and 0 <= percentiles[0] < percentiles[1] <= 100):
@@ -114,17 +139,21 @@ def segment_raster(
             from opensan.jobs.ledger import SingleResult
             from opensan.jobs.strips import StripFile
             from opensan.jobs.tiles import Tiling
-            from opensan.segmenters.san import load_san
+            from opensan.segmenters.load import load
+            from opensan.segmenters.proposals import with_proposals
 
-            segmenter = load_san(model, device=device, speed=speed, dtype=dtype)
+            segmenter = load(model, device=device, speed=speed, dtype=dtype, calibration=calibration)
+            with_proposals(segmenter, "an image by tiles")
+            if rest:
+                vocabulary = segmenter.with_rest(vocabulary)
             embed_words(segmenter, vocabulary)
             tiling = Tiling.plan(raster.size, tile or segmenter.image_config.short_side, overlap)
-            work = _work(raster, segmenter, vocabulary, tiling)
+            work = _work(raster, segmenter, vocabulary, tiling, threshold)
             try:  # the image's own errors are UserErrors
                 result = SingleResult(out, image, raster.stat, LABELS, work)
                 part = out / f".{result.name}.labels.part"
                 with StripFile(part, work, tiling.strips, raster.size[1]) as strips:
-                    _label(segmenter, raster, vocabulary, tiling, strips, batch)
+                    _label(segmenter, raster, vocabulary, tiling, strips, threshold, batch)
                     _write(raster, strips, vocabulary.names, out, result, polygons, min_pixels, as_json)
                     strips.remove()
             except OSError as error:  # a full disk, or a name that is too long
@@ -153,26 +182,30 @@ def _nodata(text: str) -> float | str:
         raise UsageError(f"--nodata takes a number or none, not {text!r}") from None
 
 
-def _work(raster: "GeoRaster", segmenter: "SanSegmenter", vocabulary: "Vocabulary", tiling: "Tiling") -> dict[str, Any]:
+def _work(
+    raster: "GeoRaster", segmenter: "Segmenter", vocabulary: "Vocabulary", tiling: "Tiling", threshold: float
+) -> dict[str, Any]:
     """Return all that the labels depend on: unfinished work is continued only if none of it has changed."""
+    from opensan.jobs.ledger import settings_of
+
     return {
+        **settings_of(segmenter, vocabulary, threshold),
         "image": [str(raster.path.absolute()), raster.stat.st_size, raster.stat.st_mtime_ns],
         "bands": raster.bands,
         "stretch": raster.stretch,
         "nodata": raster.nodata,
-        "model": [str(segmenter.identity), segmenter.speed, str(segmenter.dtype)],
         "words": len(vocabulary.names),
-        "vocabulary": vocabulary.to_dict(),
         "tiles": [tiling.height, tiling.width, tiling.overlap, *tiling.size],
     }
 
 
 def _label(
-    segmenter: "SanSegmenter",
+    segmenter: "Segmenter",
     raster: "GeoRaster",
     vocabulary: "Vocabulary",
     tiling: "Tiling",
     strips: "StripFile",
+    threshold: float,
     batch: int,
 ) -> None:
     from torch import OutOfMemoryError
@@ -192,6 +225,7 @@ def _label(
                 vocabulary,
                 tiling,
                 first_strip=strips.finished,
+                threshold=threshold,
                 batch_size=batch,
                 advance=advance,
             ):

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensan.cli.asked_words import Background, Templates, Words, WordsFile, WordsSet, asked_vocabulary, embed_words
+from opensan.cli.asked_words import (
+    Background,
+    Rest,
+    Templates,
+    Words,
+    WordsFile,
+    WordsSet,
+    asked_vocabulary,
+    embed_words,
+)
 from opensan.cli.options import (
     AsJson,
     Calibrated,
@@ -35,6 +44,7 @@ def segment_video(
     words_set: WordsSet = None,
     background: Background = None,
     templates: Templates = None,
+    rest: Rest = False,
     model: Model = "san-vit-b16",
     calibration: Calibrated = None,
     out: Out = Path("out"),
@@ -65,7 +75,7 @@ def segment_video(
     label map a frame) and STEM.frames.csv (time and area of each word, a frame a line). Stopped in whatever way, the
     same command goes on where it was. Needs the extra `video`.
     """
-    vocabulary = asked_vocabulary(words, words_file, words_set, background, templates)
+    vocabulary = asked_vocabulary(words, words_file, words_set, background, templates, rest)
     checked_threshold(threshold)
     from opensan import outputs
 
@@ -78,6 +88,8 @@ def segment_video(
     from opensan.segmenters.load import load
 
     segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, calibration=calibration)
+    if rest:
+        vocabulary = segmenter.with_rest(vocabulary)
     embed_words(segmenter, vocabulary)
     try:
         with VideoRun(

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opensan.assemble.bands import Scores, scores_of_words
+from opensan.assemble.calibration import calibrated_confidence, checked_threshold
 from opensan.assemble.labels import best_words_of_masks
 from opensan.assemble.resize import interpolation_matrices
 from opensan.errors import UserError
@@ -112,6 +114,7 @@ def label_by_tiles(
     tiling: Tiling,
     *,
     first_strip: int = 0,
+    threshold: float = 0.0,
     batch_size: int = 1,
     advance: Callable[[int], None] = lambda tiles: None,
 ) -> Iterator[np.ndarray]:
@@ -126,14 +129,16 @@ def label_by_tiles(
         vocabulary: the words.
         tiling: `Tiling.plan(raster.size, tile, overlap)`.
         first_strip: where to go on with work that was interrupted; the strips are those of an uninterrupted run.
+        threshold: pixels of less confidence are unlabelled, in [0, 1]. Confidence is as of `Segmentation.confidence`,
+            from the blended scores, where the weights of overlapping tiles sum to one.
         batch_size: tiles that go through the model together.
         advance: called with a number of tiles when they are done.
 
     Yields:
         [rows, W0] int32 for each of `tiling.strips` from `first_strip` on: index into `vocabulary.names`, or -1 where
-        a background word won or the image has no data.
+        a background word won, the confidence is too low or the image has no data.
     """
-    work = _Work(segmenter, raster, vocabulary, tiling, batch_size, advance)
+    work = _Work(segmenter, raster, vocabulary, tiling, checked_threshold(threshold), batch_size, advance)
     rows: dict[int, list[_Tile | None]] = {}
     for strip, (top, bottom) in list(enumerate(tiling.strips))[first_strip:]:
         needed = [row for row in range(strip + 1) if tiling.tops[row] + tiling.height > top]
@@ -160,6 +165,7 @@ class _Work:
         raster: Raster,
         vocabulary: Vocabulary,
         tiling: Tiling,
+        threshold: float,
         batch_size: int,
         advance: Callable[[int], None],
     ) -> None:
@@ -167,6 +173,7 @@ class _Work:
         self._raster = raster
         self._vocabulary = vocabulary
         self._tiling = tiling
+        self._threshold = threshold
         self._batch_size = batch_size
         self._advance = advance
         self._weights = [
@@ -251,7 +258,32 @@ class _Work:
                 ]
             )
 
-        out.copy_(best_words_of_masks(masks, torch.cat([tile.probabilities for tile, _, _ in tiles]), (height, width)))
+        probabilities = torch.cat([tile.probabilities for tile, _, _ in tiles])
+        out.copy_(best_words_of_masks(masks, probabilities, (height, width)))
+        if self._threshold:
+            weights = [
+                self._border_weights(slice(down, down + height), slice(across, across + width))
+                for _, down, across in tiles
+            ]
+            total = torch.stack(weights).sum(dim=0) if len(tiles) > 1 else torch.ones_like(weights[0])
+
+            def scores(rows: slice) -> Tensor:
+                band = masks(rows)
+                return (probabilities.T @ band.flatten(1)).unflatten(1, band.shape[1:]).div_(total[rows])
+
+            unsure = self._confidence(scores, out.cpu().numpy()) < self._threshold
+            out[torch.from_numpy(unsure).to(out.device)] = len(self._vocabulary.words)  # no word: `labels` marks it
+
+    def _confidence(self, scores: Scores, winners: np.ndarray) -> np.ndarray:
+        """Return the confidence in the words that `winners` [rows, columns] names, in [0, 1]."""
+        words, calibration = len(self._vocabulary.words), self._segmenter.calibration
+        if calibration is not None:
+            return calibrated_confidence(scores, winners, words, calibration)
+        return scores_of_words(scores, winners, words).clip(0, 1)
+
+    def _border_weights(self, rows: slice, columns: slice) -> Tensor:
+        """Return a tile's weights in some of its rows and columns, [rows, columns] in (0, 1]."""
+        return self._weights[0][rows, None] * self._weights[1][columns]
 
     def _masks(self, tile: _Tile, rows: slice, columns: slice, weigh: bool) -> Tensor:
         """Return [Q, rows, columns] in [0, 1]: mask probabilities, times the tile's weights if tiles overlap there.
@@ -263,7 +295,7 @@ class _Work:
         masks = (down[rows] @ tile.mask_logits @ across[columns].T).sigmoid_()
         if not weigh:
             return masks
-        return masks.mul_(self._weights[0][rows, None] * self._weights[1][columns])
+        return masks.mul_(self._border_weights(rows, columns))
 
     def _has_data(self, tiles: list[_Tile | None], rows: int) -> np.ndarray:
         """Return which pixels have data, [rows, W0] bool, from the row of tiles that begins with these rows."""
