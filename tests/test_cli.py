@@ -288,13 +288,15 @@ def test_interrupt_keeps_what_is_done(tmp_path, model_folder):
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    # The second image's last file: by then the first is not only written but counted.
-    while not (out / "001.segments.json").exists() and process.poll() is None and time.monotonic() < deadline:
+    second = out / "001.segments.json"  # its last file: by then the first image is not only written but counted
+    deadline = time.monotonic() + 300
+    while not second.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
+    started = second.exists()
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    stdout, stderr = process.communicate(timeout=300)
+    assert started, stderr  # an interrupt while Python itself starts is not opensan's to tell
+    assert process.returncode == 130, stderr
     done = len(stdout.splitlines())
     assert stderr.startswith(f"interrupted: {done} of 300 images done") and stderr.count("\n") == 1
     assert 0 < done < 300

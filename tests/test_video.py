@@ -711,6 +711,17 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, code, mes
     assert not found.out
 
 
+def test_frames_keep_unlabelled_what_no_word_deserves(tmp_path, capsys):
+    clip = tmp_path / "clip.mp4"
+    write_clip(clip)
+    with pytest.raises(SystemExit) as caught:
+        main(["segment-video", str(clip), "--words", "star", "--rest", "--model", "tiny", "--out", str(tmp_path)])
+    assert not caught.value.code
+    assert "unlabelled" in capsys.readouterr().out
+    labels = [outputs.read_label_map(path) for path in sorted((tmp_path / "clip.labels").iterdir())]
+    assert labels and (np.stack(labels) == -1).mean() > 0.9  # without --rest, all of it is the star
+
+
 # ------------------------------------------------------------------------------------------------------- drawn films
 
 
