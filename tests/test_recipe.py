@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from opensan.checkpoints import load_model, save_folder
 from opensan.cli import main
 from opensan.config import parse_config
+from opensan.data.segmentation_folder import SegmentationFolder
 from opensan.errors import UserError
-from opensan.recipe.config import RECIPES, RecipeConfig, override, read_recipe
+from opensan.recipe.config import RECIPES, RecipeConfig, UnlabelledConfig, override, read_recipe
 from opensan.recipe.files import RunFolderFiles
+from opensan.recipe.run import open_unlabelled
 from opensan.recipe.show import to_yaml
 from opensan.train.criterion import SetCriterion
 
@@ -355,3 +357,80 @@ def test_two_hundred_recipes_of_the_fuzz():
     from fuzz_recipes import fuzz
 
     assert fuzz(200, seed=1).keys() <= {"read", "refused"}
+
+
+# Images without labels
+
+
+@pytest.fixture
+def more_squares(squares, tmp_path):
+    """The squares' photographs without labels, in a folder of their own."""
+    folder = tmp_path / "more"
+    folder.mkdir()
+    for path in sorted((squares / "images").iterdir())[:5]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_images_without_labels_are_trained_on_beside_the_labelled_ones(tmp_path, recipe_file, more_squares, capsys):
+    settings = [
+        "start.weights=model",
+        f"unlabelled=[{{folder: {more_squares}, weight: 3}}]",
+        "self_training={confidence: 0.2, ramp_up: 4}",
+    ]
+    assert run("train", recipe_file, *settings) == 0
+    out = tmp_path / "run"
+    header, *lines = rows(out / "log.csv")
+    shares = [float(line[header.index("pseudo_labelled")]) for line in lines]
+    assert any(0 < share <= 1 for share in shares) and any(np.isnan(share) for share in shares)  # by turns
+    record = json.loads((out / "model" / "training.json").read_text())
+    assert record["unlabelled"] == [{"name": "more", "images": 5, "classes": CLASSES, "weight": 3.0}]
+    assert record["settings"]["unlabelled"][0]["folder"] == "more"
+    assert str(tmp_path) not in json.dumps(record)
+    capsys.readouterr()
+    assert run("train", recipe_file, *settings, "self_training.confidence=0.3") == 1
+    assert "holds a run with self_training.confidence = 0.2, not 0.3" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_images_without_labels_is_told_in_one_line(tmp_path, recipe_file, more_squares, capsys):
+    def refused(*overrides) -> str:
+        assert run("train", recipe_file, *overrides) == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    (tmp_path / "nothing").mkdir()
+    assert "nothing: no images in this folder" in refused(f"unlabelled=[{{folder: {tmp_path}/nothing}}]")
+    assert "nowhere: does not exist" in refused("unlabelled=[{folder: nowhere}]")
+    other = ["data.1.folder=" + str(tmp_path / "squares"), "data.1.ignored=[red]"]
+    assert "the training sets have different classes" in refused(f"unlabelled=[{{folder: {more_squares}}}]", *other)
+    assert "one word gets every pixel" in refused(f"unlabelled=[{{folder: {more_squares}, words: [sky]}}]")
+    assert "unlabelled.0.folder: Field required" in refused("unlabelled=[{words: [sky, road]}]")
+    assert "knows words alone" in refused(f"unlabelled=[{{folder: {more_squares}}}]", "objects=true")
+    assert "self_training.confidence: " in refused("self_training.confidence=2")
+    assert "loop.patience counts validations" in refused("validation=null", "loop.validate_every=0", "loop.patience=2")
+    assert not (tmp_path / "run" / "log.csv").exists()
+
+
+def test_words_of_images_without_labels_come_from_a_list_or_a_file(tmp_path, squares, more_squares):
+    labelled = [SegmentationFolder(squares, "train")]
+    words = tmp_path / "words.txt"
+    words.write_text("car|taxi\nsky\n")
+    for given in (("car|taxi", "sky"), words):
+        folder = open_unlabelled(UnlabelledConfig(folder=more_squares, words=given), labelled)
+        assert folder.vocabulary.names == ["car", "sky"] and len(folder) == 5
+    assert open_unlabelled(UnlabelledConfig(folder=more_squares), labelled).vocabulary == labelled[0].vocabulary
+
+
+def test_patience_ends_a_training_and_the_same_command_stays_ended(tmp_path, recipe_file, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "opensan.recipe.run._validation", lambda *_: (lambda step: {"miou": 1 / step if step > 1 else 2.0}, None)
+    )
+    settings = ["loop.validate_every=1", "loop.patience=2", "loop.save_every=100", "loop.steps=50"]
+    assert run("train", recipe_file, *settings) == 0
+    captured = capsys.readouterr()
+    assert "ended after step 3: no better score since step 1" in captured.err
+    assert "3 steps, best mIoU 200.00 % after step 1" in captured.out
+    log = (tmp_path / "run" / "log.csv").read_bytes()
+    assert run("train", recipe_file, *settings) == 0
+    assert "3 steps" in capsys.readouterr().out and (tmp_path / "run" / "log.csv").read_bytes() == log
+    assert run("train", recipe_file, *settings, "loop.patience=3") == 0  # it changes no number, only the end
+    assert "4 steps" in capsys.readouterr().out

@@ -181,6 +181,9 @@ def _training(record: Mapping[str, Any]) -> list[str]:
         name = f"{each['name']} ({each['repository']})" if each["repository"] else each["name"]
         cells = (_cell(name), _cell(each["split"]), f"{each['images']:,}", len(each["classes"]), each["weight"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for each in record.get("unlabelled", ()):  # records of earlier versions have none
+        cells = (_cell(each["name"]), "without labels", f"{each['images']:,}", len(each["classes"]), each["weight"])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     for each in record["data"]:
         names = ", ".join(f"`{name}`" for name in each["classes"])
         lines += ["", f"Classes of {each['name']}: {names}."]

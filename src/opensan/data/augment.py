@@ -7,7 +7,7 @@ as resizing the whole image first, because Pillow's filters look beyond the box,
 from typing import Annotated
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from pydantic import Field
 
 from opensan.config import Config, Count, ImageConfig
@@ -64,6 +64,35 @@ def augment(
     )
 
 
+def two_views(
+    image: np.ndarray, config: AugmentConfig, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a random crop of an image without labels as it is, the same crop changed strongly, and where it is.
+
+    The crop is scaled, placed and flipped as that of a labelled image. The strong change has its colour jitter (of
+    brightness and contrast alone without `colour_jitter`, where words may name colours), a blur with probability 1/2,
+    and noise with probability 1/2.
+
+    Args:
+        image: [H, W, 3] uint8 RGB.
+        config: the augmentation of training images.
+        generator: the source of all random numbers.
+
+    Returns:
+        Both views [h, w, 3] uint8 of the configured size, and [h, w] bool: false on padding.
+    """
+    still = config.model_copy(update={"colour_jitter": False})
+    plain, inside = augment(image, np.zeros(image.shape[:2], dtype=np.int16), still, generator)
+    strong = jitter_colours(plain, generator, hues=config.colour_jitter)
+    if generator.random() < 0.5:
+        radius = generator.uniform(0.3, 2.0)
+        strong = np.asarray(Image.fromarray(strong).filter(ImageFilter.GaussianBlur(radius)))
+    if generator.random() < 0.5:
+        noise = generator.normal(0, generator.uniform(2, 14), (*strong.shape[:2], 1))
+        strong = np.clip(strong + noise, 0, 255).astype(np.uint8)
+    return plain, strong, inside != UNLABELLED
+
+
 def _resize_crop(
     image: np.ndarray, scaled: tuple[int, int], start: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
@@ -86,11 +115,11 @@ def _resize_crop_labels(
     return labels[rows[:, None], columns]
 
 
-def jitter_colours(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def jitter_colours(image: np.ndarray, generator: np.random.Generator, *, hues: bool = True) -> np.ndarray:
     """Apply SSD's photometric distortion (Liu et al., ECCV 2016) to an image [H, W, 3] uint8 RGB.
 
     Each with probability 1/2: brightness +-32, contrast x 0.5..1.5, saturation x 0.5..1.5, hue +-36 degrees; contrast
-    comes before or after the other two, with equal chance.
+    comes before or after the other two, with equal chance. Without `hues`, saturation and hue stay as they are.
     """
     brightness = generator.uniform(-32, 32) if generator.random() < 0.5 else 0.0
     contrast = generator.uniform(0.5, 1.5) if generator.random() < 0.5 else 1.0
@@ -98,6 +127,7 @@ def jitter_colours(image: np.ndarray, generator: np.random.Generator) -> np.ndar
     saturation = generator.uniform(0.5, 1.5) if generator.random() < 0.5 else 1.0
     # Pillow's hue circle has 256 steps.
     hue = round(generator.uniform(-36, 36) / 360 * 256) if generator.random() < 0.5 else 0
+    saturation, hue = (saturation, hue) if hues else (1.0, 0)
     levels = np.clip(np.arange(256) + brightness, 0, 255)
     if contrast_first:
         levels = np.clip(levels * contrast, 0, 255)
@@ -106,8 +136,8 @@ def jitter_colours(image: np.ndarray, generator: np.random.Generator) -> np.ndar
     if saturation == 1.0 and not hue:
         return np.asarray(_change_levels(picture, last[first]))
     hsv = _change_levels(picture, first).convert("HSV")
-    hues = (np.arange(256) + hue) % 256  # wraps around, as hue does
-    hsv = hsv.point([*hues.tolist(), *_scaled_levels(saturation).tolist(), *range(256)])
+    turned = (np.arange(256) + hue) % 256  # wraps around, as hue does
+    hsv = hsv.point([*turned.tolist(), *_scaled_levels(saturation).tolist(), *range(256)])
     return np.asarray(_change_levels(hsv.convert("RGB"), last))
 
 

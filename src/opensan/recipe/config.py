@@ -45,6 +45,18 @@ class TrainingDataConfig(DataConfig):
     """Its share of the batches is its weight over the sum of all weights."""
 
 
+class UnlabelledConfig(Config):
+    """Images without labels, which a teacher labels during the training: see `self_training`."""
+
+    folder: Path
+    """The images in it and below it."""
+    words: tuple[str, ...] | Path | None = None
+    """What the teacher labels them with: a list ("car|taxi" joins synonyms), or a word file; null: the classes of
+    the training sets, if they are the same in all."""
+    weight: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
+    """Its share of the batches, as of a training set."""
+
+
 class ValidationConfig(DataConfig):
     """Validation every `loop.validate_every` steps and after the last; mIoU marks the best checkpoint."""
 
@@ -62,6 +74,8 @@ class _Sources(Config):
     start: StartConfig = StartConfig()
     data: tuple[TrainingDataConfig, ...]
     """Training sets; a batch is drawn from one of them."""
+    unlabelled: tuple[UnlabelledConfig, ...] = ()
+    """Folders of images without labels; a batch may be drawn from one of these too."""
     validation: ValidationConfig | None = None
 
 
@@ -87,6 +101,10 @@ class RecipeConfig(SanTrainingConfig, _Sources):
             raise UserError("data: names no training set")
         if (self.validation is None) != (self.loop.validate_every == 0):
             raise UserError("`validation` names the data and `loop.validate_every` the interval: give both or neither")
+        if self.loop.patience and self.validation is None:
+            raise UserError("loop.patience counts validations, and there are none: give `validation`, or patience: 0")
+        if self.objects and self.unlabelled:
+            raise UserError("objects: the teacher of images without labels knows words alone: leave out `unlabelled`")
         return self
 
 

@@ -9,6 +9,7 @@ from opensan import __version__
 from opensan.checkpoints.card import RECORD_NAME
 from opensan.data.canonical import read_manifest
 from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.data.unlabelled import UnlabelledFolder
 from opensan.errors import UserError
 from opensan.files import json_text, write_text
 from opensan.model import SAN
@@ -24,6 +25,7 @@ def write_record(
     recipe: RecipeConfig,
     step: int,
     data: Sequence[tuple[SegmentationFolder, float]],
+    unlabelled: Sequence[tuple[UnlabelledFolder, float]],
     held_out: SegmentationFolder | None,
 ) -> None:
     """Write the record to the folder of the saved `model`, the weights after `step`.
@@ -35,6 +37,15 @@ def write_record(
         "model": str(model_identity(model)),
         "step": step,
         "data": [{**_facts(folder), "weight": weight} for folder, weight in data],
+        "unlabelled": [
+            {
+                "name": folder.root.absolute().name,
+                "images": len(folder),
+                "classes": folder.vocabulary.names,
+                "weight": weight,
+            }
+            for folder, weight in unlabelled
+        ],
         "validation": None,
         "settings": _settings(recipe),
     }
@@ -64,7 +75,12 @@ def _settings(recipe: RecipeConfig) -> dict[str, Any]:
     data = recipe.model_dump(mode="json")
     for name in _OF_THE_MACHINE:
         data.pop(name)
-    for folder in (*data["data"], *([data["validation"]] if data["validation"] else [])):
+    if not data["unlabelled"]:
+        del data["self_training"]
+    for folder in data["unlabelled"]:
+        if isinstance(folder["words"], str):
+            folder["words"] = Path(folder["words"]).name
+    for folder in (*data["data"], *data["unlabelled"], *([data["validation"]] if data["validation"] else [])):
         folder["folder"] = Path(folder["folder"]).absolute().name
     for name in ("model", "clip"):
         path = Path(data["start"][name]).expanduser()

@@ -14,6 +14,7 @@ from opensan.config import CONFIG_NAME, ModelConfig, read_config
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.prepare.own_images import NO_SPLIT
 from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.data.unlabelled import UnlabelledFolder
 from opensan.devices import checked_device
 from opensan.distributed import is_main, on_main, process_group
 from opensan.errors import UserError
@@ -21,7 +22,7 @@ from opensan.evaluation.evaluation import Predictor, dataset_predictor, validati
 from opensan.model import SAN, build_san
 from opensan.outputs import check_writable
 from opensan.outputs.panel import PanelRow, panel
-from opensan.recipe.config import DataConfig, RecipeConfig, StartConfig, TrainingDataConfig
+from opensan.recipe.config import DataConfig, RecipeConfig, StartConfig, TrainingDataConfig, UnlabelledConfig
 from opensan.recipe.files import RunFolderFiles
 from opensan.recipe.record import write_record
 from opensan.train.checkpoint import CheckpointFolder
@@ -30,6 +31,7 @@ from opensan.train.loop import RunResult, load_parameters
 from opensan.train.optimizer import san_parameter_groups
 from opensan.train.san import train_san
 from opensan.train.trackers import make_trackers
+from opensan.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def run_recipe(recipe: RecipeConfig, progress: TrainingProgress | None = None) -
     """
     with process_group(_device(recipe.device)) as group:
         data = [(open_data(_with_a_list(source)), source.weight) for source in recipe.data]
+        labelled = [folder for folder, _ in data]
+        unlabelled = [(open_unlabelled(source, labelled), source.weight) for source in recipe.unlabelled]
         held_out = open_data(recipe.validation) if recipe.validation else None
         trackers = make_trackers(recipe.loggers, recipe.out, recipe.project, recipe.model_dump(mode="json"))
         on_main(lambda: check_writable(recipe.out))
@@ -68,8 +72,9 @@ def run_recipe(recipe: RecipeConfig, progress: TrainingProgress | None = None) -
             loggers=[RunFolderFiles(recipe), *trackers],
             panel=pictures,
             progress=progress,
+            unlabelled=unlabelled,
         )
-        saved = on_main(lambda: _save_model(model, recipe, data, held_out)) if result.finished else None
+        saved = on_main(lambda: _save_model(model, recipe, data, unlabelled, held_out)) if result.finished else None
     return result, saved
 
 
@@ -95,6 +100,27 @@ def open_data(config: DataConfig) -> SegmentationFolder:
     if len(folder) == 0:
         raise UserError(f"{config.folder / config.split}.txt: lists no image that exists")
     return folder
+
+
+def open_unlabelled(config: UnlabelledConfig, labelled: Sequence[SegmentationDataset]) -> UnlabelledFolder:
+    """Open images without labels, with the words of `config`, or those of all `labelled` sets if they agree.
+
+    Raises UserError, one line, if there is no image, or no words.
+    """
+    if config.words is None:
+        words, *others = [data.vocabulary for data in labelled]
+        if any(other.words != words.words for other in others):
+            raise UserError(
+                f"unlabelled: {config.folder}: the training sets have different classes: give the words that the "
+                'teacher labels these images with, as words: ["road", "car|taxi"], or as a word file'
+            )
+    elif isinstance(config.words, Path):
+        words = Vocabulary.from_file(config.words.expanduser())
+    else:
+        words = Vocabulary.parse(list(config.words))
+    if len(words.words) < 2:
+        raise UserError(f"unlabelled: {config.folder}: one word gets every pixel: name what else is there")
+    return UnlabelledFolder(config.folder.expanduser(), words)
 
 
 def start_model(start: StartConfig, seed: int) -> SAN:
@@ -159,6 +185,7 @@ def _save_model(
     model: SAN,
     recipe: RecipeConfig,
     data: Sequence[tuple[SegmentationFolder, float]],
+    unlabelled: Sequence[tuple[UnlabelledFolder, float]],
     held_out: SegmentationFolder | None,
 ) -> SavedModel:
     """Write the best model of the run if validations marked one, else the last, and how it was trained."""
@@ -172,5 +199,5 @@ def _save_model(
         load_parameters(san_parameter_groups(model), best["parameters"], str(recipe.out))
         step = best["step"]
     saved = SavedModel(save_folder(model, recipe.out / "model"), step)
-    write_record(model, recipe, step, data, held_out)
+    write_record(model, recipe, step, data, unlabelled, held_out)
     return saved

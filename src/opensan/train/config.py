@@ -53,6 +53,8 @@ class LoopConfig(Config):
     """Steps between rows of the log."""
     validate_every: NotNegative = 0
     """Steps between validations; 0: none."""
+    patience: NotNegative = 0
+    """Validations in a row without a better score after which training ends early; 0: it never does."""
 
 
 HARMLESS = {
@@ -64,6 +66,7 @@ HARMLESS = {
     "keep",
     "log_every",
     "validate_every",
+    "patience",
 }
 """Loop settings that change results only by rounding: they may differ when a run is resumed. So may `accumulate`,
 because the number of micro-batches of all processes in a step is compared instead."""
@@ -80,6 +83,25 @@ class PointsConfig(Config):
     """Share of the points that are the most uncertain; the rest is random."""
 
 
+class SelfTrainingConfig(Config):
+    """Learning from images without labels: a mean teacher labels them for the model in training."""
+
+    confidence: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """The teacher's labels count where its confidence is so high; other pixels are ignored."""
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+    """Temperature of the confidence, as `opensan calibrate` fits it; 1: the word's share of all words' scores."""
+    doubtful_temperature: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
+    """Temperature where no score reaches `doubtful_below`, as of a calibration; null: the same."""
+    doubtful_below: Weight = 0.0
+    """A score of a word, 0 or more."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Share of the teacher's weights that stays in a step; the rest is the model's. Less in the first steps."""
+    weight: Weight = 1.0
+    """Weight of the losses on images without labels."""
+    ramp_up: NotNegative = 0
+    """Steps in which that weight rises from 0."""
+
+
 class SanTrainingConfig(Config):
     """Training a SAN on labelled images. Defaults are the official recipe's."""
 
@@ -94,3 +116,4 @@ class SanTrainingConfig(Config):
     spare_unlabelled: bool = False
     """A query without a segment need not say no-object where more than half of its mask lies on unlabelled pixels: for
     data in which those show something without a name, as stuff in a set that labels things only."""
+    self_training: SelfTrainingConfig = SelfTrainingConfig()

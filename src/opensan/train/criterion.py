@@ -45,12 +45,24 @@ class SetCriterion:
         weights: LossWeights | None = None,
         no_object_weight: float = 0.1,
         spare_unlabelled: bool = False,
+        ignore_unlabelled: bool = False,
     ) -> None:
-        """`spare_unlabelled`: see `SanTrainingConfig`."""
+        """Set the criterion up.
+
+        `spare_unlabelled`: see `SanTrainingConfig`. `ignore_unlabelled`: pixels without a label count in no mask loss
+        and in no matching, because any segment may lie there; without it, no segment does.
+        """
         self.points = points
         self.weights = weights or LossWeights()
         self.no_object_weight = no_object_weight
         self.spare_unlabelled = spare_unlabelled
+        self.ignore_unlabelled = ignore_unlabelled
+
+    def sparing(self) -> "SetCriterion":
+        """Return the same criterion for labels that are known in parts only: the rest counts in no loss."""
+        return SetCriterion(
+            self.points, self.weights, self.no_object_weight, spare_unlabelled=True, ignore_unlabelled=True
+        )
 
     def __call__(
         self, outputs: Sequence[LayerOutput], targets: Targets, normalizer: float
@@ -64,7 +76,8 @@ class SetCriterion:
         first = outputs[0].mask_logits
         with torch.autocast(first.device.type, enabled=False):
             shared = self.points.shared(len(first), first)
-            matches = match(outputs, targets, shared, self.weights)
+            known = targets.labelled_at(shared) if self.ignore_unlabelled else None
+            matches = match(outputs, targets, shared, self.weights, known)
             losses = {}
             for layer, (output, pairs) in enumerate(zip(outputs, matches, strict=True)):
                 suffix = "" if layer == 0 else f"_{layer - 1}"
@@ -87,6 +100,8 @@ class SetCriterion:
         if spared is not None:
             classes[spared] = NO_TARGET
         classes[pairs.image, pairs.query] = targets.classes[pairs.image, pairs.segment]
+        if spared is not None and bool((classes == NO_TARGET).all()):
+            return logits.sum() * 0  # the mean of nothing would be nan
         # The weight is a float32 number in the official code, also where the rest is float64.
         class_weights = torch.ones(no_object + 1, device=logits.device)
         class_weights[no_object] = self.no_object_weight
@@ -105,11 +120,17 @@ class SetCriterion:
         matched = mask_logits[pairs.image, pairs.query]
         points = self.points.for_masks(matched.detach())
         logits = read_at_points(matched.unsqueeze(1), points).squeeze(1)
+        shares = logits.sigmoid()
         with torch.no_grad():
             values = targets.at_own_points(pairs.image, pairs.segment, points)
-        # .sum() / P and not .mean(): the mean of no masks would be nan.
-        mask = functional.binary_cross_entropy_with_logits(logits, values, reduction="sum") / points.shape[1]
-        shares = logits.sigmoid()
+        if self.ignore_unlabelled:
+            known = targets.labelled_at(points, pairs.image)
+            each = functional.binary_cross_entropy_with_logits(logits, values, reduction="none") * known
+            mask = (each.sum(1) / known.sum(1).clamp(min=1)).sum()
+            shares, values = shares * known, values * known
+        else:
+            # .sum() / P and not .mean(): the mean of no masks would be nan.
+            mask = functional.binary_cross_entropy_with_logits(logits, values, reduction="sum") / points.shape[1]
         dice = 1 - (2 * (shares * values).sum(1) + 1) / (shares.sum(1) + values.sum(1) + 1)
         return mask, dice.sum()
 

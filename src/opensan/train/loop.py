@@ -61,12 +61,28 @@ class Task(Protocol):
         """Return weighted losses by name; their sum is minimised."""
 
 
+class Follower(Protocol):
+    """Something that follows a training, as an average of its weights does, and is a part of its checkpoints."""
+
+    def follow(self, step: int) -> None:
+        """Take over the weights after `step` steps."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold, which later steps do not change."""
+
+    def load(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Continue from `state`, which was returned after `step` steps."""
+
+    def figures(self) -> dict[str, float]:
+        """Return figures for the log, always of the same names."""
+
+
 @dataclass(frozen=True)
 class RunResult:
     """State of a run at its end."""
 
     step: int
-    """Steps done."""
+    """Steps done: all, or fewer where patience ended."""
     finished: bool
     """False if a signal stopped it; the same call continues from here."""
     best: float | None
@@ -98,6 +114,7 @@ class Trainer:
         panel: Callable[[int], Mapping[str, Image]] | None = None,
         blocks: Sequence[nn.Module] = (),
         progress: TrainingProgress | None = None,
+        follower: Follower | None = None,
     ) -> None:
         """Set a run up.
 
@@ -115,6 +132,7 @@ class Trainer:
             panel: pictures after step n for the loggers, by name, made at every validation in the main process.
             blocks: modules of `task`, each called as a whole, that activation checkpointing and FSDP take one by one.
             progress: what reports the run's progress in the main process; None: lines on stderr.
+            follower: what follows the weights, in every process.
         """
         self.task = task.to(device)
         self.source = source
@@ -133,7 +151,9 @@ class Trainer:
         self.trained = [parameter for group in self.groups for parameter in group.parameters]
         self.step = 0
         self.best: float | None = None
+        self.best_step = 0
         self.broken = 0
+        self.follower = follower
         self._scale = LossScale(autocast_dtype(config.precision, self.device) is torch.float16)
         self._bad_steps = 0
         self._stop = False
@@ -172,12 +192,17 @@ class Trainer:
             saved = self.step
             since, seen, first = time.perf_counter(), self.step, self.step + 1
             for batches in at_the_end.enter_context(closing(self._timed_stream())):
+                if self._patience_ended():
+                    break
                 figures, stop = self._take_step(batches, progress)
                 self.step += 1
+                if self.follower is not None:
+                    self.follower.follow(self.step)
                 progress.advance(self.step)
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     now = time.perf_counter()
                     figures |= self._speed(now - since, self.step - seen)
+                    figures |= {} if self.follower is None else self.follower.figures()
                     since, seen = now, self.step
                     self._log_figures(figures, progress)
                 elif self.step == first:
@@ -185,9 +210,13 @@ class Trainer:
                 pause = time.perf_counter()
                 self._maybe_validate(progress)
                 since += time.perf_counter() - pause  # throughput is the training's
-                if self.step % config.save_every == 0 or self.step == config.steps or stop:
+                ended = self._patience_ended()
+                if self.step % config.save_every == 0 or self.step == config.steps or stop or ended:
                     self.save()
                     saved = self.step
+                if ended:
+                    progress.say(f"ended after step {self.step}: no better score since step {self.best_step}")
+                    break
                 if stop:
                     progress.say(
                         f"stopped by a signal after step {self.step}; saved, the same command goes on from here"
@@ -198,7 +227,13 @@ class Trainer:
                 pass  # the caller's model has what was reached
             if self.broken:
                 progress.say(f"{self.broken} broken samples were skipped in this run, others taken in their place")
-        return RunResult(self.step, self.step == config.steps, self.best, self.broken)
+        finished = self.step == config.steps or self._patience_ended()
+        return RunResult(self.step, finished, self.best, self.broken)
+
+    def _patience_ended(self) -> bool:
+        """Return whether so many validations as `patience` allows have passed since the best one."""
+        waited = self.config.patience * self.config.validate_every
+        return bool(self.best_by and waited and self.step >= self.best_step + waited)
 
     def _timed_stream(self) -> Generator[Sequence[LoadedBatch]]:
         """Yield the stream from the current step, and add up the time spent waiting for it."""
@@ -354,7 +389,7 @@ class Trainer:
                 logger.pictures(self.step, pictures)
         progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if self.best_by and (self.best is None or math.isnan(self.best) or figures[self.best_by] > self.best):
-            self.best = figures[self.best_by]
+            self.best, self.best_step = figures[self.best_by], self.step
             self.save(kind="best")
 
     def _whole_task(self) -> AbstractContextManager[None]:
@@ -368,10 +403,13 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """Return the run's whole state. Generators are not part of it: they are seeded by seed and step."""
+        followed = {} if self.follower is None else {"follower": self.follower.state()}
         return {
+            **followed,
             "format": 2,
             "step": self.step,
             "best": self.best,
+            "best_step": self.best_step,
             "broken": self.broken,
             "bad_steps": self._bad_steps,
             "loss_scale": self._scale.state(),
@@ -390,17 +428,20 @@ class Trainer:
         self._scale.load(state["loss_scale"])
         self.step, self.best, self._bad_steps = state["step"], state["best"], state["bad_steps"]
         self.broken = state["broken"]
+        self.best_step = state.get("best_step", self.step)  # runs of earlier versions had no patience
+        if self.follower is not None:
+            self.follower.load(state["follower"], self.step)
         if self.best_by and (best := on_main(self._best_saved)) is not None:
-            self.best = best  # of a validation after that step: it is not to be replaced by a worse one
+            self.best, self.best_step = best  # of a later validation: it is not to be replaced by a worse one
         progress.say(f"continuing {self.out} after step {self.step}")
 
-    def _best_saved(self) -> float | None:
-        """Return the score of the best checkpoint on disk."""
+    def _best_saved(self) -> tuple[float, int] | None:
+        """Return the score of the best checkpoint on disk, and its step."""
         try:
             state = self.checkpoints.load_best()
         except UserError:
             return None  # damaged: another is saved at the next improvement
-        return None if state is None else state["best"]
+        return None if state is None or state["best"] is None else (state["best"], state["step"])
 
     def _open_folder(self) -> None:
         self._check_configuration()

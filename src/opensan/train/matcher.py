@@ -50,31 +50,51 @@ class Matches:
 
 
 def matching_costs(
-    output: LayerOutput, targets: Targets, points: Tensor, values: Tensor, weights: LossWeights
+    output: LayerOutput,
+    targets: Targets,
+    points: Tensor,
+    values: Tensor,
+    weights: LossWeights,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Return the cost of matching each query with each segment: [B, Q, M].
 
     `points` [B, P, 2] and the segments' `values` at them [B, M, P]. Columns beyond an image's segments mean nothing.
+    `known` [B, P] bool: the points that count; None: all.
     """
     classes = targets.classes.masked_fill(targets.classes == NO_SEGMENT, 0)
     probabilities = output.class_logits.softmax(2)
     word = -probabilities.gather(2, classes.unsqueeze(1).expand(-1, probabilities.shape[1], -1))
     logits = read_at_points(output.mask_logits, points)
+    shares, softplus = logits.sigmoid(), functional.softplus(logits)
+    count: Tensor | int = points.shape[1]
+    if known is not None:
+        counted = known.unsqueeze(1)
+        shares, softplus, values = shares * counted, softplus * counted, values * counted
+        count = counted.sum(2, keepdim=True).clamp(min=1)
     # BCE at a point is softplus(x) - x t; only its second half depends on the pair.
     overlap = logits @ values.transpose(1, 2)
-    mask = (functional.softplus(logits).sum(2, keepdim=True) - overlap) / points.shape[1]
-    shares = logits.sigmoid()
+    mask = (softplus.sum(2, keepdim=True) - overlap) / count
     common = shares @ values.transpose(1, 2)
     dice = 1 - (2 * common + 1) / (shares.sum(2, keepdim=True) + values.sum(2).unsqueeze(1) + 1)
     return weights.classification * word + weights.mask * mask + weights.dice * dice
 
 
 @torch.no_grad()
-def match(outputs: Sequence[LayerOutput], targets: Targets, points: Tensor, weights: LossWeights) -> list[Matches]:
-    """Match every layer's queries with the segments, each layer for itself, at the shared `points` [B, P, 2]."""
+def match(
+    outputs: Sequence[LayerOutput],
+    targets: Targets,
+    points: Tensor,
+    weights: LossWeights,
+    known: Tensor | None = None,
+) -> list[Matches]:
+    """Match every layer's queries with the segments, each layer for itself, at the shared `points` [B, P, 2].
+
+    `known`: see `matching_costs`.
+    """
     values = targets.at_shared_points(points)
     # One copy to the host for all layers, because each copy waits for the device.
-    costs = torch.stack([matching_costs(output, targets, points, values, weights) for output in outputs]).cpu()
+    costs = torch.stack([matching_costs(output, targets, points, values, weights, known) for output in outputs]).cpu()
     # A loss that is not finite must be reported as a loss, not as an error of the assignment.
     matches = []
     for layer in costs.nan_to_num(nan=0.0).numpy():

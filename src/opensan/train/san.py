@@ -1,4 +1,4 @@
-"""Train a SAN on labelled images.
+"""Train a SAN on labelled images, and on images without labels that a mean teacher labels.
 
 Letters: B batch, K words, Q queries, H W image.
 """
@@ -14,10 +14,11 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from opensan.config import ImageConfig
-from opensan.data.augment import AugmentConfig, augment
+from opensan.data.augment import AugmentConfig, augment, two_views
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.objects import has_objects, with_objects
-from opensan.distributed import process_group
+from opensan.data.unlabelled import UnlabelledFolder
+from opensan.distributed import process_group, world_size
 from opensan.errors import UserError
 from opensan.model import SAN
 from opensan.model.identity import frozen_identity
@@ -30,8 +31,9 @@ from opensan.train.loop import RunResult, Trainer
 from opensan.train.matcher import LayerOutput
 from opensan.train.optimizer import san_parameter_groups
 from opensan.train.points import RandomPoints
-from opensan.train.stream import DatasetMixture
+from opensan.train.stream import DatasetMixture, TrainingSource
 from opensan.train.targets import LabelMapTargets
+from opensan.train.teacher import MeanTeacher
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,59 @@ class SegmentationBatch:
     def pin_memory(self) -> "SegmentationBatch":
         """Return the batch in pinned memory, from which a GPU copies asynchronously."""
         return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+
+
+@dataclass
+class UnlabelledBatch:
+    """Crops without labels, in two views; the teacher adds the targets before the forward pass."""
+
+    images: Tensor
+    """[B, 3, H, W] uint8 RGB: the view for the model, changed strongly."""
+    plain: Tensor
+    """[B, 3, H, W] uint8 RGB: the same crops as they are, for the teacher."""
+    inside: Tensor
+    """[B, H, W] bool: false on padding."""
+    dataset: int
+    """Index of the training data set, and so of its vocabulary; those with labels come first."""
+    targets: LabelMapTargets | None = None
+
+    def to(self, device: torch.device) -> "UnlabelledBatch":
+        """Return the batch on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "UnlabelledBatch":
+        """Return the batch in pinned memory, from which a GPU copies asynchronously."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "UnlabelledBatch":
+        return UnlabelledBatch(change(self.images), change(self.plain), change(self.inside), self.dataset)
+
+
+Views = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""The results of `opensan.data.augment.two_views`."""
+
+
+class UnlabelledSource:
+    """Crops of a folder without labels, in two views (a `TrainingSource`)."""
+
+    def __init__(self, folder: UnlabelledFolder, config: AugmentConfig, number: int) -> None:
+        """`number`: index of this folder among all training data sets."""
+        self.folder = folder
+        self.config = config
+        self.number = number
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def name(self, index: int) -> str:
+        return self.folder.name(index)
+
+    def load(self, index: int, generator: np.random.Generator) -> Views:
+        return two_views(self.folder.image(index), self.config, generator)
+
+    def collate(self, samples: list[Views]) -> UnlabelledBatch:
+        plain, strong, inside = (torch.from_numpy(np.stack(views)) for views in zip(*samples, strict=True))
+        return UnlabelledBatch(strong.permute(0, 3, 1, 2), plain.permute(0, 3, 1, 2), inside, self.number)
 
 
 class SegmentationSource:
@@ -94,22 +149,42 @@ class SegmentationSource:
 class SanTask(nn.Module):
     """The forward pass of training: crops to losses. The words are fixed, so their embeddings are computed once."""
 
-    def __init__(self, model: SAN, texts: Sequence[TextClassifier], criterion: SetCriterion) -> None:
-        """`texts`: the vocabulary of each training data set, in their order."""
+    def __init__(
+        self,
+        model: SAN,
+        texts: Sequence[TextClassifier],
+        criterion: SetCriterion,
+        teacher: MeanTeacher | None = None,
+    ) -> None:
+        """Set the task up.
+
+        `texts`: the vocabulary of each training data set, in their order. `teacher`: what labels the batches that have
+        no labels; their pixels that it leaves out count in no loss.
+        """
         super().__init__()
         self.model = model
         self.criterion = criterion
         self.texts = tuple(texts)
+        self.teacher = teacher
+        self.of_teacher = criterion.sparing()
 
     def blocks(self) -> list[nn.Module]:
         """Return the modules that activation checkpointing and FSDP treat separately."""
         return self.model.blocks()
 
-    def prepare(self, batches: Sequence[SegmentationBatch]) -> float:
-        """Return the divisor of the step's mask losses."""
-        return mask_normalizer([batch.targets for batch in batches], batches[0].images.device)
+    def prepare(self, batches: Sequence[SegmentationBatch | UnlabelledBatch]) -> float:
+        """Have the teacher label what has no labels, and return the divisor of the step's mask losses."""
+        targets = []
+        for batch in batches:
+            if isinstance(batch, UnlabelledBatch):
+                assert self.teacher is not None  # `train_san` makes it wherever there are such batches
+                plain = normalise(batch.plain, self.model.config.image)
+                batch.targets = self.teacher.label(plain, batch.inside, self.texts[batch.dataset])
+            assert batch.targets is not None
+            targets.append(batch.targets)
+        return mask_normalizer(targets, batches[0].images.device)
 
-    def forward(self, batch: SegmentationBatch, normalizer: float) -> dict[str, Tensor]:
+    def forward(self, batch: SegmentationBatch | UnlabelledBatch, normalizer: float) -> dict[str, Tensor]:
         """Return weighted losses by name."""
         proposals = self.model.propose(normalise(batch.images, self.model.config.image), supervise=True)
         text = self.texts[batch.dataset]
@@ -117,7 +192,13 @@ class SanTask(nn.Module):
             LayerOutput(layer.mask_logits, self.model.classify(layer, text))
             for layer in (proposals, *proposals.auxiliary)
         ]
-        return self.criterion(outputs, batch.targets, normalizer)[0]
+        assert batch.targets is not None  # `prepare` comes first
+        if not isinstance(batch, UnlabelledBatch):
+            return self.criterion(outputs, batch.targets, normalizer)[0]
+        assert self.teacher is not None
+        weight = self.teacher.weight()
+        losses = self.of_teacher(outputs, batch.targets, normalizer)[0]
+        return {name: weight * loss for name, loss in losses.items()}
 
 
 def normalise(images: Tensor, config: ImageConfig) -> Tensor:
@@ -139,6 +220,7 @@ def train_san(
     panel: Callable[[int], Mapping[str, Image]] | None = None,
     texts: Sequence[TextClassifier] | None = None,
     progress: TrainingProgress | None = None,
+    unlabelled: Sequence[tuple[UnlabelledFolder, float]] = (),
 ) -> RunResult:
     """Train `model` (in place) on `dataset`; `out` is the run's folder (see `opensan.train.loop.Trainer`).
 
@@ -146,6 +228,8 @@ def train_san(
     and their shares of the samples follow the weights. Processes that torchrun started train together, each on its own
     device. CLIP's weights are not trained and not in the run's checkpoints: a run is continued with the same CLIP.
     `texts` are the data sets' words, in place of what the model's own text tower makes of them.
+    `unlabelled` are folders without labels, each with its weight among the data sets; a mean teacher labels them, as
+    `config.self_training` says. `dataset` may then be an empty list.
     Raises UserError if the crop does not suit the model or the run had another CLIP, and the errors of `Trainer.run`.
     """
     divisor = model.config.image.size_divisor
@@ -158,10 +242,13 @@ def train_san(
     datasets: list[tuple[SegmentationDataset, float]] = (
         list(dataset) if isinstance(dataset, list | tuple) else [(cast(SegmentationDataset, dataset), 1.0)]
     )
-    sources = tuple(
+    sources: list[TrainingSource] = [
         SegmentationSource(data, config.augment, number, config.objects) for number, (data, _) in enumerate(datasets)
-    )
-    mixture = DatasetMixture(sources, tuple(weight for _, weight in datasets))
+    ]
+    sources += [
+        UnlabelledSource(folder, config.augment, number) for number, (folder, _) in enumerate(unlabelled, len(datasets))
+    ]
+    mixture = DatasetMixture(tuple(sources), tuple(weight for _, weight in (*datasets, *unlabelled)))
     points = RandomPoints(config.points.count, config.points.oversampling, config.points.importance)
     criterion = SetCriterion(points, config.loss_weights, config.no_object_weight, config.spare_unlabelled)
     groups = san_parameter_groups(model, learning_rate=config.loop.learning_rate, weight_decay=config.loop.weight_decay)
@@ -169,8 +256,12 @@ def train_san(
         model.to(group.device)
         if texts is None:
             encoder = TextEncoder(model)
-            texts = [encoder.classifier(data.vocabulary) for data, _ in datasets]
-        task = SanTask(model, texts, criterion)
+            vocabularies = [data.vocabulary for data, _ in datasets] + [data.vocabulary for data, _ in unlabelled]
+            texts = [encoder.classifier(vocabulary) for vocabulary in vocabularies]
+        if unlabelled and world_size() > 1 and config.loop.parallel == "fsdp":
+            raise UserError("loop.parallel: images without labels need ddp: each process has the whole teacher")
+        teacher = MeanTeacher(model, config.self_training) if unlabelled else None
+        task = SanTask(model, texts, criterion, teacher)
         trainer = Trainer(
             task,
             mixture,
@@ -178,13 +269,14 @@ def train_san(
             config.loop,
             out,
             device=group.device,
-            description=_description(model, datasets, config),
+            description=_description(model, datasets, unlabelled, config),
             validate=validate,
             best_by=best_by,
             loggers=loggers,
             panel=panel,
             blocks=task.blocks(),
             progress=progress,
+            follower=teacher,
         )
         result = trainer.run()
     model.eval()
@@ -192,13 +284,22 @@ def train_san(
 
 
 def _description(
-    model: SAN, datasets: Sequence[tuple[SegmentationDataset, float]], config: SanTrainingConfig
+    model: SAN,
+    datasets: Sequence[tuple[SegmentationDataset, float]],
+    unlabelled: Sequence[tuple[UnlabelledFolder, float]],
+    config: SanTrainingConfig,
 ) -> dict[str, object]:
     """Return the run's config.json: all settings that its numbers depend on."""
     mixture = [{"samples": len(data), "words": data.vocabulary.names, "weight": weight} for data, weight in datasets]
+    mixture += [
+        {"samples": len(folder), "words": folder.vocabulary.names, "weight": weight, "labelled": False}
+        for folder, weight in unlabelled
+    ]
     settings = config.model_dump(mode="json")
     if not config.objects:
         del settings["objects"]  # runs of earlier versions go on
+    if not unlabelled:
+        del settings["self_training"]
     return {
         "model": model.config.model_dump(mode="json"),
         "clip": frozen_identity(model),

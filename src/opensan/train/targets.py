@@ -35,8 +35,8 @@ class Targets(Protocol):
     def at_own_points(self, image: Tensor, segment: Tensor, points: Tensor) -> Tensor:
         """Return N segments' masks (`image`, `segment`: [N] int64), each at its own `points` [N, P, 2]: [N, P]."""
 
-    def labelled_at(self, points: Tensor) -> Tensor:
-        """Mark [B, P] the `points` [B, P, 2] whose pixels have a label."""
+    def labelled_at(self, points: Tensor, image: Tensor | None = None) -> Tensor:
+        """Mark [N, P] the `points` [N, P, 2] whose pixels have a label, in images `image` [N] (None: in order)."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,12 @@ class LabelMapTargets:
         labels = self.maps.flatten()[indices + image[:, None, None] * (height * width)]
         return (weights * (labels == self.values[image, segment][:, None, None])).sum(1)
 
-    def labelled_at(self, points: Tensor) -> Tensor:
+    def labelled_at(self, points: Tensor, image: Tensor | None = None) -> Tensor:
         height, width = self.maps.shape[1:]
         columns = (points[..., 0] * width).long().clamp(0, width - 1)
         rows = (points[..., 1] * height).long().clamp(0, height - 1)
-        return self.maps.flatten(1).gather(1, rows * width + columns) >= 0
+        image = torch.arange(len(points), device=points.device) if image is None else image
+        return self.maps.flatten()[(image[:, None] * height + rows) * width + columns] >= 0
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,6 @@ class MaskTargets:
         start = (image * count + segment) * (height * width)
         return (weights * self.masks.flatten()[indices + start[:, None, None]]).sum(1)
 
-    def labelled_at(self, points: Tensor) -> Tensor:
+    def labelled_at(self, points: Tensor, image: Tensor | None = None) -> Tensor:
         """Masks leave nothing unlabelled: what none of them covers is none of them."""
         return torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)
