@@ -17,6 +17,7 @@ from filelock import FileLock
 
 import opensan
 from opensan import images
+from opensan.assemble.calibration import Calibration
 from opensan.checkpoints import load_model
 from opensan.config import ModelConfig
 from opensan.errors import UserError
@@ -151,6 +152,24 @@ def test_words_that_are_tuned_are_exported_as_their_texts_are(model, tmp_path):
     exporting._describe(model, plain, "onnx", "float32", False, KNOWN)
     files = [folder / "words.safetensors" for folder in (tmp_path, plain)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_exported_model_has_its_models_calibration(exported, model, tmp_path):
+    """And not another model's."""
+    folder = shutil.copytree(exported, tmp_path / "calibrated")
+    plain = opensan.SanSegmenter(model, text_cache=False)
+    calibration = Calibration(str(plain.identity), 0.4, ("road", "car", "sky"), "scenes", 1, 1, 0.5, 0.1)
+    exporting._describe(model, folder, "onnx", "float32", True, KNOWN, calibration)
+    plain.calibrate(calibration)
+    answer, expected = (each.segment(check.SCENE, "road,car,sky") for each in (opensan.load(folder), plain))
+    assert answer.calibration == calibration
+    clear = answer.winners == expected.winners
+    np.testing.assert_allclose(answer.confidence[clear], expected.confidence[clear], atol=1e-4)
+    uncalibrated = opensan.load(exported).segment(check.SCENE, "road,car,sky")
+    assert abs(uncalibrated.confidence - answer.confidence).max() > 0.01
+    replace(calibration, model="other-000000000000").save(folder / "calibration.json")
+    with pytest.raises(UserError, match=r"calibration.json: this calibration was fitted for the model other-0"):
+        opensan.load(folder)
 
 
 def test_known_words_need_no_text_tower(exported, without_text):

@@ -35,10 +35,15 @@ class Identity:
         """Identity in encodings: the name, and 12 digits for the image half."""
         return f"{self.name}-{self.image[:12]}"
 
+    @property
+    def source(self) -> "Identity":
+        """Identity of the model that this one was exported from; itself, if it was not exported."""
+        # An exported model's hashes are its source's with the format behind them.
+        return Identity(self.name, self.image[:64], self.text[:64])
+
     def is_of(self, image: str, text: str) -> bool:
         """Return whether a model with these hashes has the same weights: this one, or the one it was exported from."""
-        # An exported model's hashes are its source's with the format behind them.
-        return (self.image[:64], self.text[:64]) == (image[:64], text[:64])
+        return (self.source.image, self.source.text) == (image[:64], text[:64])
 
     def __str__(self) -> str:
         """Return the name, and 12 digits for both halves."""

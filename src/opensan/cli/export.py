@@ -44,7 +44,7 @@ def export(
     Words given here are embedded now: with --no-text, the folder knows those and no others.
 
     The files are compared with the model before they are kept; the largest differences are printed, and the exit code
-    is 1 if they are too large.
+    is 1 if they are too large. The model's calibration.json is copied, if it has one.
     """
     known = None
     if background or any((words, words_file, words_set, templates)):
@@ -52,10 +52,21 @@ def export(
     note(f"loading {model}")
     from opensan.checkpoints import load_model, random_model
     from opensan.export import export as write
+    from opensan.segmenters.load import find_calibration
 
+    chosen = None if random_weights is not None else find_calibration(model)
     loaded = load_model(model) if random_weights is None else random_model(model, random_weights)
     with progress_of_steps() as progress:
-        folder, check = write(loaded, out, format=format, dtype=dtype, text=text, words=known, progress=progress)
+        folder, check = write(
+            loaded,
+            out,
+            format=format,
+            dtype=dtype,
+            text=text,
+            words=known,
+            calibration=chosen and chosen[1],
+            progress=progress,
+        )
     if as_json:
         print_json(
             {"folder": str(folder), "written": check.passed, "differences": check.differences}

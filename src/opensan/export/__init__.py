@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import torch
 
+from opensan.assemble.calibration import FILE_NAME as CALIBRATION_NAME
+from opensan.assemble.calibration import Calibration
 from opensan.config import CONFIG_NAME, EXPORT_NAME, TOKENIZER_NAME
 from opensan.errors import UserError, writing
 from opensan.export import formats
@@ -35,6 +37,7 @@ def export(
     dtype: str = "float32",
     text: bool = True,
     words: Vocabulary | None = None,
+    calibration: Calibration | None = None,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> tuple[Path, Parity]:
     """Write `model` to a new `folder`, all or nothing, after checking that the files answer as the model does.
@@ -45,6 +48,7 @@ def export(
             stored as float16, the image graph computes in bfloat16 where the processor can), "int8".
         text: also write the text tower; without it, the folder answers `words` only.
         words: a vocabulary to embed now and store beside the graphs.
+        calibration: of `model`, to store beside the graphs; a loaded folder uses it.
         progress: called before each step, with its name, how many steps are done, and how many there are.
 
     Returns:
@@ -73,7 +77,7 @@ def export(
             runs[name] = _opened(path, narrow=name == "image" and dtype == "bfloat16")
         progress("embedding words", steps - 2, steps)
         with writing(folder):
-            _describe(model, temporary, format, dtype, text, words)
+            _describe(model, temporary, format, dtype, text, words, calibration)
         progress("checking", steps - 1, steps)
         result = parity(model, runs, dtype)
         del runs
@@ -98,8 +102,16 @@ def _opened(path: Path, *, narrow: bool) -> Run:
     return run
 
 
-def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool, words: Vocabulary | None) -> None:
-    """Write the files that stand beside the graphs: manifest, configuration, tokens, words."""
+def _describe(
+    model: SAN,
+    folder: Path,
+    format: str,
+    dtype: str,
+    text: bool,
+    words: Vocabulary | None,
+    calibration: Calibration | None = None,
+) -> None:
+    """Write the files that stand beside the graphs: manifest, configuration, tokens, words, calibration."""
     encoder = TextEncoder(model, disk_cache=False)
     tower, unseen = encoder.tower()
     suffix = "" if dtype == "float32" else f"-{dtype}"
@@ -117,6 +129,8 @@ def _describe(model: SAN, folder: Path, format: str, dtype: str, text: bool, wor
     if format in RUNTIME:
         own_tokenizer = model.config.clip.text.own_tokenizer
         write_text(folder / REQUIREMENTS_NAME, requirements(format, own_tokenizer=own_tokenizer))
+    if calibration is not None:
+        calibration.save(folder / CALIBRATION_NAME)
     if model.tokenizer is not None:
         (folder / TOKENIZER_NAME).write_bytes(model.tokenizer)
     write_text(folder / EXPORT_NAME, manifest.model_dump_json(indent=1) + "\n")

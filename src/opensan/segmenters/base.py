@@ -127,8 +127,11 @@ class Segmenter:
         return to_array(scores(slice(y, y + 1)))[:, 0, x]
 
     def calibrate(self, calibration: Calibration | None) -> None:
-        """Use a calibration from now on; None for none. Raises UserError, one line, if it is of another model."""
-        if calibration is not None and calibration.model != str(self.identity):
+        """Use a calibration from now on; None for none. Raises UserError, one line, if it is of another model.
+
+        An exported model takes that of the model it was exported from, too.
+        """
+        if calibration is not None and calibration.model not in (str(self.identity), str(self.identity.source)):
             raise UserError(
                 f"this calibration was fitted for the model {calibration.model}, not for {self.identity}: "
                 "`opensan calibrate` fits one"
