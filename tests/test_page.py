@@ -36,6 +36,8 @@ from .browsing import (  # noqa: F401
 
 # ruff: noqa: F811
 
+FULL_ANSWER = re.compile("confidence=true")
+
 
 def test_every_keystroke_labels_the_picture_and_results_are_those_of_the_package(page, segmenter, tmp_path):
     sent = []
@@ -112,6 +114,33 @@ def test_synonyms_background_and_hidden_words(page, segmenter):
     page.locator(".chip .body").first.click()
     expect(page.locator(".chip .body").first).to_have_attribute("aria-pressed", "false")
     assert (overlay(page)[(wanted.labels == 0) & inside(wanted.labels)][:, 3] == 0).all()
+
+
+def test_what_fits_no_word_and_what_is_less_sure_stays_unlabelled_on_demand(page, segmenter, tmp_path):
+    open_picture(page)
+    words_of(page, "green heart,")
+    settled(page)
+    assert_shows(page, segmenter.segment(PLAYGROUND, "green heart").labels)
+    with page.expect_response(FULL_ANSWER):  # which is shown without confidences before
+        page.get_by_label("Leave unlabelled what fits no word").check()
+    wanted = segmenter.segment(PLAYGROUND, "green heart", rest=True)
+    assert 0 < (wanted.labels == 0).mean() < 0.5
+    assert_shows(page, wanted.labels)
+
+    with page.expect_response(FULL_ANSWER):
+        page.get_by_label("Surer than").fill("90")
+    surer = wanted.above(0.9)
+    assert 0 < (surer.labels == 0).sum() < (wanted.labels == 0).sum()
+    assert_shows(page, surer.labels)
+    label_map, name = download(page, "Label map")
+    (tmp_path / name).write_bytes(label_map)
+    assert (read_label_map(tmp_path / name) == surer.labels).all()
+
+    page.reload()
+    settled(page)
+    expect(page.get_by_label("Leave unlabelled what fits no word")).to_be_checked()
+    expect(page.locator("#threshold-value")).to_have_text("90 %")
+    assert_shows(page, surer.labels)
 
 
 def test_hover_and_click_tell_the_region(page, segmenter):

@@ -154,6 +154,22 @@ def test_less_sure_pixels_are_unlabelled_on_demand(service, segmenter):
     assert refused.status_code == 422 and "threshold" in refused.json()["detail"]
 
 
+def test_pixels_that_no_word_deserves_are_unlabelled_on_demand(service, segmenter):
+    expected = segmenter.segment(photograph(), WORDS, rest=True)
+    name = service.encode()
+    record = service.ask(name, rest=True).json()
+    assert record["unlabelled"]["pixels"] == int((expected.labels < 0).sum()) > 0
+    assert [word["name"] for word in record["words"]] == ["road", "car", "sky", "tree"]
+    files = {"image": ("a.png", photograph())}
+    for value, told in (("true", record["unlabelled"]["pixels"]), ("false", 0)):
+        answer = service.client.post("/v1/segmentation", data={"words": ",".join(WORDS), "rest": value}, files=files)
+        assert answer.json()["unlabelled"]["pixels"] == told
+    refused = service.client.post("/v1/segmentation", data={"words": "road", "rest": "maybe"}, files=files)
+    assert (refused.status_code, refused.json()["detail"]) == (422, "rest: must be true or false")
+    point = service.client.post(f"/v1/encodings/{name}/point", json={"words": WORDS, "rest": True, "x": 3, "y": 4})
+    assert "none of these" in [word["name"] for word in point.json()["words"]]
+
+
 def test_label_map_overlay_and_map(service, segmenter):
     expected = segmenter.segment(photograph(), WORDS, background=["grass"])
     name = service.encode()

@@ -14,6 +14,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from opensan import __version__
+from opensan.errors import UserError
 from opensan.outputs.colours import PALETTES, palette
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.results import Encoding
@@ -104,6 +105,10 @@ _FORM = {
                     "pattern": r"^\s*\{",
                     "description": "What `opensan tune words` wrote as `tuned`.",
                 },
+                "rest": {
+                    "enum": ["true", "false"],
+                    "description": "true: pixels that none of the words deserves are answered as unlabelled.",
+                },
             },
         }
     }
@@ -173,6 +178,14 @@ class Service:
             raise _gone()
         return encoding
 
+    def asked(self, question: Question, segmenter: Segmenter) -> Vocabulary:
+        """Return a question's vocabulary for a model. Raises Problem (422), one line, if it cannot be asked."""
+        vocabulary = question.vocabulary(self.limits)
+        try:
+            return segmenter.with_rest(vocabulary) if question.rest else vocabulary
+        except UserError as error:
+            raise Problem(422, str(error)) from None
+
     def reading(self, segmenter: Segmenter, vocabulary: Vocabulary) -> list[Callable[[], Any]]:
         """Return functions that embed a long vocabulary, a part each. The rows are cached."""
         return [partial(segmenter.prepare_words, part) for part in text_parts(vocabulary)]
@@ -189,7 +202,8 @@ class Service:
         accepted: bool = False,
     ) -> Response:
         """Segment an encoded image and return the response in the chosen form."""
-        vocabulary, segmenter = question.vocabulary(self.limits), self.models.of(encoding)
+        segmenter = self.models.of(encoding)
+        vocabulary = self.asked(question, segmenter)
         compressed = accepts_gzip(request.headers.get("accept-encoding", ""))
         work = self.engine.ask(
             lambda: answers.answer(
@@ -335,9 +349,10 @@ def _add_segmentation_route(api: APIRouter, service: Service) -> None:
         service.engine.check_room()
         form = _form(request, format)
         segmenter = await service.models.get(model)
-        data, fields = await uploaded(request, {"words", "background", "templates", "tuned"}, service.limits.words)
+        known = {"words", "background", "templates", "tuned", "rest"}
+        data, fields = await uploaded(request, known, service.limits.words)
         question = question_from_form(fields)
-        question.vocabulary(service.limits)  # before the work, to report mistakes early
+        service.asked(question, segmenter)  # before the work, to report mistakes early
         encoding = await while_there(request, service.engine.encode(data, segmenter))
         return await service.segmented(
             request, encoding, question, form, confidence=confidence, threshold=threshold, accepted=True
@@ -387,8 +402,9 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
     @api.post("/v1/encodings/{id}/point", tags=["encodings"], responses=_problems(*_ALWAYS, 404))
     async def point(id: str, question: PointQuestion, request: Request) -> PointAnswer:
         """Explain one pixel: its best words, and the mask proposals that contribute to the winner's score."""
-        encoding, vocabulary = service.kept(id), question.vocabulary(service.limits)
+        encoding = service.kept(id)
         segmenter = service.models.of(encoding)
+        vocabulary = service.asked(question, segmenter)
         work = service.engine.ask(
             lambda: answers.point(segmenter, encoding, vocabulary, question.x, question.y),
             before=service.reading(segmenter, vocabulary),

@@ -91,6 +91,7 @@ class Question(_Strict):
     tuned: TunedSpec | None = Field(
         None, description="Vectors in the place of words' texts: what `opensan tune words` wrote as `tuned`."
     )
+    rest: bool = Field(False, description="Pixels that none of the words deserves are answered as unlabelled.")
     colours: dict[_Text, Annotated[str, Field(pattern=_COLOUR)]] | None = Field(
         None, description="Colours of words in an overlay; other words have the palette's."
     )
@@ -229,6 +230,8 @@ def question_from_form(fields: Mapping[str, Sequence[str]]) -> Question:
 
 
 def _from_field(name: str, texts: Sequence[str]) -> Any:
+    if name == "rest":
+        return {"true": True, "false": False}.get(texts[-1].strip().lower(), texts[-1])
     if name not in ("templates", "tuned"):  # these may hold commas
         return texts[0] if len(texts) == 1 else [word for text in texts for word in Question._listed(text)]
     if len(texts) > 1 or not texts[0].lstrip().startswith(("[", "{")):
@@ -276,6 +279,7 @@ _FORMS = {
     '"background")',
     "background": "must be text, or a list like words",
     "tuned": "must be what `opensan tune words` wrote",
+    "rest": "must be true or false",
     "templates": 'must be "vild", "single", or a list of texts',
 }
 

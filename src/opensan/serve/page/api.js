@@ -65,11 +65,11 @@ export function forget(id) {
 
 /**
  * Labels of every pixel: {labels Uint8Array or Uint16Array, unlabelled, confidence Uint8Array or null, words, unseen}, each
- * word with its name and area; unseen are those that the model never read. `question` is {words, background} as the
- * service takes it.
+ * word with its name and area; unseen are those that the model never read. `question` is {words, background, rest} as the
+ * service takes it. Pixels of less confidence than `threshold`, from 0 to 1, are unlabelled.
  */
-export async function segment(id, question, { confidence = false, signal } = {}) {
-  const path = `v1/encodings/${id}/segmentation?format=map&confidence=${confidence}`;
+export async function segment(id, question, { confidence = false, threshold = 0, signal } = {}) {
+  const path = `v1/encodings/${id}/segmentation?format=map&confidence=${confidence}&threshold=${threshold}`;
   const buffer = await (await call(path, asJson(question, "application/vnd.opensan.map", signal))).arrayBuffer();
   const length = new DataView(buffer).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
@@ -93,8 +93,9 @@ const FORMATS = {
 };
 
 /** A finished file for the person's own disk: [Blob, end of its name]. */
-export async function result(id, question, kind) {
+export async function result(id, question, kind, threshold) {
   const [accept, format, ending] = FORMATS[kind];
-  const response = await call(`v1/encodings/${id}/segmentation?format=${format}`, asJson(question, accept));
+  const path = `v1/encodings/${id}/segmentation?format=${format}&threshold=${threshold}`;
+  const response = await call(path, asJson(question, accept));
   return [await response.blob(), ending];
 }

@@ -46,6 +46,16 @@ class App {
     return element("compare").checked;
   }
 
+  /** Whether pixels that no word deserves stay unlabelled. */
+  get rest() {
+    return element("rest").checked;
+  }
+
+  /** Pixels of less confidence stay unlabelled, from 0 to 1. */
+  get threshold() {
+    return Number(element("threshold").value) / 100;
+  }
+
   /** One colour for each word, on whichever side it stands. */
   assignColours() {
     this.colours.assign(this.sides.flatMap((side) => side.named));
@@ -62,7 +72,9 @@ class App {
   get state() {
     const sides = this.sides.map(({ words, background }) => ({ words: words.all, background: background.all }));
     const { model, suggested } = this;
-    return { sides, model, suggested, compare: this.comparing, palette: this.colours.name, opacity: element("opacity").value };
+    const [opacity, threshold] = ["opacity", "threshold"].map((id) => element(id).value);
+    const { comparing: compare, rest } = this;
+    return { sides, model, suggested, compare, rest, threshold, palette: this.colours.name, opacity };
   }
 
   #remember() {
@@ -73,6 +85,8 @@ class App {
     if (!state) return;
     this.suggested = state.suggested ?? "";
     this.#opacity(state.opacity ?? element("opacity").value);
+    this.#threshold(state.threshold ?? element("threshold").value);
+    element("rest").checked = Boolean(state.rest);
     this.#usePalette(state.palette ?? this.colours.name);
     if (this.models.includes(state.model)) this.#useModel(state.model);
     for (const [number, { words, background }] of state.sides.entries()) this.sides[number]?.set(words, background);
@@ -297,7 +311,7 @@ class App {
       try {
         const question = side.question();
         if (kind === "overlay") question.colours = Object.fromEntries(side.named.map((text) => this.#named(text)));
-        const [blob, ending] = await this.withEncoding((id) => result(id, question, kind));
+        const [blob, ending] = await this.withEncoding((id) => result(id, question, kind, this.threshold));
         const stem = this.photograph.name.replace(/.*\/|\.[^.]*$/g, "") || "photograph";
         save(blob, `${stem}${sides.length > 1 ? `.${"ab"[side.number]}` : ""}${ending}`);
       } catch (error) {
@@ -337,6 +351,18 @@ class App {
     this.stage.opacity(element("opacity").value);
   }
 
+  #threshold(percent) {
+    element("threshold").value = percent;
+    element("threshold-value").textContent = `${element("threshold").value} %`;
+  }
+
+  /** Asks anew, as what stays unlabelled has changed. */
+  #askAgain() {
+    this.inspect.close();
+    this.#remember();
+    for (const side of this.sides) side.ask();
+  }
+
   #usePalette(name) {
     this.colours.choose(name);
     element("palette").value = this.colours.name;
@@ -359,6 +385,14 @@ class App {
     for (const button of document.querySelectorAll("[data-do]")) button.addEventListener("click", actions[button.dataset.do]);
     element("opacity").addEventListener("input", ({ target }) => this.stage.opacity(target.value));
     element("opacity").addEventListener("change", () => this.#remember());
+    element("threshold").addEventListener("input", ({ target }) => {
+      this.#threshold(target.value);
+      this.#askAgain();
+    });
+    element("rest").addEventListener("change", () => {
+      unlink();
+      this.#askAgain();
+    });
     element("palette").addEventListener("change", ({ target }) => {
       this.#usePalette(target.value);
       this.#remember();
@@ -395,6 +429,7 @@ class App {
       "[": () => nudge(-10),
       "]": () => nudge(10),
       c: () => element("compare").click(),
+      r: () => element("rest").click(),
       "?": () => element("help").showModal(),
     };
     const action = actions[event.key.toLowerCase()];

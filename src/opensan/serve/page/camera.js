@@ -106,7 +106,7 @@ export class Camera {
     if (sides.some(Boolean)) {
       const { id } = await encode(blob, this.app.model);
       try {
-        answers = await Promise.all(sides.map((question) => question && segment(id, question)));
+        answers = await Promise.all(sides.map((question) => question && segment(id, question, { threshold: this.app.threshold })));
       } finally {
         forget(id);
       }

@@ -91,7 +91,7 @@ export class Side {
     if (draft) words.push(typing ? shortPrompt(draft) : draft);
     const background = [...this.background.texts];
     if (this.background.draft) background.push(this.background.draft);
-    return words.length ? { words, background } : null;
+    return words.length ? { words, background, rest: this.app.rest } : null;
   }
 
   /** After a keystroke or a chip more or less: asks, and asks once more in full when typing pauses. */
@@ -140,7 +140,7 @@ export class Side {
 
   async #show(question, since, options = {}) {
     const { photograph } = this.app;
-    const answer = await this.app.withEncoding((id) => segment(id, question, options));
+    const answer = await this.app.withEncoding((id) => segment(id, question, { threshold: this.app.threshold, ...options }));
     if (photograph !== this.app.photograph || options.signal?.aborted) return;
     this.answer = answer;
     this.settled = Boolean(answer.confidence);

@@ -4,7 +4,7 @@
 const STATE = "opensan";
 const PICTURES = "pictures";
 
-/** `state` is {sides [{words, background}], compare, palette, opacity, model}. */
+/** `state` is {sides [{words, background}], compare, rest, threshold, palette, opacity, model}. */
 export function remember(state) {
   try {
     localStorage.setItem(STATE, JSON.stringify(state));
@@ -38,6 +38,7 @@ export function linkTo(state) {
     for (const word of state.sides[side][list]) fields.append(field, word);
   }
   if (state.compare) fields.set("compare", "1");
+  if (state.rest) fields.set("rest", "1");
   fields.set("model", state.model);
   const address = new URL(location.href);
   address.hash = fields;
@@ -48,7 +49,7 @@ export function linkTo(state) {
 export function linked() {
   const fields = new URLSearchParams(location.hash.slice(1));
   if (!fields.has("a")) return null;
-  const state = { sides: [{}, {}], compare: fields.has("compare"), model: fields.get("model") };
+  const state = { sides: [{}, {}], compare: fields.has("compare"), rest: fields.has("rest"), model: fields.get("model") };
   for (const [field, side, list] of FIELDS) state.sides[side][list] = fields.getAll(field);
   return state;
 }
