@@ -47,9 +47,6 @@ STYLES: Mapping[str, tuple[str, ...]] = {
 }
 """Sets of templates that are tried: the ready ones, and some that say how images look."""
 
-_T = (12.7, 4.3, 3.2, 2.8, 2.6, 2.4, 2.4, 2.3, 2.3, 2.2)
-"""Quantiles 0.975 of Student's t, of 1 to 10 degrees of freedom; 2 or little more above."""
-
 
 @dataclass(frozen=True)
 class Change:
@@ -285,12 +282,13 @@ def _change(
 
 
 def _low(differences: np.ndarray) -> float:
-    """Return the lower end of the 95 % interval of the mean; minus infinity for one image."""
+    """Return the lower end of the mean's interval of 95 %, by Student's t; minus infinity for one image."""
     count = len(differences)
     if count < 2:
         return -float("inf")
-    quantile = _T[count - 2] if count - 2 < len(_T) else 2.1
-    return float(differences.mean() - quantile * differences.std(ddof=1) / count**0.5)
+    from scipy.stats import t  # here, because it takes long to import
+
+    return float(differences.mean() - t.ppf(0.975, count - 1) * differences.std(ddof=1) / count**0.5)
 
 
 def _applied(words: Vocabulary, changes: Sequence[Change]) -> Vocabulary:
