@@ -29,3 +29,7 @@ Engine = Literal["ray"]
 
 SearchBy = Literal["region", "area"]
 """How a search scores an image for a word: by its best region's probability, or by the mean score of its pixels."""
+
+Adapt = Literal["each", "keep"]
+"""Start of the adaptation to an image at test time: each image from the model's own weights, or from the weights of
+the image before."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opensan.choices import Adapt
 from opensan.cli.asked_words import embed_words
 from opensan.cli.objects import Objects, ObjectsBy
-from opensan.cli.options import AsJson, Calibrated, Device, ImageDtype, Model, Out, Show, SpeedChoice
+from opensan.cli.options import Adapting, AsJson, Calibrated, Device, ImageDtype, Model, Out, Show, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note, open_file, output_console, print_json, progress_of
 from opensan.errors import UserError
 
@@ -57,6 +58,7 @@ def evaluate(
     device: Device = "auto",
     speed: SpeedChoice = "exact",
     dtype: ImageDtype = None,
+    adapt: Adapting = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of one shape that are computed together.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read images and count pixels.")] = 4,
     tta: Annotated[
@@ -120,6 +122,11 @@ def evaluate(
         raise UsageError("--calibration changes no label, so only --confidence measures it: give both")
     if tta and (panoptic or instances):
         raise UsageError("--panoptic and --instances measure single views: leave out --tta")
+    if adapt is not None and (tta or panoptic or instances or confidence or from_predictions is not None):
+        raise UsageError(
+            "--adapt is measured by the labels of single views: leave out --tta, --panoptic, --instances, --confidence "
+            "and --from-predictions"
+        )
     if from_predictions is not None and tuned is not None:
         raise UsageError("--tuned is about a model's words; --from-predictions has no model")
     from torch import OutOfMemoryError
@@ -152,6 +159,7 @@ def evaluate(
             out=out,
             model=model,
             segmenter=segmenter,
+            adapt=adapt,
             tta=tta,
             batch=batch,
             workers=workers,
@@ -195,6 +203,7 @@ class _Run:
     out: Path
     model: str
     segmenter: "Segmenter | None"
+    adapt: Adapt | None
     tta: bool
     batch: int
     workers: int
@@ -235,7 +244,8 @@ class _Run:
 
         if self.segmenter is None:
             return {"predictions": str(self.from_predictions)}
-        return facts(self.model, self.segmenter, self.tta)
+        adapted = {} if self.adapt is None else {"adaptation to each image": self.adapt}
+        return facts(self.model, self.segmenter, self.tta) | adapted
 
     def one(self, prepared: "PreparedSet") -> "Evaluation":
         """Evaluate a data set, write its folder, and print its metrics."""
@@ -304,6 +314,8 @@ class _Run:
             return SavedPredictor(predictions)
         assert self.segmenter is not None
         embed_words(self.segmenter, vocabulary)
+        if self.adapt is not None:
+            return ModelPredictor(self.segmenter.adapting(vocabulary, self.adapt), vocabulary)
         return (AugmentedPredictor if self.tta else ModelPredictor)(self.segmenter, vocabulary)
 
     def table(self, sets: Sequence["PreparedSet"], evaluations: Sequence["Evaluation"]) -> None:

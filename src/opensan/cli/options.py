@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opensan.choices import Dtype, Speed
+from opensan.choices import Adapt, Dtype, Speed
 from opensan.cli.terminal import UsageError, note
 from opensan.files import ASSETS
 
@@ -59,6 +59,16 @@ ImageDtype = Annotated[
     Dtype | None,
     typer.Option(
         help="Precision of the image half's matrices; --speed chooses it if not given.", rich_help_panel=MODEL
+    ),
+]
+Adapting = Annotated[
+    Adapt | None,
+    typer.Option(
+        "--adapt",
+        help="Adapt the norm layers to each image first, without labels, until the model is surer of the words: from "
+        "its own weights for each image, or keep those of the image before. Takes 10 times as long or more.",
+        show_default=False,
+        rich_help_panel=MODEL,
     ),
 ]
 Out = Annotated[

@@ -34,6 +34,7 @@ from opensan.cli.objects import (
 )
 from opensan.cli.options import (
     RESULTS,
+    Adapting,
     AsJson,
     Calibrated,
     Device,
@@ -113,6 +114,7 @@ def segment(
     device: Device = "auto",
     speed: SpeedChoice = "exact",
     dtype: ImageDtype = None,
+    adapt: Adapting = None,
     batch: Annotated[
         int, typer.Option(min=1, help="Images computed together, if their shapes agree; more than 1 helps on a GPU.")
     ] = 1,
@@ -151,11 +153,13 @@ def segment(
     several images goes on with the same command, and what is done is not done again.
     """
     checked_threshold(threshold)
-    alone = {"--lines": lines, "--show": show, "--explain": explain, "-": STDIN in images}
+    alone = {"--lines": lines, "--show": show, "--explain": explain, "--adapt": adapt, "-": STDIN in images}
     check_engine(on, workers, address, workers_per_gpu, alone)
     if lines:
         if images != [STDIN] or show or explain is not None:
             raise UsageError("--lines answers a stream: give - in place of images, and neither --show nor --explain")
+        if adapt is not None:
+            raise UsageError("--adapt is about one list of words, and each line may have its own: leave out --lines")
         from opensan.cli.lines import answer_lines, formats_of_lines
 
         kinds = formats_of_lines(formats)
@@ -206,6 +210,8 @@ def segment(
     say_what_tiny_knows(model, [job.image for job in jobs])
     segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, calibration=calibration)
     embed_words(segmenter, vocabulary)
+    if adapt is not None:
+        segmenter = segmenter.adapting(vocabulary, adapt)
     if rest:
         vocabulary = segmenter.with_rest(vocabulary)
     with telling_of_memory(segmenter.device, SMALLER):

@@ -17,6 +17,7 @@ from opensan.cli.asked_words import (
     embed_words,
 )
 from opensan.cli.options import (
+    Adapting,
     AsJson,
     Calibrated,
     Device,
@@ -62,6 +63,7 @@ def segment_video(
     device: Device = "auto",
     speed: SpeedChoice = "exact",
     dtype: ImageDtype = None,
+    adapt: Adapting = None,
     batch: Annotated[int, typer.Option(min=1, help="Frames that go through the model together.")] = 1,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Videos with larger frames are refused before they are decoded.")
@@ -91,6 +93,8 @@ def segment_video(
     if rest:
         vocabulary = segmenter.with_rest(vocabulary)
     embed_words(segmenter, vocabulary)
+    if adapt is not None:
+        segmenter = segmenter.adapting(vocabulary, adapt)
     try:
         with VideoRun(
             segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch, threshold=threshold

@@ -101,6 +101,7 @@ class Index:
         segmenter = self.segmenter if known is None else self._segmenter_of(known)
         if known is not None and exact and not known.exact:
             raise UserError(f"{self.folder}: is no exact index, and can't become one; add the images to a new one")
+        segmenter.check_unadapted("an index, which is searched with any words, can't be made")
         new = self._new_head(segmenter, exact) if known is None else None
         with writing(self.folder, new, wait=wait) as writer:
             self._check_model(writer.head, segmenter, encodes=True)

@@ -38,6 +38,9 @@ MAX_THREADS = 4
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 """Write errors that stop the run, because the next image would have them too; other errors concern one image."""
 
+ADAPTS_ANEW = "what the model had adapted to in the earlier run is not kept: it adapts anew from here"
+"""Message about a run that goes on with `adapt="keep"`."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -363,6 +366,8 @@ class FolderRun:
             wanted = {job.stem: (job.image, question.paths(job)) for job in self._jobs}
             pending = set(self._ledger.begin(question.settings(self._segmenter), wanted))
             self.pending = [job for job in self._jobs if job.stem in pending]
+            if getattr(self._segmenter, "adapt", None) == "keep" and 0 < len(self.pending) < len(self._jobs):
+                self.notes.append(ADAPTS_ANEW)
             self._stack = stack.pop_all()
         return self
 

@@ -169,6 +169,7 @@ class _Work:
         batch_size: int,
         advance: Callable[[int], None],
     ) -> None:
+        segmenter.check_unadapted("tiles of one image can't be labelled")
         self._segmenter = with_proposals(segmenter, "an image by tiles")
         self._raster = raster
         self._vocabulary = vocabulary

@@ -18,6 +18,7 @@ from opensan.assemble.bands import Scores, best_words, scores_of_words, to_array
 from opensan.assemble.calibration import Calibration, calibrated_confidence, checked_threshold
 from opensan.assemble.kinds import word_kinds
 from opensan.assemble.segments import USUAL_RULES, SegmentRules, Segments
+from opensan.choices import Adapt
 from opensan.config import ImageConfig
 from opensan.errors import UserError, short
 from opensan.images import ImageSource, open_image, prepare_array
@@ -55,6 +56,8 @@ class Segmenter:
     """The calibration of the confidence of what it labels: see `calibrate`."""
     source: str | os.PathLike[str] | None = None
     """Argument of `opensan.load`; None for a model that was built otherwise."""
+    adapt: Adapt | None = None
+    """How it adapts to each image that it encodes: see `adapting`; None: it does not."""
 
     def __repr__(self) -> str:
         halves = f"image half {self.identity.image[:12]}, text half {self.identity.text[:12]}"
@@ -85,6 +88,25 @@ class Segmenter:
         Raises UserError, one line, if it was not loaded from a folder, a file or a name, but built or exported.
         """
         raise UserError(f"{self.identity.name}: only a SAN that was loaded with torch can be pushed to a hub")
+
+    def adapting(
+        self, words: Any, adapt: Adapt = "each", *, background: Iterable[Any] = (), templates: Templates | None = None
+    ) -> "Segmenter":
+        """Return a segmenter that adapts to each image at test time, without labels; this one stays as it is.
+
+        Args:
+            words: as for `segment`; so are `background` and `templates`. What is lowered is the entropy of their
+                predictions.
+            adapt: "each" begins every image with the model's own weights; "keep" goes on from the image before, for a
+                stream of images that are alike.
+
+        Raises:
+            ValueError: one line: fewer than two words, or a model that cannot adapt.
+        """
+        raise UserError(
+            f"{self.identity.name} cannot adapt to images: only a SAN as torch runs it can, neither an exported model "
+            "nor another method"
+        )
 
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:
         """Run images of one padded shape through the network."""
@@ -174,6 +196,11 @@ class Segmenter:
     def with_rest(self, vocabulary: Vocabulary) -> Vocabulary:
         """Add a background word for what no asked word fits. Raises UserError if the model proposes no masks."""
         raise UserError(f"the rest needs a model with mask proposals, and {self.identity.name} has none")
+
+    def check_unadapted(self, what: str) -> None:
+        """Raise UserError, one line, if it adapts to each image; `what` is what then does not work."""
+        if self.adapt is not None:
+            raise UserError(f"{what} with a model that adapts to each image: give the model itself")
 
     def check_encoding(self, encoding: Encoding) -> None:
         """Raise UserError, one line, unless this model made the encoding, of finite numbers."""

@@ -9,7 +9,7 @@ Letters: Q queries, K words, D embedding, h w stride-16 grid, H0 W0 the image.
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from typing import Any, get_args
@@ -23,18 +23,19 @@ from opensan.assemble.resize import MaskBand, mask_bands
 from opensan.assemble.scores import band_scores, class_probabilities, label_scores
 from opensan.checkpoints import load_model, random_model
 from opensan.checkpoints.push import Pushed, push
-from opensan.choices import Speed
+from opensan.choices import Adapt, Speed
 from opensan.devices import checked_device
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS, prepare
 from opensan.model import SAN
 from opensan.model.identity import model_identity
+from opensan.segmenters.base import Segmenter
 from opensan.segmenters.image_half import DTYPES, fastest_dtype, prepare_image_half
 from opensan.segmenters.proposals import ProposalSegmenter, with_nothing
 from opensan.segmenters.results import Encoding, InputImage, Segmentation
 from opensan.structures import Proposals
 from opensan.text.encoder import TextEncoder
-from opensan.vocabulary import Vocabulary
+from opensan.vocabulary import Templates, Vocabulary
 
 __all__ = ["Encoding", "InputImage", "SanSegmenter", "Segmentation", "load_san"]
 
@@ -117,6 +118,16 @@ class SanSegmenter(ProposalSegmenter):
             token=token,
             identity=str(self.identity),
         )
+
+    def adapting(
+        self, words: Any, adapt: Adapt = "each", *, background: Iterable[Any] = (), templates: Templates | None = None
+    ) -> Segmenter:
+        """Return a segmenter that adapts to each image at test time; see `Segmenter.adapting`."""
+        if type(self) is not SanSegmenter:  # other methods on its weights, or one that adapts already
+            return super().adapting(words, adapt, background=background, templates=templates)
+        from opensan.segmenters.adapting import AdaptingSegmenter
+
+        return AdaptingSegmenter(self, Vocabulary.parse(words, background=background, templates=templates), adapt)
 
     @undisturbed
     def encode_prepared(self, batch: Sequence[InputImage]) -> list[Encoding]:

@@ -249,6 +249,7 @@ def create_app(
         label_studio: the Label Studio that the service answers as its "ML backend", and whose images it reads. Its
             requests may carry the token as the password of basic authentication.
     """
+    segmenter.check_unadapted("a service can't answer several clients")
     service = Service(Models(segmenter, others or {}), limits or ServiceLimits(), batch)
     app = FastAPIOffline(  # its pages at /docs and /redoc need no network
         title="opensan",

@@ -24,7 +24,7 @@ from opensan import outputs
 from opensan.assemble.calibration import checked_threshold
 from opensan.errors import UserError
 from opensan.files import flush_folder, hold, remove_temporaries
-from opensan.jobs.folder import ahead
+from opensan.jobs.folder import ADAPTS_ANEW, ahead
 from opensan.jobs.ledger import SingleResult, settings_of
 from opensan.jobs.video.reader import Frame, VideoReader, pyav, reason
 from opensan.jobs.video.steady import Past, Steadier
@@ -179,6 +179,8 @@ class VideoRun:
             stack.callback(self._remove_if_published)
             self._journal = stack.enter_context(Journal(self._part / JOURNAL))
             self._look_at_earlier_work(work)
+            if self.finished and self._segmenter.adapt == "keep":
+                self.notes.append(ADAPTS_ANEW)
             self._stack = stack.pop_all()
         return self
 
