@@ -126,6 +126,8 @@ def test_identity_says_what_it_adapted_to(tiny):
     (image,) = pictures(1, (32, 32))
     others = [tiny.adapting(*given) for given in ((WORDS,), (WORDS, "keep"), ("sky, sea",))]
     assert len({str(one.identity) for one in (tiny, *others)}) == 4
+    with_rest = tiny.adapting(tiny.with_rest(Vocabulary.parse(WORDS)))  # the rest is no word to be sure of
+    assert with_rest.identity == others[0].identity
     encoding = others[0].encode(image)
     assert encoding.model.startswith("tiny-adapted-")
     relabelled = others[0].segment(encoding, WORDS).relabel("sky, sea")  # words may change afterwards

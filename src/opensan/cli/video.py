@@ -90,11 +90,11 @@ def segment_video(
     from opensan.segmenters.load import load
 
     segmenter = load(model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, calibration=calibration)
+    if adapt is not None:
+        segmenter = segmenter.adapting(vocabulary, adapt)
     if rest:
         vocabulary = segmenter.with_rest(vocabulary)
     embed_words(segmenter, vocabulary)
-    if adapt is not None:
-        segmenter = segmenter.adapting(vocabulary, adapt)
     try:
         with VideoRun(
             segmenter, vocabulary, video, out, every=every, steady=steady, batch=batch, threshold=threshold

@@ -65,6 +65,8 @@ class AdaptingSegmenter(SanSegmenter):
             raise UserError(f"adapt {short(adapt)} is not one of {', '.join(get_args(Adapt))}")
         if segmenter.speed != "exact" or segmenter.dtype != torch.float32:
             raise UserError("a model adapts to images in float32 alone: leave speed at exact, and out dtype")
+        # The rest has no text of its own.
+        vocabulary = replace(vocabulary, words=tuple(word for word in vocabulary.words if not word.nothing))
         if len(vocabulary.words) < 2:
             raise UserError("one word alone is always sure: give at least two to adapt to images")
         self.__dict__.update(segmenter.__dict__)
