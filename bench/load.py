@@ -1,18 +1,20 @@
 """What does the service do at twice its capacity, among clients that misbehave? It is started here, on loopback.
 
-    python bench/load.py [--model tiny] [--seconds 300] [--factor 2] [--json FILE] [--picture FILE]
+    python bench/load.py [--model tiny] [--seconds 300] [--factor 2] [--json FILE] [--picture FILE] [--on-ray 3]
 
 First the expected label maps are computed in this process, then the capacity is measured (as many clients as the
 queue is long, each waiting for its answer), then requests arrive at `factor` times that rate, at random times, whether
 or not earlier ones are answered. Meanwhile a person types (words of an encoded photograph, twice a second), and once a
 second a client misbehaves: sends half a request and stalls, sends garbage, or leaves while it is served. At the end the
-service gets SIGTERM under load.
+service gets SIGTERM under load. With `--on-ray N` the service is N replicas on Ray: after a third of the time one of
+them gets SIGKILL, after half of it the model is loaded anew.
 """
 
 import argparse
 import asyncio
 import io
 import json
+import os
 import random
 import signal
 import statistics
@@ -21,6 +23,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +32,7 @@ import numpy as np
 from PIL import Image
 
 import opensan
+from ray_folder import descendants
 
 SCENES = sorted((Path(__file__).parents[1] / "src" / "opensan" / "assets" / "scenes").glob("*.png"))
 WORDS: list[str | dict] = [
@@ -197,14 +201,34 @@ class Load:
             pass
 
 
-async def memory(pid: int, series: list[tuple[float, float]]) -> None:
-    """Seconds and resident MiB, once a second."""
+def replicas_of(pid: int) -> list[int]:
+    """The processes of replicas below a command on Ray."""
+    return [child for child, line in descendants(pid).items() if line.startswith("ray::ServeReplica:opensan:replica")]
+
+
+async def memory(pid: int, series: list[tuple[float, float]], on_ray: bool) -> None:
+    """Seconds and resident MiB, once a second; on Ray, of all replicas together."""
     started = time.monotonic()
     while True:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                series.append((round(time.monotonic() - started, 1), int(line.split()[1]) / 1024))
+        mib = 0.0
+        for each in replicas_of(pid) if on_ray else [pid]:
+            with suppress(OSError):
+                for line in Path(f"/proc/{each}/status").read_text().splitlines():
+                    if line.startswith("VmRSS:"):
+                        mib += int(line.split()[1]) / 1024
+        series.append((round(time.monotonic() - started, 1), mib))
         await asyncio.sleep(1)
+
+
+async def disturb(service: subprocess.Popen, seconds: float, done: dict[str, float]) -> None:
+    """Kill a replica after a third of the time, and have the model loaded anew after half of it."""
+    await asyncio.sleep(seconds / 3)
+    os.kill(random.Random(0).choice(replicas_of(service.pid)), signal.SIGKILL)
+    done["replica killed"] = round(seconds / 3, 1)
+    await asyncio.sleep(seconds / 6)
+    service.send_signal(signal.SIGHUP)
+    done["model loaded anew"] = round(seconds / 2, 1)
+    await asyncio.sleep(1e6)
 
 
 async def run(options: argparse.Namespace, service: subprocess.Popen, url: str, made: list[Sample]) -> dict:
@@ -215,8 +239,12 @@ async def run(options: argparse.Namespace, service: subprocess.Popen, url: str, 
     print(f"capacity {capacity:.1f} requests/s", file=sys.stderr)
     tally, typed, bad, series = Tally(), Tally(), Counter(), []
     others = [
-        asyncio.create_task(work) for work in (memory(service.pid, series), load.typing(typed), load.misbehaving(bad))
+        asyncio.create_task(work)
+        for work in (memory(service.pid, series, bool(options.on_ray)), load.typing(typed), load.misbehaving(bad))
     ]
+    disturbed: dict[str, float] = {}
+    if options.on_ray:
+        others.append(asyncio.create_task(disturb(service, options.seconds, disturbed)))
     tasks = await load.arrivals(options.factor * capacity, options.seconds, tally)
     await asyncio.gather(*tasks)
     for other in others:
@@ -240,6 +268,7 @@ async def run(options: argparse.Namespace, service: subprocess.Popen, url: str, 
         "typing_codes": dict(typed.codes),
         "typing_ms": typed.milliseconds("200"),
         "misbehaving": dict(bad),
+        "disturbed_after_s": disturbed,
         "rss_mib_by_minute": [round(statistics.median(minute), 1) for minute in minutes],
         "rss_mib_series": series,
         "ready_after": health,
@@ -289,13 +318,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--on-ray", type=int, metavar="N", help="replicas on Ray, on this machine")
     options = parser.parse_args()
     made = samples(options.model)
     command = [sys.executable, "-m", "opensan", "serve", "--model", options.model, "--port", "0"]
     command += ["--batch", str(options.batch)]
+    if options.on_ray:
+        command += ["--on", "ray", "--workers", str(options.on_ray)]
     service = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        url = service.stderr.readline().split()[-1]
+        line = ""
+        while not line.startswith("serving"):  # before it, Ray may be waiting for workers
+            line = service.stderr.readline()
+            assert line, "the service ended"
+        url = line.split()[-1]
         result = asyncio.run(run(options, service, url, made))
     finally:
         service.kill()

@@ -228,7 +228,7 @@ def test_an_image_that_kills_workers_is_broken_in_the_end(ray, model_folder, tmp
     written, broken, _ = on_workers(model_folder, folder, tmp_path / "out", batch=2)
     assert len(written) == 5 and "1/001" not in written
     (reason,) = broken
-    assert reason.endswith("001.png: 3 workers died while they labelled it")
+    assert reason.endswith("001.png: 3 workers died while they worked on it")
 
 
 def test_workers_that_can_not_take_part_are_named_in_one_line(ray, model_folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The HTTP service over real sockets: what it answers, and what it refuses, to clients of all kinds."""
 
+import asyncio
 import base64
 import io
 import json
@@ -480,20 +481,24 @@ def test_cache_is_bounded(segmenter):
     encoding = segmenter.encode(photograph())
     size = encoding.nbytes
     now = [0.0]
-    cache = EncodingCache(3, 10 * size, 100, clock=lambda: now[0])
-    first, second, third = (cache.add(encoding) for _ in range(3))
-    now[0] = 60
-    assert cache.get(first) is encoding
-    fourth = cache.add(encoding)  # the second was used least recently
-    assert cache.get(second) is None and len(cache) == 3 and cache.size == 3 * size
-    now[0] = 101
-    assert cache.get(third) is None and cache.get(first) is encoding
-    now[0] = 201
-    assert cache.get(first) is None and cache.get(fourth) is None and len(cache) == cache.size == 0
-    few = EncodingCache(10, int(2.5 * size), 100)
-    names = [few.add(encoding) for _ in range(3)]
-    assert [few.get(name) is not None for name in names] == [False, True, True]
-    assert len(set(names)) == 3 and all(len(name) >= 22 for name in names)
+
+    async def work() -> None:
+        cache = EncodingCache(3, 10 * size, 100, clock=lambda: now[0])
+        first, second, third = [await cache.add(encoding) for _ in range(3)]
+        now[0] = 60
+        assert await cache.get(first) is encoding
+        fourth = await cache.add(encoding)  # the second was used least recently
+        assert await cache.get(second) is None and len(cache) == 3 and cache.size == 3 * size
+        now[0] = 101
+        assert await cache.get(third) is None and await cache.get(first) is encoding
+        now[0] = 201
+        assert await cache.get(first) is None and await cache.get(fourth) is None and len(cache) == cache.size == 0
+        few = EncodingCache(10, int(2.5 * size), 100)
+        names = [await few.add(encoding) for _ in range(3)]
+        assert [await few.get(name) is not None for name in names] == [False, True, True]
+        assert len(set(names)) == 3 and all(len(name) >= 22 for name in names)
+
+    asyncio.run(work())
 
 
 # Load, and clients that misbehave

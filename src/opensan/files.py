@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from opensan.buckets import BucketPath
 from opensan.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -116,6 +117,8 @@ def remove_temporaries(folder: Path, targets: Iterable[str] | None = None) -> No
 
 def absolute(path: Path) -> Path:
     """Make a path absolute, without "." and ".."; links are kept, so a linked image has its link's name."""
+    if isinstance(path, BucketPath):
+        return path
     return Path(os.path.normpath(path.absolute()))
 
 
@@ -137,7 +140,12 @@ def link(source: Path, target: Path, *, symbolic: bool = True) -> None:
     """Link `target` to `source`, by a symbolic link, else by a hard link, else (on another disk) by a copy.
 
     Programs that look where a symbolic link leads refuse files outside their folder: `symbolic=False` makes none.
+    What is in a bucket is copied.
     """
+    if isinstance(source, BucketPath):
+        with atomic_path(target) as copy:
+            copy.write_bytes(source.read_bytes())
+        return
     temporary = temporary_path(target)  # not atomic_path's, which makes a file first
     try:
         source = source.absolute() if symbolic else source.resolve()  # a link to a link would be symbolic again

@@ -1,5 +1,7 @@
 """`opensan index`: encode collections of images once, and search them with any words."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,9 +18,11 @@ from opensan.cli.asked_words import (
     asked_vocabulary,
     embed_words,
 )
+from opensan.cli.many_machines import Address, On, PerGpu, Workers, check_engine
 from opensan.cli.options import MODEL, RESULTS, AsJson, Device, ImageDtype, Out, SpeedChoice, listed_formats
 from opensan.cli.segment import label_many
 from opensan.cli.terminal import (
+    SMALLER,
     Command,
     Commands,
     UsageError,
@@ -27,10 +31,14 @@ from opensan.cli.terminal import (
     output_console,
     print_json,
     progress_of_steps,
+    telling_of_memory,
 )
 
 if TYPE_CHECKING:
+    from opensan.index.adding import Encoders
     from opensan.index.answers import Answer
+    from opensan.index.collection import Index
+    from opensan.index.head import Maker
 
 SHOWN = 10
 """Most files of one content that are named."""
@@ -75,6 +83,10 @@ def add(
     speed: SpeedChoice = "exact",
     dtype: ImageDtype = None,
     batch: Annotated[int, typer.Option(min=1, help="Images computed together, if their shapes agree.")] = 1,
+    on: On = None,
+    workers: Workers = None,
+    per_gpu: PerGpu = 1,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode images into an index, which is made if there is none.
@@ -84,19 +96,22 @@ def add(
     """
     from opensan.index.collection import Index
 
+    check_engine(on, workers, address, per_gpu, {})
     console = output_console()
     collection = Index(folder, model, device=device, speed=speed, dtype=dtype)
-    note(f"loading {model or 'the model'}")
     done = 0
     try:
-        with progress_of_steps() as show:
+        with (
+            _encoders(collection, images, workers, address, batch, per_gpu) as encoders,
+            progress_of_steps() as show,
+        ):
 
             def tell(count: int, total: int) -> None:
                 nonlocal done
                 done = count
                 show("encoding", count, total)
 
-            added = collection.add([*images], exact=exact, batch=batch, progress=tell)
+            added = collection.add([*images], exact=exact, batch=batch, progress=tell, encoders=encoders)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{done} images encoded; the same command goes on") from None
     for path, other in (added.same + added.moved)[:SHOWN]:
@@ -114,6 +129,27 @@ def add(
         console.print(f"{told}: {collection.info()['images']} images in {folder}", soft_wrap=True)
     if added.broken:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _encoders(
+    collection: "Index", images: list[Path], workers: int | None, address: str | None, batch: int, per_gpu: int
+) -> "Iterator[tuple[Encoders, Maker] | None]":
+    """Yield workers on Ray and what their model is; None where this process encodes."""
+    if workers is None:
+        note("loading the model")
+        yield None
+        return
+    from opensan.images import list_images
+    from opensan.index.on_ray import OBJECT_STORE, RayEncoders
+    from opensan.jobs.on_ray import cluster
+
+    list_images(images)  # a mistake there is told before workers start
+    loading = collection.loading()
+    note(f"starting {workers} workers with {loading['source']}")
+    with cluster(address, workers, store=OBJECT_STORE) as cpus, telling_of_memory("a worker", SMALLER):
+        hired = RayEncoders(workers, loading, batch=batch, cpus=cpus, per_gpu=per_gpu, note=complain)
+        yield hired, hired.maker()
 
 
 @index.command(cls=Command)

@@ -2,10 +2,11 @@
 
 import importlib.util
 import signal
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from opensan.cli.many_machines import Address, On, PerGpu, Workers, check_engine, loading_of
 from opensan.cli.options import Calibrated, Device, Model, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note
 from opensan.errors import UserError, install
@@ -55,11 +56,16 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds within which a request must be answered.")] = 30.0,
     keep: Annotated[int, typer.Option(min=1, help="Encodings kept.")] = 64,
     keep_seconds: Annotated[float, typer.Option(min=1, help="Seconds to keep an encoding after its last use.")] = 900,
+    on: On = None,
+    workers: Workers = None,
+    per_gpu: PerGpu = 1,
+    address: Address = None,
 ) -> None:
     """Serve a model over HTTP: encode an image once, label it with any words.
 
     /docs tells the API, /metrics the load. SIGTERM and Ctrl-C finish what was accepted.
     """
+    check_engine(on, workers, address, per_gpu, {})
     if token == "":
         raise UsageError("--token is empty: leave it out to admit everybody")
     require_serve_extra()
@@ -79,6 +85,14 @@ def serve(
     from opensan.serve.server import bind, run
     from opensan.serve.task_images import TaskImages
 
+    if on is not None:
+        assert workers is not None
+        loading = loading_of(model, device, speed, None, max_pixels, calibration)
+        studio = None if label_studio is None else (label_studio, label_studio_key or None)
+        made = {"limits": limits, "token": token, "batch": batch, "label_studio": studio}
+        hosts = tuple(allow_host) if allow_host else None
+        _serve_on_ray({**made, "hosts": hosts, "loading": loading}, workers, per_gpu, address, host, port)
+        return
     images = None if label_studio is None else TaskImages(label_studio, label_studio_key or None, limits)
     listener = bind(host, port)
     note(f"loading {model}")
@@ -88,6 +102,40 @@ def serve(
     )
     app = create_app(segmenter, limits=limits, token=token, batch=batch, hosts=allow_host or None, label_studio=images)
     signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.identity} at {url}"))
+    if signal_number == signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+def _serve_on_ray(made: dict[str, Any], workers: int, per_gpu: int, address: str | None, host: str, port: int) -> None:
+    """Serve by workers; `made` are arguments of `opensan.serve.on_ray.Deployment`."""
+    import os
+
+    from opensan.jobs.on_ray import cluster, gpus_each
+    from opensan.serve.on_ray import OBJECT_STORE, Deployment, check_serve, run_on_ray
+    from opensan.serve.server import bind
+    from opensan.serve.task_images import TaskImages
+
+    check_serve()
+    if made["label_studio"]:
+        TaskImages(*made["label_studio"])  # a bad address is told before any worker starts
+    local = not (address or os.environ.get("RAY_ADDRESS"))
+    if local:
+        listener = bind(host, port)  # an address that is taken is told before any worker starts
+        port = listener.getsockname()[1]
+        listener.close()
+    source = made["loading"]["source"]
+    note(f"starting {workers} workers with {source}")
+    with cluster(address, workers, twice=True, store=OBJECT_STORE) as cpus:
+        gpus = gpus_each(made["loading"]["device"], per_gpu)
+        deployment = Deployment(**made, replicas=workers, cpus=cpus, gpus=gpus)
+        signal_number = run_on_ray(
+            deployment,
+            host,
+            port,
+            local=local,
+            started=lambda url: complain(f"serving {source} by {workers} workers at {url}"),
+            note=complain,
+        )
     if signal_number == signal.SIGINT:
         raise KeyboardInterrupt
 

@@ -21,8 +21,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from opensan.buckets import BucketPath, bucket_path
 from opensan.config import ImageConfig
 from opensan.errors import UserError, reason, short
+from opensan.files import absolute
 from opensan.images.pixels import deep_grey
 from opensan.structures import ImageSizes
 
@@ -81,7 +83,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> np.ndarr
     Raises ImageError, one line, naming the source: unreadable, not an image, damaged, without pixels, or of more than
     `max_pixels` pixels (known from the header, before anything is decoded).
     """
-    if isinstance(source, str) and _URL.match(source):
+    if isinstance(source, str) and _URL.match(source) and bucket_path(source) is None:
         raise ImageError(f"{short(source, 120)}: URLs are not fetched; download it first")
     if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
         return _read_file(source, lambda image, name: _decode(image, name, max_pixels))
@@ -175,19 +177,24 @@ def prepare_array(image: np.ndarray, config: ImageConfig, *, resize: bool = True
 def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """List the image files of `paths`, each once.
 
-    A file is taken with any name; a folder gives the images in it and below it, by suffix, sorted, without hidden
-    ones and without following links to folders. Warns of images in formats that can't be read (.heic, .dng).
-    Raises ImageError, one line, on a path that does not exist, a folder that can't be listed, and a folder without
-    images.
+    Paths may be addresses in buckets (s3://, gs://). A file is taken with any name; a folder gives the images in it and
+    below it, by suffix, sorted, without hidden ones and without following links to folders. Warns of images in formats
+    that can't be read (.heic, .dng).
+    Raises ImageError, one line, on a path that does not exist, a folder or bucket that can't be listed, and a folder
+    without images.
     """
     files: dict[str, Path] = {}
     for path in paths:
-        if isinstance(path, str) and _URL.match(path):
+        if isinstance(path, str) and _URL.match(path) and bucket_path(path) is None:
             raise ImageError(f"{short(path, 120)}: URLs are not fetched; download it first")
-        path = Path(path)
-        for file in _images_below(path) if path.is_dir() else [path]:
-            files.setdefault(os.path.normpath(file.absolute()), file)
-        if not path.exists():
+        path = bucket_path(path) or Path(path)
+        try:
+            for file in _images_below(path) if path.is_dir() else [path]:
+                files.setdefault(str(absolute(file)), file)
+            exists = path.exists()
+        except OSError as error:  # of a bucket
+            raise ImageError(f"{path}: can't be reached ({error.strerror or error})") from None
+        if not exists:
             raise ImageError(f"{path}: does not exist")
     return list(files.values())
 
@@ -203,9 +210,7 @@ def _images_below(folder: Path) -> list[Path]:
         raise ImageError(f"{error.filename}: the folder can't be listed ({error.strerror})") from None
 
     images, foreign = [], []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(parent, name) for name in files if not name.startswith(".")]
+    for paths in [_in_bucket(folder)] if isinstance(folder, BucketPath) else _walked(folder, refuse):
         images += [path for path in paths if path.suffix.lower() in known_suffixes()]
         foreign += [path for path in paths if path.suffix.lower() in FOREIGN_SUFFIXES]
     if foreign:
@@ -213,6 +218,17 @@ def _images_below(folder: Path) -> list[Path]:
     if not images:
         raise ImageError(f"{folder}: no images in this folder (known are {', '.join(sorted(known_suffixes()))})")
     return sorted(images)
+
+
+def _walked(folder: Path, refuse: Callable[[OSError], None]) -> Iterator[list[Path]]:
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield [Path(parent, name) for name in files if not name.startswith(".")]
+
+
+def _in_bucket(folder: BucketPath) -> list[Path]:
+    inside = len(folder.parts)
+    return [path for path in folder.below() if not any(part.startswith(".") for part in path.parts[inside:])]
 
 
 def _first_names(paths: list[Path]) -> str:
@@ -259,7 +275,7 @@ def _read_file(source: str | os.PathLike[str] | bytes, read: Callable[[Image.Ima
     """Return the result of `read` on an image file (a path, or its content), given the opened image and its name."""
     if not isinstance(source, str | os.PathLike):
         return _read_open_file(io.BytesIO(source), "image bytes", read)
-    path = Path(source)
+    path = bucket_path(source) or Path(source)
     try:
         file = path.open("rb")
     except OSError as error:

@@ -2,22 +2,24 @@
 
 import filecmp
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from opensan.buckets import bucket_path
 from opensan.files import absolute
 from opensan.images import ImageError
 from opensan.index.rows import ImageRow
 from opensan.index.writer import Change, Writer
 from opensan.jobs.folder import MAX_THREADS, ahead
 from opensan.jobs.ledger import Stamp
+from opensan.segmenters.proposals import ProposalSegmenter
 
 if TYPE_CHECKING:
-    from opensan.segmenters.proposals import ProposalSegmenter
-    from opensan.segmenters.results import InputImage
+    from opensan.segmenters.results import Encoding, InputImage
 
 COMMIT_AFTER = 10.0
 """Seconds of work after which it is committed."""
@@ -45,19 +47,59 @@ class Added:
 
 
 @dataclass(frozen=True)
-class _Read:
+class Read:
     """An image in memory, and its file."""
 
     path: Path
     stamp: Stamp
+    """State of the file before it was read, so that the next run notices a replacement."""
     image: "InputImage"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image's encoding, and its file."""
+
+    path: Path
+    stamp: Stamp
+    encoding: "Encoding"
+
+
+class Encoders(Protocol):
+    """Whoever encodes images elsewhere than in this process."""
+
+    def encoded(self, paths: Sequence[Path]) -> Iterator[list[Encoded | str]]:
+        """Yield the images at `paths` as they are encoded, in any order; the reason where one can't be read."""
+
+
+def read_stamped(segmenter: ProposalSegmenter, path: Path) -> Read | str:
+    """Read an image; return the reason, one line, if that can't be done."""
+    try:
+        stamp = Stamp.of(path)
+        return Read(path, stamp, segmenter.read(path))
+    except ImageError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path}: can't be read ({error.strerror or error})"
+
+
+def encode_read(segmenter: ProposalSegmenter, items: Sequence[Read], batch: int) -> list[Encoded]:
+    """Encode images that were read; those of one shape go through the network together, at most `batch`."""
+    encodings = segmenter.encode_read([item.image for item in items], batch_size=batch)
+    for encoding in encodings:
+        segmenter.check_encoding(encoding)
+    return [Encoded(item.path, item.stamp, each) for item, each in zip(items, encodings, strict=True)]
 
 
 class Adding:
     """One run of adding images."""
 
     def __init__(
-        self, writer: Writer, segmenter: "ProposalSegmenter", batch: int, progress: Callable[[int, int], None] | None
+        self,
+        writer: Writer,
+        segmenter: ProposalSegmenter | Encoders,
+        batch: int,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
         """`progress` is called with the number of images that are done, and of those to be done."""
         self._writer, self._segmenter, self._batch, self._progress = writer, segmenter, batch, progress
@@ -71,9 +113,9 @@ class Adding:
         pending = [path for path in paths if not self._is_known(path)]
         self.added.unchanged = len(paths) - len(pending)
         done = 0
-        with ThreadPoolExecutor(min(self._batch, MAX_THREADS)) as readers:
-            for group in self._groups(ahead(readers, self._read, pending, self._batch)):
-                self._encode([item for item in group if isinstance(item, _Read)])
+        with closing(self._groups(pending)) as groups:
+            for group in groups:
+                self._encode([item for item in group if not isinstance(item, str)])
                 self.added.broken += [item for item in group if isinstance(item, str)]
                 done += len(group)
                 self._commit(at_once=len(self._change) >= COMMIT_IMAGES)
@@ -87,44 +129,41 @@ class Adding:
         row = self._writer.images.get(str(absolute(path)))
         return row is not None and row.stamp.still_holds(path)
 
-    def _read(self, path: Path) -> _Read | str:
-        try:
-            stamp = Stamp.of(path)  # before reading, so that the next run notices a replacement
-            return _Read(path, stamp, self._segmenter.read(path))
-        except ImageError as error:
-            return str(error)
-        except OSError as error:
-            return f"{path}: can't be read ({error.strerror or error})"
-
-    def _groups(self, items: Iterator[_Read | str]) -> Iterator[list[_Read | str]]:
-        group = []
-        for item in items:
-            group.append(item)
-            if len(group) >= self._batch:
+    def _groups(self, paths: Sequence[Path]) -> Generator[Sequence[Read | Encoded | str]]:
+        """Yield images that were read here or encoded elsewhere."""
+        segmenter = self._segmenter
+        if not isinstance(segmenter, ProposalSegmenter):
+            yield from segmenter.encoded(paths)
+            return
+        with ThreadPoolExecutor(min(self._batch, MAX_THREADS)) as readers:
+            group = []
+            for item in ahead(readers, lambda path: read_stamped(segmenter, path), paths, self._batch):
+                group.append(item)
+                if len(group) >= self._batch:
+                    yield group
+                    group = []
+            if group:
                 yield group
-                group = []
-        if group:
-            yield group
 
-    def _encode(self, items: Sequence[_Read]) -> None:
-        """Encode those images whose content is not in the index."""
-        first: dict[tuple[int, int], _Read] = {}
+    def _encode(self, items: Sequence[Read | Encoded]) -> None:
+        """Encode those images whose content is not in the index, if that was not done elsewhere."""
+        first: dict[tuple[int, int], Read | Encoded] = {}
         copies = [item for item in items if first.setdefault(_key(item.stamp), item) is not item]
         if copies:  # of images that are not in the index yet
             self._encode(list(first.values()))
             self._encode(copies)
             return
         new = [item for item in items if not self._is_same(item)]
-        if not new:
-            return
-        encodings = self._segmenter.encode_read([item.image for item in new], batch_size=self._batch)
-        for item, encoding in zip(new, encodings, strict=True):
-            self._segmenter.check_encoding(encoding)
+        encoded = [item for item in new if isinstance(item, Encoded)]
+        if read := [item for item in new if isinstance(item, Read)]:
+            assert isinstance(self._segmenter, ProposalSegmenter)
+            encoded += encode_read(self._segmenter, read, self._batch)
+        for item in encoded:
             row = self._replacing(item)
-            self._change.encoded.append((row, encoding))
+            self._change.encoded.append((row, item.encoding))
             self._first[_key(item.stamp)] = row
 
-    def _replacing(self, item: _Read, same_as: ImageRow | None = None) -> ImageRow:
+    def _replacing(self, item: Read | Encoded, same_as: ImageRow | None = None) -> ImageRow:
         """Return the row of a file that is not in the index as it is now; an earlier row of it is retired."""
         path = str(absolute(item.path))
         if (before := self._writer.images.get(path)) is not None:
@@ -138,13 +177,13 @@ class Adding:
         self._writer.note_same(row)
         return row
 
-    def _is_same(self, item: _Read) -> bool:
+    def _is_same(self, item: Read | Encoded) -> bool:
         """Return whether another file in the index has this content, after noting that."""
         other = self._first.get(_key(item.stamp))
         other = other and self._writer.images.get(other.path)
         if other is None or other.path == str(absolute(item.path)) or other.stamp.crc32 != item.stamp.crc32:
             return False
-        if not Path(other.path).exists():
+        if not (bucket_path(other.path) or Path(other.path)).exists():
             if str(absolute(item.path)) in self._writer.images:
                 return False
             self._commit(at_once=True)  # the row must be on disk to be changed

@@ -14,13 +14,14 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from opensan.buckets import bucket_path
 from opensan.choices import SearchBy
-from opensan.errors import UserError
+from opensan.errors import UserError, reason
 from opensan.files import absolute
 from opensan.images import list_images
-from opensan.index.adding import Added, Adding
+from opensan.index.adding import Added, Adding, Encoders
 from opensan.index.answers import Answer, Match, Region
-from opensan.index.head import NAME, Head
+from opensan.index.head import NAME, Head, Maker
 from opensan.index.relabel import StoredSegmenter, each_encoding, only, stored_encodings
 from opensan.index.rows import ABOUT, NOT_THE_SAME, SIZES, ImageRow, cells, sizes_of
 from opensan.index.scoring import Query, distinct, parse_query, probabilities, score_images, vectors_of
@@ -77,6 +78,7 @@ class Index:
         batch: int = 1,
         progress: Callable[[int, int], None] | None = None,
         wait: float = LONGEST_WAIT,
+        encoders: tuple[Encoders, Maker] | None = None,
     ) -> Added:
         """Encode images into the index, which is made if there is none.
 
@@ -89,6 +91,8 @@ class Index:
             batch: images of one shape that go through the model together.
             progress: called with the number of images that are done, and of those to be done.
             wait: seconds to wait for another process that writes to the index.
+            encoders: whoever encodes the images in place of this process, which then loads no model, and what their
+                model is.
 
         Raises:
             UserError: no images, another model, or an index that can't be written; one line. A broken image stops
@@ -98,13 +102,18 @@ class Index:
             raise UserError(f"batch must be at least 1, not {batch}")
         paths = list_images(_listed(images))
         known = self._head_if_any()
-        segmenter = self.segmenter if known is None else self._segmenter_of(known)
+        segmenter: ProposalSegmenter | Encoders
+        if encoders is not None:
+            segmenter, maker = encoders
+        else:
+            segmenter = own = self.segmenter if known is None else self._segmenter_of(known)
+            own.check_unadapted("an index, which is searched with any words, can't be made")
+            maker = Maker.of(own)
         if known is not None and exact and not known.exact:
             raise UserError(f"{self.folder}: is no exact index, and can't become one; add the images to a new one")
-        segmenter.check_unadapted("an index, which is searched with any words, can't be made")
-        new = self._new_head(segmenter, exact) if known is None else None
+        new = self._new_head(maker, exact) if known is None else None
         with writing(self.folder, new, wait=wait) as writer:
-            self._check_model(writer.head, segmenter, encodes=True)
+            self._check_model(writer.head, maker, encodes=True)
             if writer.head.width == 0:
                 raise UserError(f"{self.folder}: damaged (vectors of 0 numbers)")
             return Adding(writer, segmenter, batch, progress).run(paths)
@@ -237,16 +246,16 @@ class Index:
         Raises:
             UserError: a path of which the index has no image.
         """
-        named = [absolute(Path(path)) for path in _listed(images)]
+        named = [absolute(bucket_path(path) or Path(path)) for path in _listed(images)]
         with writing(self.folder, None, wait=wait) as writer:
+            paths = {row.id: bucket_path(row.path) or Path(row.path) for row in writer.images.values()}
             rows = [
                 row
                 for row in writer.images.values()
-                if any(Path(row.path).is_relative_to(path) for path in named)
-                or (missing and not Path(row.path).exists())
+                if any(paths[row.id].is_relative_to(path) for path in named) or (missing and not _exists(paths[row.id]))
             ]
             for path in named:
-                if not any(Path(row.path).is_relative_to(path) for row in rows):
+                if not any(paths[row.id].is_relative_to(path) for row in rows):
                     raise UserError(f"{self.folder}: has no image {path}")
             chosen = {row.path for row in rows}
             for copies in (True, False):  # copies first, so that none of these inherits
@@ -283,12 +292,24 @@ class Index:
                 raise
             return None
 
-    def _new_head(self, segmenter: ProposalSegmenter, exact: bool) -> Head:
+    def loading(self) -> dict[str, Any]:
+        """Return the arguments of `opensan.load` for the index's model, as every process and machine understands them.
+
+        Raises UserError if the model was made in a program.
+        """
+        head = self._head_if_any()
+        source = self._source() if head is None or self._model is not None else head.source
+        if not source:
+            raise UserError(f"{self.folder}: name its model, which was made in a program")
+        speed = {} if head is None or self._model is not None else {"speed": head.speed}
+        return {"source": source, **speed, **self._options}
+
+    def _source(self) -> str:
         source = "" if isinstance(self._model, Segmenter) else os.fspath(self._model or "san-vit-b16")
-        if source and Path(source).exists():
-            source = str(absolute(Path(source)))
-        width = segmenter.text.dimension
-        return Head(segmenter.identity, source, str(segmenter.speed), _dtype(segmenter), exact, width)
+        return str(absolute(Path(source))) if source and Path(source).exists() else source
+
+    def _new_head(self, maker: Maker, exact: bool) -> Head:
+        return Head(maker.model, self._source(), maker.speed, maker.dtype, exact, maker.width)
 
     def _segmenter_of(self, head: Head) -> ProposalSegmenter:
         """Return the model of an index. Raises UserError if it is not the one that this object was given."""
@@ -297,19 +318,19 @@ class Index:
                 raise UserError(f"{self.folder}: name its model ({head.model.name}), which was made in a program")
             self._model = head.source
             self._options = {"speed": head.speed, **self._options}
-        self._check_model(head, self.segmenter, encodes=False)
+        self._check_model(head, Maker.of(self.segmenter), encodes=False)
         return self.segmenter
 
-    def _check_model(self, head: Head, segmenter: ProposalSegmenter, *, encodes: bool) -> None:
-        own = segmenter.identity
+    def _check_model(self, head: Head, maker: Maker, *, encodes: bool) -> None:
+        own = maker.model
         if (own.image, own.text) != (head.model.image, head.model.text):
             raise UserError(
                 f"{self.folder}: was made by model {head.model}, not by {own}; use that model, or make a new index"
             )
-        if encodes and (str(segmenter.speed), _dtype(segmenter)) != (head.speed, head.dtype):
+        if encodes and (maker.speed, maker.dtype) != (head.speed, head.dtype):
             raise UserError(
-                f"{self.folder}: was made at speed {head.speed} in {head.dtype}, not {segmenter.speed} in "
-                f"{_dtype(segmenter)}; use the same, or make a new index"
+                f"{self.folder}: was made at speed {head.speed} in {head.dtype}, not {maker.speed} in {maker.dtype}; "
+                "use the same, or make a new index"
             )
 
     def _reading(self, read: Callable[[Head, Store], T]) -> T:
@@ -397,9 +418,13 @@ def _regions(about: dict[str, Any], rows: list[tuple[float, dict[str, Any]]], le
     ]
 
 
+def _exists(path: Path) -> bool:
+    """Return whether a file exists. Raises UserError if a bucket can't be reached: nobody knows then."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UserError(f"{path}: can't be reached ({reason(error)})") from None
+
+
 def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-
-
-def _dtype(segmenter: Segmenter) -> str:
-    return str(segmenter.dtype).removeprefix("torch.")

@@ -11,11 +11,29 @@ from typing import Any
 
 from opensan.errors import UserError, reason
 from opensan.files import json_text, write_text
+from opensan.segmenters.proposals import ProposalSegmenter
 from opensan.structures import Identity
 
 NAME = "index.json"
 FORMAT = 1
 """Version of the tables and of this file, to be increased when an older package can't read them."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Properties of a model that must be equal for encodings of one index."""
+
+    model: Identity
+    speed: str
+    dtype: str
+    width: int
+    """Numbers of a proposal's vector."""
+
+    @classmethod
+    def of(cls, segmenter: ProposalSegmenter) -> "Maker":
+        """Return what a segmenter is."""
+        dtype = str(segmenter.dtype).removeprefix("torch.")
+        return cls(segmenter.identity, str(segmenter.speed), dtype, segmenter.text.dimension)
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,12 @@ def plan(images: Sequence[Path], arguments: Sequence[Path]) -> list[Job]:
     `arguments` are folders or files; if there are several, paths are relative to the folder common to all of them.
     An image's stem names its results; images of one folder that differ only in suffix keep it ("x.jpg.labels.png").
     """
-    tops = {absolute(path if path.is_dir() else path.parent) for path in arguments}
-    top = os.path.commonpath(tops)
+    files = set(images)  # of which no bucket is asked again
+    tops = {absolute(path if path not in files and path.is_dir() else path.parent) for path in arguments}
+    try:
+        top = os.path.commonpath(tops)
+    except ValueError:
+        raise UserError("images of a bucket and of this machine have no folder in common: give two commands") from None
     folders = [(absolute(image).parent.relative_to(top), image) for image in images]
     stems = Counter((folder, image.stem) for folder, image in folders)
     names = [(folder, image.stem if stems[folder, image.stem] == 1 else image.name) for folder, image in folders]

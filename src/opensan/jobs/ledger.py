@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opensan.buckets import Status, bucket_path
 from opensan.errors import UserError
 from opensan.files import absolute, hold, keep_aside, remove_temporaries
 from opensan.journal import Journal, as_json, difference
@@ -40,7 +41,7 @@ _SETTINGS, _IMAGE = "settings ", "image "
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """State of a file: its size, time of change, and checksum of its content."""
+    """State of a file: its size, time of change, and checksum of its content; in a bucket, of its version there."""
 
     size: int
     mtime_ns: int
@@ -50,6 +51,8 @@ class Stamp:
     def of(cls, path: Path) -> "Stamp":
         """Read the file. Raises OSError if it can't be read."""
         stat = path.stat()
+        if isinstance(stat, Status):  # what the store says is enough: no file is fetched twice
+            return cls(stat.st_size, stat.st_mtime_ns, stat.version)
         return cls(stat.st_size, stat.st_mtime_ns, _checksum(path))
 
     def still_holds(self, path: Path) -> bool:
@@ -58,6 +61,8 @@ class Stamp:
             stat = path.stat()
             if stat.st_size != self.size:
                 return False
+            if isinstance(stat, Status):
+                return stat.version == self.crc32
             return stat.st_mtime_ns == self.mtime_ns or _checksum(path) == self.crc32
         except OSError:
             return False
@@ -212,7 +217,9 @@ class Ledger:
     def of_another(self, stem: str, image: Path) -> str | None:
         """Return the image whose results have this stem, if it is another one: of another path and content."""
         record = self.records.get(stem)
-        if record is None or absolute(Path(record.image)) == absolute(image) or record.source.still_holds(image):
+        if record is None or record.source.still_holds(image):
+            return None
+        if absolute(bucket_path(record.image) or Path(record.image)) == absolute(image):
             return None
         return record.image
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from opensan.errors import UserError, install, reason
 from opensan.files import absolute
@@ -57,13 +57,19 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class _End:
+class End:
     """Answer of a worker that met an error which every other image would meet too, such as a full disk."""
 
     reason: str
 
 
-Answer: TypeAlias = list[Written | Broken] | Refusal | _End
+Answer: TypeAlias = list[Written | Broken] | Refusal | End
+
+Description = TypeVar("Description")
+"""Type of a worker's description."""
+
+Done = TypeVar("Done")
+"""Type of a worker's result for a job that is not broken."""
 
 
 class Worker:
@@ -111,7 +117,7 @@ class Worker:
         try:
             return label_some(self._segmenter, self._question, jobs)
         except UserError as error:
-            return _End(str(error))
+            return End(str(error))
 
 
 @dataclass(eq=False)
@@ -129,12 +135,30 @@ def check_ray() -> None:
         raise UserError(f"--on ray needs Ray, which is not installed: {install('ray')}")
 
 
+def gpus_each(device: str, per_gpu: int = 1) -> float:
+    """Return the share of a GPU that each worker asks Ray for. Raises UserError for a device that Ray can't give."""
+    import ray
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: each worker gets its device from Ray: choose auto, cpu or cuda")
+    return 1 / per_gpu if device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU")) else 0
+
+
 @contextmanager
-def cluster(address: str | None, workers: int) -> Iterator[int]:
+def cluster(address: str | None, workers: int, *, twice: bool = False, store: int = 80 << 20) -> Iterator[int]:
     """Connect to a Ray cluster, by default that of RAY_ADDRESS; without any, start one on this machine.
 
-    Yields the cores, and so torch's threads, for each of `workers`: this machine is divided among them. Raises
-    UserError, one line, if the cluster can't be reached.
+    Yields the cores, and so torch's threads, for each of `workers`: this machine is divided among them.
+
+    Args:
+        address: the cluster's.
+        workers: processes that work at a time.
+        twice: whether a cluster on this machine has room for as many again, which take over from the first.
+        store: bytes of a cluster's object store on this machine. By default little, because the workers of a folder
+            get paths and return figures.
+
+    Raises:
+        UserError: one line, if the cluster can't be reached.
     """
     check_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its authors
@@ -151,8 +175,9 @@ def cluster(address: str | None, workers: int) -> Iterator[int]:
         if address:
             _check_port(address)
             ray.init(address=address, **quiet)
-        else:  # the workers get paths and return figures: little goes through the object store
-            ray.init("local", num_cpus=workers * cpus, include_dashboard=False, object_store_memory=80 << 20, **quiet)
+        else:
+            cores = workers * cpus * (2 if twice else 1)
+            ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=store, **quiet)
     except (OSError, RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as error:
         if isinstance(error, UserError):
             raise
@@ -178,42 +203,43 @@ def _check_port(address: str) -> None:
         raise UserError(f"the Ray cluster at {address} can't be reached ({reason(error)})") from None
 
 
-class Workers:
-    """Workers that are being started, at work, or replaced when they die. Use within `cluster`."""
+class Pool(Generic[Description, Done]):
+    """Workers that are being started, at work, or replaced when they die. Use within `cluster`.
+
+    A worker is made of a class with two methods: `describe`, which returns what it is or a Refusal, and one that takes
+    a key and jobs and returns for each job what became of it, or a Refusal.
+    """
 
     def __init__(
         self,
         count: int,
+        kind: type,
+        method: str,
         loading: Mapping[str, Any],
-        question: Question,
-        *,
-        rest: bool = False,
+        *arguments: Any,
         cpus: int = 1,
         per_gpu: int = 1,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Start `count` workers of `cpus` cores, `per_gpu` of which share a GPU; `note` gets messages, one line each.
 
-        The other arguments are those of `Worker`.
+        Each is `kind(loading, *arguments)`, and does its jobs by `method`; `loading` are arguments of `opensan.load`.
 
         Raises UserError for a device that Ray can't give.
         """
         import ray
 
-        device = str(loading.get("device", "auto"))
-        if device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"--device {device}: each worker gets its device from Ray: choose auto, cpu or cuda")
-        gpus = 1 / per_gpu if device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU")) else 0
+        gpus = gpus_each(str(loading.get("device", "auto")), per_gpu)
         self._needs = f"{cpus} CPUs and {gpus:g} GPUs"
-        kind: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(Worker)
-        out = absolute(question.out)
-        self._hire = lambda: kind.remote(dict(loading), replace(question, out=out), rest)
+        actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus)(kind)
+        self._hire = lambda: actor.remote(dict(loading), *arguments)
+        self._method = method
         self._note = note
         self._starting: dict[Any, _Hired] = {}
         self._ready: list[_Hired] = []
-        self._described: Described | None = None
+        self._described: Description | None = None
         self.died = False
-        """Whether a worker died while it labelled, and so may have left a temporary file."""
+        """Whether a worker died while it worked, and so may have left a temporary file."""
         self._failed = 0
         """Workers that died while they started, since the last that did not."""
         self._most_failed = TRIES * count
@@ -225,7 +251,7 @@ class Workers:
         actor = self._hire()
         self._starting[actor.describe.remote()] = _Hired(actor)
 
-    def first(self) -> Described:
+    def first(self) -> Description:
         """Return the description of the first worker, once it is there. Raises UserError if none can start."""
         while self._described is None:
             self._check()
@@ -286,8 +312,11 @@ class Workers:
             self._ready.remove(worker)
         ray.kill(worker.actor)
 
-    def label(self, key: str, jobs: Sequence[Job], batch: int = 1) -> Generator[list[Written | Broken]]:
-        """Yield the results of `jobs` as they come, several at a time. Raises UserError where none can be made."""
+    def work(self, key: str, jobs: Sequence[Job], batch: int = 1) -> Generator[list[Done | Broken]]:
+        """Yield the results of `jobs` as they come, several at a time. Raises UserError where none can be made.
+
+        `key` is that of the run's settings, by which a worker knows whether it can take part.
+        """
         waiting = deque(list(jobs[start : start + batch]) for start in range(0, len(jobs), batch))
         busy: dict[Any, tuple[_Hired, list[Job]]] = {}
         deaths: dict[str, int] = {}
@@ -295,11 +324,11 @@ class Workers:
             for worker in self._ready:
                 while waiting and len(worker.calls) < AHEAD:
                     group = waiting.popleft()
-                    ref = worker.actor.label.remote(key, group)
+                    ref = getattr(worker.actor, self._method).remote(key, group)
                     worker.calls.append(ref)
                     busy[ref] = worker, group
             self._check()
-            results: list[Written | Broken] = []
+            results: list[Done | Broken] = []
             for ref in self._wait([*self._starting, *busy]):
                 if ref in self._starting:
                     self._started(ref)
@@ -312,7 +341,7 @@ class Workers:
                     worker.calls.remove(ref)
                     results += answer
                     continue
-                if isinstance(answer, _End):
+                if isinstance(answer, End):
                     raise UserError(answer.reason)
                 lost = {call: group if call == ref else busy.pop(call)[1] for call in worker.calls}
                 if isinstance(answer, Refusal):
@@ -327,14 +356,14 @@ class Workers:
                         deaths[job.stem] = deaths.get(job.stem, 0) + 1
                         if deaths[job.stem] == TRIES:
                             lost.pop(worker.calls[0])
-                            results.append(Broken(job, f"{job.image}: {TRIES} workers died while they labelled it"))
+                            results.append(Broken(job, f"{job.image}: {TRIES} workers died while they worked on it"))
                 for jobs_again in lost.values():  # at the end, as another kill may be near; singly, to find a culprit
                     waiting.extend([job] for job in jobs_again)
                 worker.calls.clear()
             if results:
                 yield results
 
-    def _answer(self, ref: Any) -> Answer | None:
+    def _answer(self, ref: Any) -> list[Done | Broken] | Refusal | End | None:
         """Return a worker's answer; None if it died."""
         import ray
 
@@ -344,6 +373,17 @@ class Workers:
             raise (error.cause if isinstance(error.cause, BaseException) else error) from None
         except ray.exceptions.RayActorError:
             return None
+
+
+class Workers(Pool[Described, Written]):
+    """Workers that label the images of a folder's run."""
+
+    def __init__(
+        self, count: int, loading: Mapping[str, Any], question: Question, *, rest: bool = False, **options: Any
+    ) -> None:
+        """Start `count` workers; the arguments are those of `Worker`, and `options` those of `Pool`."""
+        question = replace(question, out=absolute(question.out))
+        super().__init__(count, Worker, "label", loading, question, rest, **options)
 
 
 def _cause(error: BaseException) -> str:
@@ -376,7 +416,7 @@ class RayRun(FolderRun):
         """Have the pending jobs done, in any order, and note what is complete."""
         own = {job.stem: job for job in self.pending}
         sent = [Job(absolute(job.image), job.stem) for job in self.pending]
-        for results in self._workers.label(self._key, sent, self._batch):
+        for results in self._workers.work(self._key, sent, self._batch):
             self._ledger.add_all([result.record for result in results if isinstance(result, Written)])
             for result in results:
                 yield replace(result, job=own[result.job.stem])

@@ -12,6 +12,7 @@ from opensan import outputs
 from opensan.assemble.calibration import checked_threshold
 from opensan.assemble.kinds import word_kinds
 from opensan.assemble.segments import USUAL_RULES, SegmentRules
+from opensan.buckets import bucket_path
 from opensan.errors import UserError, install, reason
 from opensan.files import absolute, check_regular
 from opensan.images import list_images
@@ -43,6 +44,7 @@ def plan_folder(images: Sequence[Path], out: Path, formats: Sequence[str]) -> li
 
     A single "@FILE" is a list of images: see `read_list`. Those that are missing are found broken by the run.
     """
+    images = [bucket_path(path) or path for path in images]
     lists = [path for path in images if str(path).startswith("@") and not path.exists()]
     if lists and len(images) > 1:
         raise UserError(f"{lists[0]}: a list of images stands alone")
@@ -58,9 +60,10 @@ def plan_folder(images: Sequence[Path], out: Path, formats: Sequence[str]) -> li
 
 
 def read_list(file: Path) -> list[Path]:
-    """Read a list of images, each once: text with a path a line, or a parquet file with a column "path".
+    """Read a list of images, each once: text with a path a line, or a parquet file with a column "path" or "image".
 
-    Paths are relative to the current folder. Raises UserError, one line, if it can't be read or names nothing.
+    Paths are relative to the current folder, or addresses in buckets. Raises UserError, one line, if it can't be read
+    or names nothing.
     """
     check_regular(file)
     try:
@@ -70,14 +73,14 @@ def read_list(file: Path) -> list[Path]:
             names = [os.fsdecode(line) for line in file.read_bytes().splitlines()]
     except OSError as error:
         raise UserError(f"{file}: the list of images can't be read ({reason(error)})") from None
-    paths = [Path(name) for name in dict.fromkeys(names) if name.strip()]
+    paths = [bucket_path(name) or Path(name) for name in dict.fromkeys(names) if name.strip()]
     if not paths:
         raise UserError(f"{file}: the list names no images")
     return paths
 
 
 def _column(file: Path) -> list[str]:
-    """Return the column "path" of a parquet file."""
+    """Return the column "path", or else "image", of a parquet file."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -85,10 +88,11 @@ def _column(file: Path) -> list[str]:
         raise UserError(f"{file}: parquet needs pyarrow: {install('huggingface')}") from None
     try:
         schema = pyarrow.parquet.read_schema(file)
-        kind = schema.field("path").type if "path" in schema.names else None
-        if kind not in (pyarrow.string(), pyarrow.large_string()):
-            raise UserError(f'{file}: has no column "path" of text')
-        names = pyarrow.parquet.read_table(file, columns=["path"])["path"].to_pylist()
+        text = (pyarrow.string(), pyarrow.large_string())
+        column = next((name for name in ("path", "image") if name in schema.names), "")
+        if not column or schema.field(column).type not in text:
+            raise UserError(f'{file}: has no column "path" or "image" of text')
+        names = pyarrow.parquet.read_table(file, columns=[column])[column].to_pylist()
     except pyarrow.ArrowException as error:
         raise UserError(f"{file}: not a parquet file ({reason(error)})") from None
     return [name for name in names if name is not None]

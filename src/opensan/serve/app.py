@@ -1,7 +1,7 @@
 """The routes of the service."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from opensan.outputs.colours import PALETTES, palette
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.results import Encoding
 from opensan.serve import answers
-from opensan.serve.cache import EncodingCache
+from opensan.serve.cache import EncodingCache, Encodings
 from opensan.serve.engine import Engine
 from opensan.serve.label_studio import LabelStudioBackend
 from opensan.serve.limits import Gate, Problem, ServiceLimits, problem_response, stopping
@@ -145,12 +145,22 @@ _ALWAYS = (400, *_REFUSED, 408, 413, 422, 429)
 class Service:
     """The objects that all routes share."""
 
-    def __init__(self, models: Models, limits: ServiceLimits, batch: int) -> None:
+    def __init__(
+        self,
+        models: Models,
+        limits: ServiceLimits,
+        batch: int,
+        encodings: Encodings | None = None,
+        all_metrics: Callable[[], Awaitable[bytes]] | None = None,
+    ) -> None:
+        self._all_metrics = all_metrics
         self.models = models
         self.limits = limits
         self.batch = batch
         self.metrics = Metrics()
-        self.cache = EncodingCache(limits.cache_entries, limits.cache_bytes, limits.cache_seconds)
+        if encodings is None:
+            encodings = EncodingCache(limits.cache_entries, limits.cache_bytes, limits.cache_seconds)
+        self.cache = encodings
         self.metrics.cache_entries.set_function(lambda: len(self.cache))
         self.metrics.cache_bytes.set_function(lambda: self.cache.size)
         self.engine: Engine
@@ -171,10 +181,10 @@ class Service:
             await asyncio.sleep(SWEEP_SECONDS)
             self.cache.sweep()
 
-    def kept(self, name: str) -> Encoding:
-        """Return the encoding of that id. Raises Problem (404) if there is none."""
-        encoding = self.cache.get(name)
-        if encoding is None:
+    async def kept(self, name: str) -> Encoding:
+        """Return the encoding of that id. Raises Problem (404) if there is none that a model here can use."""
+        encoding = await self.cache.get(name)
+        if encoding is None or not self.models.can_use(encoding):
             raise _gone()
         return encoding
 
@@ -185,6 +195,10 @@ class Service:
             return segmenter.with_rest(vocabulary) if question.rest else vocabulary
         except UserError as error:
             raise Problem(422, str(error)) from None
+
+    async def metrics_page(self) -> bytes:
+        """Return the metrics of this process, or of all that serve."""
+        return self.metrics.page() if self._all_metrics is None else await self._all_metrics()
 
     def reading(self, segmenter: Segmenter, vocabulary: Vocabulary) -> list[Callable[[], Any]]:
         """Return functions that embed a long vocabulary, a part each. The rows are cached."""
@@ -233,6 +247,8 @@ def create_app(
     hosts: Collection[str] | None = None,
     others: Mapping[str, Callable[[], Segmenter]] | None = None,
     label_studio: TaskImages | None = None,
+    encodings: Encodings | None = None,
+    all_metrics: Callable[[], Awaitable[bytes]] | None = None,
 ) -> "Application":
     """Make the service of a model, and of others that clients may choose.
 
@@ -248,9 +264,11 @@ def create_app(
         others: functions that load further models, by name; clients choose with `?model=`. Each stays loaded.
         label_studio: the Label Studio that the service answers as its "ML backend", and whose images it reads. Its
             requests may carry the token as the password of basic authentication.
+        encodings: where encodings are kept; None: in this process, within `limits`.
+        all_metrics: returns the page of metrics, where several processes serve; None: this process's.
     """
     segmenter.check_unadapted("a service can't answer several clients")
-    service = Service(Models(segmenter, others or {}), limits or ServiceLimits(), batch)
+    service = Service(Models(segmenter, others or {}), limits or ServiceLimits(), batch, encodings, all_metrics)
     app = FastAPIOffline(  # its pages at /docs and /redoc need no network
         title="opensan",
         version=__version__,
@@ -309,7 +327,7 @@ def _add_service_routes(app: FastAPI, api: APIRouter, service: Service) -> None:
     })  # fmt: skip
     async def metrics() -> Response:
         """Return metrics for Prometheus."""
-        return Response(service.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(await service.metrics_page(), headers={"Content-Type": CONTENT_TYPE})
 
     @api.get("/v1/info", tags=["service"], responses=_problems(*_REFUSED))
     async def info() -> ServiceInfo:
@@ -371,7 +389,7 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
         segmenter = await service.models.get(model)
         data, _ = await uploaded(request, set())
         encoding = await while_there(request, service.engine.encode(data, segmenter))
-        name = service.cache.add(encoding)
+        name = await service.cache.add(encoding)
         height, width = encoding.sizes.image
         response.headers["Location"] = f"/v1/encodings/{name}"
         return EncodingInfo(id=name, width=width, height=height, expires_in=service.cache.seconds)
@@ -379,7 +397,7 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
     @api.delete("/v1/encodings/{id}", tags=["encodings"], status_code=204, responses=_problems(*_REFUSED, 404))
     async def forget(id: str) -> None:
         """Remove an encoding and its image."""
-        if not service.cache.remove(id):
+        if not await service.cache.remove(id):
             raise _gone()
 
     @api.post(
@@ -397,13 +415,13 @@ def _add_encoding_routes(api: APIRouter, service: Service) -> None:
         """Label an encoded image with words; neither ViT runs."""
         form = _form(request, format)
         return await service.segmented(
-            request, service.kept(id), question, form, confidence=confidence, threshold=threshold
+            request, await service.kept(id), question, form, confidence=confidence, threshold=threshold
         )
 
     @api.post("/v1/encodings/{id}/point", tags=["encodings"], responses=_problems(*_ALWAYS, 404))
     async def point(id: str, question: PointQuestion, request: Request) -> PointAnswer:
         """Explain one pixel: its best words, and the mask proposals that contribute to the winner's score."""
-        encoding = service.kept(id)
+        encoding = await service.kept(id)
         segmenter = service.models.of(encoding)
         vocabulary = service.asked(question, segmenter)
         work = service.engine.ask(

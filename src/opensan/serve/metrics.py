@@ -1,9 +1,13 @@
 """Metrics for Prometheus at /metrics."""
 
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,6 +42,28 @@ class Metrics:
     def page(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+class _Merged(Collector):
+    """The metrics of several pages, each sample with a label of its page."""
+
+    def __init__(self, pages: Mapping[str, bytes]) -> None:
+        self._pages = pages
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield each metric once, with the samples of all pages."""
+        merged: dict[str, Metric] = {}
+        for name, page in self._pages.items():
+            for own in text_string_to_metric_families(page.decode()):
+                metric = merged.setdefault(own.name, Metric(own.name, own.documentation, own.type))
+                for sample in own.samples:
+                    metric.add_sample(sample.name, {**sample.labels, "replica": name}, sample.value)
+        yield from merged.values()
+
+
+def merged_pages(pages: Mapping[str, bytes]) -> bytes:
+    """Return one page of metrics from those of several processes, by name; the label `replica` tells them apart."""
+    return generate_latest(_Merged(pages))
 
 
 class Observer:

@@ -42,6 +42,10 @@ class Models:
                     raise Problem(503, f"the model {name} cannot be loaded ({error})") from None
         return self._loaded[name]
 
+    def can_use(self, encoding: Encoding) -> bool:
+        """Return whether a model that is loaded made an encoding; another version of it cannot use it."""
+        return any(each.identity.encodings == encoding.model for each in self._loaded.values())
+
     def of(self, encoding: Encoding) -> Segmenter:
         """Return the model that made an encoding."""
         return next(each for each in self._loaded.values() if each.identity.encodings == encoding.model)

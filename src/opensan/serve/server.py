@@ -28,6 +28,13 @@ def run(app: Application, listener: socket.socket, started: Callable[[str], None
     `started` is told the service's URL once it answers.
     """
     server = Server(app, lambda: started(url_of(listener)))
+    be_quiet()
+    server.run(sockets=[listener])
+    return server.stopped_by
+
+
+def be_quiet() -> None:
+    """Keep this process's log free of what clients' requests are odd in."""
     # Warnings about words that the model has never seen do not belong in the log.
     warnings.filterwarnings("ignore", message="the model has never seen")
     # Nor do those about words that a calibration was not fitted with, which the answers tell.
@@ -35,8 +42,6 @@ def run(app: Application, listener: socket.socket, started: Callable[[str], None
     # Nor do those about odd images or forms, or clients could let the log grow without bound.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
-    server.run(sockets=[listener])
-    return server.stopped_by
 
 
 def bind(host: str, port: int) -> socket.socket:
