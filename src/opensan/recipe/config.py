@@ -51,7 +51,7 @@ class UnlabelledConfig(Config):
     folder: Path
     """The images in it and below it."""
     words: tuple[str, ...] | Path | None = None
-    """What the teacher labels them with: a list ("car|taxi" joins synonyms), or a word file; null: the classes of
+    """Words that the teacher labels them with: a list ("car|taxi" joins synonyms), or a word file; null: the classes of
     the training sets, if they are the same in all."""
     weight: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
     """Its share of the batches, as of a training set."""
