@@ -39,6 +39,8 @@ NOT_RUN = {
     r"python bench/.*": "takes minutes",
     r"python -m opensan\.lab\..*": "takes hours",
     r"opensan train san-vit-.*": "needs COCO-Stuff 171",
+    r"opensan adapt .*": "takes minutes, and may end without a model: tests/test_adapt.py",
+    r"opensan .* --model adapted/model.*": "needs what `opensan adapt` wrote",
 }
 """Commands that a test cannot run, and why. They are checked instead: programs, files and options exist."""
 

@@ -54,13 +54,13 @@ def test_the_figures_are_those_of_the_labels(segmenter):
     """Agreement with the mirrored image at the grid's pixels, computed from whole label maps."""
     words = Vocabulary.parse("road, sky, tree")
     image = picture(1)
-    seen = suggest._see(segmenter, image)
-    own = suggest._answers(segmenter, [seen], words)
+    seen = suggest.see(segmenter, image)
+    own = suggest.answers_of(segmenter, [seen], words)
     labels, mirrored = (segmenter.segment(one, words).labels for one in (image, np.ascontiguousarray(image[:, ::-1])))
     rows, columns = (np.linspace(0, side - 1, suggest.GRID).round().astype(int) for side in image.shape[:2])
     there = labels[np.ix_(rows, columns)].ravel()
     assert (own.winners[0] == there).mean() > 0.995
-    two = suggest._answers(segmenter, [suggest._Seen(seen.views[:2])], words)
+    two = suggest.answers_of(segmenter, [suggest.SeenImage(seen.views[:2])], words)
     same = (there == mirrored[:, ::-1][np.ix_(rows, columns)].ravel()).mean()
     assert two.agreement[0] == pytest.approx(same, abs=0.01)
     assert 0 < own.margin[0] < 1

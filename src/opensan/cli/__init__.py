@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from opensan import __version__
+from opensan.cli.adapt import adapt
 from opensan.cli.cache import cache
 from opensan.cli.calibrate import calibrate
 from opensan.cli.data import data
@@ -55,6 +56,7 @@ app.command(cls=Command)(push)
 app.command(cls=Command)(export)
 app.command(cls=Command)(parity)
 app.command(cls=Command)(train)
+app.command(cls=Command)(adapt)
 app.command(cls=Command)(profile)
 app.command(cls=Command)(serve)
 app.command(cls=Command)(ui)

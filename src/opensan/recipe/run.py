@@ -54,7 +54,7 @@ def run_recipe(recipe: RecipeConfig, progress: TrainingProgress | None = None) -
         Diverged: see `opensan.train.loop.Trainer.run`.
     """
     with process_group(_device(recipe.device)) as group:
-        data = [(open_data(_with_a_list(source)), source.weight) for source in recipe.data]
+        data = [(open_data(with_a_list(source)), source.weight) for source in recipe.data]
         labelled = [folder for folder, _ in data]
         unlabelled = [(open_unlabelled(source, labelled), source.weight) for source in recipe.unlabelled]
         held_out = open_data(recipe.validation) if recipe.validation else None
@@ -85,7 +85,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _with_a_list(config: TrainingDataConfig) -> TrainingDataConfig:
+def with_a_list(config: TrainingDataConfig) -> TrainingDataConfig:
     """Return the training set with the list `all` where that is its only list, as in sets prepared without lists."""
     folder = config.folder.expanduser()
     if (folder / f"{config.split}.txt").exists() or not (folder / f"{NO_SPLIT}.txt").exists():

@@ -33,7 +33,8 @@ from opensan.train.optimizer import san_parameter_groups
 from opensan.train.points import RandomPoints
 from opensan.train.stream import DatasetMixture, TrainingSource
 from opensan.train.targets import LabelMapTargets
-from opensan.train.teacher import MeanTeacher
+from opensan.train.teacher import KeptAnswers, MeanTeacher
+from opensan.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class UnlabelledBatch:
     dataset: int
     """Index of the training data set, and so of its vocabulary; those with labels come first."""
     targets: LabelMapTargets | None = None
+    kept: Tensor | None = None
+    """[B, Q, K + 1]: the answers of `KeptAnswers`, if there are any."""
 
     def to(self, device: torch.device) -> "UnlabelledBatch":
         """Return the batch on `device`."""
@@ -155,11 +158,12 @@ class SanTask(nn.Module):
         texts: Sequence[TextClassifier],
         criterion: SetCriterion,
         teacher: MeanTeacher | None = None,
+        kept: KeptAnswers | None = None,
     ) -> None:
         """Set the task up.
 
         `texts`: the vocabulary of each training data set, in their order. `teacher`: what labels the batches that have
-        no labels; their pixels that it leaves out count in no loss.
+        no labels; their pixels that it leaves out count in no loss. `kept`: answers that are to stay on such batches.
         """
         super().__init__()
         self.model = model
@@ -167,6 +171,7 @@ class SanTask(nn.Module):
         self.texts = tuple(texts)
         self.teacher = teacher
         self.of_teacher = criterion.sparing()
+        self.kept = kept
 
     def blocks(self) -> list[nn.Module]:
         """Return the modules that activation checkpointing and FSDP treat separately."""
@@ -180,6 +185,7 @@ class SanTask(nn.Module):
                 assert self.teacher is not None  # `train_san` makes it wherever there are such batches
                 plain = normalise(batch.plain, self.model.config.image)
                 batch.targets = self.teacher.label(plain, batch.inside, self.texts[batch.dataset])
+                batch.kept = None if self.kept is None else self.kept.answers(plain)
             assert batch.targets is not None
             targets.append(batch.targets)
         return mask_normalizer(targets, batches[0].images.device)
@@ -194,11 +200,17 @@ class SanTask(nn.Module):
         ]
         assert batch.targets is not None  # `prepare` comes first
         if not isinstance(batch, UnlabelledBatch):
-            return self.criterion(outputs, batch.targets, normalizer)[0]
+            losses = self.criterion(outputs, batch.targets, normalizer)[0]
+            # The same names in every step; labels say themselves what is to stay.
+            return losses if self.kept is None else losses | {"loss_keep": losses["loss_ce"].detach() * 0}
         assert self.teacher is not None
         weight = self.teacher.weight()
         losses = self.of_teacher(outputs, batch.targets, normalizer)[0]
-        return {name: weight * loss for name, loss in losses.items()}
+        losses = {name: weight * loss for name, loss in losses.items()}
+        if self.kept is not None:
+            assert batch.kept is not None
+            losses["loss_keep"] = self.kept.loss(self.model.classify(proposals, self.kept.text), batch.kept)
+        return losses
 
 
 def normalise(images: Tensor, config: ImageConfig) -> Tensor:
@@ -221,6 +233,8 @@ def train_san(
     texts: Sequence[TextClassifier] | None = None,
     progress: TrainingProgress | None = None,
     unlabelled: Sequence[tuple[UnlabelledFolder, float]] = (),
+    keep: tuple[Vocabulary, float] | None = None,
+    teacher: MeanTeacher | None = None,
 ) -> RunResult:
     """Train `model` (in place) on `dataset`; `out` is the run's folder (see `opensan.train.loop.Trainer`).
 
@@ -229,7 +243,8 @@ def train_san(
     device. CLIP's weights are not trained and not in the run's checkpoints: a run is continued with the same CLIP.
     `texts` are the data sets' words, in place of what the model's own text tower makes of them.
     `unlabelled` are folders without labels, each with its weight among the data sets; a mean teacher labels them, as
-    `config.self_training` says. `dataset` may then be an empty list.
+    `config.self_training` says. `dataset` may then be an empty list. `keep` are other words, and the weight of the loss
+    that keeps the answers for them on these images. `teacher` is the teacher, if the caller needs it too.
     Raises UserError if the crop does not suit the model or the run had another CLIP, and the errors of `Trainer.run`.
     """
     divisor = model.config.image.size_divisor
@@ -260,8 +275,10 @@ def train_san(
             texts = [encoder.classifier(vocabulary) for vocabulary in vocabularies]
         if unlabelled and world_size() > 1 and config.loop.parallel == "fsdp":
             raise UserError("loop.parallel: images without labels need ddp: each process has the whole teacher")
-        teacher = MeanTeacher(model, config.self_training) if unlabelled else None
-        task = SanTask(model, texts, criterion, teacher)
+        if unlabelled and teacher is None:
+            teacher = MeanTeacher(model, config.self_training)
+        kept = None if keep is None else KeptAnswers(model, TextEncoder(model).classifier(keep[0]), keep[1])
+        task = SanTask(model, texts, criterion, teacher, kept)
         trainer = Trainer(
             task,
             mixture,
@@ -269,7 +286,8 @@ def train_san(
             config.loop,
             out,
             device=group.device,
-            description=_description(model, datasets, unlabelled, config),
+            description=_description(model, datasets, unlabelled, config)
+            | ({} if keep is None else {"keep": {"words": keep[0].names, "weight": keep[1]}}),
             validate=validate,
             best_by=best_by,
             loggers=loggers,

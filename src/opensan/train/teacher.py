@@ -6,7 +6,7 @@ model of any one step. Only the trained parts differ; the frozen encoder is one 
 Letters: B batch, K words, Q queries, H W image, h w the pseudo-labels' grid.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -108,6 +108,31 @@ class MeanTeacher:
         return found.view(inside.shape).to(torch.int16).cpu().numpy()
 
 
+class KeptAnswers:
+    """The answers of the model that training began with, for words that it is not to forget.
+
+    Li and Hoiem, "Learning without forgetting" (ECCV 2016): on the new images, the trained model is to answer for the
+    other words as the first one did. No old image is needed.
+    """
+
+    def __init__(self, model: SAN, text: TextClassifier, weight: float) -> None:
+        """Keep the answers of `model` as it is now for the words of `text`; `weight` is the loss's."""
+        self.model = model.snapshot()
+        self.text = text
+        self.weight = weight
+
+    @torch.no_grad()
+    def answers(self, pixels: Tensor) -> Tensor:
+        """Return the class logits [B, Q, K + 1] of the first model, for pixels as `SAN.propose` needs them."""
+        return self.model.classify(self.model.propose(pixels), self.text)
+
+    def loss(self, answers: Tensor, expected: Tensor) -> Tensor:
+        """Return the weighted divergence of class logits from `answers`, a mean over queries; both [B, Q, K + 1]."""
+        logarithms = answers.float().log_softmax(dim=-1).flatten(0, 1)
+        wanted = expected.float().log_softmax(dim=-1).flatten(0, 1)
+        return self.weight * functional.kl_div(logarithms, wanted, reduction="batchmean", log_target=True)
+
+
 def confident_words(scores: Tensor, config: SelfTrainingConfig) -> tuple[Tensor, Tensor]:
     """Return the best word of pixels with scores [K, n], and its probability among the words: both [n].
 
@@ -120,9 +145,3 @@ def confident_words(scores: Tensor, config: SelfTrainingConfig) -> tuple[Tensor,
     logarithms = scores.clamp(min=_TINY).log()
     shares = ((logarithms - logarithms.max(dim=0).values) / temperature).softmax(dim=0)
     return shares.max(dim=0).values, labels
-
-
-def share_of_sure_pixels(scores: Sequence[Tensor], config: SelfTrainingConfig) -> float:
-    """Return the share of pixels, of images with scores [K, n], whose confidence is high enough to count."""
-    sure = [int((confident_words(one, config)[0] >= config.confidence).sum()) for one in scores]
-    return sum(sure) / sum(one.shape[1] for one in scores)

@@ -1,1 +1,1 @@
-"""Words fitted to images: vectors from few labels, and what suits a folder without any."""
+"""Words and models fitted to images: vectors from few labels, what suits a folder without any, and self-training."""

@@ -105,7 +105,7 @@ class Suggestions:
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
+class SeenImage:
     """An image in all its views, at the same pixels."""
 
     views: tuple[tuple[Encoding, np.ndarray], ...]
@@ -113,7 +113,7 @@ class _Seen:
 
 
 @dataclass(frozen=True, eq=False)
-class _Answers:
+class Answers:
     """Answers of some words at the pixels of all images."""
 
     winners: np.ndarray
@@ -157,13 +157,13 @@ def suggest_words(
     seen = []
     for done, image in enumerate(images):
         progress("encoding images", done, len(images))
-        seen.append(_see(segmenter, open_image(image, max_pixels=segmenter.max_pixels)))
-    own = _answers(segmenter, seen, words)
+        seen.append(see(segmenter, open_image(image, max_pixels=segmenter.max_pixels)))
+    own = answers_of(segmenter, seen, words)
     tried = list(_tried(words, descriptions or {}))
     changes = []
     for done, (word, texts, origin, changed) in enumerate(tried):
         progress("trying texts", done, len(tried))
-        changes.append(_change(own, _answers(segmenter, seen, changed), words, word, texts, origin))
+        changes.append(_change(own, answers_of(segmenter, seen, changed), words, word, texts, origin))
     order = {word.name: place for place, word in enumerate(words.words)}
     changes.sort(key=lambda change: (order.get(change.word, -1), -change.margin))
     return Suggestions(
@@ -198,7 +198,7 @@ def bundled_descriptions() -> dict[str, list[str]]:
     return json.loads((ASSETS / "descriptions.json").read_text(encoding="utf-8"))
 
 
-def _see(segmenter: ProposalSegmenter, image: np.ndarray) -> _Seen:
+def see(segmenter: ProposalSegmenter, image: np.ndarray) -> SeenImage:
     """Encode an image as it is, mirrored, and smaller."""
     config = segmenter.image_config
     sides = {side: round(getattr(config, side) * SMALLER) for side in ("short_side", "long_side")}
@@ -215,10 +215,10 @@ def _see(segmenter: ProposalSegmenter, image: np.ndarray) -> _Seen:
     for encoding, places in zip(segmenter.encode_read(views, batch_size=1), (pixels, flipped, pixels), strict=True):
         masks = masks_of_pixels(to_array(encoding["mask_logits"]), encoding.sizes, places)
         found.append((encoding, masks))
-    return _Seen(tuple(found))
+    return SeenImage(tuple(found))
 
 
-def _answers(segmenter: ProposalSegmenter, seen: Sequence[_Seen], words: Vocabulary) -> _Answers:
+def answers_of(segmenter: ProposalSegmenter, seen: Sequence[SeenImage], words: Vocabulary) -> Answers:
     winners, agreement, margin = [], [], []
     for image in seen:
         scores = [masks @ to_array(segmenter.class_probabilities(encoding, words)) for encoding, masks in image.views]
@@ -229,7 +229,7 @@ def _answers(segmenter: ProposalSegmenter, seen: Sequence[_Seen], words: Vocabul
         margin.append(((best[:, 1] - best[:, 0]) / np.maximum(scores[0].sum(axis=1), 1e-9)).mean())
     longest = max(map(len, winners))
     even = [np.pad(one, (0, longest - len(one)), constant_values=-1) for one in winners]  # of images of a few pixels
-    return _Answers(np.stack(even), np.array(agreement), np.array(margin))
+    return Answers(np.stack(even), np.array(agreement), np.array(margin))
 
 
 def _tried(
@@ -262,7 +262,7 @@ def _with_texts(words: Vocabulary, name: str, texts: tuple[str, ...]) -> Vocabul
 
 
 def _change(
-    own: _Answers, answers: _Answers, words: Vocabulary, word: str, texts: tuple[str, ...], origin: str
+    own: Answers, answers: Answers, words: Vocabulary, word: str, texts: tuple[str, ...], origin: str
 ) -> Change:
     differences = answers.agreement - own.agreement, answers.margin - own.margin
     areas = [np.bincount(one.winners[one.winners >= 0], minlength=len(words.words)) for one in (own, answers)]
