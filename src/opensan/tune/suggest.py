@@ -219,6 +219,7 @@ def see(segmenter: ProposalSegmenter, image: np.ndarray) -> SeenImage:
 
 
 def answers_of(segmenter: ProposalSegmenter, seen: Sequence[SeenImage], words: Vocabulary) -> Answers:
+    """Label the pixels of all images in all their views, and tell how sure the answers are."""
     winners, agreement, margin = [], [], []
     for image in seen:
         scores = [masks @ to_array(segmenter.class_probabilities(encoding, words)) for encoding, masks in image.views]
