@@ -380,3 +380,20 @@ def test_pixels_without_torch_are_the_same_pixels(small_config):
     assert np.array_equal(
         images.prepare(image, small_config.image).pixels, images.prepare_array(image, small_config.image).pixels
     )
+
+
+def test_an_exported_model_needs_no_torch_even_where_it_is_installed(exported):
+    code = f"import opensan, sys; opensan.load({str(exported)!r}); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_text_tower_is_read_when_a_word_needs_it_and_its_damage_reported_then(exported, tmp_path):
+    broken = shutil.copytree(exported, tmp_path / "broken")
+    (broken / "text.onnx").write_bytes(b"nothing")
+    segmenter = opensan.load(broken, text_cache=False)
+    assert segmenter.segment(check.SCENE, KNOWN).names == KNOWN.names  # embedded at export
+    with pytest.raises(ValueError, match=r"text\.onnx: not a graph"):
+        segmenter.segment(check.SCENE, "a word that nobody embedded")
+    (broken / "text.onnx").unlink()
+    with pytest.raises(ValueError, match=r"text\.onnx: no such file"):
+        opensan.load(broken)

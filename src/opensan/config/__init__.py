@@ -9,6 +9,7 @@ from opensan.config.base import (
     Ratio,
     Weight,
     dotted_keys,
+    field_descriptions,
 )
 from opensan.config.encoders import (
     AlignConfig,
@@ -75,6 +76,7 @@ __all__ = [
     "VisionConfig",
     "Weight",
     "dotted_keys",
+    "field_descriptions",
     "parse_config",
     "read_config",
 ]

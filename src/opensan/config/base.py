@@ -1,5 +1,9 @@
 """The base of all configuration, and the ranges of its numbers."""
 
+import ast
+import inspect
+import itertools
+import textwrap
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
@@ -21,10 +25,11 @@ Weight = Annotated[float, Field(ge=0, le=1_000_000)]
 class Config(BaseModel):
     """Base of all configuration: immutable; an unknown key is an error, and so is a number that is NaN or infinite.
 
-    The strings below fields describe them.
+    The strings below fields describe them: see `field_descriptions`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    # pydantic builds what checks a class when that is first used, so that no command waits for all of them.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
     unwritten: ClassVar[Collection[str]] = ()
     """Later fields, written only where they differ from the default, so that a model keeps its identity."""
 
@@ -37,6 +42,25 @@ class Config(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def field_descriptions(kind: type[Config]) -> dict[str, str]:
+    """Return what the strings below a class's fields, and its bases', say of them, by the field's name.
+
+    pydantic would read them too (`use_attribute_docstrings`), but for every class at its import, which takes longer
+    than all else there.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not (issubclass(base, Config) and base is not Config):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, text in itertools.pairwise(body.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                value = ast.literal_eval(text.value)
+                texts[field.target.id] = inspect.cleandoc(value)
+    return texts
 
 
 def dotted_keys(kind: type[Config]) -> Iterator[str]:

@@ -19,13 +19,12 @@ from typing import IO, TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
 
 from opensan.buckets import BucketPath, bucket_path
 from opensan.config import ImageConfig
 from opensan.errors import UserError, reason, short
 from opensan.files import absolute
-from opensan.images.pixels import deep_grey
+from opensan.images.pixels import deep_grey, tiff_tags
 from opensan.structures import ImageSizes
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndar
 
 # Raster formats that Pillow decodes itself; not EPS and similar ones, which need an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
+# Those of them that Pillow imports by itself; it takes a tenth of a second to import its readers of all formats.
+_USUAL_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM")
 # Photographs in formats that can't be read: users expect them to be segmented, so they are reported.
 FOREIGN_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"})
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
@@ -112,8 +113,9 @@ def stored_size(
     def size_and_turn(image: Image.Image, name: str) -> tuple[tuple[int, int], Image.Transpose | None]:
         check_size(image.height, image.width, name, max_pixels)
         size = (image.height, image.width)
-        if isinstance(image, TiffImageFile):  # Pillow turns these itself and may report the turned size
-            size = (image.tag_v2[_TIFF_HEIGHT], image.tag_v2[_TIFF_WIDTH])
+        tags = tiff_tags(image)
+        if tags:  # Pillow turns these itself and may report the turned size
+            size = (tags[_TIFF_HEIGHT], tags[_TIFF_WIDTH])
         return size, _UPRIGHT.get(_orientation(image))
 
     return _read_file(source, size_and_turn)
@@ -289,7 +291,7 @@ def _read_file(source: str | os.PathLike[str] | bytes, read: Callable[[Image.Ima
 def _read_open_file(file: IO[bytes], name: str, read: Callable[[Image.Image, str], T]) -> T:
     with _without_pillow_limit():
         try:
-            image = Image.open(file, formats=_known_formats())
+            image = _opened(file)
         except UnidentifiedImageError:
             file.seek(0)
             problem = "not an image in a known format, or damaged at the start" if file.read(1) else "the file is empty"
@@ -300,6 +302,16 @@ def _read_open_file(file: IO[bytes], name: str, read: Callable[[Image.Image, str
             raise ImageError(f"{name}: {_reason(error)}") from None
         with image:
             return read(image, name)
+
+
+def _opened(file: IO[bytes]) -> Image.Image:
+    """Open an image file of a known format. Raises UnidentifiedImageError for any other file."""
+    Image.preinit()
+    try:
+        return Image.open(file, formats=_USUAL_FORMATS)
+    except UnidentifiedImageError:
+        file.seek(0)
+        return Image.open(file, formats=_known_formats())
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:

@@ -8,10 +8,10 @@ Letters: H W the image.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from PIL.TiffImagePlugin import TiffImageFile
 
 from opensan.errors import UserError
 
@@ -99,9 +99,14 @@ def deep_grey(image: Image.Image) -> np.ndarray:
     return np.iinfo(shown.dtype).max - shown if _tag(image, _PHOTOMETRIC, 1) == 0 else shown
 
 
+def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    """Return the tags of an opened TIFF; of any other image, none."""
+    return getattr(image, "tag_v2", {})
+
+
 def _tag(image: Image.Image, tag: int, otherwise: int) -> int:
     """Return a TIFF tag that holds one number, or one for each channel."""
-    value = image.tag_v2.get(tag, otherwise) if isinstance(image, TiffImageFile) else otherwise
+    value = tiff_tags(image).get(tag, otherwise)
     return value[0] if isinstance(value, tuple) else value
 
 

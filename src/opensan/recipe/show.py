@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from opensan.config import Config
+from opensan.config import Config, field_descriptions
 
 COMMENT_COLUMN = 40
 
@@ -17,9 +17,10 @@ def to_yaml(config: Config) -> str:
 
 def _lines(config: Config, indent: str) -> Iterator[str]:
     data = config.model_dump(mode="json")
-    for name, field in type(config).model_fields.items():
+    described = field_descriptions(type(config))
+    for name in type(config).model_fields:
         value = getattr(config, name)
-        comment = " ".join((field.description or "").split())
+        comment = " ".join(described.get(name, "").split())
         if isinstance(value, Config):
             yield _commented(f"{indent}{name}:", comment or _purpose(value))
             yield from _lines(value, indent + "  ")

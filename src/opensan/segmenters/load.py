@@ -13,7 +13,6 @@ from opensan.choices import Dtype, Speed
 from opensan.errors import UserError
 from opensan.images import MAX_PIXELS
 from opensan.segmenters.base import Segmenter
-from opensan.segmenters.baselines import parse_baseline
 from opensan.segmenters.exported.manifest import exported_folder
 
 if TYPE_CHECKING:
@@ -91,7 +90,8 @@ def find_calibration(
 
 def _on_hub(source: str | os.PathLike[str]) -> Path | None:
     """Return the calibration in the hub's repository that `source` names; None without it, and for other sources."""
-    if find_spec("torch") is None:  # exported models alone, which are in folders
+    # What is on disk is in no repository; and exported models, which are on disk, must not wait for torch.
+    if find_spec("torch") is None or Path(source).expanduser().exists():
         return None
     from opensan.checkpoints.hub import optional_file
 
@@ -166,6 +166,8 @@ def load_with_torch(
     text_cache: bool = True,
 ) -> Segmenter:
     """Load a SAN, or a baseline on its weights ("METHOD[,OPTION...]:MODEL"); arguments and errors as for `load`."""
+    from opensan.segmenters.baselines import parse_baseline
+
     baseline = parse_baseline(os.fspath(source))
     if baseline is not None and (speed != "exact" or dtype not in (None, "float32")):
         raise UserError(f"{baseline.method} computes in float32 alone: leave speed at exact, and out dtype")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageShow
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -365,6 +365,8 @@ class Segmentation(Conversions):
 
         Raises UserError where there is no viewer, as on a server.
         """
+        from PIL import ImageShow
+
         if not ImageShow.show(self.overlay(), self.encoding.stem or "segmentation"):
             raise UserError("no program that shows pictures was found here: write the overlay with save(folder)")
 

@@ -8,10 +8,10 @@ import functools
 import gzip
 import heapq
 import html
+import re
 import string
 from itertools import pairwise
-
-import regex
+from typing import Any
 
 from opensan.errors import UserError, install
 from opensan.files import ASSETS
@@ -21,10 +21,21 @@ _WORD_END = "</w>"
 _LONGEST_REMEMBERED = 64
 """Characters; longer pieces are not words, and would fill the cache for words."""
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
-# The special tokens, English endings, words, single digits, and runs of anything else that is not white space.
-_PIECES = regex.compile(
-    rf"{_SPECIAL[0]}|{_SPECIAL[1]}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
-)
+
+
+def _pieces(letters: str, digits: str) -> str:
+    """Return the pattern of the special tokens, English endings, words, single digits, and runs of anything else."""
+    return rf"{_SPECIAL[0]}|{_SPECIAL[1]}|'s|'t|'re|'ve|'m|'ll|'d|[{letters}]+|[{digits}]|[^\s{letters}{digits}]+"
+
+
+_ASCII_PIECES = re.compile(_pieces("a-z", "0-9"), re.IGNORECASE | re.ASCII)
+
+
+@functools.cache
+def _any_pieces() -> Any:
+    import regex  # knows all letters; a first answer about plain words does not wait for it
+
+    return regex.compile(_pieces(r"\p{L}", r"\p{N}"), regex.IGNORECASE)
 
 
 def _byte_letters() -> dict[int, str]:
@@ -42,19 +53,21 @@ class Tokenizer:
 
     def __init__(self) -> None:
         self._letters = _byte_letters()
-        lines = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()[1:]  # the first names their source
-        merges = [tuple(line.split()) for line in lines]
+        # Texts are split and numbered as wholes, "first second" standing for a pair: a first answer waits for this.
+        text = gzip.decompress(_MERGES.read_bytes()).decode().partition("\n")[2]  # the first line names their source
+        merges, merged = text.splitlines(), text.replace(" ", "").splitlines()
         letters = list(self._letters.values())
-        tokens = [*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), *_SPECIAL]
-        self._rank = {pair: rank for rank, pair in enumerate(merges)}
-        self._number = {token: number for number, token in enumerate(tokens)}
+        tokens = [*letters, *(letter + _WORD_END for letter in letters), *merged, *_SPECIAL]
+        self._rank = dict(zip(merges, range(len(merges)), strict=True))
+        self._number = dict(zip(tokens, range(len(tokens)), strict=True))
         self.size = len(tokens)
         self.start, self.end = (self._number[token] for token in _SPECIAL)
         self._remembered = functools.lru_cache(maxsize=65_536)(self._merge)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`, repaired, HTML unescaped, lower-cased, white space collapsed, without ends."""
-        pieces = _PIECES.findall(" ".join(_repaired(text).split()).lower())
+        text = " ".join(_repaired(text).split()).lower()
+        pieces = (_ASCII_PIECES if text.isascii() else _any_pieces()).findall(text)
         return [token for piece in pieces for token in self._encode_piece(piece)]
 
     def _encode_piece(self, piece: str) -> tuple[int, ...]:
@@ -70,12 +83,13 @@ class Tokenizer:
         before, after = list(range(-1, count - 1)), list(range(1, count + 1))
         # The pair that joining makes comes later in the merges than the pair joined, so that one place at a time, from
         # the left, gives what all places at once give.
-        places = [(self._rank[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in self._rank]
+        pairs = [f"{first} {second}" for first, second in pairwise(parts)]
+        places = [(self._rank[pair], at) for at, pair in enumerate(pairs) if pair in self._rank]
         heapq.heapify(places)
         while places:
             rank, at = heapq.heappop(places)
             beside = after[at]
-            if beside >= count or self._rank.get((parts[at], parts[beside])) != rank:
+            if beside >= count or self._rank.get(f"{parts[at]} {parts[beside]}") != rank:
                 continue  # one of the two was joined to another part
             parts[at] += parts[beside]
             parts[beside] = ""
@@ -84,7 +98,7 @@ class Tokenizer:
                 before[after[at]] = at
             for begin in (before[at], at):
                 if begin >= 0 and after[begin] < count:
-                    next_rank = self._rank.get((parts[begin], parts[after[begin]]))
+                    next_rank = self._rank.get(f"{parts[begin]} {parts[after[begin]]}")
                     if next_rank is not None:
                         heapq.heappush(places, (next_rank, begin))
         return tuple(self._number[part] for part in parts if part)

@@ -1,5 +1,6 @@
 """Open exported graphs as functions on numpy arrays. Needs the format's own library, but not torch."""
 
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -15,16 +16,34 @@ SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 """Format -> suffix of a graph's file."""
 
 
-def open_graph(path: Path, *, threads: int = 0, narrow: bool = False) -> Run:
+def open_graph(path: Path, *, threads: int = 0, narrow: bool = False, later: bool = False) -> Run:
     """Load an .onnx or an OpenVINO .xml. `threads` 0 leaves the number to the library.
 
-    `narrow`: OpenVINO computes with bfloat16 where the processor can.
+    `narrow`: OpenVINO computes with bfloat16 where the processor can. `later`: load it at its first call, which then
+    reports a damaged file.
 
-    Raises ValueError, one line, when the file is missing or damaged, or the library is not installed.
+    Raises UserError, one line, when the file is missing or damaged, or the library is not installed.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; an exported model is a whole folder")
+    if later:
+        return _Later(lambda: open_graph(path, threads=threads, narrow=narrow))
     return _open_onnx(path, threads) if path.suffix == ".onnx" else _open_openvino(path, threads, narrow)
+
+
+class _Later:
+    """A graph that is loaded when it is first run; threads may share it."""
+
+    def __init__(self, load: Callable[[], Run]) -> None:
+        self._load = load
+        self._run: Run | None = None
+        self._turn = threading.Lock()
+
+    def __call__(self, **inputs: np.ndarray) -> list[np.ndarray]:
+        with self._turn:
+            if self._run is None:
+                self._run = self._load()
+        return self._run(**inputs)
 
 
 def library(name: str, extra: str):

@@ -43,15 +43,16 @@ class ExportedSegmenter(ProposalSegmenter):
         self.device = "cpu"
         self.speed, self.dtype = manifest.format, manifest.dtype
 
-        def graph(name: str, *, narrow: bool = False) -> Run:
-            return open_graph(folder / f"{name}{SUFFIXES[manifest.format]}", threads=threads, narrow=narrow)
+        def graph(name: str, *, narrow: bool = False, later: bool = False) -> Run:
+            path = folder / f"{name}{SUFFIXES[manifest.format]}"
+            return open_graph(path, threads=threads, narrow=narrow, later=later)
 
         # Words are computed in float32 for any precision of the image half, because they take little time.
         self._image = graph("image", narrow=manifest.dtype == "bfloat16")
         self._words, self._labels = graph("words"), graph("labels")
         clip = config.clip
         self.text = ExportedText(
-            graph("text") if manifest.text else None,
+            graph("text", later=True) if manifest.text else None,  # the cache holds most words
             EmbeddedWords.load(folder / WORDS_NAME, clip.embed_dim),
             manifest,
             clip,
@@ -98,7 +99,8 @@ class ExportedSegmenter(ProposalSegmenter):
     def _bands(self, encoding: Encoding, vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield labels and scores of a band of rows at a time, so that memory does not grow with words times pixels."""
         probabilities = self.class_probabilities(encoding, vocabulary)
-        names = np.unique(first_equal(probabilities.T))  # rounding must not choose between equal words
+        first = first_equal(probabilities.T)  # rounding must not choose between equal words
+        names = np.flatnonzero(first == np.arange(len(first)))
         probabilities = np.ascontiguousarray(probabilities[:, names])
         masks = to_array(encoding["mask_logits"])
         down, across = interpolation_matrices(masks.shape[1:], encoding.sizes)
