@@ -15,6 +15,7 @@ from opensan.config import CONFIG_NAME, EXPORT_NAME, TOKENIZER_NAME, ModelConfig
 from opensan.errors import UserError
 from opensan.files import atomic_path, atomic_paths, check_regular
 from opensan.model import SAN, build_san
+from opensan.model.mapped import forgetting
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -47,8 +48,11 @@ def fill(config: ModelConfig, state: Mapping[str, Tensor], source: str) -> SAN:
             kind = "floating-point" if tensor.is_floating_point() else "whole"
             raise UserError(f"{source}: {name} holds {tensor_in_file.dtype}, not {kind} numbers")
     # Weights may be stored in half precision to save space; computation is in float32.
-    full = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
-    check_finite(full, source)
+    full, forget = {}, forgetting()
+    for name, tensor in state.items():
+        full[name] = tensor.to(expected[name].dtype)
+        check_finite({name: full[name]}, source)
+        forget(tensor)
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in expected):
         with torch.random.fork_rng(devices=[]):
             model = build_san(config)  # constants, such as rotary angles, are in no file, and only made by building

@@ -15,32 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensan.model.mapped import Forget, keep
 from opensan.model.san import SAN
 from opensan.structures import Identity
 
 _THREADS = min(8, os.cpu_count() or 1)
 
 
-def model_identity(model: SAN) -> Identity:
-    """Identify `model` as it is now. Equal numbers give equal hashes on any device and in any precision."""
-    return Identity(model.config.name, image_identity(model), text_identity(model))
+def model_identity(model: SAN, forget: Forget = keep) -> Identity:
+    """Identify `model` as it is now. Equal numbers give equal hashes on any device and in any precision.
+
+    `forget` is called with every tensor that has been read.
+    """
+    return Identity(model.config.name, image_identity(model, forget), text_identity(model, forget))
 
 
-def image_identity(model: SAN) -> str:
+def image_identity(model: SAN, forget: Forget = keep) -> str:
     """Hash all parts that encodings and scores depend on: all but the text tower. 64 hexadecimal digits."""
     data = _config(model)
     data["clip"].pop("text", None)
     text = {f"clip.{name}" for name in model.clip.state_dict() if model.clip.is_text(name)}
-    return _hash(data, {name: tensor for name, tensor in model.state_dict().items() if name not in text})
+    return _hash(data, {name: tensor for name, tensor in model.state_dict().items() if name not in text}, forget)
 
 
-def text_identity(model: SAN) -> str:
+def text_identity(model: SAN, forget: Forget = keep) -> str:
     """Hash all parts that text embeddings depend on: the text tower. 64 hexadecimal digits."""
     data = model.config.clip.model_dump(mode="json")
     data.pop("vision", None)
     if model.config.clip.text.own_tokenizer and model.tokenizer is not None:
         data["tokenizer"] = hashlib.sha256(model.tokenizer).hexdigest()
-    return _hash(data, {name: tensor for name, tensor in model.clip.state_dict().items() if model.clip.is_text(name)})
+    text = {name: tensor for name, tensor in model.clip.state_dict().items() if model.clip.is_text(name)}
+    return _hash(data, text, forget)
 
 
 def frozen_identity(model: SAN) -> str:
@@ -57,11 +62,16 @@ def _config(model: SAN) -> dict[str, Any]:
     return data
 
 
-def _hash(config: dict, tensors: Mapping[str, Tensor]) -> str:
+def _hash(config: dict, tensors: Mapping[str, Tensor], forget: Forget = keep) -> str:
+    def hash_of(name: str) -> bytes:
+        hashed = _hash_tensor(tensors[name])
+        forget(tensors[name])
+        return hashed
+
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     names = sorted(tensors)
     with ThreadPoolExecutor(_THREADS) as threads:
-        for name, hashed in zip(names, threads.map(lambda name: _hash_tensor(tensors[name]), names), strict=True):
+        for name, hashed in zip(names, threads.map(hash_of, names), strict=True):
             digest.update(f"\0{name} {tuple(tensors[name].shape)}\0".encode())
             digest.update(hashed)
     return digest.hexdigest()

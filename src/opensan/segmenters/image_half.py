@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opensan.model import SAN
+from opensan.model.mapped import Forget, keep
 from opensan.model.transformer import Block, pack
 from opensan.structures import Proposals
 
@@ -40,31 +41,33 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def prepare_image_half(model: SAN, device: torch.device, speed: str, dtype: torch.dtype) -> ImageHalf:
+def prepare_image_half(
+    model: SAN, device: torch.device, speed: str, dtype: torch.dtype, forget: Forget = keep
+) -> ImageHalf:
     """Prepare `model`, on `device` for inference only; its weights change in place.
 
     `speed` is one of `choices.Speed`; `dtype` is that of the narrow blocks' matrices, that of
-    `fastest_dtype` unless the user chose it.
+    `fastest_dtype` unless the user chose it. `forget` is called with the weights that another form replaced.
     """
     if device.type == "cuda" and speed != "exact":
         narrow_matrices(model, dtype)
         return CudaGraphs(_compiled(model, dtype))
-    narrow_matrices(model, dtype, speed)
+    narrow_matrices(model, dtype, speed, forget)
     if device.type == "cpu":
-        pack_matrices(model)
+        pack_matrices(model, forget)
     return model.propose
 
 
-def narrow_matrices(model: SAN, dtype: torch.dtype, speed: str = "fastest") -> None:
+def narrow_matrices(model: SAN, dtype: torch.dtype, speed: str = "fastest", forget: Forget = keep) -> None:
     """Store the matrices of blocks in `dtype`: of the backbone's alone at "fast", else of both networks'.
 
     The side network's blocks lose most labels when they are narrow: what they round passes through every later block
     into the attention bias (bench/hard_labels.py).
     """
-    narrow_blocks(model.clip.blocks() if speed == "fast" else model.blocks(), dtype)
+    narrow_blocks(model.clip.blocks() if speed == "fast" else model.blocks(), dtype, forget)
 
 
-def narrow_blocks(blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+def narrow_blocks(blocks: Iterable[nn.Module], dtype: torch.dtype, forget: Forget = keep) -> None:
     """Store the matrices of transformer blocks in `dtype`: nearly all of the image half's arithmetic.
 
     Attention follows its queries and keys, so it is narrow too. Norms, residual sums, fusion and heads stay float32.
@@ -72,11 +75,13 @@ def narrow_blocks(blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
     for block in blocks:
         if isinstance(block, Block):  # others can't compute with a precision other than their input's
             for parameter in block.parameters():
-                if parameter.ndim == 2:
-                    parameter.data = parameter.data.to(dtype)
+                if parameter.ndim == 2 and parameter.dtype != dtype:
+                    wide = parameter.data
+                    parameter.data = wide.to(dtype)
+                    forget(wide)
 
 
-def pack_matrices(model: SAN) -> None:
+def pack_matrices(model: SAN, forget: Forget = keep) -> None:
     """Replace the matrices of the transformer blocks by ones laid out as oneDNN multiplies by them."""
     last = model.clip.blocks()[-1]
     for block in model.blocks():
@@ -85,6 +90,7 @@ def pack_matrices(model: SAN) -> None:
                 for name, parameter in module.named_parameters(recurse=False):
                     if parameter.ndim == 2 and not (block is last and parameter is block.parts().qkv_weight):
                         setattr(module, name, nn.Parameter(pack(parameter.data), requires_grad=False))
+                        forget(parameter.data)
 
 
 def _compiled(model: SAN, dtype: torch.dtype) -> ImageHalf:

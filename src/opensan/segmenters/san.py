@@ -29,6 +29,7 @@ from opensan.errors import UserError
 from opensan.images import MAX_PIXELS, prepare
 from opensan.model import SAN
 from opensan.model.identity import model_identity
+from opensan.model.mapped import forgetting, keep
 from opensan.segmenters.base import Segmenter
 from opensan.segmenters.image_half import DTYPES, fastest_dtype, prepare_image_half
 from opensan.segmenters.proposals import ProposalSegmenter, with_nothing
@@ -69,8 +70,12 @@ class SanSegmenter(ProposalSegmenter):
         dtype: str | None = None,
         max_pixels: int = MAX_PIXELS,
         text_cache: bool = True,
+        sole: bool = False,
     ) -> None:
-        """Use `opensan.load`, which describes the arguments, to make one."""
+        """Use `opensan.load`, which describes the arguments, to make one.
+
+        `sole`: nobody else will use `model`, so what is in its file is kept out of memory until it is needed.
+        """
         if speed not in get_args(Speed):
             raise UserError(f"speed {speed!r} is not one of {', '.join(get_args(Speed))}")
         if dtype is not None and dtype not in DTYPES:
@@ -83,11 +88,12 @@ class SanSegmenter(ProposalSegmenter):
         self.rest_share = model.config.rest_share
         # The caller's model is unchanged, so that a training may continue with it.
         self.model = model.snapshot()
-        self.identity = model_identity(self.model)
+        forget = forgetting() if sole else keep
+        self.identity = model_identity(self.model, forget)
         self.model.to(self.device)
         # Words are computed in float32 at any speed: they take little time, and all speeds share their cache.
-        self._propose = prepare_image_half(self.model, self.device, speed, self.dtype)
-        self.text = TextEncoder(self.model, disk_cache=text_cache, identity=self.identity.text)
+        self._propose = prepare_image_half(self.model, self.device, speed, self.dtype, forget)
+        self.text = TextEncoder(self.model, disk_cache=text_cache, identity=self.identity.text, sole=sole)
         self.text.model = self.identity
 
     def prepare(self, image: np.ndarray) -> InputImage:
@@ -253,7 +259,7 @@ def load_san(
     """
     model = weights_of(source, random_weights)
     segmenter = SanSegmenter(
-        model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, text_cache=text_cache
+        model, device=device, speed=speed, dtype=dtype, max_pixels=max_pixels, text_cache=text_cache, sole=True
     )
     segmenter.source = None if random_weights is not None else source
     return segmenter

@@ -16,6 +16,7 @@ from opensan.assemble.bands import first_equal
 from opensan.config import TOKENIZER_NAME
 from opensan.errors import UserError
 from opensan.model.identity import text_identity
+from opensan.model.mapped import forgetting, keep
 from opensan.structures import PromptTree, TextClassifier
 from opensan.text.rows import NODES_ON_CPU, ROWS_IN_MEMORY, Recent, TextRows, Tower, padded, tokenize
 from opensan.text.tokenizer import FileTokenizer, clip_tokenizer
@@ -28,6 +29,10 @@ __all__ = ["TextEncoder", "pad_tokens", "tokenize"]
 
 NODES_ELSEWHERE = 2_048
 """Tokens of a prompt tree on an accelerator; see `NODES_ON_CPU`."""
+
+
+TOKENS_AT_ONCE = 4_096
+"""Rows of the token table that are looked at together."""
 
 
 def pad_tokens(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -45,10 +50,12 @@ class TextEncoder(TextRows):
         disk_cache: bool = True,
         cache_dir: Path | None = None,
         identity: str | None = None,
+        sole: bool = False,
     ) -> None:
         """`cache_dir` is the folder of the disk cache (default: see `opensan.text.cache.default_folder`).
 
-        `identity` of the text tower, where it is known already.
+        `identity` of the text tower, where it is known already. `sole`: nobody else uses the model, so
+        weights of a file leave memory after each use.
         """
         clip = model.config.clip
         super().__init__(clip.text, clip.embed_dim, disk_cache=disk_cache, cache_dir=cache_dir)
@@ -56,6 +63,7 @@ class TextEncoder(TextRows):
         self._tower: Tower | None = None
         self._classifiers: Recent[TextClassifier] = Recent(ROWS_IN_MEMORY)
         self._known = (self._signature(), identity)
+        self._sole = sole
         self._work = threading.Lock()
 
     def classifier(
@@ -91,6 +99,9 @@ class TextEncoder(TextRows):
         # The rows outlive the caller's mode: they must serve training after inference, and inference after training.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             rows = self.rows(vocabulary, progress=progress)
+            forget = forgetting() if self._sole else keep
+            for _, parameter in self._parameters():
+                forget(parameter.data)
             first = first_equal(rows)
             all_differ = np.array_equal(first, np.arange(len(rows)))
             return TextClassifier(
@@ -126,6 +137,15 @@ class TextEncoder(TextRows):
             for _, parameter in self._parameters()
         )
 
+    def _unseen(self) -> np.ndarray:
+        """Return which tokens' rows hold zeros alone, [vocabulary] bool."""
+        forget = forgetting() if self._sole else keep
+        parts = []
+        for rows in self._model.clip.token_table().detach().split(TOKENS_AT_ONCE):
+            parts.append((rows == 0).all(dim=1).cpu().numpy())
+            forget(rows)
+        return np.concatenate(parts)
+
     def _tokens_known(self) -> int:
         """Count the tokens that the tokenizer knows, after opening that of a model that has its own."""
         text = self._model.config.clip.text
@@ -151,6 +171,6 @@ class TextEncoder(TextRows):
             narrow = {str(parameter.dtype) for _, parameter in self._parameters()} - {"torch.float32"}
             if narrow:  # equal numbers, computed with otherwise
                 identity = hashlib.sha256(f"{identity} {sorted(narrow)}".encode()).hexdigest()
-            unseen = (self._model.clip.token_table().detach() == 0).all(dim=1).cpu().numpy()
+            unseen = self._unseen()
             self._tower = Tower(signature, identity, unseen if unseen.any() else None)
         return self._tower
