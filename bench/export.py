@@ -1,6 +1,7 @@
 """How fast are exported models, against torch?
 
-    python bench/export.py [--model san-vit-b16] [--rounds 5] [--threads 2] [--ways "torch exact" "onnx float32" ...]
+    python bench/export.py [--model san-vit-b16] [--rounds 5] [--threads 2] [--clock processor]
+                           [--ways "torch exact" "onnx float32" ...] [--json FILE]
 
 All ways take turns in one process, so that a busy machine slows all of them; times are medians, ratios the medians of
 the rounds'. Weights are filled by the rule of the recorded goldens, words are seeded random rows, the photograph is a
@@ -9,6 +10,7 @@ bundled scene at 640x640. *image* is the image graph, *words* what follows new w
 """
 
 import argparse
+import json
 import shutil
 import tempfile
 import time
@@ -27,9 +29,9 @@ from opensan.segmenters.exported.manifest import read_folder
 from opensan.segmenters.results import to_array
 from opensan.segmenters.san import SanSegmenter
 from opensan.vocabulary import Vocabulary
-from segment import RandomWords, photograph, turns, vocabulary
+from segment import CLOCKS, RandomWords, photograph, turns, vocabulary
 
-TORCH = ("torch exact", "torch fast")
+TORCH = ("torch exact", "torch fast", "torch fastest")
 EXPORTED = (
     "onnx float32", "onnx int8", "openvino float32", "openvino bfloat16", "openvino int8",
 )  # fmt: skip
@@ -87,7 +89,9 @@ def main() -> None:
     parser.add_argument("--model", default="san-vit-b16", choices=("san-vit-b16", "san-vit-l14"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--ways", nargs="+", default=[*TORCH, *EXPORTED], choices=[*TORCH, *EXPORTED])
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as root:
@@ -103,19 +107,25 @@ def main() -> None:
                 way: lambda way=way, words=words: ways[way].winners(encodings[way], words) for way in ways
             }
         tasks["whole"] = {way: lambda way=way: ways[way].segment(image, vocabulary(WORDS[-1])) for way in ways}
-        measured = {task: turns(actions, options.rounds) for task, actions in tasks.items()}
+        measured = {task: turns(actions, options.rounds, options.clock) for task, actions in tasks.items()}
     print(
         f"\n| way | {' | '.join(f'{task}, ms | times as fast' for task in tasks)} | embeddings differ | labels alike |"
     )
     print("|---" * (2 * len(tasks) + 3) + "|")
     first = next(iter(ways))
     truth = to_array(encodings[first].mask_embeddings)
+    kept: dict[str, float] = {}
     for way in ways:
         cells = [f"{1000 * found['seconds'][way]:.0f} | {found['ratio'][way]:.2f}" for found in measured.values()]
         difference = np.abs(to_array(encodings[way].mask_embeddings) - truth).max() / np.abs(truth).max()
-        alike = (labels[way] == labels[first]).mean()
-        print(f"| {way} | {' | '.join(cells)} | {difference:.1e} | {100 * alike:.2f} % |")
-    print(f"\n{options.model}, {options.threads} threads, torch {torch.__version__}, {options.rounds} rounds")
+        kept[way] = float((labels[way] == labels[first]).mean())
+        print(f"| {way} | {' | '.join(cells)} | {difference:.1e} | {100 * kept[way]:.2f} % |")
+    print(
+        f"\n{options.model}, {options.threads} threads, {options.clock} seconds, torch {torch.__version__}, "
+        f"{options.rounds} rounds"
+    )
+    if options.json:
+        options.json.write_text(json.dumps({"model": options.model, "times": measured, "labels_alike": kept}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The whole table of speeds on this machine, by one command, with the chip's own rates and the share of them reached.
 
-    python bench/table.py [--rows b16-171 b16-847 l14-171 training memory] [--pairs 7] [--threads 1]
+    python bench/table.py [--rows b16-171 b16-847 l14-171 training memory alternatives] [--pairs 7] [--threads 1]
                           [--clock processor] [--json FILE]
 
 *Plain* (bench/plain.py) stands for the official code. Each row of `segment` is a 640x640 image; plain and the three
@@ -16,10 +16,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+import export
 import segment
 from segment import CLOCKS, SPEEDS, Ways, photograph, turns, vocabulary
 
@@ -30,7 +32,11 @@ ROWS = {
     "l14-171": ("san-vit-l14", 171),
     "training": None,
     "memory": None,
+    "alternatives": None,
 }
+ALTERNATIVES = {"onnxruntime": ("onnx float32", "onnx int8"), "openvino": ("openvino float32", "openvino bfloat16")}
+"""Library -> the ways that users could take instead, measured where it is installed. OpenVINO's int8 needs nncf too and
+keeps half of the labels: it is left to bench/export.py."""
 RATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -98,6 +104,14 @@ def main() -> None:
         for model in ("san-vit-b16", "san-vit-l14"):
             command = ["memory", "--model", model, "--threads", options.threads]
             print("\n" + run(BENCH / "segment.py", *command), flush=True)
+        print("\nWhole processes, from `import torch` on, in GiB:\n" + run(BENCH / "memory.py"), flush=True)
+    if "alternatives" in options.rows:
+        ways = [way for library, offered in ALTERNATIVES.items() if find_spec(library) for way in offered]
+        left_out = [library for library in ALTERNATIVES if not find_spec(library)]
+        command = ["--threads", options.threads, "--clock", options.clock, "--rounds", options.pairs]
+        if left_out:
+            print(f"\nnot installed, so left out: {', '.join(left_out)}")
+        print("\n" + run(BENCH / "export.py", *command, "--ways", *export.TORCH, *ways), flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
 
