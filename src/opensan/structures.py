@@ -36,7 +36,7 @@ class Identity:
         return f"{self.name}-{self.image[:12]}"
 
     @property
-    def source(self) -> "Identity":
+    def source(self) -> Identity:
         """Identity of the model that this one was exported from; itself, if it was not exported."""
         # An exported model's hashes are its source's with the format behind them.
         return Identity(self.name, self.image[:64], self.text[:64])
