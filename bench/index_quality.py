@@ -20,7 +20,7 @@ from PIL import Image
 
 import opensan
 from opensan.assemble.bands import to_array
-from opensan.index.rows import STEEP
+from opensan.index.masks import STEEP, mask_logits, stored_mask
 from opensan.lab.scenes import SEGMENTATION_NAMES, label_map, make_scene
 from opensan.segmenters.results import Encoding
 
@@ -76,7 +76,8 @@ def precision(ranked: list[str], word: str, shown: dict[str, set[str]]) -> float
 
 def likeness(index: opensan.Index, words: list[str], count: int) -> dict[str, float]:
     """Return the share of pixels whose label stays, if less than the whole encoding is kept."""
-    same: dict[str, list[float]] = {"pruned": [], "pruned, half vectors": [], "and masks as cells": []}
+    names = ("pruned", "pruned, half vectors", "and masks of one bit", "and masks of two bits")
+    same: dict[str, list[float]] = {name: [] for name in names}
     for _, encoding in itertools.islice(index.encodings(), count):
         masks, vectors = to_array(encoding["mask_logits"]), to_array(encoding["mask_embeddings"])
         kept = (masks > 0).any(axis=(1, 2))
@@ -84,7 +85,8 @@ def likeness(index: opensan.Index, words: list[str], count: int) -> dict[str, fl
         forms = {
             "pruned": (masks[kept], vectors[kept]),
             "pruned, half vectors": (masks[kept], half),
-            "and masks as cells": (np.where(masks[kept] > 0, STEEP, -STEEP).astype(np.float32), half),
+            "and masks of one bit": (np.where(masks[kept] > 0, STEEP, -STEEP).astype(np.float32), half),
+            "and masks of two bits": (stored(masks[kept]), half),
         }
         expected = index.segmenter.segment(encoding, words).labels
         for name, (logits, rows) in forms.items():
@@ -92,6 +94,11 @@ def likeness(index: opensan.Index, words: list[str], count: int) -> dict[str, fl
             labels = index.segmenter.segment(Encoding(arrays, encoding.sizes, encoding.model), words).labels
             same[name].append(float((labels == expected).mean()))
     return {name: round(float(np.mean(shares)), 5) for name, shares in same.items()}
+
+
+def stored(masks: np.ndarray) -> np.ndarray:
+    """Return masks' logits as they are after being stored."""
+    return np.array([mask_logits(stored_mask(mask), mask.shape) for mask in masks], np.float32).reshape(masks.shape)
 
 
 def draw(folder: Path, count: int) -> None:

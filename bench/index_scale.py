@@ -3,9 +3,11 @@
     python bench/index_scale.py --like INDEX --proposals 100000 1000000
 
 Vectors are generated: each is one of the proposals of INDEX, a small index of really encoded images, plus noise of
-length --noise, normalised again; areas, boxes and masks are its own. Images have --each proposals. Queries are words of
-COCO-Stuff 171 against the others. Recall is the share of the exact search's first ten and fifty images that the
-approximate one returns. Prints a line of JSON for each number of proposals.
+length --noise, normalised again; areas, boxes and masks are its own. Images have --each proposals. Queries are words
+of the bundled label sets against the default contrast words, whose part is stored with each proposal. --whole-queries
+of them are asked without these stored parts too, and the largest difference of a score is told. Recall is the share of
+the exact search's first ten and fifty images that the approximate one returns. Prints a line of JSON for each number of
+proposals.
 """
 
 import argparse
@@ -20,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 import opensan
-from opensan.index.head import Head
-from opensan.index.rows import SIZES, schemas
-from opensan.index.scoring import vectors_of
+from opensan.index.contrast import Contrast
+from opensan.index.head import FORMAT, Head
+from opensan.index.rows import SIZES, schemas, vectors_of
 from opensan.index.store import Store
 from opensan.vocabulary import Vocabulary
 
@@ -37,39 +39,50 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.5)
     parser.add_argument("--queries", type=int, default=30)
     parser.add_argument("--exact-queries", type=int, default=10)
+    parser.add_argument("--whole-queries", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where the index is made, and removed again; default: temporary")
     options = parser.parse_args()
     for count in options.proposals:
-        with tempfile.TemporaryDirectory() as top:
+        with tempfile.TemporaryDirectory(dir=options.folder) as top:
             print(json.dumps(measure(Path(top, "index"), count, options)), flush=True)
 
 
 def measure(folder: Path, count: int, options: argparse.Namespace) -> dict:
     like = Head.read(options.like)
     folder.mkdir()
+    segmenter = opensan.load(like.source)
+    index, contrast = opensan.Index(folder, segmenter), Contrast(segmenter)
     began = time.perf_counter()
-    store = build(folder, count, like, options)
-    head = replace(like, versions=store.versions, images=-(-count // options.each), proposals=count, exact=False)
+    store = build(folder, count, like, contrast, options)
+    images = -(-count // options.each)
+    head = replace(like, images=images, proposals=count, exact=False, contrast=contrast.identity, format=FORMAT)
+    replace(head, versions=store.versions).write(folder)
     store.flush()
     built = time.perf_counter() - began
     size = bytes_in(folder)
+    names = contrast.vocabulary.names
+    unseen = set(segmenter.unseen_texts(Vocabulary.parse(names)))
+    names = [name for name in names if name not in unseen]
+    words = names[:: max(1, len(names) // options.queries)][: options.queries]
+    index.search(words[0], top=1)  # embeds the words
+    slow, exact = timed(index, words[: options.exact_queries], approximate=False)
+    replace(head, versions=store.versions, contrast="").write(folder)
+    slowest, whole = timed(index, words[: options.whole_queries], approximate=False)
     began = time.perf_counter()
     store.merge(approximate_from=0)
     replace(head, versions=store.versions).write(folder)
     store.forget_older()
     indexed = time.perf_counter() - began
-    index = opensan.Index(folder, like.source)
-    names = Vocabulary.ready("coco_stuff_171").names
-    words = names[:: max(1, len(names) // options.queries)][: options.queries]
-    index.search(words[0], against=names)  # loads the model, embeds the words
-    fast, near = timed(index, words, names, None)
-    slow, exact = timed(index, words[: options.exact_queries], names, False)
+    fast, near = timed(index, words, approximate=True)
+    ranked = [[list(answer) for answer in answers] for answers in (near, exact)]
     recall = {
-        top: float(np.mean([len(set(a[:top]) & set(e[:top])) / top for a, e in zip(near, exact, strict=False)]))
+        top: float(np.mean([len(set(a[:top]) & set(e[:top])) / top for a, e in zip(*ranked, strict=False)]))
         for top in (10, 50)
     }
+    both = list(zip(exact, whole, strict=False))
     return {
         "proposals": count,
-        "images": head.images,
+        "images": images,
         "width": head.width,
         "build seconds": round(built, 1),
         "bytes a proposal": round(size / count, 1),
@@ -77,23 +90,33 @@ def measure(folder: Path, count: int, options: argparse.Namespace) -> dict:
         "index seconds": round(indexed, 1),
         "GB with index": round(bytes_in(folder) / 1e9, 3),
         "peak memory GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        "approximate median, 99th percentile (s)": [round(float(np.percentile(fast, q)), 3) for q in (50, 99)],
-        "exact median, worst (s)": [round(float(np.percentile(slow, q)), 3) for q in (50, 100)],
+        "whole softmax, median (s)": percentiles(slowest, 50),
+        "exact by stored parts, median, worst (s)": percentiles(slow, 50, 100),
+        "largest difference of a score": max(
+            (abs(a[p] - b[p]) for a, b in both for p in a.keys() & b.keys()), default=0
+        ),
+        "same first 50": [float(np.mean([list(a) == list(b) for a, b in both])) if both else None],
+        "approximate median, 99th percentile (s)": percentiles(fast, 50, 99),
         "recall at 10, at 50": [round(recall[10], 3), round(recall[50], 3)],
     }
 
 
-def timed(index: opensan.Index, words: list[str], names: list[str], approximate: bool | None) -> tuple[list, list]:
+def percentiles(seconds: list[float], *which: int) -> list[float]:
+    return [round(float(np.percentile(seconds, q)), 3) for q in which] if seconds else []
+
+
+def timed(index: opensan.Index, words: list[str], *, approximate: bool) -> tuple[list[float], list[dict[str, float]]]:
+    """Return the seconds of each query, and the scores of its images by path, best first."""
     seconds, found = [], []
     for word in words:
         began = time.perf_counter()
-        answer = index.search(word, against=names, approximate=approximate)
+        answer = index.search(word, approximate=approximate)
         seconds.append(time.perf_counter() - began)
-        found.append([match.path for match in answer])
+        found.append({match.path: match.score for match in answer})
     return seconds, found
 
 
-def build(folder: Path, count: int, like: Head, options: argparse.Namespace) -> Store:
+def build(folder: Path, count: int, like: Head, contrast: Contrast, options: argparse.Namespace) -> Store:
     """Write generated rows, `STEP` proposals a commit."""
     rng = np.random.default_rng(0)
     source = Store(options.like, like.versions)
@@ -111,12 +134,14 @@ def build(folder: Path, count: int, like: Head, options: argparse.Namespace) -> 
         noise = rng.standard_normal((len(ids), like.width), dtype=np.float32)
         made = vectors[chosen] + options.noise / np.sqrt(like.width) * noise
         made /= np.linalg.norm(made, axis=1, keepdims=True)
+        made = made.astype(np.float16)
         taken = rest.take(pa.array(chosen))
         columns = {
             "image": pa.array(ids // options.each + 1),
             "query": pa.array((ids % options.each).astype(np.int16)),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(made.astype(np.float16).ravel()), like.width),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(made.ravel()), like.width),
             **{name: taken[name] for name in taken.column_names},
+            "contrast": pa.array(contrast.of(made)),
         }
         store.append("proposals", pa.table(columns).select(schema.names).cast(schema))
     for start in range(1, -(-count // options.each) + 1, STEP):

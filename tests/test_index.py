@@ -286,7 +286,7 @@ def test_damaged_and_half_copied_indexes_are_one_line(index, photos, tmp_path):
 
     newer = copied("newer")
     data = json.loads((newer.folder / "index.json").read_text())
-    (newer.folder / "index.json").write_text(json.dumps(data | {"format": 2}))
+    (newer.folder / "index.json").write_text(json.dumps(data | {"format": 3}))
     cut = copied("cut")
     (cut.folder / "index.json").write_text((cut.folder / "index.json").read_text()[:50])
     half = copied("half")
@@ -298,7 +298,7 @@ def test_damaged_and_half_copied_indexes_are_one_line(index, photos, tmp_path):
     without = copied("without")
     shutil.rmtree(without.folder / "images.lance")
     for damaged, message in (
-        (newer, "format 2, and this version of opensan reads 1; update opensan"),
+        (newer, "format 3, and this version of opensan reads 1 to 2; update opensan"),
         (cut, "index.json: can't be read"),
         (half, "damaged or half copied"),
         (short, "damaged or half copied"),
@@ -366,7 +366,7 @@ def test_stored_masks_relabel_nearly_alike(scenes):
     words = "grass, night sky, brick, wood, green heart, red circle"
     for path, segmentation in scenes.relabel(words):
         expected = scenes.segmenter.segment(path, words)
-        assert (segmentation.labels == expected.labels).mean() > 0.9
+        assert (segmentation.labels == expected.labels).mean() > 0.97
 
 
 def test_an_exact_index_is_made_from_the_start(index, photos):

@@ -300,13 +300,17 @@ def remove(
 
 
 @index.command(cls=Command)
-def compact(folder: Folder) -> None:
-    """Merge an index's files and drop what was removed; build an index of the vectors if there are many."""
+def compact(folder: Folder, model: IndexModel = None, device: Device = "auto") -> None:
+    """Merge an index's files and drop what was removed; build an index of the vectors if there are many.
+
+    Where an earlier version made the index, what makes searches quick is computed too, with the index's model.
+    """
     from opensan.index.collection import Index
 
-    collection = Index(folder)
+    collection = Index(folder, model, device=device)
     before = collection.info()["bytes"]
-    collection.compact()
+    with progress_of_steps() as show:
+        collection.compact(progress=lambda done, total: show("comparing with contrast words", done, total))
     after = collection.info()["bytes"]
     output_console().print(f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now, in {folder}", soft_wrap=True)
 

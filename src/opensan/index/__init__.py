@@ -1,6 +1,8 @@
 """Encoded collections that are searched and labelled with any words.
 
 rows        encodings of images as rows of tables, and back
+masks       masks of proposals, in two bits a cell
+contrast    the contrast words' part in each proposal's softmax, computed once
 store       tables on disk, with versions
 head        the file that says which versions of the tables are the index
 writer      changes that appear at once or not at all

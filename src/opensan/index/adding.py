@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Protocol
 from opensan.buckets import bucket_path
 from opensan.files import absolute
 from opensan.images import ImageError
-from opensan.index.rows import ImageRow
+from opensan.index.contrast import Contrast
+from opensan.index.rows import ImageRow, stored_vectors
 from opensan.index.writer import Change, Writer
 from opensan.jobs.folder import MAX_THREADS, ahead
 from opensan.jobs.ledger import Stamp
 from opensan.segmenters.proposals import ProposalSegmenter
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from opensan.segmenters.results import Encoding, InputImage
 
 COMMIT_AFTER = 10.0
@@ -63,6 +67,10 @@ class Encoded:
     path: Path
     stamp: Stamp
     encoding: "Encoding"
+    contrast: str = ""
+    """Identity of the words of its contrasts; "" if it has none."""
+    contrasts: "NDArray[np.float32] | None" = None
+    """Contrasts of all proposals, [Q]."""
 
 
 class Encoders(Protocol):
@@ -88,7 +96,11 @@ def encode_read(segmenter: ProposalSegmenter, items: Sequence[Read], batch: int)
     encodings = segmenter.encode_read([item.image for item in items], batch_size=batch)
     for encoding in encodings:
         segmenter.check_encoding(encoding)
-    return [Encoded(item.path, item.stamp, each) for item, each in zip(items, encodings, strict=True)]
+    contrast = Contrast(segmenter)
+    return [
+        Encoded(item.path, item.stamp, each, contrast.identity, contrast.of(stored_vectors(each)))
+        for item, each in zip(items, encodings, strict=True)
+    ]
 
 
 class Adding:
@@ -160,7 +172,8 @@ class Adding:
             encoded += encode_read(self._segmenter, read, self._batch)
         for item in encoded:
             row = self._replacing(item)
-            self._change.encoded.append((row, item.encoding))
+            same_words = item.contrast == self._writer.head.contrast
+            self._change.encoded.append((row, item.encoding, item.contrasts if same_words else None))
             self._first[_key(item.stamp)] = row
 
     def _replacing(self, item: Read | Encoded, same_as: ImageRow | None = None) -> ImageRow:

@@ -21,10 +21,11 @@ from opensan.files import absolute
 from opensan.images import list_images
 from opensan.index.adding import Added, Adding, Encoders
 from opensan.index.answers import Answer, Match, Region
+from opensan.index.contrast import Contrast
 from opensan.index.head import NAME, Head, Maker
 from opensan.index.relabel import StoredSegmenter, each_encoding, only, stored_encodings
-from opensan.index.rows import ABOUT, NOT_THE_SAME, SIZES, ImageRow, cells, sizes_of
-from opensan.index.scoring import Query, distinct, parse_query, probabilities, score_images, vectors_of
+from opensan.index.rows import ABOUT, NOT_THE_SAME, SIZES, ImageRow, cells_of, sizes_of
+from opensan.index.scoring import Scorer, distinct, parse_query, score_images
 from opensan.index.store import IMAGES, PROPOSALS, Store
 from opensan.index.writer import LONGEST_WAIT, Change, writing
 from opensan.segmenters.base import Segmenter
@@ -162,8 +163,9 @@ class Index:
 
         def read(head: Head, store: Store) -> Answer:
             nearby = store.is_approximate if approximate is None else approximate
-            ids, scores = self._ranked(segmenter, store, query, top, nearby)
-            matches = self._matches(segmenter, store, query, ids[:top].tolist(), scores[:top].tolist(), least)
+            scorer = Scorer(segmenter, query, head.contrast)
+            ids, scores = self._ranked(segmenter, store, scorer, top, nearby)
+            matches = self._matches(store, scorer, ids[:top].tolist(), scores[:top].tolist(), least)
             return Answer(matches, question, head.images, nearby)
 
         return self._reading(read)
@@ -268,9 +270,16 @@ class Index:
             writer.finish()
         return len(rows)
 
-    def compact(self, *, wait: float = LONGEST_WAIT) -> None:
-        """Merge the index's files, drop what was removed, and build the vectors' index of a large collection."""
+    def compact(self, *, progress: Callable[[int, int], None] | None = None, wait: float = LONGEST_WAIT) -> None:
+        """Merge the index's files, drop what was removed, and build the vectors' index of a large collection.
+
+        Where proposals lack their part of the default contrast words, as those of an older index do, it is computed:
+        `progress` is called with the number of proposals that have it, and of all.
+        """
+        contrast = Contrast(self._segmenter_of(Head.read(self.folder)))
         with writing(self.folder, None, wait=wait) as writer:
+            if writer.lacks_contrasts(contrast):
+                writer.fill_contrasts(contrast, progress)
             writer.merge()
 
     @property
@@ -309,7 +318,7 @@ class Index:
         return str(absolute(Path(source))) if source and Path(source).exists() else source
 
     def _new_head(self, maker: Maker, exact: bool) -> Head:
-        return Head(maker.model, self._source(), maker.speed, maker.dtype, exact, maker.width)
+        return Head(maker.model, self._source(), maker.speed, maker.dtype, exact, maker.width, contrast=maker.contrast)
 
     def _segmenter_of(self, head: Head) -> ProposalSegmenter:
         """Return the model of an index. Raises UserError if it is not the one that this object was given."""
@@ -353,23 +362,22 @@ class Index:
         return self._reading(lambda head, store: stored_encodings(head, store, ids))
 
     def _ranked(
-        self, segmenter: ProposalSegmenter, store: Store, query: Query, top: int, approximate: bool
+        self, segmenter: ProposalSegmenter, store: Store, scorer: Scorer, top: int, approximate: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and scores of images, best first; of some images alone if the search is approximate."""
-        columns = ["image", "vector", "area"]
+        query, columns = scorer.query, ["image", "area", *scorer.columns]
         if not approximate:
-            return score_images(segmenter, store.batches(PROPOSALS, columns), query)
+            return score_images(scorer, store.batches(PROPOSALS, columns))
         rows = segmenter.text.rows(query.vocabulary)
         first = [row for row, word in zip(rows, query.vocabulary.row_class, strict=True) if word <= query.also]
         count = max(2_000, CANDIDATES * top)
         near = np.unique(np.concatenate([store.nearest(row, count, PROBES) for row in first]))
-        return score_images(segmenter, store.batches(PROPOSALS, columns, "image", near.tolist()), query)
+        return score_images(scorer, store.batches(PROPOSALS, columns, "image", near.tolist()))
 
     def _matches(
         self,
-        segmenter: ProposalSegmenter,
         store: Store,
-        query: Query,
+        scorer: Scorer,
         ids: Sequence[int],
         scores: Sequence[float],
         least: float,
@@ -379,11 +387,11 @@ class Index:
         same: dict[int, list[str]] = {}
         for row in store.rows(IMAGES, ["path", "same_as"], "same_as", ids):
             same.setdefault(row["same_as"], []).append(row["path"])
-        columns = ["image", "query", "vector", "area", "box", "mask"]
+        columns = ["image", "query", "area", "box", "mask"]
         found: dict[int, list[tuple[float, dict[str, Any]]]] = {}
-        for batch in store.batches(PROPOSALS, columns, "image", ids):
-            chances = probabilities(segmenter, vectors_of(batch), query)[:, 0].tolist() if batch.num_rows else []
-            plain = batch.select([name for name in columns if name != "vector"]).to_pylist()
+        for batch in store.batches(PROPOSALS, [*columns, *scorer.columns], "image", ids):
+            chances = scorer.probabilities(batch)[:, 0].tolist() if batch.num_rows else []
+            plain = batch.select(columns).to_pylist()
             for chance, row in zip(chances, plain, strict=True):
                 found.setdefault(row["image"], []).append((chance, row))
         return [
@@ -401,10 +409,10 @@ class Index:
 
 def _regions(about: dict[str, Any], rows: list[tuple[float, dict[str, Any]]], least: float) -> list[Region]:
     """Return an image's regions, most probable first, without repetitions."""
-    sizes, grid = sizes_of(about)
+    sizes, _ = sizes_of(about)
     rows = sorted(rows, key=lambda pair: (-pair[0], pair[1]["query"]))
     rows = [pair for index, pair in enumerate(rows) if index == 0 or pair[0] >= least]
-    masks = [cells(row["mask"], grid) for _, row in rows]
+    masks = cells_of(about, [row["mask"] for _, row in rows])
     return [
         Region(
             rows[index][0],

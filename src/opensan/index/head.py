@@ -9,14 +9,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opensan.errors import UserError, reason
+from opensan.errors import UserError, reason, short
 from opensan.files import json_text, write_text
+from opensan.index.contrast import Contrast
 from opensan.segmenters.proposals import ProposalSegmenter
 from opensan.structures import Identity
 
 NAME = "index.json"
-FORMAT = 1
-"""Version of the tables and of this file, to be increased when an older package can't read them."""
+FORMAT = 2
+"""Version of the tables and of this file, to be increased when an older package can't read them.
+
+1: masks are run lengths, and proposals have no contrast. Such an index is read, and becomes one of format 2 when it is
+written to; its masks stay as they are.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,15 @@ class Maker:
     dtype: str
     width: int
     """Numbers of a proposal's vector."""
+    contrast: str = ""
+    """Identity of its default contrast words; see `Contrast.identity`."""
 
     @classmethod
     def of(cls, segmenter: ProposalSegmenter) -> "Maker":
         """Return what a segmenter is."""
         dtype = str(segmenter.dtype).removeprefix("torch.")
-        return cls(segmenter.identity, str(segmenter.speed), dtype, segmenter.text.dimension)
+        contrast = Contrast(segmenter).identity
+        return cls(segmenter.identity, str(segmenter.speed), dtype, segmenter.text.dimension, contrast)
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,13 @@ class Head:
     """The next image's number. Numbers are never used again."""
     images: int = 0
     proposals: int = 0
+    contrast: str = ""
+    """Identity of the words of the proposals' contrasts; "" if they have none."""
+    format: int = FORMAT
 
     def write(self, folder: Path) -> None:
         """Write it to the folder, all or nothing."""
-        write_text(folder / NAME, json_text({"format": FORMAT, **asdict(self)}) + "\n")
+        write_text(folder / NAME, json_text(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Head":
@@ -79,10 +90,10 @@ class Head:
 
     @classmethod
     def _parse(cls, path: Path, data: Any) -> "Head":
-        if (form := data.pop("format")) != FORMAT:
+        if (form := data["format"]) not in range(1, FORMAT + 1):
             newer = isinstance(form, int) and form > FORMAT
             raise UserError(
-                f"{path}: format {form}, and this version of opensan reads {FORMAT}"
+                f"{path}: format {short(form)}, and this version of opensan reads 1 to {FORMAT}"
                 + ("; update opensan" if newer else f"; {REMEDY}")
             )
         versions = {str(name): int(version) for name, version in data.pop("versions").items()}

@@ -1,7 +1,7 @@
 """Encodings of images as rows of tables, and back.
 
 An image has a row in `images`; each of its mask proposals whose mask is not empty has a row in `proposals`, with its
-vector in half precision and its mask as COCO run lengths on the model's grid. An exact index also keeps the encoding.
+vector in half precision, its contrast and its mask on the model's grid. An exact index also keeps the encoding.
 
 Letters: Q queries, D embedding, h w stride-16 grid, H0 W0 the image.
 """
@@ -17,8 +17,8 @@ from opensan.assemble.bands import to_array
 from opensan.assemble.interpolation import interpolation_matrices
 from opensan.errors import UserError, reason
 from opensan.index.head import REMEDY
+from opensan.index.masks import mask_cells, mask_logits, stored_mask
 from opensan.jobs.ledger import Stamp
-from opensan.outputs.coco import decode_mask
 from opensan.segmenters.results import Encoding
 from opensan.structures import ImageSizes
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 NOT_THE_SAME = -1
 """Value of `same_as` for an image with proposals of its own."""
-
-STEEP = 4.0
-"""Logit of a stored mask inside, and its negative outside: such masks agree with labels best (docs/results.md)."""
 
 SAMPLES = 4
 """Pixels that stand for all of a cell of the grid, in each direction, where areas are computed."""
@@ -73,13 +70,14 @@ def schemas(width: int) -> dict[str, "pa.Schema"]:
     images = [(name, pa.string() if name == "path" else pa.int64()) for name in ABOUT]
     images += [(name, pa.int32()) for name in SIZES]
     images.append(("encoding", pa.large_binary()))
-    proposals = [
+    proposals: list[Any] = [
         ("image", pa.int64()),
         ("query", pa.int16()),
         ("vector", pa.list_(pa.float16(), width)),
         ("area", pa.float32()),
         ("box", pa.list_(pa.int32(), 4)),
         ("mask", pa.binary()),
+        ("contrast", pa.float32()),
     ]
     return {"images": pa.schema(images), "proposals": pa.schema(proposals)}
 
@@ -102,34 +100,44 @@ def image_rows(images: Sequence[tuple[ImageRow, Encoding | None]], width: int, e
     return pa.Table.from_pylist(rows, schema=schemas(width)["images"])
 
 
-def proposal_rows(images: Sequence[tuple[int, Encoding]], width: int) -> "pa.Table":
-    """Return rows of `proposals`, of images by id."""
+def proposal_rows(images: Sequence[tuple[int, Encoding, np.ndarray | None]], width: int) -> "pa.Table":
+    """Return rows of `proposals`, of images by id, with the contrasts [Q] of all proposals if they are known."""
     import pyarrow as pa
 
     schema = schemas(width)["proposals"]
-    tables = [_proposals(number, encoding, schema) for number, encoding in images]
+    tables = [_proposals(number, encoding, contrasts, schema) for number, encoding, contrasts in images]
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
-def _proposals(number: int, encoding: Encoding, schema: "pa.Schema") -> "pa.Table":
-    import pyarrow as pa
-    from faster_coco_eval import mask as coco_mask  # slow to import
+def stored_vectors(encoding: Encoding) -> np.ndarray:
+    """Return the vectors of all proposals as they are stored, [Q, D] float16."""
+    return to_array(encoding["mask_embeddings"]).astype(np.float16)
 
-    logits, vectors = to_array(encoding["mask_logits"]), to_array(encoding["mask_embeddings"])
+
+def _proposals(number: int, encoding: Encoding, contrasts: np.ndarray | None, schema: "pa.Schema") -> "pa.Table":
+    import pyarrow as pa
+
+    logits = to_array(encoding["mask_logits"])
     inside = (logits > 0) & _on_image(encoding.sizes, logits.shape[1:])
     kept = np.flatnonzero(inside.any(axis=(1, 2)))
-    masks = coco_mask.encode(np.asfortranarray(inside[kept].transpose(1, 2, 0).astype(np.uint8)))
     boxes = np.stack([_box(mask, encoding.sizes) for mask in inside[kept]]) if len(kept) else np.zeros((0, 4))
     vector, box = schema.field("vector").type, schema.field("box").type
     columns = [
         pa.array(np.full(len(kept), number, dtype=np.int64)),
         pa.array(kept.astype(np.int16)),
-        pa.FixedSizeListArray.from_arrays(pa.array(vectors[kept].astype(np.float16).ravel()), vector.list_size),
+        pa.FixedSizeListArray.from_arrays(pa.array(stored_vectors(encoding)[kept].ravel()), vector.list_size),
         pa.array(soft_areas(logits[kept], encoding.sizes)),
         pa.FixedSizeListArray.from_arrays(pa.array(boxes.astype(np.int32).ravel()), box.list_size),
-        pa.array([mask["counts"] for mask in masks], pa.binary()),
+        pa.array([stored_mask(mask) for mask in logits[kept]], pa.binary()),
+        pa.nulls(len(kept), pa.float32()) if contrasts is None else pa.array(contrasts[kept]),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def vectors_of(batch: "pa.RecordBatch") -> np.ndarray:
+    """Return the vectors of a batch of rows, [n, D] float16."""
+    vectors = batch.column("vector")
+    return vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), -1)
 
 
 def soft_areas(logits: np.ndarray, sizes: ImageSizes) -> np.ndarray:
@@ -173,9 +181,21 @@ def sizes_of(row: Mapping[str, Any]) -> tuple[ImageSizes, tuple[int, int]]:
     return ImageSizes(*sides[:3]), sides[3]
 
 
-def cells(counts: bytes, grid: tuple[int, int]) -> np.ndarray:
-    """Return a stored mask, [h, w] bool."""
-    return decode_mask({"size": list(grid), "counts": counts}, *grid)
+def cells_of(row: Mapping[str, Any], stored: Sequence[bytes]) -> list[np.ndarray]:
+    """Return which cells stored masks cover, on the image alone: [h, w] bool each.
+
+    `row` is of `images`, with the columns `SIZES` and "path". Raises UserError, one line, if a mask is damaged.
+    """
+    sizes, grid = sizes_of(row)
+    inside = _on_image(sizes, grid)
+    try:
+        return [mask_cells(mask, grid) & inside for mask in stored]
+    except ValueError as error:
+        raise _damaged(row, error) from None
+
+
+def _damaged(row: Mapping[str, Any], error: Exception) -> UserError:
+    return UserError(f"{row['path']}: what the index has of it is damaged ({reason(error)}); {REMEDY}")
 
 
 def encoding_of(row: Mapping[str, Any], proposals: Sequence[Mapping[str, Any]], model: str, width: int) -> Encoding:
@@ -199,11 +219,11 @@ def encoding_of(row: Mapping[str, Any], proposals: Sequence[Mapping[str, Any]], 
             arrays: Mapping[str, np.ndarray] = load(row["encoding"])
         else:
             ordered = sorted(proposals, key=lambda proposal: proposal["query"])
-            masks = [np.where(cells(proposal["mask"], grid), STEEP, -STEEP) for proposal in ordered]
+            masks = [mask_logits(proposal["mask"], grid) for proposal in ordered]
             arrays = {
                 "mask_logits": np.asarray(masks, dtype=np.float32).reshape(len(ordered), *grid),
                 "mask_embeddings": np.asarray([p["vector"] for p in ordered], np.float32).reshape(len(ordered), width),
             }
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{row['path']}: what the index has of it is damaged ({reason(error)}); {REMEDY}") from None
+        raise _damaged(row, error) from None
     return Encoding(arrays, sizes, model, stem=Path(row["path"]).stem)

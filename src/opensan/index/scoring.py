@@ -1,12 +1,13 @@
 """Score images for words by the model's own rule, from stored proposals.
 
 A proposal's probability of a word is the softmax over the asked words, the contrast words and "no object", as in
-`segment`. An image's score for a word is that of its best region, or the word's mean score over all pixels.
+`segment`. An image's score for a word is that of its best region, or the word's mean score over all pixels. Where the
+contrasts of proposals are stored, a search by the default contrast words compares with the asked words alone; the
+probabilities are the same but for rounding.
 
 Letters: n proposals, A asked words, D embedding.
 """
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
@@ -16,7 +17,8 @@ import numpy as np
 from opensan.assemble.bands import to_array
 from opensan.choices import SearchBy
 from opensan.errors import UserError, short
-from opensan.segmenters.explanation import bundled_words
+from opensan.index.contrast import Contrast
+from opensan.index.rows import vectors_of
 from opensan.segmenters.results import Encoding
 from opensan.structures import ImageSizes
 from opensan.vocabulary import Vocabulary, Word
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from opensan.segmenters.proposals import ProposalSegmenter
+
+LEAST = 0.02
+"""Least part of the stored sum over all contrast words that must remain once the left-out words' part is taken away."""
+
+MOST = 60.0
+"""Most by which a logit may be above the stored contrast: exp of more is no float32."""
 
 _ONE = ImageSizes((1, 1), (1, 1), (1, 1))
 
@@ -38,6 +46,8 @@ class Query:
     also: int
     """Number of words that must be there too; they follow the first."""
     by: SearchBy = "region"
+    left_out: tuple[Word, ...] | None = None
+    """The default contrast words that are not among the vocabulary's, as they are asked; None: others were given."""
 
     @property
     def asked(self) -> list[str]:
@@ -74,22 +84,18 @@ def parse_query(
     if unseen := segmenter.unseen_texts(vocabulary):
         raise UserError(f"the model has never read {short(unseen[0])}: nothing can be found by it; choose another word")
     if against is None:
-        contrast = _bundled(tuple(segmenter.unseen_texts(_bundled())))
+        contrast: Vocabulary | None = Contrast(segmenter).vocabulary
     else:
-        contrast = Vocabulary.parse(against) if against else None  # type: ignore[assignment]
+        contrast = Vocabulary.parse(against) if against else None
     taken = {text.strip().lower() for word in asked for text in (word.name, *word.synonyms)}
-    others = tuple(
-        Word(word.name, word.synonyms, word.prompts, absorbs=True)
-        for word in (contrast.words if contrast else ())
-        if not taken & {text.strip().lower() for text in (word.name, *word.synonyms)}
-    )
-    return Query(Vocabulary((*asked, *others)), len(also), by)
-
-
-@functools.lru_cache(4)
-def _bundled(unseen: tuple[str, ...] = ()) -> Vocabulary:
-    """Return the words of all bundled label sets, which are read from files, without those that a model never read."""
-    return bundled_words(unseen)
+    others, left_out = [], []
+    for word in contrast.words if contrast else ():
+        if taken & {text.strip().lower() for text in (word.name, *word.synonyms)}:
+            left_out.append(word)
+        else:
+            others.append(Word(word.name, word.synonyms, word.prompts, absorbs=True))
+    vocabulary = Vocabulary((*asked, *others))
+    return Query(vocabulary, len(also), by, tuple(left_out) if against is None else None)
 
 
 def _one_word(text: str) -> Word:
@@ -103,32 +109,70 @@ def _one_word(text: str) -> Word:
     return words[0]
 
 
-def probabilities(segmenter: "ProposalSegmenter", vectors: np.ndarray, query: Query) -> np.ndarray:
-    """Return the probability of the asked words for proposals' vectors [n, D]: [n, A] float32."""
-    arrays = {"mask_embeddings": vectors.astype(np.float32), "mask_logits": np.zeros((len(vectors), 1, 1), np.float32)}
-    encoding = Encoding(arrays, _ONE, segmenter.identity.encodings)
-    return to_array(segmenter.class_probabilities(encoding, query.vocabulary))[:, : len(query.asked)]
+class Scorer:
+    """Computes the probabilities of a query's asked words for stored proposals."""
+
+    def __init__(self, segmenter: "ProposalSegmenter", query: Query, contrast: str = "") -> None:
+        """`contrast` is the identity of the words of the stored contrasts; "" if there are none."""
+        self.query, self._segmenter = query, segmenter
+        self.is_quick = False
+        """Whether stored contrasts stand for the contrast words."""
+        if contrast and query.left_out is not None:
+            self.is_quick = contrast == Contrast(segmenter).identity
+        self._asked = Vocabulary(query.vocabulary.words[: len(query.asked)])
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of proposals that `probabilities` reads."""
+        return ["vector", "contrast"] if self.is_quick else ["vector"]
+
+    def probabilities(self, batch: "pa.RecordBatch") -> np.ndarray:
+        """Return the probability of the asked words for rows of proposals: [n, A] float32."""
+        vectors = vectors_of(batch).astype(np.float32)
+        if not self.is_quick:
+            return self._slowly(vectors)
+        contrasts = batch.column("contrast").to_numpy(zero_copy_only=False)
+        asked = self._shares(vectors, contrasts, self._asked)
+        total = 1 + asked.sum(axis=1)
+        if self.query.left_out:
+            total -= self._shares(vectors, contrasts, Vocabulary(self.query.left_out)).sum(axis=1)
+        chances = asked / total[:, None]
+        # Nearly all was the words' that are left out, or the contrast is missing: too few digits are left.
+        unsure = ~(total > LEAST)
+        if unsure.any():
+            chances[unsure] = self._slowly(vectors[unsure])
+        return chances
+
+    def _shares(self, vectors: np.ndarray, contrasts: np.ndarray, words: Vocabulary) -> np.ndarray:
+        """Return exp(logit) of words, as shares of the stored sums: [n, K] float32."""
+        logits = self._segmenter.class_logits(vectors, words)
+        assert logits is not None
+        shares: np.ndarray = np.exp(np.minimum(logits[:, :-1] - contrasts[:, None], MOST))
+        return shares
+
+    def _slowly(self, vectors: np.ndarray) -> np.ndarray:
+        """Return the probabilities [n, A] by a softmax over all words."""
+        encoding = Encoding(
+            {"mask_embeddings": vectors, "mask_logits": np.zeros((len(vectors), 1, 1), np.float32)},
+            _ONE,
+            self._segmenter.identity.encodings,
+        )
+        chances = to_array(self._segmenter.class_probabilities(encoding, self.query.vocabulary))
+        return chances[:, : len(self.query.asked)]
 
 
-def vectors_of(batch: "pa.RecordBatch") -> np.ndarray:
-    """Return the vectors of a batch of rows, [n, D] float16."""
-    vectors = batch.column("vector")
-    return vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), -1)
-
-
-def score_images(
-    segmenter: "ProposalSegmenter", batches: "Iterable[pa.RecordBatch]", query: Query
-) -> tuple[np.ndarray, np.ndarray]:
-    """Score images, of which all proposals are in `batches` with the columns "image", "vector" and "area".
+def score_images(scorer: Scorer, batches: "Iterable[pa.RecordBatch]") -> tuple[np.ndarray, np.ndarray]:
+    """Score images, of which all proposals are in `batches`, with the columns "image", "area" and the scorer's.
 
     Returns ids [images] int64 and scores [images] float32 in [0, 1], best first. The score is that for the first word,
     times the probability that the words which must be there too are, and that those which must not are not.
     """
+    query = scorer.query
     images, best, areas = [], [], []
     for batch in batches:
         if batch.num_rows == 0:
             continue
-        regions = probabilities(segmenter, vectors_of(batch), query)
+        regions = scorer.probabilities(batch)
         images.append(batch.column("image").to_numpy())
         areas.append(regions[:, 0] * batch.column("area").to_numpy())
         best.append(regions)

@@ -6,7 +6,7 @@ Another store would need these few methods alone.
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -79,10 +79,10 @@ class Store:
         """The present version of each table."""
         return {name: table.version for name, table in self._tables.items()}
 
-    def count(self, name: str) -> int:
-        """Return the number of a table's rows."""
+    def count(self, name: str, condition: str | None = None) -> int:
+        """Return the number of a table's rows, of those alone that fulfil a condition in SQL if there is one."""
         with self._telling():
-            return self._tables[name].count_rows()
+            return self._tables[name].count_rows(condition)
 
     def append(self, name: str, rows: "pa.Table") -> None:
         """Add rows to a table."""
@@ -100,6 +100,24 @@ class Store:
         """Replace values of the row whose id is `number`."""
         with self._telling():
             self._tables[name].update(where=f"id = {number}", values=dict(values))
+
+    def add_columns(self, name: str, schema: "pa.Schema") -> None:
+        """Add the columns of `schema` that a table does not have, without values."""
+        with self._telling():
+            table = self._tables[name]
+            missing = [field for field in schema if field.name not in table.schema.names]
+            if missing:
+                table.add_columns(missing)
+
+    def rewrite(self, name: str, change: "Callable[[pa.RecordBatch], pa.RecordBatch]") -> None:
+        """Replace a table's rows by what `change` makes of them, some thousands at a time; its indices are dropped."""
+        import pyarrow as pa
+
+        with self._telling():
+            schema = self._tables[name].schema
+            changed = map(change, self.batches(name, schema.names))
+            reader = pa.RecordBatchReader.from_batches(schema, changed)
+            self._tables[name] = self._database.create_table(name, data=reader, schema=schema, mode="overwrite")
 
     def batches(
         self, name: str, columns: Sequence[str], column: str | None = None, numbers: Sequence[int] = ()

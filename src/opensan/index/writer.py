@@ -1,19 +1,26 @@
 """Changes of an index that appear at once or not at all, made by one process at a time."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from opensan import errors
 from opensan.errors import UserError
 from opensan.files import hold
-from opensan.index.head import NAME, Head
-from opensan.index.rows import ABOUT, NOT_THE_SAME, ImageRow, image_rows, place, proposal_rows, schemas
+from opensan.index.contrast import Contrast
+from opensan.index.head import FORMAT, NAME, Head
+from opensan.index.rows import ABOUT, NOT_THE_SAME, ImageRow, image_rows, place, proposal_rows, schemas, vectors_of
 from opensan.index.store import APPROXIMATE_FROM, IMAGES, PROPOSALS, Store
 from opensan.outputs import check_writable
 from opensan.segmenters.results import Encoding
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LOCK = ".opensan.lock"
 
@@ -31,8 +38,8 @@ MERGE_AT_END = 16
 class Change:
     """Changes that appear together."""
 
-    encoded: list[tuple[ImageRow, Encoding]] = field(default_factory=list)
-    """New images."""
+    encoded: list[tuple[ImageRow, Encoding, np.ndarray | None]] = field(default_factory=list)
+    """New images, with the contrasts [Q] of their proposals if they are known."""
     same: list[ImageRow] = field(default_factory=list)
     """New images whose content another image has."""
     moved: list[ImageRow] = field(default_factory=list)
@@ -79,9 +86,10 @@ class Writer:
         store.delete(PROPOSALS, "image", change.removed)
         for row in change.moved:
             store.update(IMAGES, row.id, place(row.path, row.stamp))
-        encoded = [(row.id, encoding) for row, encoding in change.encoded]
+        encoded = [(row.id, encoding, contrasts) for row, encoding, contrasts in change.encoded]
         store.append(PROPOSALS, proposal_rows(encoded, head.width))
-        rows: list[tuple[ImageRow, Encoding | None]] = [*change.encoded, *((row, None) for row in change.same)]
+        rows: list[tuple[ImageRow, Encoding | None]] = [(row, encoding) for row, encoding, _ in change.encoded]
+        rows += [(row, None) for row in change.same]
         store.append(IMAGES, image_rows(rows, head.width, head.exact))
         self._write_head()
         self._commits += 1
@@ -111,6 +119,31 @@ class Writer:
     def _move(self, row: ImageRow, path: str, new: ImageRow, change: Change) -> None:
         self.images[path] = replace(row, path=path, stamp=new.stamp)
         change.moved.append(self.images[path])
+
+    def lacks_contrasts(self, contrast: Contrast) -> bool:
+        """Return whether some proposals have no contrasts, or those of other words, and these can be computed."""
+        if not contrast.identity:
+            return False
+        return self.head.contrast != contrast.identity or self._store.count(PROPOSALS, "contrast IS NULL") > 0
+
+    def fill_contrasts(self, contrast: Contrast, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compute the contrasts of all proposals; `progress` is called with the number of those done, and of all."""
+        import pyarrow as pa
+
+        done = 0
+
+        def change(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+            nonlocal done
+            columns = {name: batch.column(name) for name in batch.schema.names}
+            columns["contrast"] = pa.array(contrast.of(vectors_of(batch)))
+            done += batch.num_rows
+            if progress is not None:
+                progress(done, self.head.proposals)
+            return pa.RecordBatch.from_arrays(list(columns.values()), schema=batch.schema)
+
+        self._store.rewrite(PROPOSALS, change)
+        self.head = replace(self.head, contrast=contrast.identity)
+        self._write_head()
 
     def merge(self, *, approximate_from: int = APPROXIMATE_FROM) -> None:
         """Merge small files and remove what no version needs; readers at work open the index anew by themselves."""
@@ -160,6 +193,8 @@ def writing(folder: Path, new: Head | None, *, wait: float = LONGEST_WAIT) -> It
         else:
             head = Head.read(folder)
             store = Store.to_write(folder, head.versions)
+            store.add_columns(PROPOSALS, schemas(head.width)[PROPOSALS])  # an index of format 1 has fewer
+            head = replace(head, format=FORMAT)
         yield Writer(folder, head, store)
 
 

@@ -52,6 +52,14 @@ class ProposalSegmenter(Segmenter):
         """
         raise NotImplementedError
 
+    def class_logits(self, embeddings: np.ndarray, vocabulary: Vocabulary) -> np.ndarray | None:
+        """Return what class probabilities are the softmax of: [Q, K + 1] float32, "no object" last.
+
+        A word's logit does not depend on the other words. `embeddings` [Q, D] are "mask_embeddings"; the column of a
+        model without "no object" is minus infinity. None if class probabilities are made of more than this.
+        """
+        return None
+
     def scores(self, encoding: Encoding, vocabulary: Vocabulary) -> Scores:
         """Return the function that scores all words in a band of rows; see `Segmenter.scores`."""
         probabilities = to_array(self.class_probabilities(encoding, vocabulary))

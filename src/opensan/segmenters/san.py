@@ -162,6 +162,13 @@ class SanSegmenter(ProposalSegmenter):
         return with_nothing(class_probabilities(logits)[0], vocabulary)
 
     @undisturbed
+    def class_logits(self, embeddings: np.ndarray, vocabulary: Vocabulary) -> np.ndarray | None:
+        """Return class logits [Q, K + 1], float32; see `ProposalSegmenter.class_logits`."""
+        vectors = torch.as_tensor(embeddings, dtype=torch.float32, device=self.device)
+        proposals = Proposals(vectors.new_zeros(1, len(vectors), 1, 1), vectors.unsqueeze(0))
+        return self.model.classify(proposals, self.text.classifier(vocabulary))[0].float().cpu().numpy()
+
+    @undisturbed
     def winners(self, encoding: Encoding, vocabulary: Vocabulary) -> np.ndarray:
         """Return each pixel's word index, [H0, W0] int32; see `Segmenter.winners`."""
         probabilities = self.class_probabilities(encoding, vocabulary)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -95,6 +96,13 @@ class MaskTokenSegmenter(SanSegmenter):
         embeddings = torch.as_tensor(encoding["mask_embeddings"], device=self.device)
         proposals = Proposals(self._masks(encoding).unsqueeze(0), embeddings.unsqueeze(0))
         return self.model.classify(proposals, self.text.classifier(vocabulary))[0, :, :-1].softmax(dim=1)
+
+    def class_logits(self, embeddings: np.ndarray, vocabulary: Vocabulary) -> np.ndarray | None:
+        """Return the words' logits, and minus infinity for "no object"; see `ProposalSegmenter.class_logits`."""
+        logits = super().class_logits(embeddings, vocabulary)
+        assert logits is not None
+        logits[:, -1] = -np.inf
+        return logits
 
 
 def check_plain_vit(model: SAN) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,6 +69,10 @@ class TwoStageSegmenter(SanSegmenter):
         of_crops = crop_probabilities(self.model, crops, text)
         trained = [not self.trained_words.isdisjoint(_keys(word.synonyms)) for word in vocabulary.words]
         return ensemble(own, of_crops, torch.tensor(trained, device=self.device), self.options.weight)
+
+    def class_logits(self, embeddings: np.ndarray, vocabulary: Vocabulary) -> None:
+        """Return None: probabilities are an ensemble with those of crops."""
+        return None
 
     def check_encoding(self, encoding: Encoding) -> None:
         """Raise UserError, one line, unless this model made the encoding, with crops."""
