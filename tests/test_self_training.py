@@ -139,6 +139,13 @@ def test_it_labels_where_it_is_sure_and_never_padding(small_model):
             assert all(count == 0 or count >= LEAST_PIXELS for count in counts)
     assert shares == sorted(shares, reverse=True) and shares[-1] == 0
     assert any(0 < share < shares[0] for share in shares)
+    # A threshold for each word: the word that needs more than there can be is labelled nowhere.
+    common = np.bincount(everywhere[everywhere >= 0], minlength=3).argmax()
+    needed = [2.0 if word == common else 0.0 for word in range(3)]
+    teacher = MeanTeacher(copy.deepcopy(small_model), SelfTrainingConfig(confidence=0.0), needed)
+    of_words = teacher.label(pixels, inside, text).maps.numpy()
+    assert not (of_words == common).any()
+    assert (of_words[of_words >= 0] == everywhere[of_words >= 0]).all()
 
 
 # What counts in the losses

@@ -88,7 +88,7 @@ def test_words_that_lose_half_of_their_pixels_are_named():
     own, changed = np.zeros((1, 1000), int), np.zeros((1, 1000), int)
     own[0, :100], changed[0, :49] = 1, 1  # half of it and one more
     own[0, 100:104] = 2  # too few to count
-    answers = [suggest._Answers(winners, np.ones(1), np.ones(1)) for winners in (own, changed)]
+    answers = [suggest.Answers(winners, np.ones(1), np.ones(1)) for winners in (own, changed)]
     found = suggest._change(*answers, words, "sky", ("air",), "yours")
     assert found.loses == ("sky",) and found.area == 0.049 and found.moved == 0.055
     changed[0, :50] = 1

@@ -56,7 +56,7 @@ def adapt(
             min=0,
             max=1,
             help="Learn from pixels of such confidence alone. Default: 0.8 if the model is calibrated, else what half "
-            "of the pixels reach.",
+            "of each word's pixels reach.",
             show_default=False,
             rich_help_panel=TRAINING,
         ),

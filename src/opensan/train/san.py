@@ -287,7 +287,8 @@ def train_san(
             out,
             device=group.device,
             description=_description(model, datasets, unlabelled, config)
-            | ({} if keep is None else {"keep": {"words": keep[0].names, "weight": keep[1]}}),
+            | ({} if keep is None else {"keep": {"words": keep[0].names, "weight": keep[1]}})
+            | ({} if teacher is None or not teacher.thresholds else {"thresholds": teacher.thresholds}),
             validate=validate,
             best_by=best_by,
             loggers=loggers,

@@ -6,7 +6,7 @@ model of any one step. Only the trained parts differ; the frozen encoder is one 
 Letters: B batch, K words, Q queries, H W image, h w the pseudo-labels' grid.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,9 +32,14 @@ _TINY = 1e-30
 class MeanTeacher:
     """The moving average of a model's trained parameters, which labels images (a `Follower` of the training)."""
 
-    def __init__(self, model: SAN, config: SelfTrainingConfig) -> None:
-        """Begin as a copy of `model`, on its device."""
+    def __init__(self, model: SAN, config: SelfTrainingConfig, thresholds: Sequence[float] = ()) -> None:
+        """Begin as a copy of `model`, on its device.
+
+        `thresholds`: the confidence that each of the K words needs, in place of the one of `config`; only where all
+        images without labels have the same words.
+        """
         self.config = config
+        self.thresholds = tuple(thresholds)
         self.model = model.snapshot()
         self.step = 0
         own = dict(self.model.named_parameters())
@@ -101,7 +106,8 @@ class MeanTeacher:
     def _label_map(self, probabilities: Tensor, masks: Tensor, inside: Tensor) -> np.ndarray:
         """Return [h, w] int16 labels of a crop: probabilities [K, Q], masks [Q, h, w], inside [h, w]."""
         confidence, labels = confident_words((probabilities @ masks.flatten(1)), self.config)
-        sure = (confidence >= self.config.confidence) & inside.flatten()
+        needed = torch.tensor(self.thresholds or [self.config.confidence] * len(probabilities), device=labels.device)
+        sure = (confidence >= needed[labels]) & inside.flatten()
         pixels = labels[sure].bincount(minlength=len(probabilities))
         sure &= (pixels >= LEAST_PIXELS)[labels]
         found = labels.masked_fill(~sure, UNLABELLED)

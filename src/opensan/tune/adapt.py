@@ -5,8 +5,8 @@ is kept by old labelled images among the new ones, or else by a loss that holds 
 
 Whether it gets better cannot be seen without labels. What can be seen is agreement: the share of pixels that keep
 their word when an image is mirrored or made smaller (`opensan.tune.suggest`). The teacher with the best agreement is
-taken, and training ends when that rises no more. A teacher with which a word loses nearly all of its pixels is never
-taken, because one word for everything agrees best.
+taken, and training ends when that rises no more. A teacher with which a word loses half of its pixels is never taken,
+because one word for everything agrees best.
 """
 
 import json
@@ -55,8 +55,8 @@ from opensan.vocabulary import Vocabulary, Word
 CALIBRATED_CONFIDENCE = 0.8
 """Confidence that the teacher needs where a calibration makes it a probability."""
 
-GONE = 0.1
-"""A word that has less than this share of its former pixels has vanished."""
+KEPT_PIXELS = 0.5
+"""A word that has less than this share of its former pixels has given them up to others."""
 
 SCALES = (0.75, 0.875, 1.0, 1.125, 1.25)
 """Factors of the model's short side in training."""
@@ -78,7 +78,7 @@ class AdaptSettings:
     learning_rate: float = 2e-5
     confidence: float | None = None
     """The teacher's labels count where its confidence is so high, in [0, 1]; None: 0.8 with a calibration, else what
-    half of the folder's pixels reach."""
+    half of the pixels of each word reach, as the model labels the folder before."""
     keep: float = 1.0
     """Weight of the loss that keeps the answers for other words, where there are no old images; 0: none."""
     score_every: int = 20
@@ -99,10 +99,10 @@ class Score:
     areas: np.ndarray
     """[K] pixels of each word, of those compared."""
 
-    def vanished(self, before: "Score") -> list[int]:
-        """Return the words, by index, that had pixels before and have hardly any now."""
+    def losers(self, before: "Score") -> list[int]:
+        """Return the words, by index, that had pixels before and have given up half of them."""
         had = before.areas >= LEAST * before.areas.sum()
-        return np.flatnonzero(had & (self.areas < GONE * before.areas)).tolist()
+        return np.flatnonzero(had & (self.areas < KEPT_PIXELS * before.areas)).tolist()
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Adaptation:
     after: float
     """The best agreement of the training."""
     confidence: float
-    """Confidence from which pseudo-labels counted."""
+    """Confidence from which pseudo-labels counted; where each word has its own, the mean over words."""
     check_before: Checked | None = None
     check_after: Checked | None = None
     folder: Path | None = None
@@ -204,14 +204,14 @@ def adapt(
         segmenter.calibrate(calibration[1])
     say("measuring the model as it is")
     before = score(segmenter, some, words)
-    self_training = _self_training(segmenter, some, words, settings)
+    self_training, thresholds = _self_training(segmenter, some, words, settings)
     first = None if held_out is None else _measure(held_out, segmenter, str(model), out / "check" / "before", words)
-    teacher = MeanTeacher(start.to(chosen), self_training)
+    teacher = MeanTeacher(start.to(chosen), self_training, thresholds)
 
     def validate(_step: int) -> Mapping[str, float]:
         now = score(SanSegmenter(teacher.model, device=chosen), some, words)
-        gone = now.vanished(before)
-        return {"score": -1.0 if gone else now.agreement, "agreement": now.agreement, "vanished": float(len(gone))}
+        losers = now.losers(before)
+        return {"score": -1.0 if losers else now.agreement, "agreement": now.agreement, "losers": float(len(losers))}
 
     keep = None if old or not settings.keep else (_other_words(segmenter, words), settings.keep)
     result = train_san(
@@ -315,20 +315,29 @@ def _some(images: UnlabelledFolder, count: int) -> list[np.ndarray]:
 
 def _self_training(
     segmenter: SanSegmenter, images: Sequence[np.ndarray], words: Vocabulary, settings: AdaptSettings
-) -> SelfTrainingConfig:
-    """Return the teacher's settings: with the model's calibration, or else by what its answers here are like."""
-    config = _with_temperatures(SelfTrainingConfig(confidence=0.0, decay=0.95), segmenter.calibration)
+) -> tuple[SelfTrainingConfig, list[float]]:
+    """Return the teacher's settings, and a threshold for each word where shares of scores are no probabilities.
+
+    A single threshold would leave labels to the words with the highest scores alone, and these would take all pixels in
+    the end (Zou et al., "Class-balanced self-training", ECCV 2018). A word that has no pixels needs the mean of the
+    others.
+    """
+    config = _with_temperatures(SelfTrainingConfig(decay=0.95), segmenter.calibration)
     confidence = settings.confidence
     if confidence is None and segmenter.calibration is not None:
         confidence = CALIBRATED_CONFIDENCE
-    if confidence is None:
-        shares = []
-        for image in images:
-            encoding, masks = see(segmenter, image).views[0]
-            scores = masks @ to_array(segmenter.class_probabilities(encoding, words))
-            shares.append(confident_words(torch.from_numpy(scores.T.copy()), config)[0].numpy())
-        confidence = round(float(np.median(np.concatenate(shares))), 3)
-    return config.model_copy(update={"confidence": confidence})
+    if confidence is not None:
+        return config.model_copy(update={"confidence": confidence}), []
+    found = []
+    for image in images:
+        encoding, masks = see(segmenter, image).views[0]
+        scores = masks @ to_array(segmenter.class_probabilities(encoding, words))
+        found.append(confident_words(torch.from_numpy(scores.T.copy()), config))
+    shares, labels = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+    medians = {int(word): float(np.median(shares[labels == word])) for word in np.unique(labels)}
+    mean = float(np.mean(list(medians.values())))
+    thresholds = [round(medians.get(word, mean), 3) for word in range(len(words.words))]
+    return config.model_copy(update={"confidence": round(mean, 3)}), thresholds
 
 
 def _with_temperatures(config: SelfTrainingConfig, calibration: Calibration | None) -> SelfTrainingConfig:
