@@ -4,6 +4,7 @@ A `BucketPath` is a path as any other where files are read; nothing is written t
 packages of most stores are extras.
 """
 
+import errno
 import io
 import os
 import re
@@ -86,13 +87,25 @@ class BucketPath(type(Path())):  # type: ignore[misc]  # PosixPath or WindowsPat
         with _as_os_errors(self):
             return bool(store.isfile(key))
 
-    def open(self, mode: str = "rb", *_: Any, **__: Any) -> IO[Any]:
-        """Return the file's content, fetched whole. Raises OSError for another mode than "rb"."""
-        if mode != "rb":
-            raise OSError(f"nothing is written to {self}")
+    def open(
+        self,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> IO[Any]:
+        """Return the file's content, fetched whole. Raises OSError for a mode that writes."""
+        if mode not in ("r", "rb"):
+            raise OSError(errno.EROFS, f"nothing is written to {self}")
+        content = io.BytesIO(self.part(0, None))
+        return content if mode == "rb" else io.TextIOWrapper(content, encoding or "utf-8", errors, newline)
+
+    def part(self, start: int, size: int | None) -> bytes:
+        """Return some bytes of the file, from `start`; all that follow if `size` is None."""
         store, key = self._store()
         with _as_os_errors(self):
-            return io.BytesIO(store.cat_file(key))
+            return bytes(store.cat_file(key, start=start, end=None if size is None else start + size))
 
     def below(self) -> list["BucketPath"]:
         """Return all files in the folder and below it, sorted."""
@@ -135,14 +148,14 @@ def _as_os_errors(path: BucketPath) -> Iterator[None]:
     except OSError as error:
         raise _with_reason(error) from error
     except Exception as error:  # each store has its own kinds, as for a server that can't be reached
-        raise OSError(reason(error)) from error
+        raise OSError(errno.EIO, reason(error)) from error
 
 
 def _with_reason(error: OSError) -> OSError:
     """Return an OSError whose message says what is wrong: fsspec's often have the path alone."""
     kinds = {FileNotFoundError: "there is no such file or bucket", PermissionError: "permission denied"}
     said = next((text for kind, text in kinds.items() if isinstance(error, kind)), reason(error))
-    return type(error)(error.errno or 0, said) if isinstance(error, tuple(kinds)) else OSError(said)
+    return type(error)(error.errno or errno.EIO, said) if isinstance(error, tuple(kinds)) else OSError(errno.EIO, said)
 
 
 def bucket_path(path: str | os.PathLike[str]) -> Path | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from opensan.buckets import bucket_path
 from opensan.errors import UserError, short
 from opensan.files import ASSETS
 from opensan.word_lists import (
@@ -229,7 +230,7 @@ class Vocabulary:
         Raises:
             ValueError: one line naming the file and the place.
         """
-        path = Path(path)
+        path = bucket_path(path) or Path(path)
         try:
             spec, places = read_words(path)
             if places is not None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from opensan.cli.terminal import (
     output_console,
     print_json,
     progress_bar,
+    progress_of_steps,
 )
 from opensan.errors import UserError
 
@@ -303,3 +305,61 @@ def check(
     problems = len(check.problems)
     print(f"{folder}: {problems:,} problem{'s' if problems > 1 else ''}")
     raise typer.Exit(1)
+
+
+@data.command(cls=Command)
+def shards(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="A prepared folder; or one of tar files and classes.txt.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="A folder for a prepared set's shards.", show_default=False),
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="A list of images, or what tar files are called by; may be given again.", show_default=False),
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, metavar="MIB", help="Size of a shard, at most.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Write a prepared set as shards, from which a bucket feeds a training on many machines.
+
+    Shards are tar files in WebDataset's form, with lists of where each image lies. A stopped run continues with the
+    same command. Without --out, the tar files of another program in DIR are listed (SPLIT-*.tar; default split: train).
+    """
+    from opensan.data.shards import adopt_shards, write_shards
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    told: dict[str, dict[str, int]] = {}
+    problems: list[str] = []
+    lists = sorted(path.stem for path in folder.glob("*.txt") if path.name != "classes.txt")
+    for name in split or (["train"] if out is None else lists):
+        if out is None:
+            tars = list(folder.glob(f"{name}*.tar"))
+            if not tars:
+                raise UserError(f"{folder}: has no {name}*.tar to list; --out writes the shards of a prepared folder")
+            made, left_out = adopt_shards(folder, name, tars)
+        else:
+            with progress_of_steps() as show:
+                made, left_out = write_shards(
+                    folder, name, out, most_bytes=size << 20, progress=partial(show, f"writing {name}")
+                )
+        problems += left_out
+        told[name] = {"shards": len(made), "images": sum(shard.samples for shard in made)}
+        told[name]["bytes"] = sum(shard.size for shard in made)
+        if not as_json:
+            counts = told[name]
+            print(f"{name:<12} {counts['images']:>9,} images in {counts['shards']:,} shards, {counts['bytes']:,} bytes")
+    if as_json:
+        print_json({"folder": str(out or folder), "splits": told, "left_out": problems})
+    else:
+        _complain_of(problems)
+    if problems:
+        raise typer.Exit(1)

@@ -4,7 +4,7 @@ Letters: H W image.
 """
 
 from pathlib import Path
-from typing import Protocol, TypeGuard
+from typing import IO, Protocol, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -54,10 +54,13 @@ def is_object(values: np.ndarray) -> np.ndarray:
     return values >= _CLASSES
 
 
-def read_objects(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Read a map of objects, [H, W] int32. Raises UserError, one line, on another kind of file or another size."""
+def read_objects(path: Path, size: tuple[int, int], file: IO[bytes] | None = None) -> np.ndarray:
+    """Read a map of objects, [H, W] int32; from `file`, where `path` is but its name.
+
+    Raises UserError, one line, on another kind of file or another size.
+    """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path if file is None else file) as picture:
             if picture.mode not in ("I;16", "I", "L"):
                 raise UserError(f"{path}: objects are numbered in a PNG of 8 or 16 bits, not of mode {picture.mode}")
             objects = np.asarray(picture).astype(np.int32)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -46,14 +47,7 @@ class SegmentationFolder:
         """
         self.root = Path(root)
         self.split = split
-        classes = read_class_list(_existing(self.root / "classes.txt"))
-        full = classes.vocabulary
-        kept = [word for word in full.words if word.name not in ignored]
-        if unknown := set(ignored) - set(full.names):
-            raise UserError(f"{self.root / 'classes.txt'}: has no class {', '.join(sorted(unknown))} to ignore")
-        self.vocabulary = Vocabulary(tuple(kept), full.templates)
-        index_of = {word.name: index for index, word in enumerate(self.vocabulary.words)}
-        self._label_of_value = label_table(classes.values, [index_of.get(word.name, UNLABELLED) for word in full.words])
+        self.vocabulary, self._label_of_value = read_classes(_existing(self.root / "classes.txt"), ignored)
         self._files = self._listed_files()
 
     def _listed_files(self) -> list[tuple[Path, Path]]:
@@ -104,6 +98,20 @@ class SegmentationFolder:
         return read_objects(self.root / FOLDER / label.name, self.size(index))
 
 
+def read_classes(path: Path, ignored: Sequence[str] = ()) -> tuple[Vocabulary, np.ndarray]:
+    """Return the classes that classes.txt lists but for the `ignored` ones, and the label of each pixel value, [K].
+
+    Raises UserError, one line, if the file can't be read, or has no such class to ignore.
+    """
+    classes = read_class_list(path)
+    full = classes.vocabulary
+    if unknown := set(ignored) - set(full.names):
+        raise UserError(f"{path}: has no class {', '.join(sorted(unknown))} to ignore")
+    vocabulary = Vocabulary(tuple(word for word in full.words if word.name not in ignored), full.templates)
+    index_of = {word.name: index for index, word in enumerate(vocabulary.words)}
+    return vocabulary, label_table(classes.values, [index_of.get(word.name, UNLABELLED) for word in full.words])
+
+
 def label_table(values: Sequence[int], labels: Sequence[int]) -> np.ndarray:
     """Return [K] int16: each pixel value's label up to the largest of `values`; `_NO_CLASS` for values in between."""
     table = np.full(max(values) + 1, _NO_CLASS, dtype=np.int16)
@@ -135,27 +143,36 @@ def read_labelled(image_path: Path, label_path: Path, label_of_value: np.ndarray
     `label_of_value` [K] int16 has the label of each value below K, as `label_table` makes it. Raises ValueError, one
     line, naming the file.
     """
-    image = open_image(image_path)
-    labels = _read_labels(label_path, label_of_value)
+    return image_and_labels(open_image(image_path), label_path, str(label_path), label_of_value)
+
+
+def image_and_labels(
+    image: np.ndarray, labels_file: Path | IO[bytes], labels_name: str, label_of_value: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return an image [H, W, 3] with the labels of a file, [H, W] int16; the name is for messages.
+
+    Raises UserError, one line, if the labels can't be read or have another size.
+    """
+    labels = _read_labels(labels_file, labels_name, label_of_value)
     if labels.shape != image.shape[:2]:
         raise UserError(
-            f"{label_path}: is {labels.shape[1]}x{labels.shape[0]}, "
+            f"{labels_name}: is {labels.shape[1]}x{labels.shape[0]}, "
             f"its image {image.shape[1]}x{image.shape[0]} (width x height)"
         )
     return image, labels
 
 
-def _read_labels(path: Path, label_of_value: np.ndarray) -> np.ndarray:
-    """Read the label map at `path`, [H, W] int16."""
-    pixels = _read_index_png(path)
+def _read_labels(file: Path | IO[bytes], name: str, label_of_value: np.ndarray) -> np.ndarray:
+    """Read a label map, [H, W] int16."""
+    pixels = _read_index_png(file, name)
     ways = {"stored": pixels.stored, "shown": pixels.grey if pixels.differs else None}
     read = {
-        name: partial(_labels_of, values, path, label_of_value) for name, values in ways.items() if values is not None
+        way: partial(_labels_of, values, name, label_of_value) for way, values in ways.items() if values is not None
     }
-    return one_reading(pixels, str(path), read, "save it as 8 or 16-bit grey with the classes' numbers")
+    return one_reading(pixels, name, read, "save it as 8 or 16-bit grey with the classes' numbers")
 
 
-def _labels_of(values: np.ndarray, path: Path, label_of_value: np.ndarray) -> np.ndarray:
+def _labels_of(values: np.ndarray, name: str, label_of_value: np.ndarray) -> np.ndarray:
     ignore = int(np.iinfo(values.dtype).max)
     table = np.full(ignore + 1, _NO_CLASS, dtype=np.int16)
     known = label_of_value[: ignore + 1]
@@ -166,20 +183,20 @@ def _labels_of(values: np.ndarray, path: Path, label_of_value: np.ndarray) -> np
     if wrong.any():
         classes = np.count_nonzero(label_of_value != _NO_CLASS)
         raise UserError(
-            f"{path}: holds the value {values[wrong][0]}; classes.txt has {classes} classes, {ignore} is unlabelled"
+            f"{name}: holds the value {values[wrong][0]}; classes.txt has {classes} classes, {ignore} is unlabelled"
         )
     return table[values]
 
 
-def _read_index_png(path: Path) -> Pixels:
+def _read_index_png(source: Path | IO[bytes], name: str) -> Pixels:
     """Read the pixels of an index PNG. Raises UserError on any other kind of image."""
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             if file.mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
-                raise UserError(f"{path}: an image of mode {file.mode}, not an index PNG of 8 or 16 bits")
+                raise UserError(f"{name}: an image of mode {file.mode}, not an index PNG of 8 or 16 bits")
             return read_pixels(file)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable label PNG ({error})") from None
+        raise UserError(f"{name}: not a readable label PNG ({error})") from None
 
 
 def _existing(path: Path) -> Path:

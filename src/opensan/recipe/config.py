@@ -31,7 +31,7 @@ class DataConfig(Config):
     """One split of a prepared data set."""
 
     folder: Path
-    """images/, labels/, classes.txt and lists of images."""
+    """images/, labels/, classes.txt and lists of images; or shards, also in a bucket: s3://bucket/coco."""
     split: str = "train"
     """The name of a list, without .txt."""
     ignored: tuple[str, ...] = ()

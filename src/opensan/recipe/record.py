@@ -9,6 +9,7 @@ from opensan import __version__
 from opensan.checkpoints.card import RECORD_NAME
 from opensan.data.canonical import read_manifest
 from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.data.shards import ShardedSet
 from opensan.data.unlabelled import UnlabelledFolder
 from opensan.errors import UserError
 from opensan.files import json_text, write_text
@@ -24,9 +25,9 @@ def write_record(
     model: SAN,
     recipe: RecipeConfig,
     step: int,
-    data: Sequence[tuple[SegmentationFolder, float]],
+    data: Sequence[tuple[SegmentationFolder | ShardedSet, float]],
     unlabelled: Sequence[tuple[UnlabelledFolder, float]],
-    held_out: SegmentationFolder | None,
+    held_out: SegmentationFolder | ShardedSet | None,
 ) -> None:
     """Write the record to the folder of the saved `model`, the weights after `step`.
 
@@ -56,7 +57,7 @@ def write_record(
     write_text(recipe.out / "model" / RECORD_NAME, json_text(record) + "\n")
 
 
-def _facts(folder: SegmentationFolder) -> dict[str, Any]:
+def _facts(folder: SegmentationFolder | ShardedSet) -> dict[str, Any]:
     try:
         manifest = read_manifest(folder.root)
     except UserError:  # the training did not need it

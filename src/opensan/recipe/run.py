@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
+from opensan.buckets import BucketPath, bucket_path
 from opensan.checkpoints import load_model, preset_config, save_folder
 from opensan.checkpoints.clip_weights import san_around_clip
 from opensan.config import CONFIG_NAME, ModelConfig, read_config
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.prepare.own_images import NO_SPLIT
 from opensan.data.segmentation_folder import SegmentationFolder
+from opensan.data.shards import INDEX, ShardedSet, is_sharded
 from opensan.data.unlabelled import UnlabelledFolder
 from opensan.devices import checked_device
 from opensan.distributed import is_main, on_main, process_group
@@ -88,14 +90,24 @@ def _device(name: str) -> torch.device:
 def with_a_list(config: TrainingDataConfig) -> TrainingDataConfig:
     """Return the training set with the list `all` where that is its only list, as in sets prepared without lists."""
     folder = config.folder.expanduser()
+    if is_sharded(bucket_path(folder) or folder, config.split):
+        return config
     if (folder / f"{config.split}.txt").exists() or not (folder / f"{NO_SPLIT}.txt").exists():
         return config
     warnings.warn(f"{folder}: has no list {config.split}.txt: training on all images, {NO_SPLIT}.txt", stacklevel=2)
     return config.model_copy(update={"split": NO_SPLIT})
 
 
-def open_data(config: DataConfig) -> SegmentationFolder:
-    """Open the split that `config` names. Raises UserError if it does not exist or is empty."""
+def open_data(config: DataConfig) -> SegmentationFolder | ShardedSet:
+    """Open the split that `config` names, a folder or shards. Raises UserError if it does not exist or is empty."""
+    root = bucket_path(config.folder) or config.folder.expanduser()
+    if is_sharded(root, config.split):
+        shards = ShardedSet(root, config.split, ignored=config.ignored)
+        if len(shards) == 0:
+            raise UserError(f"{root}: the shards of {config.split} are empty")
+        return shards
+    if isinstance(root, BucketPath):
+        raise UserError(f"{root}: has no {config.split}{INDEX}; `opensan data shards` makes shards for a bucket")
     folder = SegmentationFolder(config.folder.expanduser(), config.split, ignored=config.ignored)
     if len(folder) == 0:
         raise UserError(f"{config.folder / config.split}.txt: lists no image that exists")
@@ -184,9 +196,9 @@ def _panel(predict: Predictor, held_out: SegmentationDataset, count: int) -> dic
 def _save_model(
     model: SAN,
     recipe: RecipeConfig,
-    data: Sequence[tuple[SegmentationFolder, float]],
+    data: Sequence[tuple[SegmentationFolder | ShardedSet, float]],
     unlabelled: Sequence[tuple[UnlabelledFolder, float]],
-    held_out: SegmentationFolder | None,
+    held_out: SegmentationFolder | ShardedSet | None,
 ) -> SavedModel:
     """Write the best model of the run if validations marked one, else the last, and how it was trained."""
     step = recipe.loop.steps
