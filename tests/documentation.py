@@ -35,6 +35,8 @@ NOT_RUN = {
     r"docker .*": "needs Docker",
     r"pytest .*": "runs with the other tests",
     r"opensan .*--on ray.*": "needs Ray: tests/test_on_ray.py",
+    r"opensan .*(?:s3|gs)://.*": "needs a bucket: tests/test_buckets.py, tests/test_shards.py",
+    r"opensan segment @list\.parquet .*": "needs a list: tests/test_buckets.py",
     r"torchrun .*": "starts processes: tests/test_trainer_parallel.py and tests/test_evaluate.py have several",
     r"python bench/.*": "takes minutes",
     r"python -m opensan\.lab\..*": "takes hours",
