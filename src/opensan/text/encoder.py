@@ -6,17 +6,20 @@ Letters: R text rows, P prompts, L tokens, D embedding.
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from opensan.assemble.bands import first_equal
 from opensan.config import TOKENIZER_NAME
 from opensan.errors import UserError
 from opensan.model.identity import text_identity
 from opensan.model.mapped import forgetting, keep
+from opensan.model.transformer import Block
 from opensan.structures import PromptTree, TextClassifier
 from opensan.text.rows import NODES_ON_CPU, ROWS_IN_MEMORY, Recent, TextRows, Tower, padded, tokenize
 from opensan.text.tokenizer import FileTokenizer, clip_tokenizer
@@ -98,10 +101,8 @@ class TextEncoder(TextRows):
     ) -> TextClassifier:
         # The rows outlive the caller's mode: they must serve training after inference, and inference after training.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            rows = self.rows(vocabulary, progress=progress)
-            forget = forgetting() if self._sole else keep
-            for _, parameter in self._parameters():
-                forget(parameter.data)
+            with self._leaving_memory():
+                rows = self.rows(vocabulary, progress=progress)
             first = first_equal(rows)
             all_differ = np.array_equal(first, np.arange(len(rows)))
             return TextClassifier(
@@ -110,6 +111,32 @@ class TextEncoder(TextRows):
                 len(vocabulary.words),
                 None if all_differ else torch.from_numpy(first).to(device),
             )
+
+    @contextmanager
+    def _leaving_memory(self) -> Iterator[None]:
+        """Have each of the tower's blocks leave memory when it was computed, and the rest of the tower at the end."""
+        if not self._sole:
+            yield
+            return
+        forget = forgetting()
+
+        def forget_block(block: nn.Module, *_: object) -> None:
+            for parameter in block.parameters():
+                forget(parameter.data)
+
+        clip = self._model.clip
+        hooks = [
+            module.register_forward_hook(forget_block)
+            for name, module in clip.named_modules()
+            if isinstance(module, Block) and clip.is_text(f"{name}.weight")
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for _, parameter in self._parameters():
+                forget(parameter.data)
 
     @property
     def most_nodes(self) -> int:
