@@ -1,6 +1,7 @@
 """How many labels does each precision keep where words win by almost nothing? And which part in bfloat16 loses them?
 
-    python bench/hard_labels.py [--model san-vit-b16] [--words 171] [--draws 24] [--images 7] [--parts] [--json FILE]
+    python bench/hard_labels.py [--model san-vit-b16] [--words 171] [--draws 24] [--images 7] [--parts] [--curve]
+                                [--json FILE]
 
 The measure, chosen to be hard. Weights are filled by the rule of the recorded goldens, so proposals hardly differ. The
 packaged scenes and photographs are resized to 640x640. Text rows are random unit vectors in the directions in which an
@@ -9,7 +10,9 @@ kept. Labels are compared at 160x160 points. An image is then cut in regions who
 change of the embeddings turns whole regions, so what counts is the mean of many draws, not one of them.
 
 `--parts` computes one part at a time in bfloat16 and all else exactly. Blocks are computed as at `speed="fastest"`; for
-parts that no speed narrows, weights, inputs and outputs are rounded.
+parts that no speed narrows, weights, inputs and outputs are rounded. `--curve` narrows more and more blocks instead,
+from the last of CLIP's to all of both networks', and so shows what labels cost. Seconds are those of a processor for
+the image half of an image, the median of the images'; use one thread.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from opensan.model import SAN
 from opensan.parity.golden import golden_model
 from opensan.segmenters.image_half import narrow_blocks, narrow_matrices
 from opensan.structures import ImageSizes, Proposals, TextClassifier
+from segment import seconds
 
 ASSETS = Path(opensan.__file__).parent / "assets"
 MANY = 8
@@ -80,15 +84,19 @@ class HardMeasure:
                 if kept == draws_an_image or tried == 20 * draws_an_image:
                     break
 
-    def kept(self, change: Change) -> list[float]:
-        """Shares of labels that stay when `change` has been done to a copy of the model: one a draw."""
+    def kept(self, change: Change) -> tuple[list[float], float]:
+        """Shares of labels that stay when `change` was done to a copy of the model, one a draw; and its seconds."""
         changed = copy.deepcopy(self.model)
         change(changed)
-        proposals = [changed.propose(pixels) for pixels in self.pixels]
-        return [
+        changed.propose(self.pixels[0])
+        proposals, taken = [], []
+        for pixels in self.pixels:
+            taken.append(seconds(lambda pixels=pixels: proposals.append(changed.propose(pixels)), "processor"))
+        shares = [
             float((labels(changed, proposals[image], rows, sizes) == exact).float().mean())
             for image, rows, sizes, exact in self.cases
         ]
+        return shares, float(np.median(taken))
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -182,6 +190,19 @@ def speeds(model: SAN) -> dict[str, Change]:
     }
 
 
+def curve(model: SAN) -> dict[str, Change]:
+    """Ever more blocks in bfloat16: CLIP's last ones, all of CLIP's, and of the side network's, the last first."""
+    clip, side = len(model.clip.blocks()), len(model.side_adapter.blocks)
+    steps: dict[str, Change] = {"nothing": lambda m: None}
+    for last in (1, 2, clip // 4, clip // 2, 3 * clip // 4, clip):
+        steps[f"CLIP's last {last} blocks"] = blocks(lambda m, n=last: m.clip.blocks()[-n:])
+    for last in (side // 4, side // 2, side):
+        steps[f"CLIP's, and the side network's last {last} blocks"] = blocks(
+            lambda m, n=last: [*m.clip.blocks(), *m.side_adapter.blocks[-n:]]
+        )
+    return steps
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -190,6 +211,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=24, help="of each image")
     parser.add_argument("--images", type=int, default=7, help="so many of the packaged ones")
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--curve", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -197,12 +219,16 @@ def main() -> None:
     measure = HardMeasure(golden_model(PRESETS[options.model].config), options.words, options.draws, options.images)
     winning = np.mean([len(found.unique()) for *_, found in measure.cases])
     print(f"{options.model}, {options.words} words, {len(measure.cases)} draws; {winning:.1f} words win on average\n")
-    print("| in bfloat16 | labels kept, mean | half of the draws keep | worst draw |")
-    print("|---|---|---|---|")
+    print("| in bfloat16 | image half, s | labels kept, mean | half of the draws keep | worst draw |")
+    print("|---|---|---|---|---|", flush=True)
     results = {}
-    for name, change in {**speeds(measure.model), **(parts(measure.model) if options.parts else {})}.items():
-        results[name] = kept = measure.kept(change)
-        print(f"| {name} | {np.mean(kept):.2%} | {np.median(kept):.2%} | {np.min(kept):.2%} |", flush=True)
+    changes = {**speeds(measure.model), **(parts(measure.model) if options.parts else {})}
+    for name, change in (curve(measure.model) if options.curve else changes).items():
+        kept, taken = measure.kept(change)
+        results[name] = {"kept": kept, "seconds": taken}
+        print(
+            f"| {name} | {taken:.3f} | {np.mean(kept):.2%} | {np.median(kept):.2%} | {np.min(kept):.2%} |", flush=True
+        )
     if options.json:
         options.json.write_text(json.dumps({"model": options.model, "words": options.words, "kept": results}, indent=2))
 
