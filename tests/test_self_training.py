@@ -148,6 +148,16 @@ def test_it_labels_where_it_is_sure_and_never_padding(small_model):
     assert (of_words[of_words >= 0] == everywhere[of_words >= 0]).all()
 
 
+def test_specks_are_left_out(fresh_model):
+    teacher = MeanTeacher(fresh_model().train(), SelfTrainingConfig(confidence=0.5))
+    for pixels in (LEAST_PIXELS - 1, LEAST_PIXELS):
+        masks = torch.zeros(2, 6, 8)
+        masks[1].flatten()[:pixels] = 1
+        masks[0] = 1 - masks[1]
+        labels = teacher._label_map(torch.eye(2), masks, torch.ones(6, 8, dtype=torch.bool))
+        assert (labels == 1).sum() == (pixels if pixels >= LEAST_PIXELS else 0) and (labels == 0).sum() == 48 - pixels
+
+
 # What counts in the losses
 
 
