@@ -38,9 +38,10 @@ OVERLAY = """() => document.querySelector("#overlay-a").toDataURL()"""
 class Service:
     """`opensan ui` in a process of its own."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *more: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "opensan", "ui", "--model", "tiny", "--no-open", "--port", str(port)]
+        own = ["--model", "tiny", "--no-open", "--port", str(port)]
+        self._command = [sys.executable, "-m", "opensan", "ui", *own, *more]
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:

@@ -114,6 +114,12 @@ def test_where_few_digits_are_left_the_whole_softmax_decides(scenes, monkeypatch
     assert set(scores(scenes.search("grass")).values()) == {0}
 
 
+def test_a_model_that_needs_more_than_vectors_is_refused_before_the_work(tmp_path):
+    with pytest.raises(UserError, match="an index keeps a vector of each proposal, and two-stage:tiny needs more"):
+        opensan.Index(tmp_path / "index", "two-stage:tiny").add(SCENES)
+    assert not (tmp_path / "index").exists()
+
+
 def test_the_logarithm_of_a_sum_bears_large_and_missing_numbers():
     logits = np.array([[1000.0, 1000.0], [-1000.0, -np.inf]], np.float32)
     assert log_sum(logits) == pytest.approx([1000 + np.log(2), -1000])
@@ -165,6 +171,32 @@ def test_contrasts_of_other_words_are_not_used(scenes, tmp_path, monkeypatch):
     assert found == pytest.approx(expected, abs=1e-4)
     index.compact()
     assert max(scores(index.search("green heart")).values()) < 1e-9  # now those are
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"images": "x"},
+        {"width": "x"},
+        {"width": -1},
+        {"next_id": None},
+        {"proposals": True},
+        {"source": 7},
+        {"contrast": 5},
+        {"exact": "yes"},
+        {"versions": {}},
+        {"versions": {"images": "x", "proposals": 1}},
+        {"surplus": 1},
+    ],
+)
+def test_a_head_with_wrong_values_is_one_line(scenes, tmp_path, wrong):
+    data = json.loads((scenes.folder / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(data))
+    assert Head.read(tmp_path) == Head.read(scenes.folder)
+    (tmp_path / "index.json").write_text(json.dumps(data | wrong))
+    with pytest.raises(UserError, match=r"index.json: damaged \(.*\); copy the index from a backup") as caught:
+        Head.read(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_mask_in_an_index_is_one_line(scenes, tmp_path):

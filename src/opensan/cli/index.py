@@ -200,9 +200,12 @@ def search(
 ) -> None:
     """Find the images of an index that show a word, with the matching regions."""
     from opensan.index.collection import Index
+    from opensan.outputs import check_writable
 
     if out is not None and out.suffix.lower() not in (".html", ".json"):
         raise UsageError(f"--out {out}: write to a name that ends in .html, .json or .coco.json")
+    if out is not None:
+        check_writable(out.parent)
     collection = Index(folder, model, device=device)
     answer = collection.search(
         words,

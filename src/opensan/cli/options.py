@@ -43,6 +43,15 @@ _model_option = typer.Option(
 Model = Annotated[str, _model_option]
 ModelOnDisk = Annotated[str | None, _model_option]
 """None: the official weights if they are on disk, else `photo`."""
+SearchedIndex = Annotated[
+    Path | None,
+    typer.Option(
+        "--index",
+        metavar="DIR",
+        help="An index made by the same model (opensan index add), whose images can be searched.",
+        show_default=False,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(help="auto (cuda where it works, else cpu), cpu, cuda, cuda:1, mps.", rich_help_panel=MODEL),

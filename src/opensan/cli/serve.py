@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from opensan.cli.many_machines import Address, On, PerGpu, Workers, check_engine, loading_of
-from opensan.cli.options import Calibrated, Device, Model, SpeedChoice
+from opensan.cli.options import Calibrated, Device, Model, SearchedIndex, SpeedChoice
 from opensan.cli.terminal import UsageError, complain, note
 from opensan.errors import UserError, install
 
@@ -56,6 +56,7 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds within which a request must be answered.")] = 30.0,
     keep: Annotated[int, typer.Option(min=1, help="Encodings kept.")] = 64,
     keep_seconds: Annotated[float, typer.Option(min=1, help="Seconds to keep an encoding after its last use.")] = 900,
+    index: SearchedIndex = None,
     on: On = None,
     workers: Workers = None,
     per_gpu: PerGpu = 1,
@@ -68,6 +69,8 @@ def serve(
     check_engine(on, workers, address, per_gpu, {})
     if token == "":
         raise UsageError("--token is empty: leave it out to admit everybody")
+    if on is not None and index is not None:
+        raise UsageError("--index is searched by one process: leave out --on")
     require_serve_extra()
     from opensan.serve import ServiceLimits
 
@@ -100,7 +103,15 @@ def serve(
     segmenter = load(
         model, device=device, speed=speed, max_pixels=max_pixels, text_cache=False, calibration=calibration
     )
-    app = create_app(segmenter, limits=limits, token=token, batch=batch, hosts=allow_host or None, label_studio=images)
+    app = create_app(
+        segmenter,
+        limits=limits,
+        token=token,
+        batch=batch,
+        hosts=allow_host or None,
+        label_studio=images,
+        index=index,
+    )
     signal_number = run(app, listener, started=lambda url: complain(f"serving {segmenter.identity} at {url}"))
     if signal_number == signal.SIGINT:
         raise KeyboardInterrupt

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from opensan.cli.options import Device, ModelOnDisk, SpeedChoice
+from opensan.cli.options import Device, ModelOnDisk, SearchedIndex, SpeedChoice
 from opensan.cli.serve import require_serve_extra
 from opensan.cli.terminal import note
 
@@ -21,14 +21,16 @@ def ui(
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in your browser.")] = True,
     device: Device = "auto",
     speed: SpeedChoice = "exact",
+    index: SearchedIndex = None,
 ) -> None:
     """Open a page where words act at once: an image is encoded once, and every keystroke updates the labels.
 
-    Without --model it takes the official weights if they are on disk, else photo. It listens on this machine only.
-    Ctrl-C ends it.
+    Without --model it takes the model of --index, else the official weights if they are on disk, else photo. It listens
+    on this machine only. Ctrl-C ends it.
     """
     require_serve_extra()
     from opensan.checkpoints.hub import BUNDLED, model_on_disk
+    from opensan.index.collection import model_of
     from opensan.segmenters.load import load
     from opensan.serve import ServiceLimits, create_app
     from opensan.serve.server import bind, run
@@ -39,7 +41,7 @@ def ui(
             Thread(target=webbrowser.open, args=(url,), daemon=True).start()  # some browsers return only when they end
 
     listener = bind(HOST, port)
-    model = model or model_on_disk()
+    model = model or (model_of(index) if index else None) or model_on_disk()
     note(f"loading {model}")
     limits = ServiceLimits()
     # Every half-typed word is embedded, which would fill a disk cache.
@@ -47,6 +49,6 @@ def ui(
     segmenter = load(model, **settings)
     # A web page under another name that resolves to this machine must not reach the images.
     others = {name: partial(load, name, **settings) for name in BUNDLED}
-    app = create_app(segmenter, limits=limits, page=True, hosts=[HOST, "localhost"], others=others)
+    app = create_app(segmenter, limits=limits, page=True, hosts=[HOST, "localhost"], others=others, index=index)
     if run(app, listener, started) == signal.SIGINT:
         raise KeyboardInterrupt

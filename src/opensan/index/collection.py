@@ -170,6 +170,16 @@ class Index:
 
         return self._reading(read)
 
+    def check(self) -> None:
+        """Raise UserError, one line, if there is no index, it is damaged, or another model made it."""
+        head = Head.read(self.folder)
+        self._segmenter_of(head)
+        self._reading(lambda head, store: store.count(PROPOSALS))
+
+    def count(self) -> int:
+        """Return the number of images in the index now."""
+        return Head.read(self.folder).images
+
     def info(self) -> dict[str, Any]:
         """Return what is in the index, as plain data."""
         head = Head.read(self.folder)
@@ -290,7 +300,7 @@ class Index:
                 return self._segmenter_of(head)
             model = "san-vit-b16" if self._model is None else self._model
             loaded = model if isinstance(model, Segmenter) else load(model, **self._options)
-            self._segmenter = with_proposals(loaded, "an index")
+            self._segmenter = with_proposals(loaded, "an index", vectors_suffice=True)
         return self._segmenter
 
     def _head_if_any(self) -> Head | None:
@@ -405,6 +415,14 @@ class Index:
             for number, score in zip(ids, scores, strict=True)
             if number in about
         ]
+
+
+def model_of(folder: Path) -> str | None:
+    """Return the argument of `opensan.load` for the model of an index; None if it was made in a program.
+
+    Raises UserError, one line, if there is no index.
+    """
+    return Head.read(folder).source or None
 
 
 def _regions(about: dict[str, Any], rows: list[tuple[float, dict[str, Any]]], least: float) -> list[Region]:

@@ -97,7 +97,16 @@ class Head:
                 + ("; update opensan" if newer else f"; {REMEDY}")
             )
         versions = {str(name): int(version) for name, version in data.pop("versions").items()}
-        return cls(Identity(**data.pop("model")), versions=versions, **data)
+        head = cls(Identity(**data.pop("model")), versions=versions, **data)
+        for name in ("source", "speed", "dtype", "contrast"):
+            if not isinstance(getattr(head, name), str):
+                raise ValueError(f"{name} is {short(getattr(head, name))}, not a text")
+        for name in ("width", "next_id", "images", "proposals"):
+            if type(number := getattr(head, name)) is not int or number < 0:
+                raise ValueError(f"{name} is {short(number)}, not a whole number from 0")
+        if not isinstance(head.exact, bool) or set(versions) != {"images", "proposals"}:
+            raise ValueError("exact is neither true nor false, or versions are not those of images and proposals")
+        return head
 
 
 REMEDY = "copy the index from a backup, or add the images to a new one"

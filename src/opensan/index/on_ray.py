@@ -42,7 +42,7 @@ class Encoder:
         self._node = ray.util.get_node_ip_address()
         self._refusal: Refusal | None = None
         try:
-            self._segmenter = with_proposals(load(**loading), "an index")
+            self._segmenter = with_proposals(load(**loading), "an index", vectors_suffice=True)
             self._segmenter.check_unadapted("an index, which is searched with any words, can't be made")
             self._maker = Maker.of(self._segmenter)
         except UserError as error:

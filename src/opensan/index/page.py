@@ -41,15 +41,9 @@ def write_page(path: Path, answer: Answer, *, max_pixels: int) -> list[str]:
     problems: list[str] = []
     items = []
     for match in answer.matches:
-        pixels = None
-        try:
-            pixels = open_image(match.path, max_pixels=max_pixels)
-            if pixels.shape[:2] != match.size:
-                problems.append(f"{match.path}: has changed since it was added to the index; add it again")
-                pixels = None
-        except (ImageError, OSError) as error:
-            problems.append(str(error))
-        items.append(_item(match, pixels))
+        picture, problem = drawn_match(match, max_pixels=max_pixels)
+        problems += [problem] if problem else []
+        items.append(_item(match, picture))
     question = answer.question
     asked = "".join(f", and {word}" for word in question["and"]) + "".join(f", not {w}" for w in question["not"])
     title = f"{question['search']}{asked}"
@@ -69,9 +63,24 @@ def write_page(path: Path, answer: Answer, *, max_pixels: int) -> list[str]:
     return problems
 
 
-def _item(match: Match, pixels: np.ndarray | None) -> str:
+def drawn_match(match: Match, *, max_pixels: int) -> tuple[np.ndarray, str | None]:
+    """Draw an image, reduced, in colour inside its regions and pale outside: [h, w, 3] uint8.
+
+    Where it can't be read any more, the regions are drawn on grey, and the reason, one line, is returned too.
+    """
+    problem = None
+    try:
+        pixels: np.ndarray | None = open_image(match.path, max_pixels=max_pixels)
+        if pixels is not None and pixels.shape[:2] != match.size:
+            problem = f"{match.path}: has changed since it was added to the index; add it again"
+            pixels = None
+    except (ImageError, OSError) as error:
+        pixels, problem = None, str(error)
+    return _picture(match, pixels), problem
+
+
+def _item(match: Match, picture: np.ndarray) -> str:
     """Return an image with its regions as an item of the list."""
-    picture = _picture(match, pixels)
     name = Path(match.path).name
     count = len(match.regions)
     best = match.regions[0]

@@ -42,6 +42,8 @@ class ProposalSegmenter(Segmenter):
     """The text half: it embeds words."""
     rest_share: float = REST_SHARE
     """Factor by which "none of these" gets the probability of "no object": `ModelConfig.rest_share`."""
+    vectors_suffice = True
+    """Whether class probabilities need the "mask_embeddings" alone."""
     has_no_object = True
     """Whether `class_probabilities` leaves out a probability of "no object" that the model learned."""
 
@@ -161,8 +163,14 @@ def with_nothing(probabilities: Probabilities, vocabulary: Vocabulary) -> Probab
     return probabilities
 
 
-def with_proposals(segmenter: Segmenter, purpose: str) -> ProposalSegmenter:
-    """Return the segmenter itself. Raises UserError, one line with `purpose`, if it has no mask proposals."""
+def with_proposals(segmenter: Segmenter, purpose: str, *, vectors_suffice: bool = False) -> ProposalSegmenter:
+    """Return the segmenter itself.
+
+    Raises UserError, one line with `purpose`, if it has no mask proposals, or, with `vectors_suffice`, if their vectors
+    do not suffice to classify them.
+    """
     if not isinstance(segmenter, ProposalSegmenter):
         raise UserError(f"{purpose} needs a model with mask proposals, and {segmenter.identity.name} has none")
+    if vectors_suffice and not segmenter.vectors_suffice:
+        raise UserError(f"{purpose} keeps a vector of each proposal, and {segmenter.identity.name} needs more than that")
     return segmenter

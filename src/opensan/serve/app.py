@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -20,6 +21,7 @@ from opensan.segmenters.base import Segmenter
 from opensan.segmenters.results import Encoding
 from opensan.serve import answers
 from opensan.serve.cache import EncodingCache, Encodings
+from opensan.serve.collection import SearchedIndex, add_collection_routes
 from opensan.serve.engine import Engine
 from opensan.serve.label_studio import LabelStudioBackend
 from opensan.serve.limits import Gate, Problem, ServiceLimits, problem_response, stopping
@@ -163,6 +165,7 @@ class Service:
         self.cache = encodings
         self.metrics.cache_entries.set_function(lambda: len(self.cache))
         self.metrics.cache_bytes.set_function(lambda: self.cache.size)
+        self.has_collection = False
         self.engine: Engine
 
     @asynccontextmanager
@@ -249,6 +252,7 @@ def create_app(
     label_studio: TaskImages | None = None,
     encodings: Encodings | None = None,
     all_metrics: Callable[[], Awaitable[bytes]] | None = None,
+    index: Path | None = None,
 ) -> "Application":
     """Make the service of a model, and of others that clients may choose.
 
@@ -266,6 +270,10 @@ def create_app(
             requests may carry the token as the password of basic authentication.
         encodings: where encodings are kept; None: in this process, within `limits`.
         all_metrics: returns the page of metrics, where several processes serve; None: this process's.
+        index: an index of images, made by the same model, that clients may search; see `opensan.Index`.
+
+    Raises:
+        UserError: there is no such index, it is damaged, or another model made it; one line.
     """
     segmenter.check_unadapted("a service can't answer several clients")
     service = Service(Models(segmenter, others or {}), limits or ServiceLimits(), batch, encodings, all_metrics)
@@ -280,6 +288,9 @@ def create_app(
     _add_service_routes(app, api, service)
     _add_segmentation_route(api, service)
     _add_encoding_routes(api, service)
+    if index is not None:
+        service.has_collection = True
+        add_collection_routes(api, service, SearchedIndex(index, segmenter), _problems(*_ALWAYS))
     if label_studio is not None:
         _add_label_studio_routes(api, service, label_studio)
     app.include_router(api)
@@ -339,6 +350,7 @@ def _add_service_routes(app: FastAPI, api: APIRouter, service: Service) -> None:
             models=service.models.names,
             device=str(service.models.default.device),
             limits={name: getattr(service.limits, name) for name in names},
+            collection=service.has_collection,
         )
 
     @api.get("/v1/palettes", tags=["service"], responses=_problems(*_REFUSED))

@@ -195,6 +195,7 @@ class ServiceInfo(BaseModel):
     models: list[str] = Field(description="Names of the models that an image can be sent to, the default first.")
     device: str
     limits: dict[str, int]
+    collection: bool = Field(False, description="Whether there is a collection to search: `/v1/collection`.")
 
 
 class ProblemInfo(BaseModel):

@@ -37,6 +37,7 @@ class TwoStageSegmenter(SanSegmenter):
     """Labels by SimSeg's method. Encodings hold also "crop_embeddings" [Q, D], rows of zeros for invalid proposals."""
 
     has_no_object = False
+    vectors_suffice = False
 
     def __init__(self, model: SAN, options: TwoStageOptions, **settings: Any) -> None:
         """Use `opensan.load("two-stage:MODEL")` to make one."""

@@ -81,6 +81,25 @@ export async function segment(id, question, { confidence = false, threshold = 0,
   return { labels, unlabelled, confidence: sure, words, unseen };
 }
 
+/** The collection that can be searched: {name, images}. */
+export async function collection() {
+  return (await call("v1/collection")).json();
+}
+
+/** Yields the lines of a search's answer as they come: {kind: "match", ...}, {kind: "problem", detail}, {kind: "end", ...}. */
+export async function* search(question, signal) {
+  const response = await call("v1/collection/search", asJson(question, "application/x-ndjson", signal));
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) if (line) yield JSON.parse(line);
+  }
+}
+
 /** Why a pixel has its word: {words [{name, score}], proposals [{share, word, picture}]}, best first. */
 export async function explain(id, x, y, question) {
   return (await call(`v1/encodings/${id}/point`, asJson({ ...question, x, y }, "application/json"))).json();

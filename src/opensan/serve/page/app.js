@@ -5,6 +5,7 @@ import { Camera } from "./camera.js";
 import { Colours } from "./colours.js";
 import { vocabulariesOf } from "./examples.js";
 import { Inspect } from "./inspect.js";
+import { Search } from "./search.js";
 import { Side } from "./side.js";
 import { Sources, credit } from "./sources.js";
 import { Stage } from "./stage.js";
@@ -13,7 +14,7 @@ import { linkTo, linked, recall, recallPicture, remember, rememberPicture, unlin
 const element = (id) => document.getElementById(id);
 
 class App {
-  constructor({ model, models, limits }, palettes) {
+  constructor({ model, models, limits, collection }, palettes) {
     this.maxBytes = limits.request_bytes;
     this.models = models;
     this.model = models[0];
@@ -35,6 +36,8 @@ class App {
     for (const name of this.colours.names) element("palette").append(new Option(name));
     this.#useModel(this.model);
     this.#wire();
+    this.search = collection ? new Search() : null;
+    this.search?.open().catch((error) => this.failed(error, () => this.search.open()));
     this.#restore();
   }
 
@@ -432,7 +435,9 @@ class App {
       r: () => element("rest").click(),
       "?": () => element("help").showModal(),
     };
-    const action = actions[event.key.toLowerCase()];
+    const elsewhere = { "/": () => element("search-words").focus(), "?": actions["?"] };
+    const switches = this.search && { s: () => this.search.show(!this.search.showing) };
+    const action = { ...(this.search?.showing ? elsewhere : actions), ...switches }[event.key.toLowerCase()];
     if (!action) return;
     event.preventDefault();
     action();
