@@ -68,10 +68,7 @@ def measure(folder: Path, count: int, options: argparse.Namespace) -> dict:
     store.flush()
     built = time.perf_counter() - began, time.process_time() - worked
     size = bytes_in(folder)
-    names = contrast.vocabulary.names
-    unseen = set(segmenter.unseen_texts(Vocabulary.parse(names)))
-    names = [name for name in names if name not in unseen]
-    words = names[:: max(1, len(names) // options.queries)][: options.queries]
+    words = known_words(segmenter, options.queries)
     index.search(words[0], top=1)  # embeds the words
     slow, exact = timed(index, words[: options.exact_queries], approximate=False)
     replace(head, versions=store.versions, contrast="").write(folder)
@@ -113,8 +110,7 @@ def as_it_is(folder: Path, options: argparse.Namespace) -> dict:
     """Ask a copy of an index exactly, and then by an index of its vectors."""
     head = Head.read(folder)
     segmenter = opensan.load(head.source)
-    index, names = opensan.Index(folder, segmenter), Contrast(segmenter).vocabulary.names
-    words = names[:: max(1, len(names) // options.queries)][: options.queries]
+    index, words = opensan.Index(folder, segmenter), known_words(segmenter, options.queries)
     index.search(words[0], top=1)
     slow, exact = timed(index, words, approximate=False)
     with writing(folder, None) as writer:
@@ -125,13 +121,22 @@ def as_it_is(folder: Path, options: argparse.Namespace) -> dict:
         "images": head.images,
         "proposals": head.proposals,
         "bytes an image": round(bytes_in(options.like) / head.images),
-        "contrast words": len(names),
+        "queries": len(words),
+        "contrast words": len(Contrast(segmenter).vocabulary.names),
         "exact, median, 99th percentile: seconds, of a processor": [percentiles(each, 50, 99) for each in slow],
         "approximate, the same": [percentiles(each, 50, 99) for each in fast],
         "recall at 10, at 50": [
             round(float(np.mean([len(set(a[:top]) & set(e[:top])) / top for a, e in ranked])), 3) for top in (10, 50)
         ],
     }
+
+
+def known_words(segmenter: opensan.Segmenter, count: int) -> list[str]:
+    """Return about so many words of the bundled label sets that the model has read, evenly spread."""
+    names = Contrast(segmenter).vocabulary.names
+    unseen = set(segmenter.unseen_texts(Vocabulary.parse(names)))
+    names = [name for name in names if name not in unseen]
+    return names[:: max(1, len(names) // count)][:count]
 
 
 def percentiles(seconds: list[float], *which: int) -> list[float]:

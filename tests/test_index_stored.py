@@ -115,7 +115,7 @@ def test_where_few_digits_are_left_the_whole_softmax_decides(scenes, monkeypatch
 
 
 def test_a_model_that_needs_more_than_vectors_is_refused_before_the_work(tmp_path):
-    with pytest.raises(UserError, match="an index keeps a vector of each proposal, and two-stage:tiny needs more"):
+    with pytest.raises(UserError, match="an index keeps a vector of each proposal, and two-stage-tiny needs more"):
         opensan.Index(tmp_path / "index", "two-stage:tiny").add(SCENES)
     assert not (tmp_path / "index").exists()
 
