@@ -50,7 +50,7 @@ def official(ways: Ways, paths: list[Path], words: int, out: Path) -> None:
     asked = vocabulary(words)
     for path in paths:
         labels = ways.segment("plain", open_image(path), asked)
-        save_label_map(labels.astype(np.int32), asked.names, out / f"{path.stem}.png")
+        save_label_map(out / f"{path.stem}.png", labels.astype(np.int32), len(asked.names))
 
 
 def ours(ways: Ways, speed: str, paths: list[Path], words: int, out: Path) -> None:
