@@ -37,6 +37,7 @@ NOT_RUN = {
     r"opensan .*--on ray.*": "needs Ray: tests/test_on_ray.py",
     r"opensan .*(?:s3|gs)://.*": "needs a bucket: tests/test_buckets.py, tests/test_shards.py",
     r"opensan segment @list\.parquet .*": "needs a list: tests/test_buckets.py",
+    r"opensan lab ablate --seeds 3 .*": "takes hours; a smaller one is run",
     r"torchrun .*": "starts processes: tests/test_trainer_parallel.py and tests/test_evaluate.py have several",
     r"python bench/.*": "takes minutes",
     r"python -m opensan\.lab\..*": "takes hours",
