@@ -33,6 +33,7 @@ from opensan.cli.terminal import (
     progress_of_steps,
     telling_of_memory,
 )
+from opensan.errors import UserError
 
 if TYPE_CHECKING:
     from opensan.index.adding import Encoders
@@ -205,6 +206,8 @@ def search(
     if out is not None and out.suffix.lower() not in (".html", ".json"):
         raise UsageError(f"--out {out}: write to a name that ends in .html, .json or .coco.json")
     if out is not None:
+        if not out.parent.is_dir():
+            raise UserError(f"{out}: cannot write there (there is no such folder)")
         check_writable(out.parent)
     collection = Index(folder, model, device=device)
     answer = collection.search(
