@@ -172,5 +172,6 @@ def with_proposals(segmenter: Segmenter, purpose: str, *, vectors_suffice: bool 
     if not isinstance(segmenter, ProposalSegmenter):
         raise UserError(f"{purpose} needs a model with mask proposals, and {segmenter.identity.name} has none")
     if vectors_suffice and not segmenter.vectors_suffice:
-        raise UserError(f"{purpose} keeps a vector of each proposal, and {segmenter.identity.name} needs more than that")
+        name = segmenter.identity.name
+        raise UserError(f"{purpose} keeps a vector of each proposal, and {name} needs more than that")
     return segmenter
