@@ -266,7 +266,7 @@ def test_another_clip_does_not_continue_a_run(tmp_path, recipe_file, small_model
 
 
 def test_without_validation_the_last_model_is_kept_and_the_start_may_be_a_model(tmp_path, recipe_file, capsys):
-    settings = ["start.weights=model", "loop.steps=2", "validation=null", "loop.validate_every=0"]
+    settings = ["start.weights=model", "start.keep=0", "loop.steps=2", "validation=null", "loop.validate_every=0"]
     assert run("train", recipe_file, *settings) == 0
     out = tmp_path / "run"
     assert "best" not in capsys.readouterr().out and not (out / "validation").exists()

@@ -25,6 +25,8 @@ class StartConfig(Config):
     """clip: CLIP's weights and a new side adapter (the recipe); model: all of the model's; random: for tests."""
     clip: str = "openai"
     """CLIP's weights: openai (downloaded once), a hub id, or an open_clip file or folder."""
+    keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of these weights in the saved model, the rest being that of the trained ones; for `weights: model`."""
 
 
 class DataConfig(Config):
@@ -97,6 +99,12 @@ class RecipeConfig(SanTrainingConfig, _Sources):
 
     @model_validator(mode="after")
     def _validation_has_its_steps(self) -> "RecipeConfig":
+        if self.start.keep and self.start.weights != "model":
+            raise UserError(
+                f"start.keep: {self.start.keep:g}: a share of a model's weights is kept with `weights: model` alone"
+            )
+        if self.start.keep and self.loop.parallel == "fsdp":
+            raise UserError("start.keep: needs the whole weights in each process: leave loop.parallel at ddp")
         if not self.data:
             raise UserError("data: names no training set")
         if (self.validation is None) != (self.loop.validate_every == 0):
@@ -142,7 +150,7 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> RecipeConfig:
 
 def override(recipe: RecipeConfig, overrides: Sequence[str]) -> RecipeConfig:
     """Return `recipe` with "dotted.key=value" overrides; values are YAML. Raises UserError, one line."""
-    data = recipe.model_dump(mode="json")
+    data = recipe.model_dump(mode="json", exclude_unset=True)  # what nobody gave may depend on the number of images
     for text in overrides:
         _apply(data, text)
     return parse_config(RecipeConfig, data, _named(" ".join(overrides)))

@@ -24,7 +24,9 @@ from opensan.evaluation.evaluation import Predictor, dataset_predictor, validati
 from opensan.model import SAN, build_san
 from opensan.outputs import check_writable
 from opensan.outputs.panel import PanelRow, panel
+from opensan.recipe.blend import Blend
 from opensan.recipe.config import DataConfig, RecipeConfig, StartConfig, TrainingDataConfig, UnlabelledConfig
+from opensan.recipe.few_images import with_few_images
 from opensan.recipe.files import RunFolderFiles
 from opensan.recipe.record import write_record
 from opensan.train.checkpoint import CheckpointFolder
@@ -60,10 +62,14 @@ def run_recipe(recipe: RecipeConfig, progress: TrainingProgress | None = None) -
         labelled = [folder for folder, _ in data]
         unlabelled = [(open_unlabelled(source, labelled), source.weight) for source in recipe.unlabelled]
         held_out = open_data(recipe.validation) if recipe.validation else None
-        trackers = make_trackers(recipe.loggers, recipe.out, recipe.project, recipe.model_dump(mode="json"))
         on_main(lambda: check_writable(recipe.out))
         model = start_model(recipe.start, recipe.loop.seed).to(group.device)
-        validate, pictures = _validation(model, held_out, recipe) if held_out else (None, None)
+        recipe, few = with_few_images(recipe, sum(len(folder) for folder, _ in data), model.config.image)
+        if few is not None and is_main():
+            (progress or TrainingProgress()).say(few)
+        trackers = make_trackers(recipe.loggers, recipe.out, recipe.project, recipe.model_dump(mode="json"))
+        blend = Blend(model, recipe.start.keep)
+        validate, pictures = _validation(model, held_out, recipe, blend) if held_out else (None, None)
         result = train_san(
             model,
             data,
@@ -76,7 +82,9 @@ def run_recipe(recipe: RecipeConfig, progress: TrainingProgress | None = None) -
             progress=progress,
             unlabelled=unlabelled,
         )
-        saved = on_main(lambda: _save_model(model, recipe, data, unlabelled, held_out)) if result.finished else None
+        saved = (
+            on_main(lambda: _save_model(model, recipe, blend, data, unlabelled, held_out)) if result.finished else None
+        )
     return result, saved
 
 
@@ -164,7 +172,7 @@ def _start_config(name: str) -> ModelConfig:
 
 
 def _validation(
-    model: SAN, held_out: SegmentationDataset, recipe: RecipeConfig
+    model: SAN, held_out: SegmentationDataset, recipe: RecipeConfig, blend: Blend
 ) -> tuple[Callable[[int], Mapping[str, float]], Callable[[int], Mapping[str, Image]] | None]:
     """Return the function that validates the model, and the one that draws its predictions (None for no pictures)."""
     config = recipe.validation
@@ -172,12 +180,21 @@ def _validation(
     measure = validation(model, held_out, limit=config.limit)
 
     def validate(step: int) -> Mapping[str, float]:
-        return measure(step) if is_main() else {}
+        if not is_main():
+            return {}
+        with blend.applied():  # of what would be saved
+            return measure(step)
 
     if config.pictures == 0:
         return validate, None
     predict = dataset_predictor(model, held_out)
-    return validate, lambda _step: _panel(predict, held_out, config.pictures)
+    count = config.pictures
+
+    def pictures(_step: int) -> Mapping[str, Image]:
+        with blend.applied():
+            return _panel(predict, held_out, count)
+
+    return validate, pictures
 
 
 def _panel(predict: Predictor, held_out: SegmentationDataset, count: int) -> dict[str, Image]:
@@ -196,6 +213,7 @@ def _panel(predict: Predictor, held_out: SegmentationDataset, count: int) -> dic
 def _save_model(
     model: SAN,
     recipe: RecipeConfig,
+    blend: Blend,
     data: Sequence[tuple[SegmentationFolder | ShardedSet, float]],
     unlabelled: Sequence[tuple[UnlabelledFolder, float]],
     held_out: SegmentationFolder | ShardedSet | None,
@@ -210,6 +228,7 @@ def _save_model(
     if best:
         load_parameters(san_parameter_groups(model), best["parameters"], str(recipe.out))
         step = best["step"]
+    blend.apply()
     saved = SavedModel(save_folder(model, recipe.out / "model"), step)
     write_record(model, recipe, step, data, unlabelled, held_out)
     return saved
