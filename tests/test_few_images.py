@@ -79,16 +79,16 @@ def test_training_on_few_images_says_so_and_saves_the_blend(tmp_path, recipe_fil
     assert run("train", recipe_file, *settings) == 0
     line = next(line for line in capsys.readouterr().err.splitlines() if "training images, few" in line)
     assert line.startswith("8 training images")
-    assert "start.keep 0.5" in line
+    assert "start.keep 0.7" in line
     assert "learning_rate" not in line  # the file gives it
     before, after = load_model(tmp_path / "small"), load_model(tmp_path / "run/model")
     [last] = (tmp_path / "run/checkpoints").glob("step-00000002-*.pt")
     trained = torch.load(last, weights_only=True)["parameters"]
     for name, values in trained.items():
-        half = (before.get_parameter(name) + values) / 2
-        assert torch.allclose(after.get_parameter(name), half, atol=1e-6), name
+        mean = 0.7 * before.get_parameter(name) + 0.3 * values
+        assert torch.allclose(after.get_parameter(name), mean, atol=1e-6), name
     assert any(not torch.equal(before.get_parameter(name), values) for name, values in trained.items())
-    assert "keep: 0.5" in (tmp_path / "run/recipe.yaml").read_text()
+    assert "keep: 0.7" in (tmp_path / "run/recipe.yaml").read_text()
     assert run("train", tmp_path / "run/recipe.yaml") == 0  # all settings stand in it, so that the run is the same
     assert "training images, few" not in capsys.readouterr().err
 
@@ -97,7 +97,7 @@ def test_validations_measure_the_blend(tmp_path, recipe_file, monkeypatch):  # n
     blended = []
     monkeypatch.setattr(Blend, "applied", lambda self: blended.append(self.keep) or nullcontext())
     assert run("train", recipe_file, "start.weights=model", "loop.steps=1", "loop.validate_every=1") == 0
-    assert blended == [0.5, 0.5]  # the figures, and the pictures
+    assert blended == [0.7, 0.7]  # the figures, and the pictures
 
 
 @pytest.mark.parametrize(

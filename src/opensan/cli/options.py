@@ -75,7 +75,7 @@ Adapting = Annotated[
     typer.Option(
         "--adapt",
         help="Adapt the norm layers to each image first, without labels, until the model is surer of the words: from "
-        "its own weights for each image, or keep those of the image before. Takes 10 times as long or more.",
+        "its own weights for each image, or keep those of the image before. Takes 5 to 7 times as long.",
         show_default=False,
         rich_help_panel=MODEL,
     ),

@@ -15,7 +15,7 @@ MOST_IMAGES = 100
 """A recipe that starts from a model, with so many images or fewer, gets these settings."""
 
 SETTINGS: dict[str, Any] = {
-    "start.keep": 0.5,
+    "start.keep": 0.7,
     "loop.steps": 60,
     "loop.batch_size": 2,
     "loop.learning_rate": 3e-4,
