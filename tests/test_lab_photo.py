@@ -27,6 +27,7 @@ from opensan.lab.photo.names import (
 from opensan.lab.photo.paste import CutOuts
 from opensan.lab.photo.proposals import Proposed, collect_proposals, propose
 from opensan.lab.photo.sets import HIDDEN, PhotoSet
+from opensan.lab.photo.sharpen import sharpen
 from opensan.model import SAN, build_san
 from opensan.structures import TextClassifier
 from opensan.train.matcher import LossWeights
@@ -275,3 +276,18 @@ def test_proposals_are_what_recognition_reads_and_are_kept(tmp_path: Path):
     assert model.classify(proposals, text).shape == (1, 16, 4)
     again = collect_proposals(None, None, 9, True, tmp_path / "set.safetensors")
     assert torch.equal(again[3].masks, kept[3].masks)
+
+
+def test_masks_are_sharpened_and_what_is_recognised_stays():
+    model = made()
+    head = model.side_adapter.head
+    pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), head.query_mlp.register_forward_hook(lambda _module, _inputs, answer: seen.append(answer)):
+        before = model.propose(pixels)
+    missed = sharpen(model, seen[0].flatten(0, 1), 2.0, -1.5)
+    assert missed < 0.01
+    with torch.no_grad():
+        after = model.propose(pixels)
+    torch.testing.assert_close(after.mask_logits, 2 * before.mask_logits - 1.5, atol=0.03, rtol=1e-4)
+    assert torch.equal(after.mask_embeddings, before.mask_embeddings)

@@ -20,6 +20,7 @@ from opensan.lab.photo.features import collect_all
 from opensan.lab.photo.names import Names, fit_names, named_sets, set_names
 from opensan.lab.photo.report import measure, tests
 from opensan.lab.photo.sets import BACKGROUND, NOVEL, PhotoSet
+from opensan.lab.photo.sharpen import sharpen_step
 from opensan.lab.photo.text import train_text
 from opensan.lab.photo.wordnet import ImageNetWords, WordNet
 from opensan.lab.photo.words import (
@@ -170,7 +171,10 @@ def all_steps(sources: Sources, out: Path) -> bool:
         return False
     missing, surplus = model.clip.load_state_dict(dict(text), strict=False)
     assert not surplus and all(not model.clip.is_text(name) for name in missing), (missing, surplus)
-    return names_step(model, sources.data, out)
+    if not names_step(model, sources.data, out):
+        return False
+    sharpen_step(model, sources.data, out)
+    return True
 
 
 def all_words(sources: Sources, said: list[list[str]]) -> Lexicon:
