@@ -11,7 +11,7 @@ Letters: Q queries, M mask channels.
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensan.checkpoints import save_folder
 from opensan.images import prepare
@@ -53,6 +53,7 @@ def sharpen(model: SAN, queries: Tensor, factor: float = FACTOR, offset: float =
     wanted = torch.full((len(queries),), offset, dtype=torch.float64)
     constant = torch.linalg.lstsq(queries.double(), wanted[:, None], driver="gelsd").solution[:, 0]
     last = head.pixel_mlp.layers[-1]
+    assert isinstance(last, nn.Linear)
     last.weight.mul_(factor)
     last.bias.mul_(factor).add_(constant.to(last.bias.dtype))
     return float((queries.double() @ constant - wanted).square().mean().sqrt())
