@@ -148,7 +148,7 @@ def options(words: Iterable[str]) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(words)))
 
 
-ELSEWHERE = {"--pairs", "--no-flickr", "--build", "--kills", "--minutes", "--jobs"}
+ELSEWHERE = {"--pairs", "--no-flickr", "--build", "--kills", "--minutes", "--jobs", "--rounds"}
 """Options of scripts in bench/ and of other programs that texts name."""
 
 
