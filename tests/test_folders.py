@@ -551,8 +551,8 @@ def test_images_come_from_a_list(model_folder, segmenter, tmp_path, monkeypatch,
         (["@in"], "in: not a regular file"),
         (["@empty.txt"], "empty.txt: the list names no images"),
         (["@bad.parquet"], "bad.parquet: not a parquet file"),
-        (["@numbers.parquet"], 'has no column "path" of text'),
-        (["@other.parquet"], 'has no column "path" of text'),
+        (["@numbers.parquet"], 'has no column "path" or "image" of text'),
+        (["@other.parquet"], 'has no column "path" or "image" of text'),
         (["@list.txt", "in"], "@list.txt: a list of images stands alone"),
     ):
         with pytest.raises(SystemExit):

@@ -236,8 +236,9 @@ def test_what_is_not_an_image(tmp_path):
     assert "No such file" in error_of(lambda: open_image(str(tmp_path / "none.jpg")))
     assert "not a file name" in error_of(lambda: open_image("a\0b"))
     assert "empty" in error_of(lambda: open_image(b""))
-    for url in ("https://example.org/a.jpg", "file:///a.jpg", "data:image/png;base64,xyz"):
+    for url in ("https://example.org/a.jpg", "data:image/png;base64,xyz"):
         assert "URLs are not fetched; download it first" in error_of(lambda url=url: open_image(url))
+    assert "No such file" in error_of(lambda: open_image(f"file://{tmp_path}/none.jpg"))  # a file of this machine
     assert "not dict" in error_of(lambda: open_image({}))
 
 

@@ -324,9 +324,9 @@ def test_problems_are_told_in_words_and_pass(page, complaints, tmp_path):
     expect(page.locator("#problem")).to_be_hidden()
     assert complaints == []
     words_of(page, f"brick, {'long ' * 100}")
-    expect(page.locator(".wrong").first).to_contain_text("shorten the word")
+    expect(page.locator(".side .wrong").first).to_contain_text("shorten the word")
     words_of(page, "night sky")
-    expect(page.locator(".wrong").first).to_be_hidden()
+    expect(page.locator(".side .wrong").first).to_be_hidden()
     complaints.clear()  # the browser notes the 422
 
 
