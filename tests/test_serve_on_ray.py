@@ -20,7 +20,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from opensan.errors import UserError
-from opensan.serve import ServiceLimits
+from opensan.serve import ServiceLimits, create_app
 from opensan.serve.limits import Problem
 from opensan.serve.metrics import Metrics, merged_pages
 from opensan.serve.on_ray import Replica, SharedEncodings, Store
@@ -131,14 +131,32 @@ def test_metrics_are_those_of_all_replicas():
 
 
 def test_a_replica_that_closes_answers_what_it_accepted(segmenter):  # noqa: F811
+    """Asked without a server: our own would stop when its application closes, and Ray's asks on."""
     replica = Replica.__new__(Replica)
-    with serving(segmenter) as running:
-        replica.application = running.app
-        assert running.client.get("/v1/info").status_code == 200
-        asyncio.run(replica.close())
-        assert running.client.get("/v1/info").status_code == 503
-        assert running.client.get("/healthz").status_code == 200
-        replica.check_health()
+    replica.application = create_app(segmenter)
+
+    async def statuses() -> list[int]:
+        gate = replica.application.gate
+        async with (
+            replica.application.service.running(replica.application),
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(replica.application), base_url="http://127.0.0.1"
+            ) as client,
+        ):
+            before = await client.get("/v1/info")
+            accepted = asyncio.create_task(client.post("/v1/encodings", content=photograph(), headers=PNG))
+            while gate.empty():
+                await asyncio.sleep(0)
+            closing = asyncio.create_task(replica.close())
+            await asyncio.sleep(0)
+            refused = await client.get("/v1/info")
+            await closing
+            assert gate.empty() and accepted.done()
+            healthy = await client.get("/healthz")
+            replica.check_health()
+            return [answer.status_code for answer in (before, await accepted, refused, healthy)]
+
+    assert asyncio.run(statuses()) == [200, 201, 503, 200]
 
 
 def test_a_worker_without_the_model_is_named(ray, tmp_path):
