@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from opensan import __version__
 from opensan.assemble.bands import to_array
 from opensan.assemble.calibration import Calibration
 from opensan.checkpoints import load_model, save_folder
+from opensan.config import CONFIG_NAME
 from opensan.data.augment import AugmentConfig
 from opensan.data.dataset import SegmentationDataset
 from opensan.data.unlabelled import UnlabelledFolder
@@ -34,7 +36,7 @@ from opensan.evaluation.evaluation import Evaluation
 from opensan.evaluation.predictors import ModelPredictor
 from opensan.evaluation.run import evaluate_set, facts
 from opensan.evaluation.sets import PreparedSet, open_set
-from opensan.files import json_text, write_text
+from opensan.files import hold, json_text, remove_temporaries, write_text
 from opensan.lab.san_training import SceneDataset
 from opensan.lab.scenes import BASE_NAMES
 from opensan.model import SAN
@@ -65,6 +67,9 @@ DRAWN_SCENES = 200
 """Scenes that are drawn for `tiny`, as old data."""
 
 RECORD = "adaptation.json"
+
+RESULTS = ("model", "rejected")
+"""Folders for the adapted model: installed, or kept apart."""
 
 
 @dataclass(frozen=True)
@@ -379,9 +384,8 @@ def _saved(
 ) -> Adaptation:
     """Write the adapted model to OUT/model, or to OUT/rejected if the check set got worse."""
     worse = last is not None and done.check_before is not None and last.miou < done.check_before.miou
-    target, other = (out / name for name in (("rejected", "model") if worse else ("model", "rejected")))
+    target, other = (out / name for name in (reversed(RESULTS) if worse else RESULTS))
     result = Adaptation(**{**vars(done), "check_after": last, "folder": target, "rejected": worse})
-    save_folder(adapted, target)
     record = {
         "opensan": __version__,
         **identities,
@@ -390,22 +394,47 @@ def _saved(
         "settings": vars(settings),
         **{name: value for name, value in result.to_dict().items() if name != "folder"},
     }
-    write_text(target / RECORD, json_text(record) + "\n")
-    _remove(other)
+    with _writing(out):
+        save_folder(adapted, target)
+        write_text(target / RECORD, json_text(record) + "\n")
+        _remove(other)
     return result
 
 
 def _kept(done: Adaptation, out: Path) -> Adaptation:
     """Leave no model of this training where a shorter one had been installed."""
-    for name in ("model", "rejected"):
-        _remove(out / name)
+    with _writing(out):
+        for name in RESULTS:
+            _remove(out / name)
     return done
 
 
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Hold the folder of results, and remove the temporary files that a killed process left in them."""
+    with hold(out / ".lock", f"{out}: another process writes its adapted model; wait for it"):
+        for name in RESULTS:
+            remove_temporaries(out / name)
+        yield
+
+
 def _remove(folder: Path) -> None:
-    """Remove a model that this command wrote, with its record; leave anything else as it is."""
+    """Remove a model that this command wrote, with its record; leave anything else as it is.
+
+    The configuration goes first, so that what a killed process leaves is no model, and the record last, by which the
+    next call knows the rest.
+    """
     try:
         json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        with suppress(OSError):  # it is not there, or not empty, as where a process was killed after the record
+            folder.rmdir()
         return
-    shutil.rmtree(folder)
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != RECORD:
+            path.unlink()
+    (folder / RECORD).unlink()
+    folder.rmdir()
