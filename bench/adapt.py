@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 import opensan
 from opensan.checkpoints import load_model
@@ -31,17 +31,8 @@ from opensan.train.loop import load_parameters
 from opensan.train.optimizer import san_parameter_groups
 from opensan.tune.adapt import Adaptation, AdaptSettings, adapt
 from opensan.vocabulary import Vocabulary
-from tune import Gap, Pair, dark, interval, joint, mean, measured, pale, photographs, sampled
+from tune import STYLES, Gap, Pair, dark, interval, mean, photographs, scores
 
-
-def faded(image: np.ndarray) -> np.ndarray:
-    """Return a drawn scene halfway to chalk: somewhat pale, a little soft, with a little grain."""
-    soft = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.7)), dtype=np.float32)
-    grain = np.random.default_rng(int(image.sum()) % 2**32).normal(0, 6, (*image.shape[:2], 1))
-    return np.clip(0.7 * soft + 0.3 * np.array([236, 222, 198]) + grain, 0, 255).astype(np.uint8)
-
-
-STYLES = {"scenes, faded": faded, "scenes as chalk": pale}
 PHOTOGRAPHS = ("camvid", "camvid, dark and blurred", "lums_road")
 
 
@@ -71,10 +62,8 @@ def gap_of(name: str, root: Path | None, pool: int, tests: int) -> Gap:
 
 def figures(segmenter, gap: Gap) -> tuple[float, float]:
     """Return mean IoU over the asked words, and over the others."""
-    own = measured(segmenter, sampled(segmenter, gap.test, gap.words), gap.words, len(gap.words.names))
-    words = joint(gap.other.words, gap.words)
-    other = sampled(segmenter, gap.other.test, gap.other.words)
-    return mean(own), mean(measured(segmenter, other, words, len(gap.other.words.names)))
+    own, others = scores(segmenter, gap)
+    return mean(own), mean(others)
 
 
 def best_teacher(model: str, out: Path) -> SanSegmenter:

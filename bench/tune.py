@@ -58,6 +58,13 @@ def pale(image: np.ndarray) -> np.ndarray:
     return np.clip(0.5 * soft + 0.5 * np.array([236, 222, 198]) + grain, 0, 255).astype(np.uint8)
 
 
+def faded(image: np.ndarray) -> np.ndarray:
+    """Return a drawn scene halfway to chalk: somewhat pale, a little soft, with a little grain."""
+    soft = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.7)), dtype=np.float32)
+    grain = np.random.default_rng(int(image.sum()) % 2**32).normal(0, 6, (*image.shape[:2], 1))
+    return np.clip(0.7 * soft + 0.3 * np.array([236, 222, 198]) + grain, 0, 255).astype(np.uint8)
+
+
 def dark(image: np.ndarray) -> np.ndarray:
     """Return a photograph as a bad camera takes it at dusk: dark, blurred, bluish, noisy."""
     soft = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1.5)), dtype=np.float32)
@@ -89,14 +96,16 @@ def photographs(root: Path, name: str, pool: int, tests: int, change=None, title
     return Gap(title or name, "photo", words, train, test)
 
 
-NAMES = ("scenes as chalk", "camvid", "camvid, dark and blurred", "labelmefacade", "lums_road", "dhcn_corridor")
+STYLES = {"scenes as chalk": pale, "scenes, faded": faded}
+NAMES = (*STYLES, "camvid", "camvid, dark and blurred", "labelmefacade", "lums_road", "dhcn_corridor")
 
 
 def gap_of(name: str, root: Path | None, pool: int, tests: int) -> Gap:
     """Return a gap, with `pool` images to label and `tests` to measure on."""
-    if root is None:
+    if name in STYLES:
+        change = STYLES[name]
         drawn = [SceneDataset(seed, n, (240, 320), "test", SEGMENTATION_NAMES) for n, seed in ((pool, 11), (tests, 12))]
-        sets = [[(pale(image), labels) for image, labels in map(one.__getitem__, range(len(one)))] for one in drawn]
+        sets = [[(change(image), labels) for image, labels in map(one.__getitem__, range(len(one)))] for one in drawn]
         return Gap(name, "tiny", Vocabulary.parse(list(SEGMENTATION_NAMES)), *sets)
     folder, _, way = name.partition(", ")
     gap = photographs(root, folder, pool, tests, dark if way else None, name)
@@ -106,9 +115,9 @@ def gap_of(name: str, root: Path | None, pool: int, tests: int) -> Gap:
 
 def gaps(root: Path | None, pool: int, tests: int, only: str | None) -> Iterator[Gap]:
     """Yield the gap called `only`, or all that there are images for."""
-    for name in NAMES[: 1 if root is None else None]:
+    for name in STYLES if root is None else NAMES:
         if only in (None, name):
-            yield gap_of(name, None if name == NAMES[0] else root, pool, tests)
+            yield gap_of(name, root, pool, tests)
 
 
 def sampled(segmenter, pairs: Sequence[Pair], words: Vocabulary) -> list[Sample]:
@@ -126,6 +135,16 @@ def measured(segmenter, samples: Sequence[Sample], words: Vocabulary, known: int
         counts.confusion += confusion(segmenter.model, text, replace(sample, counts=np.pad(sample.counts, (0, more))))
     found = counts.metrics([word.name for word in words.words]).classes
     return np.array([one.iou if one.pixels else np.nan for one in found])[:known]
+
+
+def scores(segmenter, gap: Gap) -> tuple[np.ndarray, np.ndarray]:
+    """Return the IoU of each word on the test images, and of each word of the other set on its own: nan where none."""
+    own = measured(segmenter, sampled(segmenter, gap.test, gap.words), gap.words, len(gap.words.names))
+    if gap.other is None:
+        return own, np.empty(0)
+    words = joint(gap.other.words, gap.words)
+    other = sampled(segmenter, gap.other.test, gap.other.words)
+    return own, measured(segmenter, other, words, len(gap.other.words.names))
 
 
 def joint(other: Vocabulary, words: Vocabulary) -> Vocabulary:

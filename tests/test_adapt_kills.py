@@ -41,7 +41,7 @@ ACTS = {
 
 
 def adaptation(model: Path, photos: Path, out: Path, checked: tuple[float, float] | None = None) -> Adaptation:
-    """Adapt with an agreement that grows as the weights move; `checked` are the check set's figures before and after."""
+    """Adapt with an agreement that grows as the weights move; `checked`: the check set's figures, before and after."""
     torch.set_num_threads(1)  # sums are then taken in the same order
     start = load_model(model).get_parameter(MOVED)
 
