@@ -5,18 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from faster_coco_eval import mask as coco_mask
 from PIL import Image, ImageFont
+from scipy import ndimage
 
 from opensan import outputs
 from opensan.outputs import fonts
 from opensan.outputs.coco import decode_mask, run_lengths
 from opensan.outputs.colours import PALETTES, UNLABELLED_COLOUR
 from opensan.outputs.drawing import OPACITY, blend, muted
-from opensan.outputs.regions import name_places, without_crowds
+from opensan.outputs.polygons import connected_parts
+from opensan.outputs.regions import distances_to_edge, name_places, without_crowds
 
 NAMES = ["road", "café", "树 tree", "sky", "absent"]
 
@@ -274,6 +277,41 @@ def test_names_stand_where_regions_are_widest():
     assert name_places(np.zeros((1, 1), dtype=np.int32)) == []
 
 
+def label_maps() -> Iterator[np.ndarray]:
+    """Yield maps of specks, of blocks, and of curves, of several shapes, and one of a snake."""
+    rng = np.random.default_rng(3)
+    for height, width in ((1, 1), (1, 9), (9, 1), (3, 3), (40, 7), (61, 83)):
+        for words in (1, 2, 9):
+            yield rng.integers(-1, words, (height, width))
+            yield np.kron(rng.integers(-1, words, (height, width)), np.ones((6, 6), dtype=np.int64))[:height, :width]
+            rows, columns = np.mgrid[:height, :width]
+            yield (words * (np.sin(columns / 5) + np.cos(rows / 9) + 1.5) / 4).astype(np.int64) - 1
+    snake = np.full((41, 41), -1)  # joins the runs of all rows to one part
+    snake[::2] = snake[1::4, -1] = snake[3::4, 0] = 0
+    yield snake
+
+
+def test_connected_parts_are_those_of_scipy():
+    for labels in label_maps():
+        parts, part_labels = connected_parts(labels)
+        expected = np.zeros(labels.shape, dtype=np.int64)
+        for label in np.unique(labels):
+            numbered, _ = ndimage.label(labels == label)
+            expected[labels == label] = numbered[labels == label] + expected.max()
+        pairs = np.unique(np.stack([parts.ravel(), expected.ravel()]), axis=1)
+        assert pairs.shape[1] == len(part_labels) == len(np.unique(expected))  # one to one
+        np.testing.assert_array_equal(part_labels[parts], labels)
+        firsts = np.unique(parts, return_index=True)[1]
+        assert (np.diff(firsts) > 0).all()
+
+
+def test_distances_are_those_of_scipy():
+    for labels in label_maps():
+        inner = labels >= 0
+        inner[[0, -1]] = inner[:, [0, -1]] = False
+        np.testing.assert_array_equal(distances_to_edge(inner), ndimage.distance_transform_edt(inner))
+
+
 def test_blend_in_strips_equals_blend_at_once(monkeypatch, labels):
     big = np.kron(labels, np.ones((40, 40), dtype=np.int32))
     image = arguments(big)["image"]
@@ -423,5 +461,11 @@ def test_mean_confidence_matches_a_plain_mean(labels):
 
 
 def test_import_is_light():
-    code = "import sys, opensan.outputs; sys.exit(bool({'torch', 'faster_coco_eval', 'scipy'} & set(sys.modules)))"
+    code = """
+import sys, numpy, opensan.outputs
+assert not {'torch', 'faster_coco_eval', 'scipy'} & set(sys.modules)
+labels = numpy.kron([[0, 1], [1, -1]], numpy.ones((40, 40), dtype=int))
+opensan.outputs.overlay(None, labels, ['road', 'sky'], {'road': 0.25, 'sky': 0.5})
+assert not {'torch', 'scipy'} & set(sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

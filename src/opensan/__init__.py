@@ -6,6 +6,9 @@
 Importing the package is cheap: torch is imported when the first of these names is used.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -67,4 +70,17 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'opensan' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    with without_garbage_collection():
+        return getattr(import_module(_HOME[name]), name)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Switch the garbage collector off: an import leaves no garbage, yet the search takes an eighth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -224,8 +224,8 @@ class AlignConfig(Config):
 
     kind: Literal["align"]
     embed_dim: Count = 640
-    vision: AlignVisionConfig = AlignVisionConfig()
-    text: AlignTextConfig = AlignTextConfig()
+    vision: AlignVisionConfig = Field(default_factory=AlignVisionConfig)
+    text: AlignTextConfig = Field(default_factory=AlignTextConfig)
 
     def check_layers(self, recognition_layer: int) -> None:
         """Raise UserError unless all layers are shallow and the text tower's width fits its heads."""

@@ -79,7 +79,7 @@ class ModelConfig(Config):
     """Recognition runs CLIP once more, on the padded image times this factor; None: one forward pass serves both."""
     trained_clip: Literal["none", "position", "whole"] = "position"
     """The part of CLIP's image tower that is trained too: nothing, its position table, or all of it."""
-    image: ImageConfig = ImageConfig()
+    image: ImageConfig = Field(default_factory=ImageConfig)
     rest_share: Annotated[float, Field(gt=0, le=MOST_REST)] = REST_SHARE
     """Factor by which "none of these" gets the probability of "no object". The identity does not depend on it."""
     format: Literal[1] = 1

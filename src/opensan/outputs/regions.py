@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opensan.outputs.polygons import connected_parts
+
 GRID = 256
 """Names are placed on a label map reduced to at most this many pixels a side."""
 
@@ -30,8 +32,6 @@ class NamePlace:
 
 def name_places(labels: np.ndarray) -> list[NamePlace]:
     """Return where names fit into the regions of labels [H, W], largest region first; unlabelled ones have none."""
-    from scipy import ndimage  # here, so that the package imports quickly
-
     height, width = labels.shape
     step = max(1, -(-max(height, width) // GRID))
     small = labels[step // 2 :: step, step // 2 :: step]
@@ -44,12 +44,15 @@ def name_places(labels: np.ndarray) -> list[NamePlace]:
         inner &= edge[rows, columns] == small
         inner &= edge[columns, rows] == small
     inner &= small >= 0
-    regions, count = ndimage.label(inner)
-    sizes = np.bincount(regions.ravel(), minlength=count + 1)
-    by_size = np.argsort(-sizes[1:], kind="stable") + 1
-    large = [region for region in by_size if sizes[region] >= LEAST_NAMED * small.size]
-    distances = ndimage.distance_transform_edt(inner)
-    positions = ndimage.maximum_position(distances, regions, large) if large else []
+    parts, is_inner = connected_parts(inner)
+    sizes = np.bincount(parts.ravel()) * is_inner
+    by_size = np.argsort(-sizes, kind="stable")
+    large = by_size[sizes[by_size] >= LEAST_NAMED * small.size]
+    distances = distances_to_edge(inner)
+    farthest = np.zeros(len(sizes), dtype=np.int64)
+    order = distances.ravel().argsort()
+    farthest[parts.ravel()[order]] = order  # the last of a part's pixels, the farthest, remains
+    positions = zip(*np.unravel_index(farthest[large], small.shape), strict=True)
     return [
         NamePlace(
             label=int(small[row, column]),
@@ -59,6 +62,26 @@ def name_places(labels: np.ndarray) -> list[NamePlace]:
         )
         for row, column in positions
     ]
+
+
+def distances_to_edge(inner: np.ndarray) -> np.ndarray:
+    """Return each pixel's distance, [H, W] float64, to the nearest pixel that is False in `inner` [H, W].
+
+    The rows and columns at the edges are False. Squared distances are exact, along columns first and then from column
+    to column. scipy gives the same numbers, but a first answer would wait for its import.
+    """
+    height, width = inner.shape
+    rows = np.arange(height, dtype=np.int32)[:, None]
+    above = np.maximum.accumulate(np.where(inner, 0, rows), axis=0)
+    below = np.minimum.accumulate(np.where(inner, height - 1, rows)[::-1], axis=0)[::-1]
+    along = np.minimum(rows - above, below - rows) ** 2
+    nearest = along.copy()
+    for step in range(1, width):
+        if step**2 >= nearest.max():
+            break  # no column so far away has a nearer pixel
+        np.minimum(nearest[:, step:], along[:, :-step] + step**2, out=nearest[:, step:])
+        np.minimum(nearest[:, :-step], along[:, step:] + step**2, out=nearest[:, :-step])
+    return np.sqrt(nearest)
 
 
 def without_crowds(outlines: np.ndarray) -> np.ndarray:

@@ -1,13 +1,11 @@
 """Load any model, with torch or, if it was exported, without: `opensan.load`."""
 
-import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opensan import without_garbage_collection
 from opensan.assemble.calibration import FILE_NAME, Calibration
 from opensan.choices import Dtype, Speed
 from opensan.errors import UserError
@@ -141,7 +139,8 @@ def _load(
             max_pixels=max_pixels,
             text_cache=text_cache,
         )
-    from opensan.segmenters.exported.segmenter import ExportedSegmenter
+    with without_garbage_collection():
+        from opensan.segmenters.exported.segmenter import ExportedSegmenter
 
     decided = {
         "device": str(device) in ("auto", "cpu"),
@@ -171,7 +170,7 @@ def load_with_torch(
     baseline = parse_baseline(os.fspath(source))
     if baseline is not None and (speed != "exact" or dtype not in (None, "float32")):
         raise UserError(f"{baseline.method} computes in float32 alone: leave speed at exact, and out dtype")
-    with _without_garbage_collection():
+    with without_garbage_collection():
         from opensan.segmenters.san import load_san
     if baseline is None:
         return load_san(
@@ -188,15 +187,3 @@ def load_with_torch(
     return load_baseline(
         baseline, device=device, random_weights=random_weights, max_pixels=max_pixels, text_cache=text_cache
     )
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Switch the garbage collector off: an import leaves no garbage, yet the search takes an eighth of its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
