@@ -44,6 +44,7 @@ from opensan.serve.schemas import (
 )
 from opensan.serve.site import add_page
 from opensan.serve.task_images import TaskImages
+from opensan.serve.tuning import add_tuning_route
 from opensan.serve.uploads import uploaded
 from opensan.serve.waiting import while_there
 from opensan.vocabulary import Vocabulary
@@ -288,6 +289,7 @@ def create_app(
     _add_service_routes(app, api, service)
     _add_segmentation_route(api, service)
     _add_encoding_routes(api, service)
+    add_tuning_route(api, service, _problems(*_ALWAYS, 404))
     if index is not None:
         service.has_collection = True
         add_collection_routes(api, service, SearchedIndex(index, segmenter), _problems(*_ALWAYS))

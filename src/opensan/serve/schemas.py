@@ -73,12 +73,8 @@ Words = _CommaString | Annotated[list[_Synonyms | WordSpec], Field(json_schema_e
 Background = Annotated[str, WithJsonSchema(comma_string(or_blank=True))] | list[_Synonyms | WordSpec]
 
 
-class Question(_Strict):
-    """The words to look for."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, json_schema_extra={"examples": [{"words": ["road", "car|automobile", "sky"]}]}
-    )
+class AskedWords(_Strict):
+    """Words, as all questions name them."""
 
     words: Words = Field(description='"road, car|automobile, sky", or a list; | joins synonyms.')
     background: Background = Field([], description="Words whose pixels are answered as unlabelled.")
@@ -87,14 +83,6 @@ class Question(_Strict):
         | Annotated[list[_Template], Field(json_schema_extra={"minItems": 1, "uniqueItems": True})]
         | None
     ) = Field(None, description='The prompts: a set\'s name, or texts with one "{}" each.')
-
-    tuned: TunedSpec | None = Field(
-        None, description="Vectors in the place of words' texts: what `opensan tune words` wrote as `tuned`."
-    )
-    rest: bool = Field(False, description="Pixels that none of the words deserves are answered as unlabelled.")
-    colours: dict[_Text, Annotated[str, Field(pattern=_COLOUR)]] | None = Field(
-        None, description="Colours of words in an overlay; other words have the palette's."
-    )
 
     @field_validator("words", "background", mode="before")
     @classmethod
@@ -110,23 +98,14 @@ class Question(_Strict):
         """Return the vocabulary. Raises Problem (422), one line, if it exceeds `limits` or is not valid."""
         self._check(limits)
         try:
-            vocabulary = Vocabulary.parse(
-                _plain(self.words), background=_plain(self.background), templates=self.templates
-            )
-            if self.tuned is not None:
-                vocabulary = replace(vocabulary, tuned=TunedWords.parse(self.tuned.model_dump(exclude_none=True)))
+            return Vocabulary.parse(_plain(self.words), background=_plain(self.background), templates=self.templates)
         except UserError as error:
             raise Problem(422, str(error)) from None
-        if unknown := sorted(set(self.colours or ()).difference(vocabulary.names)):
-            raise Problem(422, f"colours: there is no word {unknown[0][:100]!r}")
-        return vocabulary
 
     def _check(self, limits: ServiceLimits) -> None:
         texts = [*_texts(self.words), *_texts(self.background)]
         if len(texts) > limits.words:
             raise Problem(422, f"{len(texts):,} words and synonyms are more than the limit of {limits.words:,}")
-        if self.tuned is not None and len(self.tuned.rows) > limits.words:
-            raise Problem(422, f"{len(self.tuned.rows):,} tuned vectors are more than the limit of {limits.words:,}")
         templates = self.templates if isinstance(self.templates, list) else []
         if len(templates) > limits.templates:
             raise Problem(422, f"{len(templates):,} templates are more than the limit of {limits.templates:,}")
@@ -135,11 +114,88 @@ class Question(_Strict):
             raise Problem(422, f"{characters:,} characters are more than the limit of {limits.characters:,}")
 
 
+class Question(AskedWords):
+    """The words to look for."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"words": ["road", "car|automobile", "sky"]}]}
+    )
+
+    tuned: TunedSpec | None = Field(
+        None, description="Vectors in the place of words' texts: what `opensan tune words` wrote as `tuned`."
+    )
+    rest: bool = Field(False, description="Pixels that none of the words deserves are answered as unlabelled.")
+    colours: dict[_Text, Annotated[str, Field(pattern=_COLOUR)]] | None = Field(
+        None, description="Colours of words in an overlay; other words have the palette's."
+    )
+
+    def vocabulary(self, limits: ServiceLimits) -> Vocabulary:
+        """Return the vocabulary. Raises Problem (422), one line, if it exceeds `limits` or is not valid."""
+        vocabulary = super().vocabulary(limits)
+        if self.tuned is not None:
+            if len(self.tuned.rows) > limits.words:
+                raise Problem(
+                    422, f"{len(self.tuned.rows):,} tuned vectors are more than the limit of {limits.words:,}"
+                )
+            try:
+                vocabulary = replace(vocabulary, tuned=TunedWords.parse(self.tuned.model_dump(exclude_none=True)))
+            except UserError as error:
+                raise Problem(422, str(error)) from None
+        if unknown := sorted(set(self.colours or ()).difference(vocabulary.names)):
+            raise Problem(422, f"colours: there is no word {unknown[0][:100]!r}")
+        return vocabulary
+
+
 class PointQuestion(Question):
     """The words to look for, and a pixel."""
 
     x: Annotated[int, Field(ge=0, description="Column, from the left.")]
     y: Annotated[int, Field(ge=0, description="Row, from the top.")]
+
+
+MOST_MARKED_IMAGES = 16
+MOST_MARKS = 1_000
+"""Of one image."""
+MOST_PLACES = 2_000
+"""Points of one mark."""
+
+_Place = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=2, max_length=2)]
+
+
+class MarkSpec(_Strict):
+    """Points of a word in an image, or a line through them."""
+
+    word: _Text = Field(description="The name of one of the words, or a synonym.")
+    places: list[_Place] = Field(
+        min_length=1, max_length=MOST_PLACES, description="Column and row of each point, from the top left corner."
+    )
+    joined: bool = Field(False, description="The line through the points is meant, not the points alone.")
+
+
+class MarkedImage(_Strict):
+    """An encoded image in which somebody marked words."""
+
+    id: Annotated[str, Field(max_length=200)] = Field(description="Of the encoding.")
+    marks: list[MarkSpec] = Field(min_length=1, max_length=MOST_MARKS)
+
+
+class TuningQuestion(AskedWords):
+    """Words, and where they are in some images."""
+
+    images: list[MarkedImage] = Field(
+        min_length=1, max_length=MOST_MARKED_IMAGES, description="Encoded by one and the same model."
+    )
+
+
+class TuningAnswer(BaseModel):
+    """Words fitted to marks."""
+
+    tuned: TunedSpec = Field(description="What questions take as `tuned`.")
+    images: int
+    pixels: int = Field(description="Marked pixels.")
+    unmarked: list[str] = Field(description="Words without a mark: they keep their text.")
+    before: float = Field(description="Mean IoU over the marked words, at the marked pixels themselves, in [0, 1].")
+    after: float = Field(description="The same, with the fitted words.")
 
 
 class EncodingInfo(BaseModel):
@@ -276,6 +332,7 @@ def one_line(errors: Any) -> str:
 
 
 _FORMS = {
+    "places": "must be a list of points, each a column and a row, whole numbers from 0",
     "words": 'must be text, or a list of texts or of objects with a "name" (and "text", "synonyms", "prompts", '
     '"background")',
     "background": "must be text, or a list like words",

@@ -231,11 +231,13 @@ def fit_words(
     what: Tuned,
     seeds: int,
     progress: Progress = lambda step, done, total: None,
+    *,
+    seen: bool = False,
 ) -> Tuning:
-    """Encode the examples and tune the words; see `tune_words`."""
+    """Encode the examples and tune the words; see `tune_words`, and `fit_samples` for `seen`."""
     text = segmenter.text.classifier(vocabulary)
     samples = encode_examples(segmenter, examples, progress)
-    return fit_samples(segmenter, samples, vocabulary, text, what, seeds, progress)
+    return fit_samples(segmenter, samples, vocabulary, text, what, seeds, progress, seen=seen)
 
 
 def fit_samples(
@@ -246,10 +248,16 @@ def fit_samples(
     what: Tuned,
     seeds: int,
     progress: Progress = lambda step, done, total: None,
+    *,
+    seen: bool = False,
 ) -> Tuning:
-    """Tune the words with encoded images."""
+    """Tune the words with encoded images.
+
+    With `seen`, somebody looks at the answer at once and can go back: no images are left out, and there are as many
+    steps as it takes until the labelled pixels themselves are right.
+    """
     model, names = segmenter.model, [word.name for word in vocabulary.words]
-    groups = folds(len(samples), MOST_GROUPS) if len(samples) > 1 else []
+    groups = folds(len(samples), MOST_GROUPS) if len(samples) > 1 and not seen else []
     total, done = seeds * (len(groups) + 1), 0
 
     def advance() -> None:
@@ -268,7 +276,7 @@ def fit_samples(
         mean = {step: float(np.mean([figures[step].miou for figures in by_seed])) for step in STEPS}
         steps = max(STEPS, key=lambda step: (round(mean[step], 4), -step))
     else:
-        steps = STEPS_UNCHECKED
+        steps = _enough(segmenter, text, samples, names, what) if seen else STEPS_UNCHECKED
     fits: list[Fitted] = []
     for seed in range(seeds if steps else 0):
         fits += [found for _, found in fit(model, text, samples, what=what, seed=seed, steps=(steps,))]
@@ -293,6 +301,20 @@ def fit_samples(
         return tuning
     tuned = _tuned_words(segmenter, vocabulary, fits, what, counts, _about(tuning, what))
     return replace(tuning, vocabulary=replace(vocabulary, tuned=tuned))
+
+
+def _enough(
+    segmenter: SanSegmenter, text: TextClassifier, samples: Sequence[Sample], names: Sequence[str], what: Tuned
+) -> int:
+    """Return the fewest of STEPS with the best mean IoU at the labelled pixels; 0 is not one of them."""
+    best, enough = -1.0, 0
+    for step, fitted in fit(segmenter.model, text, samples, what=what, seed=0, steps=STEPS[1:]):
+        miou = _figures(segmenter, replace(text, rows=fitted.rows), samples, names).miou
+        if miou > best + 1e-6:
+            best, enough = miou, step
+        if best > 1 - 1e-6:
+            break
+    return enough
 
 
 def _figures(

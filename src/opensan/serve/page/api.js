@@ -105,6 +105,14 @@ export async function explain(id, x, y, question) {
   return (await call(`v1/encodings/${id}/point`, asJson({ ...question, x, y }, "application/json"))).json();
 }
 
+/**
+ * Fits words to marks: {tuned, images, pixels, unmarked, before, after}. `question` is {words, background},
+ * `images` a list of {id, marks [{word, places [[x, y]], joined}]}.
+ */
+export async function tune(question, images) {
+  return (await call("v1/tunings", asJson({ ...question, images }, "application/json"))).json();
+}
+
 const FORMATS = {
   labels: ["image/png", "labels", ".labels.png"],
   overlay: ["image/png", "overlay", ".overlay.png"],

@@ -4,12 +4,14 @@ import { ServiceError, alive, encode, forget, information, palettes, result } fr
 import { Camera } from "./camera.js";
 import { Colours } from "./colours.js";
 import { vocabulariesOf } from "./examples.js";
+import { save } from "./files.js";
 import { Inspect } from "./inspect.js";
 import { Search } from "./search.js";
 import { Side } from "./side.js";
 import { Sources, credit } from "./sources.js";
 import { Stage } from "./stage.js";
 import { linkTo, linked, recall, recallPicture, remember, rememberPicture, unlink } from "./store.js";
+import { Teach } from "./teach.js";
 
 const element = (id) => document.getElementById(id);
 
@@ -20,12 +22,14 @@ class App {
     this.model = models[0];
     this.colours = new Colours(palettes);
     this.sides = [];
-    this.photograph = null; // {blob, name, encoding {id, width, height}, shown}
+    this.photograph = null; // {blob, name, model, encoding {id, width, height}, shown, marks}
     this.suggested = ""; // the words that came with an example
     this.stage = new Stage({
       onRead: (cursor, aloud) => this.read(cursor, aloud),
       onExplain: (cursor) => this.#explain(cursor),
+      onMark: (places) => this.teach.mark(places),
     });
+    this.teach = new Teach(this);
     this.inspect = new Inspect(this);
     this.camera = new Camera(this, (running) => this.#cameraRuns(running));
     this.sources = new Sources(this);
@@ -77,7 +81,7 @@ class App {
     const { model, suggested } = this;
     const [opacity, threshold] = ["opacity", "threshold"].map((id) => element(id).value);
     const { comparing: compare, rest } = this;
-    return { sides, model, suggested, compare, rest, threshold, palette: this.colours.name, opacity };
+    return { sides, model, suggested, compare, rest, threshold, palette: this.colours.name, opacity, tuned: this.teach.tuned };
   }
 
   #remember() {
@@ -92,6 +96,7 @@ class App {
     element("rest").checked = Boolean(state.rest);
     this.#usePalette(state.palette ?? this.colours.name);
     if (this.models.includes(state.model)) this.#useModel(state.model);
+    this.teach.tuned = state.model === this.model ? (state.tuned ?? null) : null;
     for (const [number, { words, background }] of state.sides.entries()) this.sides[number]?.set(words, background);
     this.#compare(Boolean(state.compare));
   }
@@ -101,7 +106,7 @@ class App {
     this.#openLink();
     if (this.sources.openChosen()) return; // chosen while the page was still loading
     const picture = await recallPicture();
-    if (picture && !this.photograph && !this.camera.running) this.open(picture.blob, picture.name);
+    if (picture && !this.photograph && !this.camera.running) this.open(picture.blob, picture.name, picture.marks);
   }
 
   #openLink() {
@@ -115,7 +120,7 @@ class App {
 
   // The photograph
 
-  async open(blob, name) {
+  async open(blob, name, marks = []) {
     if (blob.size > this.maxBytes) {
       this.problem(`${name} has ${megabytes(blob.size)}; this service takes at most ${megabytes(this.maxBytes)}.`);
       return;
@@ -127,15 +132,17 @@ class App {
       this.problem(`${name} is not a picture that this browser can read. JPEG, PNG and WebP work everywhere.`);
       return;
     }
-    const photograph = { blob, name, shown: false };
+    const photograph = { blob, name, model: this.model, shown: false, marks: [] };
     this.camera.stop();
     const before = this.photograph;
     this.photograph = photograph;
-    rememberPicture({ blob, name });
+    rememberPicture({ blob, name, marks });
     this.inspect.close();
     this.#makeRoom();
     credit(name);
     this.stage.open(bitmap);
+    if (marks.length) this.teach.restore(photograph, marks);
+    this.teach.refresh();
     this.#waiting(true);
     for (const side of this.sides) side.forget(), side.paint();
     this.#allow();
@@ -145,10 +152,11 @@ class App {
       photograph.shown = true;
       this.problem("");
       this.speak(`${name} is open. Type words.`);
-      if (before?.encoding) forget(before.encoding.id);
+      if (before?.encoding && !this.teach.needs(before)) forget(before.encoding.id);
+      this.teach.refresh();
       for (const side of this.sides) side.ask();
     } catch (error) {
-      if (photograph === this.photograph) this.failed(error, () => this.open(blob, name));
+      if (photograph === this.photograph) this.failed(error, () => this.open(blob, name, marks));
     } finally {
       if (photograph === this.photograph) this.#waiting(false);
     }
@@ -200,8 +208,9 @@ class App {
 
   /** The camera's pictures take the photograph's place. */
   watch() {
-    if (this.photograph?.encoding) forget(this.photograph.encoding.id);
+    if (this.photograph?.encoding && !this.teach.needs(this.photograph)) forget(this.photograph.encoding.id);
     this.photograph = null;
+    this.teach.refresh();
     this.inspect.close();
     this.#makeRoom();
     credit("");
@@ -233,6 +242,13 @@ class App {
     element("copied").textContent = "";
     this.#remember();
     this.#allow();
+    this.teach.refresh();
+  }
+
+  /** Words were taught, or are as they were. */
+  taught() {
+    this.#remember();
+    for (const side of this.sides) side.ask();
   }
 
   painted(since) {
@@ -370,6 +386,7 @@ class App {
     this.colours.choose(name);
     element("palette").value = this.colours.name;
     for (const side of this.sides) side.dress(), side.paint();
+    this.teach.refresh();
   }
 
   #useModel(name) {
@@ -402,8 +419,9 @@ class App {
     });
     element("model").addEventListener("change", ({ target }) => {
       this.#useModel(target.value);
+      this.teach.modelChanged();
       this.#remember();
-      if (this.photograph) this.open(this.photograph.blob, this.photograph.name);
+      if (this.photograph) this.open(this.photograph.blob, this.photograph.name, this.photograph.marks);
     });
     element("compare").addEventListener("change", ({ target }) => {
       this.#compare(target.checked);
@@ -433,6 +451,7 @@ class App {
       "]": () => nudge(10),
       c: () => element("compare").click(),
       r: () => element("rest").click(),
+      t: () => element("teach").click(),
       "?": () => element("help").showModal(),
     };
     const elsewhere = { "/": () => element("search-words").focus(), "?": actions["?"] };
@@ -445,14 +464,6 @@ class App {
 }
 
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
-
-function save(blob, name) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-}
 
 try {
   new App(...(await Promise.all([information(), palettes()])));

@@ -91,7 +91,9 @@ export class Side {
     if (draft) words.push(typing ? shortPrompt(draft) : draft);
     const background = [...this.background.texts];
     if (this.background.draft) background.push(this.background.draft);
-    return words.length ? { words, background, rest: this.app.rest } : null;
+    const { rest } = this.app;
+    const tuned = this.number === 0 ? this.app.teach.tuned : null;
+    return words.length ? { words, background, rest, ...(tuned && { tuned }) } : null;
   }
 
   /** After a keystroke or a chip more or less: asks, and asks once more in full when typing pauses. */

@@ -9,6 +9,7 @@ const MOST_PIXELS = 4e6; // of a canvas; a larger photograph is shown in smaller
 const OPACITY = 60; // percent; the package's overlays have the same
 const MUTED = 50; // percent of opacity, from which on the photograph is wholly muted under the colours
 const MOST_NAMES = 30;
+const MOST_PLACES = 2000; // of a line; the service takes no more
 const LETTERS = 13; // pixels of the screen: height of the names
 
 const abgr = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0; // as canvases keep it on little-endian machines
@@ -16,9 +17,16 @@ const abgr = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0; // a
 const element = (id) => document.getElementById(id);
 
 export class Stage {
-  /** `onRead(x, y)` follows the cursor (null when it leaves), `onExplain(x, y)` a click or Enter; in pixels of the photograph. */
-  constructor({ onRead, onExplain }) {
-    Object.assign(this, { onRead, onExplain });
+  /**
+   * `onRead(x, y)` follows the cursor (null when it leaves), `onExplain(x, y)` a click or Enter; in pixels of the photograph.
+   * While `marking`, a click, a line that is drawn, or Enter is a mark instead: `onMark([[x, y], ...])`.
+   */
+  constructor({ onRead, onExplain, onMark }) {
+    Object.assign(this, { onRead, onExplain, onMark });
+    this.marking = false;
+    this.line = null; // what is being drawn
+    this.shownMarks = [];
+    this.marks = element("marks");
     this.frame = element("frame");
     this.photo = element("photo");
     this.layers = ["a", "b"].map((side) => ({
@@ -59,7 +67,7 @@ export class Stage {
     this.size = { width: bitmap.width, height: bitmap.height };
     this.step = Math.max(1, Math.ceil(Math.sqrt((bitmap.width * bitmap.height) / MOST_PIXELS)));
     const [width, height] = [Math.ceil(bitmap.width / this.step), Math.ceil(bitmap.height / this.step)];
-    const canvases = [this.photo, this.grey, this.mask, this.object, ...this.layers.flatMap(({ muted, overlay }) => [muted, overlay])];
+    const canvases = [this.photo, this.grey, this.mask, this.object, this.marks, ...this.layers.flatMap(({ muted, overlay }) => [muted, overlay])];
     for (const canvas of canvases) Object.assign(canvas, { width, height });
     this.photo.getContext("2d").drawImage(bitmap, 0, 0, width, height);
     mute(this.photo, this.grey);
@@ -216,6 +224,38 @@ export class Stage {
     this.mask.hidden = true;
   }
 
+  /** While it is on, pointing marks places and explains nothing. */
+  mark(on) {
+    this.marking = on;
+    this.line = null;
+    this.pointing.classList.toggle("marking", on);
+  }
+
+  /** Draws marks, each {places [[x, y]], colour [r, g, b]}; `pen` is the colour of the next one. */
+  showMarks(marks, pen) {
+    this.shownMarks = marks;
+    this.pen = pen;
+    this.#drawMarks(marks);
+  }
+
+  #drawMarks(marks) {
+    const context = this.marks.getContext("2d");
+    context.clearRect(0, 0, this.marks.width, this.marks.height);
+    const size = Math.max(2, Math.max(this.marks.width, this.marks.height) / 220);
+    Object.assign(context, { lineCap: "round", lineJoin: "round" });
+    for (const [width, colour] of [[3 * size, () => "#202020"], [2.2 * size, () => "#ffffff"], [1.4 * size, css]]) {
+      for (const mark of marks) {
+        context.lineWidth = width;
+        context.strokeStyle = colour(mark.colour);
+        context.beginPath();
+        const places = mark.places.map(([x, y]) => [(x + 0.5) / this.step, (y + 0.5) / this.step]);
+        context.moveTo(...places[0]);
+        for (const [x, y] of places) context.lineTo(x + 0.01, y); // a line without length would not be drawn
+        context.stroke();
+      }
+    }
+  }
+
   /** A small picture of the photograph under a proposal's mask. */
   thumbnail(mask) {
     const canvas = document.createElement("canvas");
@@ -277,12 +317,37 @@ export class Stage {
     this.pointing.addEventListener("pointermove", (event) => {
       this.cross.hidden = true;
       this.moveTo(this.#place(event));
+      this.#extend(this.cursor);
     });
     this.pointing.addEventListener("pointerleave", () => this.moveTo(null));
+    this.pointing.addEventListener("pointerdown", (event) => {
+      if (!this.marking || event.button) return;
+      this.pointing.setPointerCapture(event.pointerId);
+      const { x, y } = this.#place(event);
+      this.line = [[x, y]];
+    });
+    this.pointing.addEventListener("pointerup", () => this.#marked());
+    this.pointing.addEventListener("pointercancel", () => (this.line = null));
     this.pointing.addEventListener("click", (event) => {
+      if (this.marking) return;
       this.moveTo(this.#place(event));
       this.onExplain(this.cursor);
     });
+  }
+
+  /** Lengthens the line that is drawn, by steps that a hand can mean. */
+  #extend({ x, y }) {
+    const last = this.line?.at(-1);
+    const step = Math.max(this.size.width, this.size.height) / 150;
+    if (!last || this.line.length >= MOST_PLACES || Math.hypot(x - last[0], y - last[1]) < step) return;
+    this.line.push([x, y]);
+    this.#drawMarks([...this.shownMarks, { places: this.line, colour: this.pen }]);
+  }
+
+  #marked() {
+    const { line } = this;
+    this.line = null;
+    if (line) this.onMark(line);
   }
 
   #followKeys() {
@@ -290,7 +355,8 @@ export class Stage {
     this.pointing.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && this.cursor) {
         event.preventDefault();
-        this.onExplain(this.cursor);
+        if (this.marking) this.onMark([[this.cursor.x, this.cursor.y]]);
+        else this.onExplain(this.cursor);
       }
       const direction = steps[event.key];
       if (!direction) return;

@@ -4,7 +4,7 @@
 const STATE = "opensan";
 const PICTURES = "pictures";
 
-/** `state` is {sides [{words, background}], compare, rest, threshold, palette, opacity, model}. */
+/** `state` is {sides [{words, background}], compare, rest, threshold, palette, opacity, model, tuned}. */
 export function remember(state) {
   try {
     localStorage.setItem(STATE, JSON.stringify(state));
@@ -73,7 +73,7 @@ function pictures(mode, use) {
   });
 }
 
-/** `picture` is {blob, name, example}. */
+/** `picture` is {blob, name, marks}. */
 export async function rememberPicture(picture) {
   try {
     await pictures("readwrite", (store) => store.put(picture, "last"));
