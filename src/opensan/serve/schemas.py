@@ -155,9 +155,9 @@ class PointQuestion(Question):
 
 MOST_MARKED_IMAGES = 16
 MOST_MARKS = 1_000
-"""Of one image."""
+"""The marks that one image may have, at most."""
 MOST_PLACES = 2_000
-"""Points of one mark."""
+"""The points that one mark may have, at most."""
 
 _Place = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=2, max_length=2)]
 
