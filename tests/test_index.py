@@ -307,6 +307,10 @@ def test_damaged_and_half_copied_indexes_are_one_line(index, photos, tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             damaged.search("cat")
         assert "\n" not in str(caught.value)
+        for change in (damaged.check, lambda index=damaged: index.add([photos]), damaged.compact):
+            with pytest.raises(UserError, match=message) as caught:
+                change()
+            assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no index"):
         opensan.Index(photos, index.segmenter).search("cat")
     with pytest.raises(UserError, match="not an index, and not empty"):

@@ -174,7 +174,7 @@ class Index:
         """Raise UserError, one line, if there is no index, it is damaged, or another model made it."""
         head = Head.read(self.folder)
         self._segmenter_of(head)
-        self._reading(lambda head, store: store.count(PROPOSALS))
+        self._reading(lambda head, store: store.check_files())
 
     def count(self) -> int:
         """Return the number of images in the index now."""

@@ -193,6 +193,7 @@ def writing(folder: Path, new: Head | None, *, wait: float = LONGEST_WAIT) -> It
         else:
             head = Head.read(folder)
             store = Store.to_write(folder, head.versions)
+            store.check_files()
             store.add_columns(PROPOSALS, schemas(head.width)[PROPOSALS])  # an index of format 1 has fewer
             head = replace(head, format=FORMAT)
         yield Writer(folder, head, store)
