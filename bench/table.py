@@ -1,14 +1,16 @@
 """The whole table of speeds on this machine, by one command, with the chip's own rates and the share of them reached.
 
-    python bench/table.py [--rows b16-171 b16-847 l14-171 training memory alternatives] [--pairs 7] [--threads 1]
-                          [--clock processor] [--json FILE]
+    python bench/table.py [--rows b16-171 b16-847 l14-171 training folder start labels memory alternatives] [--pairs 7]
+                          [--threads 1] [--clock processor] [--images 500] [--draws 24] [--json FILE]
 
 *Plain* (bench/plain.py) stands for the official code. Each row of `segment` is a 640x640 image; plain and the three
 speeds take turns in one process (bench/segment.py); ratios are medians of the rounds'. The image half's rate is its
 operations, counted by torch, over the seconds of `encode`; its share is of the chip's float32 rate for `exact`, of its
 bfloat16 rate for the others. With `--threads 1 --clock processor`, the default, other work on the machine disturbs
-least; `--threads 2 --clock wall` is what a user waits for. What labels `fast` keeps where words nearly tie, and on
-trained models, is measured by bench/hard_labels.py and bench/fast_answers.py.
+least; `--threads 2 --clock wall` is what a user waits for. The other rows are what training_step.py,
+images_a_second.py (`--images`), startup.py, hard_labels.py (`--draws` of each image), memory.py and export.py of this
+folder print. What `fast` changes in the answers of trained models, on data sets of your own, is measured by
+fast_answers.py.
 """
 
 import argparse
@@ -31,6 +33,9 @@ ROWS = {
     "b16-847": ("san-vit-b16", 847),
     "l14-171": ("san-vit-l14", 171),
     "training": None,
+    "folder": None,
+    "start": None,
+    "labels": None,
     "memory": None,
     "alternatives": None,
 }
@@ -79,6 +84,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="processor")
+    parser.add_argument("--images", type=int, default=500, help="of the folder")
+    parser.add_argument("--draws", type=int, default=24, help="of words that nearly tie, for each image")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -97,9 +104,19 @@ def main() -> None:
             print("\n".join(segment_rows(row)), flush=True)
     if "training" in options.rows:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = ["--threads", options.threads, "--clock", options.clock, "--json", file.name]
+            command = ["--pairs", options.pairs, "--threads", options.threads, "--clock", options.clock]
+            command += ["--json", file.name]
             print("\n" + run(BENCH / "training_step.py", *command), flush=True)
             results["training"] = json.loads(Path(file.name).read_text())
+    if "folder" in options.rows:
+        command = ["--images", options.images, "--threads", options.threads, "--clock", options.clock]
+        print("\nA folder:\n\n" + run(BENCH / "images_a_second.py", *command), flush=True)
+    if "start" in options.rows:
+        command = ["--runs", options.pairs]
+        print("\nWhole processes, from start to exit:\n\n" + run(BENCH / "startup.py", *command), flush=True)
+    if "labels" in options.rows:
+        command = ["--draws", options.draws, "--threads", options.threads]
+        print("\nLabels kept where words nearly tie:\n\n" + run(BENCH / "hard_labels.py", *command), flush=True)
     if "memory" in options.rows:
         for model in ("san-vit-b16", "san-vit-l14"):
             command = ["memory", "--model", model, "--threads", options.threads]

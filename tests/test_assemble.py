@@ -1,5 +1,6 @@
 """The label map, against the official sequence of resizes written out in full."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from opensan.assemble import labels, scores
 from opensan.assemble.bounds import first_maximum, mask_errors
-from opensan.assemble.interpolation import interpolation_matrix
+from opensan.assemble.interpolation import interpolation_matrix, masks_at
 from opensan.assemble.labels import label_map, label_map_by_bands, label_map_by_bounds
 from opensan.assemble.resize import linear_pieces
 from opensan.assemble.scores import label_scores, score_maps
@@ -213,3 +214,12 @@ def test_memory_does_not_grow_with_words_times_pixels():
     sizes = ImageSizes((3000, 2000), (640, 427), (640, 448))
     found = label_map(torch.randn(2, 40, 28), torch.rand(2, 847), sizes)
     assert found.shape == (3000, 2000)
+
+
+@pytest.mark.filterwarnings("error")
+def test_mask_probabilities_are_those_of_float64_even_far_from_0():
+    logits = np.concatenate([np.linspace(-30, 30, 601), [-1000, -104, -89, 89, 1000]])
+    found = masks_at(logits.astype(np.float32)[:, None, None], ImageSizes((1, 1), (1, 1), (1, 1)), 0, 0)
+    assert found.dtype == np.float32
+    exact = torch.from_numpy(logits.astype(np.float32)).double().sigmoid().numpy()
+    np.testing.assert_allclose(found, exact, rtol=3e-7, atol=1e-37)

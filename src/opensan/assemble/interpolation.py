@@ -63,7 +63,12 @@ def masks_of_pixels(mask_logits: np.ndarray, sizes: ImageSizes, pixels: np.ndarr
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -x))
+    """Return 1 / (1 + exp(-x)), in the steps that numpy computes many numbers at a time: objects wait for this most."""
+    result = np.negative(x)
+    with np.errstate(over="ignore"):  # of a far negative number, exp is infinite, and the quotient 0, as it should be
+        np.exp(result, out=result)
+    result += 1
+    return np.reciprocal(result, out=result)
 
 
 def _neighbours(size: int, wanted: int, dtype: type[np.floating]) -> tuple[np.ndarray, ...]:
