@@ -2,6 +2,7 @@
 
     python bench/rest.py --model tiny
     python bench/rest.py --model photo --data ../shared/data
+    python bench/rest.py --model photo --data ../shared/data --others --share 2 2.3 2.6 3 --without-contrast
 
 Of each image, some words are asked for (one that it shows, the others drawn); pixels of all others are unknown. Ways to
 tell them: contrast words, a share of "no object", or both. AUROC and FPR95 are of the share of the score that no asked
@@ -9,6 +10,7 @@ word has, which needs no threshold. Scores are compared at some 3,000 pixels an 
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,10 @@ from opensan.lab.san_training import SceneDataset
 from opensan.lab.scenes import SEGMENTATION_NAMES
 from opensan.vocabulary import Vocabulary, Word
 
+OWN = 'of "no object" what the model says (--rest)'
 WAYS = {
     "nothing: as without --rest": (0, 0.0),
-    'of "no object" what the model says (--rest)': (0, None),
+    OWN: (0, None),
     "64 contrast words": (64, 0.0),
     '64 words, 0.15 of "no object"': (64, 0.15),
     '64 words, 0.3 of "no object"': (64, 0.3),
@@ -63,8 +66,8 @@ def sample(segmenter, image, labels) -> Sample:
     return Sample(masks, to_array(encoding["mask_embeddings"]), labels[np.ix_(rows, columns)].ravel().astype(int))
 
 
-def sets(segmenter, data: Path | None, count: int) -> Iterator[tuple[str, list[str], list[Sample]]]:
-    """Yield each set's name, words and samples."""
+def sets(segmenter, data: Path | None, count: int, others: bool) -> Iterator[tuple[str, list[str], list[Sample]]]:
+    """Yield each set's name, words and samples; `others`: of the photographs half-way between those of each set."""
     if data is None:
         scenes = SceneDataset(99, count, (192, 256), "test", SEGMENTATION_NAMES)
         yield "drawn scenes", list(SEGMENTATION_NAMES), [sample(segmenter, *scenes[i]) for i in range(count)]
@@ -78,7 +81,8 @@ def sets(segmenter, data: Path | None, count: int) -> Iterator[tuple[str, list[s
             stems = {Path(line).stem for line in (folder / listed).read_text().split()}
             files = [file for file in files if file.stem in stems]
         samples = []
-        for file in files[:: max(1, len(files) // count)][:count]:
+        step = max(1, len(files) // count)
+        for file in files[step // 2 if others else 0 :: step][:count]:
             values = np.asarray(Image.open(folder / "labels" / f"{file.stem}.png")).astype(int)
             labels = np.where(values == 255, -1, np.where(values < first, -2, values - first))
             samples.append(sample(segmenter, str(file), labels))
@@ -185,19 +189,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder of animals6, coco_small and camvid; without: scenes")
     parser.add_argument("--images", type=int, default=24, help="images of each set")
     parser.add_argument("--draws", type=int, default=2, help="times that words are drawn for an image")
-    parser.add_argument("--share", type=float, help='the factor of "no object"; default: the model\'s')
+    parser.add_argument(
+        "--share", type=float, nargs="+", help='factors of "no object", measured in turn; default: the model\'s'
+    )
+    parser.add_argument("--others", action="store_true", help="other photographs: those that a factor is chosen on")
     parser.add_argument("--without-contrast", action="store_true", help="leave out the ways with contrast words")
     options = parser.parse_args()
     ways = [way for way, (count, _) in WAYS.items() if not (count and options.without_contrast)]
     segmenter = opensan.load(options.model)
-    segmenter.rest_share = options.share or segmenter.rest_share
+    shares = options.share or [segmenter.rest_share]
     print(
         "| set | words | way | AUROC | FPR95 | others right | asked right | mIoU |\n|---|---|---|---|---|---|---|---|"
     )
-    for name, words, samples in sets(segmenter, options.data, options.images):
-        for count in (1, 3, 10):
+    for name, words, samples in sets(segmenter, options.data, options.images, options.others):
+        for count, share in itertools.product((1, 3, 10), shares):
+            segmenter.rest_share = share
             if count < len(words):
                 for way, row in measure(segmenter, words, samples, count, options.draws, ways).items():
+                    way = f"{way}, {share}" if options.share and way == OWN else way
                     print(
                         f"| {name} | {count} | {way} | " + " | ".join(f"{value:.1f}" for value in row) + " |",
                         flush=True,

@@ -56,7 +56,7 @@ MODEL = ModelConfig(
     recognition_layer=3,
     clip_scale=1.0,
     image=ImageConfig(short_side=384, long_side=1_024, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)),
-    rest_share=2.0,
+    rest_share=3.0,
 )
 
 LOOP = LoopConfig(
