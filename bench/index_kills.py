@@ -60,7 +60,7 @@ def content(folder: Path) -> list:
     images = store.rows("images", ["id", "path", "crc32", "same_as", "image_height"])
     path = {row["id"]: row["path"] for row in images}
     proposals: dict[str, list[str]] = {row["path"]: [] for row in images}
-    for row in store.rows("proposals", ["image", "query", "vector", "area", "box", "mask"]):
+    for row in store.rows("proposals", ["image", "query", "vector", "area", "box", "mask", "contrast"]):
         proposals[path[row.pop("image")]].append(repr(sorted(row.items())))
     assert len(path) == len(images) == head.images, "an image is there twice"
     for row in images:
