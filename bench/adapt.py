@@ -31,7 +31,7 @@ from opensan.train.loop import load_parameters
 from opensan.train.optimizer import san_parameter_groups
 from opensan.tune.adapt import Adaptation, AdaptSettings, adapt
 from opensan.vocabulary import Vocabulary
-from tune import STYLES, Gap, Pair, dark, interval, mean, photographs, scores
+from tune import STYLES, Gap, Pair, dark, gains, mean, photographs, scores
 
 PHOTOGRAPHS = ("camvid", "camvid, dark and blurred", "lums_road")
 
@@ -114,15 +114,11 @@ def table(lines: Sequence[dict]) -> str:
     ]
     for name, keep in dict.fromkeys((line["gap"], line["keep"]) for line in lines):
         of_gap = [line for line in lines if (line["gap"], line["keep"]) == (name, keep)]
-        cells = []
-        for whose in ("", "others "):
-            before, after = (np.array([line[f"{whose}{when}"] for line in of_gap]) for when in ("before", "after"))
-            cells += [f"{100 * before.mean():.1f}", interval(100 * (after - before))]
         agreement = 100 * np.mean([line["agreement"] for line in of_gap], axis=0)
         steps = ", ".join(f"{taken} of {done}" for taken, done in (line["steps"] for line in of_gap))
         kept = "old scenes" if name in STYLES else "the loss" if keep else "nothing"
         rows.append(
-            f"| {name} | {kept} | {of_gap[0]['images']}, {len(of_gap)} | {' | '.join(cells)} "
+            f"| {name} | {kept} | {of_gap[0]['images']}, {len(of_gap)} | {gains(of_gap)} "
             f"| {agreement[0]:.1f} to {agreement[1]:.1f} | {sum(line['installed'] for line in of_gap)} | {steps} "
             f"| {np.mean([line['minutes'] for line in of_gap]):.1f} |"
         )

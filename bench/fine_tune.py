@@ -36,7 +36,7 @@ from opensan.train.log import NoProgress
 from opensan.train.loop import load_parameters
 from opensan.train.optimizer import san_parameter_groups
 from opensan.vocabulary import Vocabulary
-from tune import NAMES, SHOTS, STYLES, Gap, Pair, gap_of, interval, mean, scores
+from tune import NAMES, SHOTS, STYLES, Gap, Pair, gains, gap_of, mean, scores
 
 DEFAULT = SETTINGS["start.keep"]
 
@@ -126,14 +126,8 @@ def table(lines: Sequence[dict]) -> str:
     kinds = {(one["gap"], one["images"], one["keep"]) for one in lines}
     for name, shots, keep in sorted(kinds, key=lambda kind: (NAMES.index(kind[0]), kind[1], kind[2])):
         of_kind = [one for one in lines if (one["gap"], one["images"], one["keep"]) == (name, shots, keep)]
-        cells = []
-        for whose in ("", "others "):
-            before, after = (
-                np.array([line[f"{whose}{when}"] for line in of_kind], float) for when in ("before", "after")
-            )
-            cells += [f"{100 * np.mean(before):.1f}", interval(100 * (after - before))]
         seconds = np.mean([line["seconds"] for line in of_kind])
-        rows.append(f"| {name} | {shots} | {keep:g} | {len(of_kind)} | {' | '.join(cells)} | {seconds:.0f} |")
+        rows.append(f"| {name} | {shots} | {keep:g} | {len(of_kind)} | {gains(of_kind)} | {seconds:.0f} |")
     return "\n".join(rows)
 
 

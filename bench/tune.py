@@ -224,16 +224,19 @@ def table(lines: Sequence[dict]) -> str:
                 found = [one for one in lines if (one["gap"], one["images"], one["what"]) == (name, shots, way)]
                 if not found:
                     continue
-                cells = []
-                for whose in ("", "others "):
-                    before, after = (
-                        np.array([line[f"{whose}{when}"] for line in found]) for when in ("before", "after")
-                    )
-                    cells += [f"{100 * np.mean(before):.1f}", interval(100 * (after - before))]
                 steps = "/".join(str(line["steps"]) for line in found)
                 seconds = np.mean([line["seconds"] for line in found])
-                rows.append(f"| {name} | {shots} | {way} | {' | '.join(cells)} | {steps} | {seconds:.1f} |")
+                rows.append(f"| {name} | {shots} | {way} | {gains(found)} | {steps} | {seconds:.1f} |")
     return "\n".join(rows)
+
+
+def gains(lines: Sequence[dict]) -> str:
+    """Return four cells of Markdown: asked words before and their gain, and the same of the others."""
+    cells = []
+    for whose in ("", "others "):
+        before, after = (np.array([line[f"{whose}{when}"] for line in lines], float) for when in ("before", "after"))
+        cells += [f"{100 * np.mean(before):.1f}", interval(100 * (after - before))]
+    return " | ".join(cells)
 
 
 def interval(gains: np.ndarray) -> str:
