@@ -3,8 +3,6 @@
 import json
 import multiprocessing
 import os
-import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from opensan.tune import adapt as module
 from opensan.tune.adapt import Adaptation, AdaptSettings, Checked, Score, adapt
 from opensan.vocabulary import Vocabulary
 
-from .test_trainer import dying, losses
+from .test_trainer import dying, killed_at_any_instant, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="needs fork")]
 
@@ -117,26 +115,17 @@ def test_killed_at_any_instant_the_same_call_ends_with_the_same_model(out, model
         names = [path.name for path in out.glob("run/checkpoints/step-*")]
         return max((int(name.split("-")[1]) for name in names), default=0)
 
-    chance, kills, seen = random.Random(0), 0, set()
-    while True:
-        process = context.Process(target=adaptation, args=(model_folder, photos, out))
-        # Some steps further than before, however slow the machine is, and then at any instant.
-        goal = newest() + chance.choice((0, 1, 2))
-        process.start()
-        if kills < 4:
-            while newest() < goal and process.is_alive():
-                time.sleep(0.002)
-            process.join(chance.uniform(0, 0.05))
-        else:
-            process.join()
-        if process.exitcode is not None:
-            assert process.exitcode == 0
-            break
-        process.kill()
-        process.join()
+    def no_model_too_soon() -> None:
         assert not (out / "model/adaptation.json").exists() or newest() == QUICK.steps
-        kills += 1
-        seen.add(newest())
+
+    kills, seen = killed_at_any_instant(
+        lambda: context.Process(target=adaptation, args=(model_folder, photos, out)),
+        newest,
+        most=4,
+        leaps=(0, 1, 2),
+        seconds=0.05,
+        after=no_model_too_soon,
+    )
     assert kills >= 3 and len(seen) > 1
     same(out, whole)
 

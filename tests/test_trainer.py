@@ -8,6 +8,8 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,42 @@ def losses(out: Path) -> list[list[str]]:
         return [row[:7] for row in csv.reader(file)]
 
 
+def killed_at_any_instant(
+    process: Callable[[], BaseProcess],
+    newest: Callable[[], int],
+    *,
+    most: int,
+    leaps: tuple[int, ...],
+    seconds: float,
+    after: Callable[[], None] = lambda: None,
+) -> tuple[int, set[int]]:
+    """Kill the first `most` processes, until one ends well; return how many were killed, and at which newest steps.
+
+    `process` makes one, `newest` tells the step of the newest checkpoint. Each gets some of `leaps` steps further than
+    the one before, however slow the machine is, and is killed at an instant within `seconds` from then. `after` is
+    called after each kill.
+    """
+    chance, kills, seen = random.Random(0), 0, set()
+    while True:
+        begun = process()
+        goal = newest() + chance.choice(leaps)
+        begun.start()
+        if kills < most:
+            while newest() < goal and begun.is_alive():
+                time.sleep(0.001)
+            begun.join(chance.uniform(0, seconds))
+        else:
+            begun.join()
+        if begun.exitcode is not None:
+            assert begun.exitcode == 0
+            return kills, seen
+        begun.kill()
+        begun.join()
+        after()
+        kills += 1
+        seen.add(newest())
+
+
 def test_kill_at_any_instant_changes_no_later_number(tmp_path):
     steps = 240
     whole = trainer(tmp_path / "whole", steps=steps)
@@ -101,25 +139,9 @@ def test_kill_at_any_instant_changes_no_later_number(tmp_path):
         return max((int(name.split("-")[1]) for name in names), default=0)
 
     context = multiprocessing.get_context("fork")
-    chance, kills, seen = random.Random(0), 0, set()
-    while True:
-        process = context.Process(target=train)
-        # Some steps further than before, however slow the machine is, and then at any instant.
-        goal = newest() + chance.choice((0, 3, 3, 6))
-        process.start()
-        if kills < 12:
-            while newest() < goal and process.is_alive():
-                time.sleep(0.001)
-            process.join(chance.uniform(0, 0.02))
-        else:
-            process.join()
-        if process.exitcode is not None:
-            assert process.exitcode == 0
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += 1
-        seen.add(newest())
+    kills, seen = killed_at_any_instant(
+        lambda: context.Process(target=train), newest, most=12, leaps=(0, 3, 3, 6), seconds=0.02
+    )
     assert kills >= 10 and len(seen) > 5  # some kills came early, some in the middle
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     resumed = trainer(tmp_path / "killed", steps=steps)
