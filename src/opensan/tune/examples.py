@@ -227,10 +227,11 @@ def _of_points(source: Path, name: str, entries: Sequence[Mapping[str, Any]], vo
         raise UserError(f"{source}: the image {short(name)} is not in {source.parent}")
     image: Any = Encoding.load(path) if path.suffix == ".safetensors" else path
     size = image.sizes.image if isinstance(image, Encoding) else image_size(path)
+    marks = []
     for entry in entries:
-        if vocabulary.find(entry["word"]) is None:
+        if (word := vocabulary.find(entry["word"])) is None:
             _refuse(f"{source}: {name}", entry["word"], vocabulary)
-    marks = [Mark(entry["word"], entry["places"], entry["joined"]) for entry in entries]
+        marks.append(Mark(word, entry["places"], entry["joined"]))
     try:
         return example_of_marks(name, image, size, marks, vocabulary)
     except UserError as error:
@@ -241,7 +242,8 @@ def _of_points(source: Path, name: str, entries: Sequence[Mapping[str, Any]], vo
 class Mark:
     """Points of a word in an image, or a line through them."""
 
-    word: str
+    word: int
+    """Index into the vocabulary's words."""
     places: Sequence[Sequence[int]]
     """Column and row of each, from 0."""
     joined: bool = False
@@ -253,19 +255,17 @@ def example_of_marks(
 ) -> Example:
     """Make an example of points and lines in an image of `size` (H, W).
 
-    Raises UserError, one line, for a point outside the image, one of two words, or of a word that is not asked for.
+    Raises UserError, one line, for a point outside the image, or one of two words.
     """
     height, width = size
     found: dict[tuple[int, int], int] = {}
     for mark in marks:
-        if (word := vocabulary.find(mark.word)) is None:
-            raise UserError(f"{name} has marks of {short(mark.word)}, which is not among the words: ask for it too")
         for x, y in mark.places:
             if not (0 <= x < width and 0 <= y < height):
                 raise UserError(f"the point ({x}, {y}) is outside {name}, which is {width}x{height}")
         for x, y in _along(mark.places) if mark.joined else mark.places:
-            if found.setdefault((y, x), word) != word:
-                names = vocabulary.words[found[y, x]].name, vocabulary.words[word].name
+            if found.setdefault((y, x), mark.word) != mark.word:
+                names = vocabulary.words[found[y, x]].name, vocabulary.words[mark.word].name
                 raise UserError(f"the point ({x}, {y}) of {name} is both {short(names[0])} and {short(names[1])}")
     pixels = np.array(list(found)).reshape(-1, 2)
     return _sampled(name, image, None, pixels, np.array(list(found.values()), dtype=np.int64), vocabulary)
