@@ -97,6 +97,7 @@ def test_words_are_taught_saved_kept_and_given_up(page, segmenter):
 
     page.reload()
     expect(page.locator("#spoken")).to_contain_text("is open")
+    expect(page.locator("#teach-status")).to_contain_text("as you taught them")
     page.get_by_label("Teach words by marks on the picture").check()
     expect(page.locator("#save-words")).to_be_enabled()
     assert marked_pixels(page) > 50
@@ -115,6 +116,7 @@ def test_a_lack_of_marks_is_told_and_keys_mark_too(page, complaints):
     page.get_by_label("Teach words by marks on the picture").check()
     click(page, 30, 30)
     expect(page.locator("#teach-status")).to_contain_text("Type the words first")
+    assert marked_pixels(page) == 0
     words_of(page, "brick, night sky, ")
     settled(page)
     page.locator("#pointing").focus()
@@ -128,3 +130,19 @@ def test_a_lack_of_marks_is_told_and_keys_mark_too(page, complaints):
     assert marked_pixels(page) == 0
     click(page, 30, 30)
     expect(page.locator("#inspect")).to_be_visible()
+
+
+def test_what_was_learnt_is_given_up_with_the_model_and_pictures_beyond_the_limit_are_told(page):
+    state = {"sides": [{"words": WORDS, "background": []}], "model": "another", "tuned": {"image": "x", "text": "y"}}
+    page.evaluate("(state) => localStorage.setItem('opensan', JSON.stringify(state))", state)
+    page.reload()
+    expect(page.locator("#teach-status")).to_contain_text("learnt for another model")
+    page.get_by_label("Teach words by marks on the picture").check()
+    page.locator("#teach-word").select_option("sand")
+    for _ in range(17):
+        open_picture(page)
+        expect(page.locator("#undo-mark")).to_be_disabled()  # the new picture has no marks yet
+        expect(page.get_by_role("button", name="Label map")).to_be_enabled()  # and the model has looked at it
+        click(page, 300, 300)
+        expect(page.locator("#undo-mark")).to_be_enabled()
+    expect(page.locator("#teach-status")).to_contain_text("those of playground.png are left out now")

@@ -332,7 +332,7 @@ def one_line(errors: Any) -> str:
 
 
 _FORMS = {
-    "places": "must be a list of points, each a column and a row, whole numbers from 0",
+    "places": f"must be a list of 1 to {MOST_PLACES:,} points, each a column and a row, whole numbers from 0",
     "words": 'must be text, or a list of texts or of objects with a "name" (and "text", "synonyms", "prompts", '
     '"background")',
     "background": "must be text, or a list like words",

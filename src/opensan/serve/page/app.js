@@ -88,7 +88,8 @@ class App {
     remember(this.state);
   }
 
-  #apply(state) {
+  /** `fits`: whether what was learnt is for the model that the page has then. */
+  #apply(state, fits) {
     if (!state) return;
     this.suggested = state.suggested ?? "";
     this.#opacity(state.opacity ?? element("opacity").value);
@@ -96,13 +97,14 @@ class App {
     element("rest").checked = Boolean(state.rest);
     this.#usePalette(state.palette ?? this.colours.name);
     if (this.models.includes(state.model)) this.#useModel(state.model);
-    this.teach.tuned = state.model === this.model ? (state.tuned ?? null) : null;
     for (const [number, { words, background }] of state.sides.entries()) this.sides[number]?.set(words, background);
     this.#compare(Boolean(state.compare));
+    this.teach.take(state.tuned, fits);
   }
 
   async #restore() {
-    this.#apply(recall());
+    const kept = recall();
+    this.#apply(kept, this.models.includes(kept?.model));
     this.#openLink();
     if (this.sources.openChosen()) return; // chosen while the page was still loading
     const picture = await recallPicture();
@@ -112,8 +114,9 @@ class App {
   #openLink() {
     const state = linked();
     if (!state) return;
-    this.#apply({ ...this.state, ...state });
-    if (!this.models.includes(state.model)) this.problem(`The link names the model ${state.model}, which is not here: its words are shown with ${this.model}.`);
+    const model = this.models.includes(state.model) ? state.model : this.model;
+    this.#apply({ ...this.state, ...state, model }, model === this.model);
+    if (model !== state.model) this.problem(`The link names the model ${state.model}, which is not here: its words are shown with ${this.model}.`);
     this.#remember();
     for (const side of this.sides) side.ask();
   }
@@ -419,7 +422,7 @@ class App {
     });
     element("model").addEventListener("change", ({ target }) => {
       this.#useModel(target.value);
-      this.teach.modelChanged();
+      this.teach.take(this.teach.tuned, false);
       this.#remember();
       if (this.photograph) this.open(this.photograph.blob, this.photograph.name, this.photograph.marks);
     });

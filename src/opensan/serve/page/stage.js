@@ -327,7 +327,7 @@ export class Stage {
       this.line = [[x, y]];
     });
     this.pointing.addEventListener("pointerup", () => this.#marked());
-    this.pointing.addEventListener("pointercancel", () => (this.line = null));
+    this.pointing.addEventListener("pointercancel", () => this.#dropLine());
     this.pointing.addEventListener("click", (event) => {
       if (this.marking) return;
       this.moveTo(this.#place(event));
@@ -346,8 +346,15 @@ export class Stage {
 
   #marked() {
     const { line } = this;
+    if (!line) return;
+    this.#dropLine();
+    this.onMark(line);
+  }
+
+  /** Forgets the line that was drawn: whether it becomes a mark is told by `showMarks`. */
+  #dropLine() {
     this.line = null;
-    if (line) this.onMark(line);
+    this.#drawMarks(this.shownMarks);
   }
 
   #followKeys() {

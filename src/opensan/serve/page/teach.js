@@ -8,6 +8,7 @@ import { percent } from "./words.js";
 const MOST_PICTURES = 16; // the service takes no more
 
 const GREY = [128, 128, 128]; // a word that is no longer there
+const WORDS_FIRST = "Type the words first, and keep each with Enter or a comma.";
 
 const element = (id) => document.getElementById(id);
 
@@ -36,6 +37,7 @@ export class Teach {
     this.app.stage.mark(on);
     element("ask").textContent = on ? "Click the picture, or draw on it, to mark the word" : "Click the picture to ask “why here?”";
     if (on) this.app.inspect.close();
+    this.#tell("");
     this.refresh();
   }
 
@@ -46,7 +48,8 @@ export class Teach {
 
   /** Words, colours or the photograph have changed. */
   refresh() {
-    const words = this.app.sides[0]?.words.texts.map((text) => text.split("|")[0]) ?? [];
+    const [side] = this.app.sides;
+    const words = side?.words.texts.map((text) => text.split("|")[0]) ?? [];
     const select = element("teach-word");
     const chosen = select.value;
     select.replaceChildren(...words.map((word) => new Option(word)));
@@ -59,19 +62,22 @@ export class Teach {
     element("learn").disabled = !all.length || !this.app.ready;
     element("undo-mark").disabled = !marks.length;
     element("unlearn").disabled = !all.length && !this.tuned;
-    element("save-words").disabled = !this.tuned;
+    element("save-words").disabled = !this.tuned || !side?.question();
     element("save-points").disabled = !all.length;
+    if (this.tuned && !this.on) this.#tell("Words are as you taught them. Turn this on to start over.");
   }
 
   mark(places) {
     const { photograph } = this.app;
     const word = element("teach-word").value;
-    if (!this.app.ready) return;
-    if (!word) return this.#tell("Type the words first, and keep each with Enter or a comma.");
-    photograph.marks = [...(photograph.marks ?? []), { word, places }];
+    if (!this.app.ready) return this.#tell("Marks are for a picture that the model has looked at: open one, or wait until it has.");
+    if (!word) return this.#tell(WORDS_FIRST);
+    const [first] = this.pictures;
+    photograph.marks = [...photograph.marks, { word, places }];
     this.#changed(photograph);
     const missing = new Set(this.pictures.flatMap(({ marks }) => marks.map((each) => each.word))).size < 2;
-    this.#tell(missing ? "Now choose another word and mark a place of it." : "Learn fits the words to your marks.");
+    if (first && !this.pictures.includes(first)) this.#tell(`Marks of ${MOST_PICTURES} pictures count: those of ${first.name} are left out now.`);
+    else this.#tell(missing ? "Now choose another word and mark a place of it." : "Learn fits the words to your marks.");
   }
 
   /** A picture that was kept, with its marks: the page was loaded anew. */
@@ -81,10 +87,11 @@ export class Teach {
     this.#changed(photograph);
   }
 
-  /** Vectors are those of one model. */
-  modelChanged() {
-    if (this.tuned) this.#tell("The words were learnt for the other model: press Learn for this one.");
-    this.tuned = null;
+  /** Takes what was learnt before; vectors are those of one model, and `fits` tells whether it is the present one. */
+  take(tuned, fits) {
+    this.tuned = fits ? (tuned ?? null) : null;
+    this.refresh();
+    if (tuned && !fits) this.#tell("The words were learnt for another model, and are as they were: mark places and press Learn for this one.");
   }
 
   #undo() {
@@ -110,13 +117,15 @@ export class Teach {
   }
 
   async learn() {
+    const { model } = this.app;
     const question = this.app.sides[0].question();
-    if (!question) return;
+    if (!question) return this.#tell(WORDS_FIRST);
     const { words, background } = question;
     this.#tell("Learning…");
     element("learn").disabled = true;
     try {
       const answer = await this.#fitted({ words, background });
+      if (model !== this.app.model) return this.#tell("The model has changed meanwhile: press Learn once more.");
       this.tuned = answer.tuned;
       this.#tell(report(answer));
       this.app.taught();
@@ -151,7 +160,8 @@ export class Teach {
   }
 
   #tell(message) {
-    element("teach-status").textContent = message;
+    const place = element("teach-status");
+    if (place.textContent !== message) place.textContent = message; // else screen readers would say it again
   }
 
   /** A word file: `opensan segment --words-file`. */
